@@ -1,0 +1,268 @@
+"""The messages of frelay/1 as types: what a frame's JSON object may hold, checked key by key.
+
+One dataclass a frame type. Its fields are the payload's keys, and a field without a default is a required key, so
+the class *is* the layout. Reading follows three rules of the contract: unknown keys are ignored, a missing required
+key is a protocol error, and a known key with a wrong type is a protocol error (``null`` is a value like any other:
+right only where the layout says so).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, ClassVar, Final, Literal
+
+from frelay.errors import LocalProtocolError, RemoteProtocolError
+from frelay.protocol.frames import Frame, FrameType, encode_frame
+
+__all__ = [
+    "MODES",
+    "REFUSAL_CODES",
+    "Draining",
+    "Join",
+    "Leave",
+    "Message",
+    "Mode",
+    "Paired",
+    "PartyName",
+    "Ping",
+    "Pong",
+    "Refused",
+    "Role",
+    "Waiting",
+    "decode",
+    "encode",
+]
+
+PartyName = Literal["func1", "func2"]
+Role = Literal["client", "server"]
+Mode = Literal["handoff", "ticket", "tunnel"]
+
+MODES: Final[tuple[Mode, ...]] = ("handoff", "ticket", "tunnel")
+REFUSAL_CODES: Final = frozenset(
+    {
+        "not-authorised",
+        "unknown-route",
+        "protocol-error",
+        "wait-timeout",
+        "pong-timeout",
+        "queue-full",
+        "replaced",
+        "route-removed",
+        "certificate-expired",
+        "revoked",
+        "limit",
+        "draining",
+    }
+)
+
+_UUID: Final = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\Z")
+# Long enough for any route name, identity or sentence of ours; what is longer was not written in good faith.
+_MAX_TEXT: Final = 2100
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """Party to relay: let me join. ``attempt`` names this try, so that a retry replaces its own stale leg."""
+
+    TYPE: ClassVar = FrameType.JOIN
+    attempt: str
+    route: str | None = None
+    party: PartyName | None = None
+    wait: float | None = None
+    modes: tuple[str, ...] = ("handoff",)
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    """Party to relay: still here; ``n`` is the PING's."""
+
+    TYPE: ClassVar = FrameType.PONG
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """Party to relay: no longer waiting."""
+
+    TYPE: ClassVar = FrameType.LEAVE
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Relay to party: admitted, and the other party is not here yet. Times in seconds."""
+
+    TYPE: ClassVar = FrameType.WAITING
+    route: str
+    party: PartyName
+    identity: str
+    deadline: float
+    peer_seen: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """Relay to party: answer with a PONG of the same ``n``."""
+
+    TYPE: ClassVar = FrameType.PING
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class Paired:
+    """Relay to party: the other party is here. ``role`` is this party's side of the inner TLS."""
+
+    TYPE: ClassVar = FrameType.PAIRED
+    pairing: str
+    route: str
+    peer: str
+    role: Role
+    mode: Mode
+    limits: Mapping[str, Any] = field(default_factory=dict)
+    ticket: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Relay to party: no, and why; ``retry_after`` in seconds, None where a retry would not help."""
+
+    TYPE: ClassVar = FrameType.REFUSED
+    code: str
+    reason: str
+    retry_after: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Draining:
+    """Relay to party: this relay is going away; dial again in ``reconnect_in`` seconds."""
+
+    TYPE: ClassVar = FrameType.DRAINING
+    reconnect_in: float
+
+
+Message = Join | Pong | Leave | Waiting | Ping | Paired | Refused | Draining
+
+
+# --- reading: one check a key --------------------------------------------------------------------------------
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not 0 < len(value) <= _MAX_TEXT or not value.isprintable():
+        raise ValueError("printable text expected")
+    return value
+
+
+def _uuid(value: Any) -> str:
+    if not isinstance(value, str) or _UUID.match(value) is None:
+        raise ValueError("a UUID as text expected")
+    return value.lower()
+
+
+def _seconds(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("a number of seconds expected")
+    try:
+        seconds = float(value)
+    except OverflowError:
+        raise ValueError("a number of seconds expected, not one beyond all clocks") from None
+    if not math.isfinite(seconds) or seconds < 0:
+        raise ValueError("a number of seconds, 0 or more, expected")
+    return seconds
+
+
+def _counter(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+        raise ValueError("an integer from 0 to 2^63-1 expected")
+    return value
+
+
+def _modes(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value or not all(isinstance(mode, str) for mode in value):
+        raise ValueError("a list of modes expected")
+    return tuple(value)
+
+
+def _object(value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError("an object expected")
+    return value
+
+
+def _one_of(*allowed: str) -> Callable[[Any], str]:
+    def check(value: Any) -> str:
+        if not isinstance(value, str) or value not in allowed:
+            raise ValueError(f"one of {', '.join(allowed)} expected")
+        return value
+
+    return check
+
+
+def _or_null(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda value: None if value is None else check(value)
+
+
+_party: Final = _one_of("func1", "func2")
+_CHECKS: Final[Mapping[type[Message], Mapping[str, Callable[[Any], Any]]]] = {
+    Join: {"attempt": _uuid, "route": _text, "party": _party, "wait": _seconds, "modes": _modes},
+    Pong: {"n": _counter},
+    Leave: {},
+    Waiting: {
+        "route": _text,
+        "party": _party,
+        "identity": _text,
+        "deadline": _seconds,
+        "peer_seen": _or_null(_seconds),
+    },
+    Ping: {"n": _counter},
+    Paired: {
+        "pairing": _text,
+        "route": _text,
+        "peer": _text,
+        "role": _one_of("client", "server"),
+        "mode": _one_of(*MODES),
+        "ticket": _text,
+        "limits": _object,
+    },
+    # A code of a later version must still reach the person, so any text is read here.
+    Refused: {"code": _text, "reason": _text, "retry_after": _or_null(_seconds)},
+    Draining: {"reconnect_in": _seconds},
+}
+_BY_TYPE: Final[Mapping[FrameType, type[Message]]] = {cls.TYPE: cls for cls in _CHECKS}
+_REQUIRED: Final[Mapping[type[Message], frozenset[str]]] = {
+    cls: frozenset(f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING)
+    for cls in _CHECKS
+}
+
+
+def decode(frame: Frame) -> Message:
+    """Make the message of a frame; raises RemoteProtocolError for a missing key or a wrong type."""
+    cls = _BY_TYPE[frame.type]
+    checks = _CHECKS[cls]
+    values: dict[str, Any] = {}
+    for key, value in frame.payload.items():
+        if key in checks:
+            try:
+                values[key] = checks[key](value)
+            except ValueError as error:
+                raise RemoteProtocolError(f"{frame.type.name}.{key}: {error}") from None
+    missing = _REQUIRED[cls] - values.keys()
+    if missing:
+        raise RemoteProtocolError(f"{frame.type.name} without {', '.join(sorted(missing))}")
+    return cls(**values)
+
+
+_NULL_HAS_MEANING: Final = frozenset({"peer_seen", "retry_after"})
+
+
+def encode(message: Message) -> bytes:
+    """The frame of a message, ready for the wire; raises LocalProtocolError if it cannot be one."""
+    payload = {
+        f.name: value
+        for f in fields(message)
+        if (value := getattr(message, f.name)) is not None or f.name in _NULL_HAS_MEANING
+    }
+    if isinstance(message, Refused) and message.code not in REFUSAL_CODES:
+        raise LocalProtocolError(f"{message.code!r} is not a code of the protocol")
+    return encode_frame(message.TYPE, payload)

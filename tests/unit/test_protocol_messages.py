@@ -1,0 +1,255 @@
+"""The messages to the letter of the table in docs/protocol.md, section 2: every key, every type, every default."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from frelay.errors import LocalProtocolError, RemoteProtocolError
+from frelay.protocol.frames import Frame, FrameType
+from frelay.protocol.messages import (
+    REFUSAL_CODES,
+    Draining,
+    Join,
+    Leave,
+    Message,
+    Paired,
+    Ping,
+    Pong,
+    Refused,
+    Waiting,
+    decode,
+    encode,
+)
+
+ATTEMPT = "0f8fad5b-d9cb-469f-a165-70867728950e"
+
+# One payload a type that says everything, and the message that it is.
+FULL: dict[FrameType, tuple[dict[str, Any], Message]] = {
+    FrameType.JOIN: (
+        {"attempt": ATTEMPT, "route": "shuffle", "party": "func2", "wait": 2.5, "modes": ["ticket", "tunnel"]},
+        Join(ATTEMPT, "shuffle", "func2", 2.5, ("ticket", "tunnel")),
+    ),
+    FrameType.PONG: ({"n": 3}, Pong(3)),
+    FrameType.LEAVE: ({}, Leave()),
+    FrameType.WAITING: (
+        {"route": "shuffle", "party": "func1", "identity": "dns:func1.acme", "deadline": 60, "peer_seen": 1.5},
+        Waiting("shuffle", "func1", "dns:func1.acme", 60.0, 1.5),
+    ),
+    FrameType.PING: ({"n": 3}, Ping(3)),
+    FrameType.PAIRED: (
+        {
+            "pairing": "ab12",
+            "route": "shuffle",
+            "peer": "dns:func2.acme",
+            "role": "client",
+            "mode": "ticket",
+            "ticket": "00" * 32,
+            "limits": {"idle_timeout": 3600},
+        },
+        Paired("ab12", "shuffle", "dns:func2.acme", "client", "ticket", {"idle_timeout": 3600}, "00" * 32),
+    ),
+    FrameType.REFUSED: (
+        {"code": "queue-full", "reason": "16 legs wait already", "retry_after": 5},
+        Refused("queue-full", "16 legs wait already", 5.0),
+    ),
+    FrameType.DRAINING: ({"reconnect_in": 1}, Draining(1.0)),
+}
+
+REQUIRED: dict[FrameType, set[str]] = {
+    FrameType.JOIN: {"attempt"},
+    FrameType.PONG: {"n"},
+    FrameType.LEAVE: set(),
+    FrameType.WAITING: {"route", "party", "identity", "deadline", "peer_seen"},
+    FrameType.PING: {"n"},
+    FrameType.PAIRED: {"pairing", "route", "peer", "role", "mode"},
+    FrameType.REFUSED: {"code", "reason"},
+    FrameType.DRAINING: {"reconnect_in"},
+}
+
+ANY_TEXT: list[Any] = [None, True, 1, 1.5, [], {}, "", "line\nbreak", "nul\x00", "\ud800", "x" * 2101]
+CHOICE: list[Any] = [None, True, 1, [], {}, "", "Func1", "func3", "CLIENT", "raw"]
+SECONDS: list[Any] = [True, False, "1", [], {}, -1, -0.5, float("inf"), float("-inf"), float("nan"), 10**400]
+COUNTER: list[Any] = [None, True, False, "1", 1.0, [], {}, -1, 2**63, 10**400]
+WRONG: dict[str, list[Any]] = {
+    "JOIN.attempt": [
+        None,
+        1,
+        [],
+        "",
+        "x",
+        ATTEMPT[:-1],
+        ATTEMPT + "0",
+        ATTEMPT + "\n",
+        ATTEMPT.replace("-", ""),
+        "{" + ATTEMPT + "}",
+        "g" + ATTEMPT[1:],
+    ],
+    "JOIN.route": ANY_TEXT,
+    "JOIN.party": CHOICE,
+    "JOIN.wait": [None, *SECONDS],
+    "JOIN.modes": [None, True, 1, "handoff", {}, [], ["handoff", 1], [None], [["handoff"]]],
+    "PONG.n": COUNTER,
+    "WAITING.route": ANY_TEXT,
+    "WAITING.party": CHOICE,
+    "WAITING.identity": ANY_TEXT,
+    "WAITING.deadline": [None, *SECONDS],
+    "WAITING.peer_seen": SECONDS,
+    "PING.n": COUNTER,
+    "PAIRED.pairing": ANY_TEXT,
+    "PAIRED.route": ANY_TEXT,
+    "PAIRED.peer": ANY_TEXT,
+    "PAIRED.role": CHOICE,
+    "PAIRED.mode": CHOICE,
+    "PAIRED.ticket": ANY_TEXT,
+    "PAIRED.limits": [None, True, 1, "x", []],
+    "REFUSED.code": ANY_TEXT,
+    "REFUSED.reason": ANY_TEXT,
+    "REFUSED.retry_after": SECONDS,
+    "DRAINING.reconnect_in": [None, *SECONDS],
+}
+
+
+def test_the_table_of_wrong_values_has_every_key() -> None:
+    assert WRONG.keys() == {f"{type_.name}.{key}" for type_, (payload, _) in FULL.items() for key in payload}
+
+
+@pytest.mark.parametrize("type_", FrameType)
+def test_every_message_is_read_with_all_its_keys(type_: FrameType) -> None:
+    payload, message = FULL[type_]
+    assert decode(Frame(type_, payload)) == message
+
+
+@pytest.mark.parametrize("type_", FrameType)
+def test_unknown_keys_are_ignored(type_: FrameType) -> None:
+    """TESTPLAN 21."""
+    payload, message = FULL[type_]
+    assert decode(Frame(type_, {**payload, "later": [1, {"x": None}], "": 0, "N": "\ud800"})) == message
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_known_key_with_a_wrong_type_is_an_error_that_names_it(name: str) -> None:
+    """TESTPLAN 21: null included, where the layout does not say that it has a meaning."""
+    type_, _, key = name.partition(".")
+    payload, _ = FULL[FrameType[type_]]
+    for wrong in WRONG[name]:
+        with pytest.raises(RemoteProtocolError, match=f"{type_}.{key}"):
+            decode(Frame(FrameType[type_], {**payload, key: wrong}))
+
+
+@pytest.mark.parametrize("type_", FrameType)
+def test_a_required_key_must_be_there_and_the_others_need_not(type_: FrameType) -> None:
+    payload, _ = FULL[type_]
+    for key in payload:
+        without = {name: value for name, value in payload.items() if name != key}
+        if key in REQUIRED[type_]:
+            with pytest.raises(RemoteProtocolError, match=f"{type_.name} without {key}"):
+                decode(Frame(type_, without))
+        else:
+            decode(Frame(type_, without))
+
+
+def test_all_missing_keys_are_named_at_once() -> None:
+    with pytest.raises(RemoteProtocolError, match="PAIRED without mode, pairing, peer, role, route"):
+        decode(Frame(FrameType.PAIRED, {}))
+
+
+def test_the_defaults_of_join() -> None:
+    assert decode(Frame(FrameType.JOIN, {"attempt": ATTEMPT})) == Join(ATTEMPT, None, None, None, ("handoff",))
+
+
+def test_null_has_a_meaning_in_two_keys() -> None:
+    waiting, _ = FULL[FrameType.WAITING]
+    assert decode(Frame(FrameType.WAITING, {**waiting, "peer_seen": None})) == Waiting(
+        "shuffle", "func1", "dns:func1.acme", 60.0, None
+    )
+    assert decode(Frame(FrameType.REFUSED, {"code": "limit", "reason": "no", "retry_after": None})) == Refused(
+        "limit", "no", None
+    )
+
+
+@pytest.mark.parametrize("seconds", [0, 0.0, -0.0, 1, 1.5, 1e300])
+def test_seconds_may_be_any_number_from_zero_on(seconds: float) -> None:
+    assert decode(Frame(FrameType.DRAINING, {"reconnect_in": seconds})) == Draining(float(seconds))
+
+
+@pytest.mark.parametrize("number", [0, 1, 2**63 - 1])
+def test_a_counter_may_be_any_integer_of_63_bits(number: int) -> None:
+    assert decode(Frame(FrameType.PONG, {"n": number})) == Pong(number)
+
+
+def test_an_attempt_is_compared_without_case() -> None:
+    assert decode(Frame(FrameType.JOIN, {"attempt": ATTEMPT.upper()})) == Join(ATTEMPT)
+
+
+def test_modes_of_a_later_version_are_read() -> None:
+    message = decode(Frame(FrameType.JOIN, {"attempt": ATTEMPT, "modes": ["quantum", "tunnel"]}))
+    assert message == Join(ATTEMPT, modes=("quantum", "tunnel"))
+
+
+def test_a_code_of_a_later_version_reaches_the_person() -> None:
+    assert decode(Frame(FrameType.REFUSED, {"code": "full-moon", "reason": "wait a day"})) == Refused(
+        "full-moon", "wait a day"
+    )
+
+
+# --- writing -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("type_", FrameType)
+def test_what_is_written_is_what_the_table_says(type_: FrameType) -> None:
+    payload, message = FULL[type_]
+    data = encode(message)
+    assert data[:2] == bytes([type_, 0])
+    assert int.from_bytes(data[2:4], "big") == len(data) - 4
+    assert json.loads(data[4:]) == payload
+
+
+def test_what_was_not_said_is_not_written() -> None:
+    assert json.loads(encode(Join(ATTEMPT))[4:]) == {"attempt": ATTEMPT, "modes": ["handoff"]}
+    assert "ticket" not in json.loads(encode(Paired("1", "r", "dns:p", "client", "handoff"))[4:])
+
+
+def test_null_is_written_where_it_has_a_meaning() -> None:
+    assert json.loads(encode(Refused("limit", "no"))[4:])["retry_after"] is None
+    assert json.loads(encode(Waiting("r", "func1", "dns:p", 1.0, None))[4:])["peer_seen"] is None
+
+
+def test_the_codes_are_those_of_the_contract() -> None:
+    assert {
+        "not-authorised",
+        "unknown-route",
+        "protocol-error",
+        "wait-timeout",
+        "pong-timeout",
+        "queue-full",
+        "replaced",
+        "route-removed",
+        "certificate-expired",
+        "revoked",
+        "limit",
+        "draining",
+    } == REFUSAL_CODES
+    for code in REFUSAL_CODES:
+        assert decode(Frame(FrameType.REFUSED, json.loads(encode(Refused(code, "because"))[4:]))) == Refused(
+            code, "because"
+        )
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Refused("made-up", "because"),
+        Refused("limit", "x" * 5000),
+        Refused("limit", "\ud800"),
+        Draining(float("nan")),
+        Join(ATTEMPT, wait=float("inf")),
+        Paired("1", "r", "dns:p", "client", "handoff", {"x": object()}),
+    ],
+    ids=["code", "size", "surrogate", "nan", "inf", "type"],
+)
+def test_what_cannot_be_a_message_is_our_own_error(message: Message) -> None:
+    with pytest.raises(LocalProtocolError):
+        encode(message)
