@@ -1,0 +1,146 @@
+"""What ``frelay init DIR`` writes: a relay that runs as it is, with one route between two functions.
+
+All of it is made in memory first and then written together, so that a refused or failed ``init`` leaves no
+half-made directory behind to be puzzled over.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import socket
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Final
+
+from frelay.errors import CertificateError
+from frelay.pki.authority import Algorithm, Authority
+from frelay.pki.files import PemFile, crl_file, write_together
+from frelay.protocol.identity import OddName, dns_name
+
+__all__ = ["initialise", "summary"]
+
+# Of the authority, and of the CRL too: a first relay must not stop after a month because nobody renewed an
+# empty list.
+_DAYS: Final = 3650
+
+_RELAY_TOML: Final = """\
+# A relay with one route. Run it:  frelay run -c relay.toml
+# Paths are relative to this file, durations are seconds. It is read again on SIGHUP and when it changes.
+
+[relay]
+name = "relay-1"
+
+[tls]
+certificate = "certs/relay.pem"
+private_key = "certs/relay.key"     # mode 0600, or the relay refuses it
+client_ca = "certs/ca.pem"          # whoever shows a certificate of this authority may knock ...
+crl = "certs/crl.pem"               # ... unless it is revoked here; out of date, nobody is let in
+
+[[route]]
+name = "demo"
+listen = "127.0.0.1:9001"           # "0.0.0.0:9001" for functions on other machines
+func1 = "dns:func1.demo"            # ... but only these two are let in: one function for each party,
+func2 = "dns:func2.demo"            # known by the names in its certificate
+"""
+
+
+def initialise(
+    directory: Path,
+    *,
+    force: bool = False,
+    algorithm: Algorithm = "p256",
+    host_name: str | None = None,
+) -> list[Path]:
+    """Write an authority, a relay's and two functions' certificates, an empty CRL and ``relay.toml``.
+
+    ``host_name`` goes into the relay's certificate beside ``relay.demo``, ``localhost``, ``127.0.0.1`` and ``::1``;
+    by default it is this machine's. Returns the files written, ``relay.toml`` last; ``directory`` is made if it is
+    missing.
+
+    Raises:
+        CertificateError: a file would be overwritten (and ``force`` is not set), or could not be written. Names the
+            files and the remedy; nothing was changed.
+    """
+    certs = directory / "certs"
+    config = directory / "relay.toml"
+    pairs = {who: (certs / f"{who}.pem", certs / f"{who}.key") for who in ("ca", "relay", "func1", "func2")}
+    crl = certs / "crl.pem"
+    authority = Authority.create("frelay demo CA", days=_DAYS, algorithm=algorithm)
+    relay = authority.issue(
+        common_name="relay.demo",
+        dns=["relay.demo", "localhost", *_usable(socket.gethostname() if host_name is None else host_name)],
+        ips=["127.0.0.1", "::1"],
+        usage="relay",
+        algorithm=algorithm,
+    )
+    files = [*authority.files(*pairs["ca"]), *relay.files(*pairs["relay"])]
+    for who in ("func1", "func2"):
+        party = authority.issue(common_name=f"{who}.demo", dns=[f"{who}.demo"], usage="party", algorithm=algorithm)
+        files += party.files(*pairs[who])
+    files.append(crl_file(crl, authority.revocation_list(number=1, days=_DAYS)))
+    files.append(PemFile(config, _RELAY_TOML.encode()))
+
+    with ExitStack() as undo:
+        for made, mode in ((directory, 0o777), (certs, 0o700)):
+            _make_directory(made, mode, undo)
+        written = write_together(files, force=force)
+        undo.pop_all()
+    return written
+
+
+def summary(written: list[Path]) -> str:
+    """What to tell the person who ran ``frelay init``, given what :func:`initialise` returned."""
+    directory = written[-1].parent
+    shown = [os.path.relpath(path, directory) for path in written]
+    width = max(map(len, shown), default=0)
+    lines = [f"  {name:<{width}}  {_MEANING.get(name, '')}".rstrip() for name in shown]
+    return "\n".join(
+        [
+            f"wrote {len(written)} files in {directory}:",
+            *lines,
+            "",
+            f"next: frelay run -c {shlex.quote(str(written[-1]))}",
+        ]
+    )
+
+
+_MEANING: Final = {
+    "certs/ca.pem": "the authority: every function and the relay trust this one",
+    "certs/ca.key": "its key: signs new certificates; keep it off the relay's machine",
+    "certs/relay.pem": "the relay's certificate",
+    "certs/relay.key": "its key",
+    "certs/func1.pem": "dns:func1.demo",
+    "certs/func1.key": "its key: goes where func1 runs, nowhere else",
+    "certs/func2.pem": "dns:func2.demo",
+    "certs/func2.key": "its key: goes where func2 runs, nowhere else",
+    "certs/crl.pem": "who is revoked: nobody yet",
+    "relay.toml": "one route, demo, on 127.0.0.1:9001",
+}
+
+
+def _usable(host_name: str) -> list[str]:
+    # A machine's name may be anything its owner typed; one that no certificate can hold is left out.
+    try:
+        return [dns_name(host_name).value]
+    except OddName:
+        return []
+
+
+def _make_directory(path: Path, mode: int, undo: ExitStack) -> None:
+    missing = [one for one in (path, *path.parents) if not os.path.exists(one)]
+    for one in reversed(missing):
+        try:
+            os.mkdir(one, mode)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise CertificateError(
+                f"{one}: cannot be made ({error.strerror}), nothing was changed; choose another directory"
+            ) from error
+        undo.callback(_remove_directory, one)
+
+
+def _remove_directory(path: Path) -> None:
+    with suppress(OSError):  # somebody else put something into it meanwhile
+        os.rmdir(path)

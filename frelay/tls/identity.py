@@ -1,0 +1,158 @@
+"""From a verified certificate to the names that selectors may match.
+
+A certificate can say a great deal, and only three things of it count: the SAN URIs, the SAN DNS names, and the public
+key itself. The common name, e-mail addresses, other names and IP addresses are never identities, whatever their text.
+
+This module never raises and never guesses. A value that could be read in two ways is left out, and ``ignored`` says
+why, so that a person can find out what is wrong with a certificate that nobody matches. How much is left out follows
+how far the doubt reaches: an odd DNS name falls alone; an odd URI takes the other URIs with it, since SPIFFE makes
+one judgement of them together; a certificate whose extensions cannot be parsed has no names at all, not even its key
+pin, because another parser may have understood its purposes and constraints differently.
+
+Nothing is verified here. Signature, dates, purpose, constraints and revocation were OpenSSL's to judge before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from frelay.protocol.identity import Kind, Name, OddName, dns_name, spki_of_certificate, uri_names
+
+__all__ = ["PeerIdentity", "distinguished_name", "identities"]
+
+# Bounds of describe(): a certificate may hold hundreds of names, a log line should not.
+_SHOWN: Final = 8
+_SHOWN_LENGTH: Final = 256
+
+_NEVER: Final[dict[type[x509.GeneralName], str]] = {
+    x509.RFC822Name: "e-mail address",
+    x509.IPAddress: "IP address",
+    x509.DirectoryName: "directory name",
+    x509.RegisteredID: "registered ID",
+    x509.OtherName: "otherName",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PeerIdentity:
+    """Who a peer is, as its certificate says it.
+
+    ``names`` are what selectors match: URIs first, then DNS names, then the key pin. ``ignored`` holds a sentence for
+    each thing in the certificate that is not an identity. ``subject`` and ``issuer`` are RFC 4514 text, safe to log.
+    ``not_before`` and ``not_after`` are seconds since the epoch.
+    """
+
+    names: tuple[Name, ...]
+    ignored: tuple[str, ...]
+    subject: str
+    issuer: str
+    serial: int
+    not_before: float
+    not_after: float
+
+    def describe(self) -> str:
+        """One line for the log: subject, names (without the key pin), what was ignored, issuer, serial in hex."""
+        shown = [str(name) for name in self.names if name.kind is not Kind.SPKI]
+        parts = [_short(self.subject) or "(no subject)", f"names {_some(shown) or 'none'}"]
+        if self.ignored:
+            parts.append(f"ignored {_some(self.ignored)}")
+        parts += [f"issuer {_short(self.issuer)}", f"serial {self.serial:x}"]
+        return "; ".join(parts)
+
+
+def identities(certificate: x509.Certificate) -> PeerIdentity:
+    """Read the names of ``certificate``, which must be verified already; never raises for what is in it."""
+    try:
+        names, ignored = _names(certificate)
+    except Exception as error:  # whatever a parser makes of foreign bytes, the answer is "nobody"
+        names, ignored = [], [f"all names, because the certificate cannot be parsed: {_reason(error)}"]
+    return PeerIdentity(
+        names=tuple(names),
+        ignored=tuple(ignored),
+        subject=distinguished_name(lambda: certificate.subject),
+        issuer=distinguished_name(lambda: certificate.issuer),
+        serial=certificate.serial_number,
+        not_before=certificate.not_valid_before_utc.timestamp(),
+        not_after=certificate.not_valid_after_utc.timestamp(),
+    )
+
+
+def distinguished_name(read: Callable[[], x509.Name]) -> str:
+    """The RFC 4514 text of the name that ``read`` gives, without anything that could forge or garble a log line.
+
+    A callable, because ``cryptography`` parses a name only when it is asked for, and may then refuse it.
+    """
+    try:
+        text = read().rfc4514_string()
+    except Exception as error:
+        return f"(unreadable: {_reason(error)})"
+    # RFC 4514, 2.4 allows any octet as \XX, so the text stays a distinguished name. isprintable() is false for
+    # line ends, escape sequences and the characters that turn the direction of writing.
+    return "".join(
+        char if char.isprintable() else "".join(f"\\{octet:02x}" for octet in char.encode("utf-8", "surrogatepass"))
+        for char in text
+    )
+
+
+def _names(certificate: x509.Certificate) -> tuple[list[Name], list[str]]:
+    names: list[Name] = []
+    ignored: list[str] = []
+    pin = spki_of_certificate(certificate.public_bytes(Encoding.DER))
+    extensions = certificate.extensions
+    try:
+        alternatives = extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return [pin], ["the common name: it is never an identity, and there is no other name"]
+
+    uris = alternatives.get_values_for_type(x509.UniformResourceIdentifier)
+    try:
+        if any(uri[:7].lower() == "spiffe:" for uri in uris) and _may_sign(extensions):
+            raise OddName("a SPIFFE ID in the certificate of an authority names no function")
+        names += uri_names(uris)
+    except OddName as odd:
+        ignored.append(f"all URIs: {odd}" if len(uris) > 1 else str(odd))
+    for value in alternatives.get_values_for_type(x509.DNSName):
+        try:
+            names.append(dns_name(value))
+        except OddName as odd:
+            ignored.append(str(odd))
+    ignored += _other_kinds(alternatives)
+    # A name given twice, or in two cases, is one name.
+    return [*dict.fromkeys(names), pin], ignored
+
+
+def _other_kinds(alternatives: x509.SubjectAlternativeName) -> Iterator[str]:
+    for one in alternatives:
+        kind = _NEVER.get(type(one))
+        if kind is not None:
+            yield f"{kind} {_short(repr(one.value))}: never an identity"
+
+
+def _may_sign(extensions: x509.Extensions) -> bool:
+    """X509-SVID.md, section 5.2: a leaf has no cA flag, and neither keyCertSign nor cRLSign."""
+    for extension in extensions:
+        value = extension.value
+        if isinstance(value, x509.BasicConstraints) and value.ca:
+            return True
+        if isinstance(value, x509.KeyUsage) and (value.key_cert_sign or value.crl_sign):
+            return True
+    return False
+
+
+def _reason(error: Exception) -> str:
+    return _short(f"{type(error).__name__}: {error!s}".encode("unicode_escape").decode("ascii"))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SHOWN_LENGTH else f"{text[:_SHOWN_LENGTH]}..."
+
+
+def _some(texts: list[str] | tuple[str, ...]) -> str:
+    more = len(texts) - _SHOWN
+    shown = ", ".join(_short(text) for text in texts[:_SHOWN])
+    return f"{shown} and {more} more" if more > 0 else shown

@@ -1,0 +1,558 @@
+"""Both streams of a leg keep Trio's contract, and the TLS one can be left without losing a byte of what follows.
+
+The other side is :class:`~rig.Party` where a test decides about single records, and :class:`~streams.ClientStream`, our
+own stream with the client's part, where Trio's generic checks want the same kind at both ends.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import socket
+import ssl
+import sys
+import termios
+import weakref
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from OpenSSL import crypto
+
+from frelay.errors import ConnectionBroken, LocalProtocolError, RemoteProtocolError, Truncated
+from frelay.pki.authority import Authority
+from frelay.sockets import RawStream
+from frelay.tls.stream import TlsStream
+from records import ALERT, CLOSE_NOTIFY, HANDSHAKE, PLAIN_CLOSE_NOTIFY, RecordForge, log_keys
+from rig import Party, Site, eventually
+from streams import SocketMaker, client_context, server_context, tcp_pair, tls_over, unix_pair
+
+PATIENCE = 20.0
+
+# --- makers --------------------------------------------------------------------------------------------------------
+
+
+def clog(sock: socket.socket, send: Callable[[bytes], object]) -> None:
+    """Fill a socket of :func:`unix_pair` to the brim with whole writes; the next one must wait.
+
+    TCP cannot be filled for good: it goes on moving bytes behind our back.
+    """
+    limit = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+    while int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder) < limit:
+        send(b"x")
+
+
+async def tls_pair(site: Site, sockets: SocketMaker, *, clogged: bool = False) -> tuple[TlsStream, TlsStream]:
+    streams = await tls_over(sockets(4096 if clogged else None), server_context(site), client_context(site))
+    if clogged:
+        for stream in streams:
+            clog(stream.sock, stream.connection.send)
+    return streams
+
+
+async def raw_pair(sockets: SocketMaker, *, clogged: bool = False) -> tuple[RawStream, RawStream]:
+    one, other = sockets(4096 if clogged else None)
+    if clogged:
+        for sock in (one, other):
+            clog(sock, sock.send)
+    return RawStream(one), RawStream(other)
+
+
+@asynccontextmanager
+async def server_and_party(
+    site: Site, *, keylog: Path | None = None, buffer: int | None = None
+) -> AsyncIterator[tuple[TlsStream, Party]]:
+    """Our stream and a :class:`~rig.Party`, the handshake done; both closed at the end."""
+    one, other = tcp_pair(buffer)
+    server = TlsStream(one, server_context(site))
+    context = site.context("func1") if keylog is None else log_keys(site.context("func1"), keylog)
+    party = Party(trio.SocketStream(trio.socket.from_stdlib_socket(other)), context, "localhost")
+    try:
+        with trio.fail_after(PATIENCE):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(server.do_handshake)
+                nursery.start_soon(party.handshake)
+            yield server, party
+    finally:
+        server.close()
+        party.close()
+
+
+async def read_to_end(receive: Callable[[], Awaitable[bytes]]) -> None:
+    while await receive():
+        pass
+
+
+# --- Trio's contract -----------------------------------------------------------------------------------------------
+
+
+async def test_the_tls_stream_keeps_trios_contract(site: Site) -> None:
+    with trio.fail_after(4 * PATIENCE):
+        await trio.testing.check_half_closeable_stream(partial(tls_pair, site, tcp_pair), None)
+        await trio.testing.check_half_closeable_stream(
+            partial(tls_pair, site, unix_pair), partial(tls_pair, site, unix_pair, clogged=True)
+        )
+
+
+async def test_the_raw_stream_keeps_trios_contract() -> None:
+    with trio.fail_after(4 * PATIENCE):
+        await trio.testing.check_half_closeable_stream(partial(raw_pair, tcp_pair), None)
+        await trio.testing.check_half_closeable_stream(
+            partial(raw_pair, unix_pair), partial(raw_pair, unix_pair, clogged=True)
+        )
+
+
+async def test_closing_twice_at_once_is_no_error(site: Site) -> None:
+    server, client = await tls_pair(site, unix_pair, clogged=True)
+    async with trio.open_nursery() as nursery:
+        # The first waits for room for its close_notify; the other two find it busy, and just close.
+        for _ in range(3):
+            nursery.start_soon(server.aclose)
+    await trio.aclose_forcefully(client)
+
+
+# --- ends ----------------------------------------------------------------------------------------------------------
+
+
+async def test_close_notify_is_a_clean_end_for_good(site: Site) -> None:
+    async with server_and_party(site) as (server, party):
+        await party.send(b"last words")
+        await party.stream.send_all(party.close_notify())
+        assert await server.receive_some() == b"last words"
+        assert await server.receive_some() == b""
+        assert server.ended_by_peer
+        party.close()
+        assert await server.receive_some() == b""
+
+
+@pytest.mark.parametrize("cut", [0, 1, 4, 5, 6, 23], ids=lambda cut: f"after {cut} bytes of the record")
+async def test_fin_without_close_notify_is_a_truncation(site: Site, cut: int) -> None:
+    """A truncation attack in its plainest form; and in the middle of a close_notify it is one, too."""
+    async with server_and_party(site) as (server, party):
+        await party.send(b"data")
+        await party.stream.send_all(party.close_notify()[:cut])
+        await party.send_eof()
+        assert await server.receive_some() == b"data"
+        for _ in range(2):
+            with pytest.raises(Truncated) as caught:
+                await server.receive_some()
+            assert isinstance(caught.value, trio.BrokenResourceError)
+        assert not server.ended_by_peer
+
+
+async def test_rst_is_neither_an_end_nor_a_truncation(site: Site) -> None:
+    async with server_and_party(site) as (server, party):
+        party.reset()
+        with pytest.raises(ConnectionBroken, match="ECONNRESET") as caught:
+            await server.receive_some()
+        assert not isinstance(caught.value, Truncated)
+        assert isinstance(caught.value, trio.BrokenResourceError)
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [PLAIN_CLOSE_NOTIFY, b"\x15\x03\x03\x00\x02\x02\x28", b"\x17\x03\x03\x00\x03abc", b"GET / HTTP/1.0\r\n\r\n"],
+    ids=["close_notify in the clear", "fatal alert in the clear", "unencrypted data", "no TLS"],
+)
+async def test_bytes_that_anybody_could_have_written_are_no_end(site: Site, forged: bytes) -> None:
+    """TESTPLAN 17."""
+    async with server_and_party(site) as (server, party):
+        await party.stream.send_all(forged)
+        with pytest.raises(RemoteProtocolError) as caught:
+            await server.receive_some()
+        assert isinstance(caught.value, trio.BrokenResourceError)
+        assert not server.ended_by_peer
+
+
+async def test_our_end_leaves_the_other_direction_open(site: Site) -> None:
+    async with server_and_party(site) as (server, party):
+        await server.send_all(b"question")
+        await server.send_eof()
+        assert await party.receive() == b"question"
+        assert await party.receive() == b""
+        for number in range(3):
+            await party.send(b"answer %d" % number)
+            assert await server.receive_some() == b"answer %d" % number
+        with pytest.raises(trio.ClosedResourceError):
+            await server.send_all(b"more")
+
+
+async def test_our_end_does_not_swallow_input_that_is_there_already(site: Site) -> None:
+    """A second SSL_shutdown with input pending would end the reading side; there must be none."""
+    async with server_and_party(site) as (server, party):
+        await party.send(b"early")
+        await server.send_eof()
+        await server.send_eof()
+        assert await server.receive_some() == b"early"
+        await party.send(b"late")
+        assert await server.receive_some() == b"late"
+
+
+# --- cancellation --------------------------------------------------------------------------------------------------
+
+
+async def test_a_cancelled_send_breaks_the_sending_half_and_no_more(site: Site) -> None:
+    async with server_and_party(site, buffer=4096) as (server, party):
+        with trio.move_on_after(0.05) as scope:
+            await server.send_all(bytes(10_000_000))
+        assert scope.cancelled_caught
+        for send in (partial(server.send_all, b"x"), server.wait_send_all_might_not_block, server.send_eof):
+            with pytest.raises(trio.BrokenResourceError, match="middle of a record"):
+                await send()
+        await party.send(b"still here")
+        assert await server.receive_some() == b"still here"
+        await party.stream.send_all(party.close_notify())
+        assert await server.receive_some() == b""
+        # What the party reads is a truncation and never a clean end.
+        await server.aclose()
+        with pytest.raises((ssl.SSLEOFError, trio.BrokenResourceError)):
+            await read_to_end(party.receive)
+
+
+async def test_a_send_that_is_cancelled_before_it_began_breaks_nothing(site: Site) -> None:
+    async with server_and_party(site) as (server, party):
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await server.send_all(b"never")
+        await server.send_all(b"ever")
+        assert await party.receive() == b"ever"
+
+
+async def test_a_cancelled_receive_loses_nothing(site: Site, tmp_path: Path) -> None:
+    """At every offset of a record: what OpenSSL has read of it stays there."""
+    keylog = tmp_path / "keys"
+    async with server_and_party(site, keylog=keylog) as (server, party):
+        forge = RecordForge(party.tls, keylog)
+        for offset in range(len(forge.record(b"probe")) + 1):
+            if offset == 0:
+                forge = RecordForge(party.tls, keylog)
+            record = forge.record(b"probe")
+            await party.stream.send_all(record[:offset])
+            if offset < len(record):
+                with trio.move_on_after(0.001) as scope:
+                    await server.receive_some()
+                assert scope.cancelled_caught
+            await party.stream.send_all(record[offset:])
+            assert await server.receive_some() == b"probe"
+
+
+# --- detach --------------------------------------------------------------------------------------------------------
+
+
+async def test_detach_waits_for_both_close_notify(site: Site) -> None:
+    async with server_and_party(site) as (server, party):
+        with pytest.raises(LocalProtocolError):
+            server.detach()
+        await server.send_eof()
+        with pytest.raises(LocalProtocolError):
+            server.detach()
+        await party.stream.send_all(party.close_notify())
+        with pytest.raises(LocalProtocolError):
+            server.detach()  # sent, but not read: whose is the next byte?
+        assert await server.receive_some() == b""
+        sock = server.sock
+        assert server.detach() is sock
+        sock.close()
+
+
+async def test_detach_is_refused_while_our_own_close_notify_is_missing(site: Site) -> None:
+    async with server_and_party(site) as (server, party):
+        await party.stream.send_all(party.close_notify())
+        assert await server.receive_some() == b""
+        with pytest.raises(LocalProtocolError):
+            server.detach()
+
+
+async def test_detach_is_refused_when_our_close_notify_is_stuck(site: Site) -> None:
+    """A close_notify that was cancelled on its way is not one that crossed."""
+    server, client = await tls_pair(site, unix_pair, clogged=True)
+    try:
+        with trio.move_on_after(0.05) as scope:
+            await server.send_eof()
+        assert scope.cancelled_caught
+        for send in (server.send_eof, partial(server.send_all, b"x")):
+            with pytest.raises(trio.BrokenResourceError):
+                await send()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read_to_end, server.receive_some)
+            await client.send_eof()
+        assert server.ended_by_peer
+        with pytest.raises(LocalProtocolError):
+            server.detach()
+    finally:
+        server.close()
+        client.close()
+
+
+async def test_after_detach_the_stream_is_closed_and_the_socket_is_not(site: Site) -> None:
+    async with server_and_party(site) as (server, party):
+        await server.send_eof()
+        await party.hand_off()
+        assert await server.receive_some() == b""
+        with server.detach() as sock:
+            for use in (server.receive_some, partial(server.send_all, b"x"), server.send_eof, server.do_handshake):
+                with pytest.raises(trio.ClosedResourceError):
+                    await use()
+            with pytest.raises(trio.ClosedResourceError):
+                server.detach()
+            await server.aclose()
+            server.close()
+            raw = RawStream(sock)
+            await party.send_raw(b"ping")
+            assert await raw.receive_some() == b"ping"
+            await raw.send_all(b"pong")
+            assert await party.receive_raw() == b"pong"
+
+
+async def test_raw_bytes_behind_close_notify_are_whole_wherever_the_stream_is_cut(site: Site) -> None:
+    """TESTPLAN 14, without a relay around it: every offset of [close_notify][raw]."""
+    raw = b"\x16\x03\x01 raw bytes"
+    size = 24 + len(raw)
+    for offset in range(size + 1):
+        async with server_and_party(site) as (server, party):
+            await server.send_eof()
+            everything = party.close_notify() + raw
+            assert len(everything) == size
+            await party.send_raw(everything[:offset])
+            ended = trio.Event()
+
+            async def read_end(server: TlsStream = server, ended: trio.Event = ended) -> None:
+                assert await server.receive_some() == b""
+                ended.set()
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(read_end)
+                await trio.testing.wait_all_tasks_blocked()
+                assert ended.is_set() == (offset >= 24)
+                await party.send_raw(everything[offset:])
+            stream = RawStream(server.detach())
+            found = b""
+            while len(found) < len(raw):
+                found += await stream.receive_some()
+            stream.close()
+            assert found == raw
+
+
+async def test_after_detach_the_tls_state_is_freed_at_once(site: Site) -> None:
+    """Some 50 KiB a leg. By reference counting alone: nothing waits for the cycle collector."""
+    async with server_and_party(site) as (server, party):
+        await server.send_eof()
+        await party.stream.send_all(party.close_notify())
+        assert await server.receive_some() == b""
+        state = weakref.ref(server.connection)
+        gc.collect()
+        gc.disable()
+        try:
+            with server.detach():
+                assert state() is None
+        finally:
+            gc.enable()
+
+
+# --- floods --------------------------------------------------------------------------------------------------------
+
+
+async def test_a_flood_of_key_updates_leaves_everybody_else_their_turn(site: Site, tmp_path: Path) -> None:
+    """TESTPLAN 19: one read must not go on for as long as records come that carry no data."""
+    keylog, count = tmp_path / "keys", 2000
+    async with server_and_party(site, keylog=keylog) as (server, party):
+        forge = RecordForge(party.tls, keylog)
+        flood = b"".join(forge.key_update(request=number % 2 == 0) for number in range(count)) + forge.record(b"data")
+        # All of it is in the kernel before the first byte is read.
+        await party.send_raw(flood)
+        await eventually(lambda: len(server.sock.recv(len(flood), socket.MSG_PEEK)) == len(flood), "the flood")
+        turns = 0
+
+        async def neighbour() -> None:
+            nonlocal turns
+            while True:
+                await trio.lowlevel.checkpoint()
+                turns += 1
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(neighbour)
+            assert await server.receive_some() == b"data"
+            nursery.cancel_scope.cancel()
+        assert turns >= count
+        # And what was asked for, the update of our own key, is answered once and before data.
+        await server.send_all(b"answer")
+        assert await party.receive() == b"answer"
+
+
+async def test_a_key_update_that_cannot_be_answered_disturbs_nobody(site: Site, tmp_path: Path) -> None:
+    """TESTPLAN 19: reading waits for room to answer it in, and so may a sender, at the same time."""
+    keylog = tmp_path / "keys"
+    one, other = unix_pair(4096)
+    server = TlsStream(one, server_context(site))
+    context = log_keys(site.context("func1"), keylog)
+    party = Party(trio.SocketStream(trio.socket.from_stdlib_socket(other)), context, "localhost")
+    got: list[bytes] = []
+
+    async def read() -> None:
+        got.append(await server.receive_some())
+
+    with trio.fail_after(PATIENCE):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(server.do_handshake)
+            nursery.start_soon(party.handshake)
+        clog(one, server.connection.send)
+        forge = RecordForge(party.tls, keylog)
+        await party.send_raw(forge.key_update(request=True) + forge.key_update() + forge.record(b"data"))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read)
+            await trio.testing.wait_all_tasks_blocked()
+            assert got == []
+            nursery.start_soon(server.send_all, b"answer")
+            await trio.testing.wait_all_tasks_blocked()
+            received = b""
+            while not received.endswith(b"answer"):
+                received += await party.receive()
+    assert got == [b"data"]
+    assert received.strip(b"x") == b"answer"
+    server.close()
+    party.close()
+
+
+async def test_a_socket_into_which_tls_has_spoken_on_is_not_given_back(site: Site, tmp_path: Path) -> None:
+    """OpenSSL answers a request for a KeyUpdate when it reads the next one, even after our close_notify."""
+    keylog = tmp_path / "keys"
+    async with server_and_party(site, keylog=keylog) as (server, party):
+        forge = RecordForge(party.tls, keylog)
+        await server.send_eof()
+        await party.send_raw(forge.key_update(request=True) + forge.key_update() + forge.close_notify())
+        assert await server.receive_some() == b""
+        with pytest.raises(RemoteProtocolError, match="KeyUpdate"):
+            server.detach()
+
+
+@pytest.mark.parametrize("when", ["before", "after", "once after"])
+async def test_key_updates_that_are_not_answered_too_late_do_no_harm(site: Site, tmp_path: Path, when: str) -> None:
+    """Asked for before our close_notify, or not asked for, or only once: the socket's first byte is a raw one."""
+    keylog = tmp_path / "keys"
+    async with server_and_party(site, keylog=keylog) as (server, party):
+        forge = RecordForge(party.tls, keylog)
+        if when == "before":
+            await party.send_raw(forge.key_update(request=True) + forge.record(b"data"))
+            assert await server.receive_some() == b"data"
+        await server.send_all(b"last")
+        await server.send_eof()
+        updates = b"" if when == "before" else forge.key_update(request=when == "once after")
+        if when == "after":
+            updates += forge.key_update()
+        await party.send_raw(updates + forge.close_notify())
+        assert await server.receive_some() == b""
+        with server.detach() as sock:
+            sock.send(b"raw")
+            assert await party.receive() == b"last"
+            await party.read_to_close_notify()
+            assert party.leftover in (b"", b"raw")
+            assert party.leftover or await party.receive_raw() == b"raw"
+
+
+async def test_empty_records_are_borne_a_few_times_and_then_refused(site: Site, tmp_path: Path) -> None:
+    """TESTPLAN 19."""
+    keylog = tmp_path / "keys"
+    async with server_and_party(site, keylog=keylog) as (server, party):
+        forge = RecordForge(party.tls, keylog)
+        await party.send_raw(b"".join(forge.record(b"") for _ in range(30)) + forge.record(b"data"))
+        assert await server.receive_some() == b"data"
+        await party.send_raw(b"".join(forge.record(b"") for _ in range(1000)))
+        with pytest.raises(RemoteProtocolError):
+            await server.receive_some()
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"\x04\x00\x00\x15" + bytes(21), HANDSHAKE),
+        (b"\x01\x00\x00\x02\x03\x03", HANDSHAKE),
+        (b"\x18\x00\x00\x01\x07", HANDSHAKE),
+        (b"\x02\x28", ALERT),
+        (b"\x01\x5a" * 100, ALERT),
+        (b"\x01", 20),
+    ],
+    ids=["ticket", "ClientHello", "odd KeyUpdate", "fatal alert", "warnings", "CCS"],
+)
+async def test_records_that_no_client_may_send_now_are_refused(
+    site: Site, tmp_path: Path, content: bytes, kind: int
+) -> None:
+    """TESTPLAN 19: tickets from the client, a renegotiation, and the like."""
+    keylog = tmp_path / "keys"
+    async with server_and_party(site, keylog=keylog) as (server, party):
+        await party.send_raw(RecordForge(party.tls, keylog).record(content, kind))
+        with pytest.raises(RemoteProtocolError):
+            await server.receive_some()
+
+
+async def test_padding_is_not_data(site: Site, tmp_path: Path) -> None:
+    keylog = tmp_path / "keys"
+    async with server_and_party(site, keylog=keylog) as (server, party):
+        forge = RecordForge(party.tls, keylog)
+        await party.send_raw(forge.record(b"x", padding=16000) + forge.record(CLOSE_NOTIFY, ALERT, padding=16000))
+        assert await server.receive_some() == b"x"
+        assert await server.receive_some() == b""
+
+
+# --- neighbours ----------------------------------------------------------------------------------------------------
+
+
+def leave_an_error_in_the_queue() -> None:
+    """A certificate with the name of our CA as issuer and another's signature: OpenSSL notes more than it returns."""
+    authority, forger = Authority.create("one name"), ec.generate_private_key(ec.SECP256R1())
+    name = authority.certificate.subject
+    leaf = (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([]))
+        .issuer_name(name)
+        .public_key(forger.public_key())
+        .serial_number(1)
+        .not_valid_before(authority.certificate.not_valid_before_utc)
+        .not_valid_after(authority.certificate.not_valid_after_utc)
+        .sign(forger, SHA256())
+    )
+    store = crypto.X509Store()
+    store.add_cert(crypto.X509.from_cryptography(authority.certificate))
+    with pytest.raises(crypto.X509StoreContextError, match="signature failure"):
+        crypto.X509StoreContext(store, crypto.X509.from_cryptography(leaf)).verify_certificate()
+
+
+async def test_the_fault_of_one_connection_is_not_found_in_another(site: Site) -> None:
+    """OpenSSL's error queue is the thread's: what a failed verification left there must not end a healthy leg."""
+    async with server_and_party(site) as (server, party):
+        got: list[bytes] = []
+
+        async def read() -> None:
+            got.append(await server.receive_some())
+
+        leave_an_error_in_the_queue()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read)
+            await trio.testing.wait_all_tasks_blocked()
+            leave_an_error_in_the_queue()
+            await party.send(b"data")
+        assert got == [b"data"]
+        leave_an_error_in_the_queue()
+        await server.send_all(b"answer")
+        assert await party.receive() == b"answer"
+        leave_an_error_in_the_queue()
+        await server.send_eof()
+        assert await party.receive() == b""
+
+
+async def test_both_halves_of_a_broken_stream_say_that_it_broke(site: Site) -> None:
+    """Whichever half comes second is told by OpenSSL that there was an error, and not which; it is nobody's fault."""
+    for first, second in ((0, 1), (1, 0)):
+        async with server_and_party(site) as (server, party):
+            party.reset()
+            halves = (server.receive_some, partial(server.send_all, b"x"))
+            for half in (halves[first], halves[second]):
+                with pytest.raises(ConnectionBroken) as caught:
+                    await half()
+                assert not isinstance(caught.value, RemoteProtocolError | Truncated)
