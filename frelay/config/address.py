@@ -1,0 +1,139 @@
+"""Addresses and networks: read from text strictly, so that one text means one thing.
+
+The system's own readers are generous where a route file must not be. ``getaddrinfo`` takes ``127.1`` and
+``010.0.0.1`` for addresses that no person sees in them, an empty host for all of them, and ``ip_network`` takes
+``10.0.0.0/0.0.0.255`` for a mask. Here each of these is refused with the way to write what was meant, and what is
+accepted is brought to one canonical text, so that equal places compare equal.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from typing import Final
+
+__all__ = ["Address", "Network", "ip_of", "parse_address", "parse_network"]
+
+Network = IPv4Network | IPv6Network
+
+_HOST_AND_PORT: Final = re.compile(r"(?:\[(?P<inner>[^\[\]]*)\]|(?P<host>[^:\[\]]*)):(?P<port>[0-9]{1,5})\Z")
+_HOST_LABEL: Final = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?\Z")
+# getaddrinfo() reads "127.1", "0x7f.1" and "010.0.0.1" as IPv4 addresses, and not the ones that a person sees.
+_NUMERIC_LABEL: Final = re.compile(r"(?:[0-9]+|0x[0-9a-f]*)\Z")
+_MAX_HOST: Final = 253
+_SCOPE: Final = re.compile(r"[A-Za-z0-9._-]{1,15}\Z")  # an interface's name: IFNAMSIZ less its NUL
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Address:
+    """A host and a port; ``str()`` gives ``127.0.0.1:9001`` or ``[::1]:9001``.
+
+    ``host`` is an IP address in its canonical text, without brackets, or a host name in lower case. Port 0 means
+    any free port. :func:`parse_address` makes one from text and holds these rules; the class itself does not check.
+    """
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether it may overlap other addresses than its own: of any two different ones that do, one is wide."""
+        ip = ip_of(self.host)
+        return self.host == "localhost" if ip is None else ip.is_unspecified
+
+    def overlaps(self, other: Address) -> bool:
+        """Whether the kernel could not bind both: the same place, or a wildcard and a part of it.
+
+        ``0.0.0.0`` and ``[::]`` do not overlap, as frelay binds IPv6 sockets with IPV6_V6ONLY. Of a host name only
+        ``localhost`` is known here; any other name is taken to lie in reach of a wildcard.
+        """
+        if self.port != other.port or self.port == 0:
+            return False
+        if self.host == other.host:
+            return True
+        mine, theirs = ip_of(self.host), ip_of(other.host)
+        if mine is not None and theirs is not None:
+            return mine.version == theirs.version and (mine.is_unspecified or theirs.is_unspecified)
+        return _reaches(mine, other.host) or _reaches(theirs, self.host)
+
+
+def _reaches(address: IPv4Address | IPv6Address | None, name: str) -> bool:
+    """Whether binding ``address`` takes a place that the host ``name`` (not an address) stands for."""
+    if address is None:
+        return False
+    return address.is_unspecified or (name == "localhost" and str(address) in ("127.0.0.1", "::1"))
+
+
+def ip_of(host: str) -> IPv4Address | IPv6Address | None:
+    """The IP address that ``host`` is the text of, or None for a host name."""
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None
+
+
+def parse_address(text: str) -> Address:
+    """Read ``HOST:PORT``: an IPv4 address, an IPv6 address in brackets, or a host name; port 0 to 65535.
+
+    Raises:
+        ValueError: says what is wrong with ``text`` and how to write it.
+    """
+    found = _HOST_AND_PORT.match(text)
+    if found is None:
+        if text.count(":") > 1 and "[" not in text:
+            raise ValueError(f"{text!r}: an IPv6 address stands in brackets, as in [::1]:9001")
+        raise ValueError(f"{text!r} is not an address: write HOST:PORT, as in 127.0.0.1:9001 or [::1]:9001")
+    port = int(found["port"])
+    if port > 65535:
+        raise ValueError(f"{text!r}: a port is at most 65535")
+    if found["inner"] is not None:
+        return Address(_ipv6_text(text, found["inner"]), port)
+    host = found["host"].lower()
+    if host in ("", "*"):
+        raise ValueError(
+            f"{text!r} names no host: write 0.0.0.0:{port} for every IPv4 address, [::]:{port} for every IPv6 one"
+        )
+    labels = host.removesuffix(".").split(".")
+    if _NUMERIC_LABEL.match(labels[-1]):
+        try:
+            return Address(str(IPv4Address(host)), port)
+        except ValueError:
+            raise ValueError(f"{text!r}: {host!r} is not an IPv4 address") from None
+    if len(host) > _MAX_HOST or not all(_HOST_LABEL.match(label) for label in labels):
+        raise ValueError(f"{text!r}: {host!r} is neither an IP address nor a host name")
+    return Address(host, port)
+
+
+def _ipv6_text(text: str, inner: str) -> str:
+    try:
+        address = IPv6Address(inner)
+    except ValueError:
+        raise ValueError(f"{text!r}: {inner!r} is not an IPv6 address") from None
+    if address.scope_id is not None and not _SCOPE.match(address.scope_id):
+        raise ValueError(f"{text!r}: {address.scope_id!r} is not the name of a network interface")
+    return str(address)
+
+
+def parse_network(text: str) -> Network:
+    """Read ``ADDRESS/BITS`` or a single address, as for ``allow_from``.
+
+    Raises:
+        ValueError: says what is wrong with ``text`` and how to write it.
+    """
+    base, slash, bits = text.partition("/")
+    # ip_network() would also read 10.0.0.0/0.0.0.255, where a typing error opens far more than it shows.
+    if "%" in base or (slash and not (bits.isascii() and bits.isdigit())):
+        raise ValueError(f"{text!r} is not a network: write ADDRESS/BITS, as in 10.0.0.0/8")
+    try:
+        network = ipaddress.ip_network(text, strict=False)
+        address = ipaddress.ip_address(base)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a network: write ADDRESS/BITS, as in 10.0.0.0/8") from None
+    if address != network.network_address:
+        raise ValueError(f"{text!r} has bits set beyond its prefix: write {network} if the whole of it is meant")
+    return network

@@ -1,0 +1,273 @@
+"""What a configuration is, as frozen types, with every default in one place.
+
+The *sections* (:class:`Limits`, :class:`TlsSection` and so on) have the shape of the file, one class a table; unknown
+keys are refused. :class:`RouteTable` is one ``[[route]]`` as written. :class:`Route` and :class:`Config` are what the
+rest of frelay works with: groups are expanded, limits are the effective ones of that route, paths are absolute.
+
+``values`` says how a single value is read, ``config/relay.toml`` what each key is for. Durations are seconds (float),
+sizes and counts are ints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator
+
+from frelay.config.address import Address, Network, parse_address, parse_network
+from frelay.config.values import (
+    Count,
+    Dial,
+    Duration,
+    File,
+    InnerTls,
+    KeepAlive,
+    Listen,
+    Name,
+    Networks,
+    Party,
+    PartyValue,
+    SelectorList,
+    Surroundings,
+    UnixOrAddress,
+    UserTimeout,
+    Workers,
+    is_name,
+)
+from frelay.protocol.identity import Selector
+
+__all__ = [
+    "Address",
+    "AdminSection",
+    "Config",
+    "Dial",
+    "GroupTable",
+    "HandOff",
+    "Limits",
+    "MetricsSection",
+    "Network",
+    "Outer",
+    "Party",
+    "RelaySection",
+    "Route",
+    "RouteLimits",
+    "RouteTable",
+    "Section",
+    "Surroundings",
+    "TcpSection",
+    "TlsSection",
+    "is_name",
+    "parse_address",
+    "parse_network",
+]
+
+
+# --- sections --------------------------------------------------------------------------------------------------
+
+
+class Section(BaseModel):
+    """A frozen table of the route file; unknown keys and near-miss types are refused."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, validate_default=True, hide_input_in_errors=True
+    )
+
+
+class RelaySection(Section):
+    """``[relay]``; ``drain_timeout`` in seconds, ``routes_dir`` absolute (by default ``routes.d`` beside the file)."""
+
+    name: Name = "relay-1"
+    routes_dir: File | None = None
+    drain_timeout: Duration = 30
+    workers: Workers = 1
+
+
+class TlsSection(Section):
+    """``[tls]``: absolute paths only; existence, mode and content are judged where they are read, in ``tls/``."""
+
+    certificate: File
+    private_key: File
+    client_ca: File
+    crl: File | None = None
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        for name, value in super().__repr_args__():
+            yield name, "***" if name == "private_key" else value
+
+
+class RouteLimits(Section):
+    """The limits that a route may set for itself; durations in seconds. A :class:`Route` holds its effective ones."""
+
+    wait_timeout: Duration = 60
+    half_close_timeout: Duration = 60
+    idle_timeout: Duration = 3600
+    stall_timeout: Duration = 120
+    max_waiting_per_party: Count = 16
+    max_pairings: Count = 1024
+
+
+class Limits(RouteLimits):
+    """``[limits]``: those of :class:`RouteLimits` as defaults for every route, and those of the whole relay."""
+
+    handshake_timeout: Duration = 10
+    join_timeout: Duration = 5
+    handoff_timeout: Duration = 5
+    ping_interval: Duration = 15
+    pong_timeout: Duration = 10
+    max_lifetime: Duration = 86400
+    max_pre_auth: Count = 256
+    max_pre_auth_per_ip: Count = 32
+    fd_budget: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.8
+
+    def for_route(self, overrides: Mapping[str, object]) -> RouteLimits:
+        """The effective limits of a route that sets ``overrides``."""
+        own = {name: getattr(self, name) for name in RouteLimits.model_fields}
+        return RouteLimits.model_validate({**own, **overrides})
+
+
+class TcpSection(Section):
+    """``[tcp]``: ``keepalive`` is (idle seconds, interval seconds, count), ``user_timeout`` is in seconds."""
+
+    keepalive: KeepAlive = (30, 10, 3)
+    user_timeout: UserTimeout = 120
+    nodelay: bool = True
+
+
+class AdminSection(Section):
+    """``[admin]``: ``listen`` is ``unix:PATH`` (absolute) or ``HOST:PORT``, ``allow`` who may call the latter."""
+
+    listen: UnixOrAddress = "unix:frelay.sock"
+    allow: SelectorList = ()
+
+    @property
+    def socket_path(self) -> Path | None:
+        """The Unix socket's path, or None where the API listens on TCP."""
+        return Path(self.listen.removeprefix("unix:")) if self.listen.startswith("unix:") else None
+
+    @property
+    def address(self) -> Address | None:
+        """The TCP address, or None where the API listens on a Unix socket."""
+        return None if self.listen.startswith("unix:") else parse_address(self.listen)
+
+
+class MetricsSection(Section):
+    """``[metrics]``."""
+
+    listen: Listen = Address("127.0.0.1", 9464)
+
+
+class GroupTable(Section):
+    """One ``[[group]]``."""
+
+    name: Name
+    parties: SelectorList
+
+
+# --- routes ----------------------------------------------------------------------------------------------------
+
+Outer = Literal["mtls", "none"]
+HandOff = Literal["close-notify", "hello"]
+
+_HELLO_SETTLE: Final = 0.2  # seconds
+_TICKET_TIMEOUT: Final = 10.0  # seconds
+
+
+class RouteTable(RouteLimits):
+    """One ``[[route]]`` as written, limits inherited only where it does not set them. See :meth:`effective`."""
+
+    name: Name
+    listen: Listen
+    func1: PartyValue = ()
+    func2: PartyValue = ()
+    outer: Outer = "mtls"
+    allow_from: Networks = ()
+    handoff: HandOff = "close-notify"
+    require_inner_tls: InnerTls = True
+    hello_settle: Duration = _HELLO_SETTLE
+    ticket_timeout: Duration = _TICKET_TIMEOUT
+
+    def effective(self, limits: Limits, source: Path) -> Route:
+        """This route with the limits that hold for it, and the file that it stands in."""
+        own = {name: getattr(self, name) for name in RouteLimits.model_fields if name in self.model_fields_set}
+        return Route(
+            name=self.name,
+            listen=self.listen,
+            func1=self.func1,
+            func2=self.func2,
+            outer=self.outer,
+            allow_from=self.allow_from,
+            handoff=self.handoff,
+            require_inner_tls=self.require_inner_tls,
+            hello_settle=self.hello_settle,
+            ticket_timeout=self.ticket_timeout,
+            limits=limits.for_route(own),
+            source=source,
+        )
+
+
+class Route(Section):
+    """A route as the relay runs it: groups expanded, limits effective, durations in seconds.
+
+    ``func1`` and ``func2`` are selectors (any of them), or at most one of the two is a :class:`Dial`; both are
+    empty exactly where ``outer`` is "none", and there ``allow_from`` is not. ``source`` is the file it stands in.
+    These rules are held by ``load``, which can say where they are broken; the class does not check them again.
+    """
+
+    name: Name
+    listen: Listen
+    func1: PartyValue
+    func2: PartyValue
+    outer: Outer = "mtls"
+    allow_from: Networks = ()
+    handoff: HandOff = "close-notify"
+    require_inner_tls: InnerTls = True
+    hello_settle: Duration = _HELLO_SETTLE
+    ticket_timeout: Duration = _TICKET_TIMEOUT
+    limits: RouteLimits = RouteLimits()
+    source: Path
+
+
+# --- the whole -------------------------------------------------------------------------------------------------
+
+
+def _frozen_mapping(value: Mapping[str, tuple[Selector, ...]]) -> Mapping[str, tuple[Selector, ...]]:
+    return MappingProxyType(dict(value))
+
+
+class Config(Section):
+    """A whole configuration, without a contradiction in it; all paths are absolute.
+
+    ``admin`` and ``metrics`` are None where the file has no such section. ``files`` are those that were read: the
+    route file, then the files of ``routes_dir`` in the order of their names.
+    """
+
+    path: Path
+    relay: RelaySection = RelaySection()
+    tls: TlsSection | None = None
+    limits: Limits = Limits()
+    tcp: TcpSection = TcpSection()
+    admin: AdminSection | None = None
+    metrics: MetricsSection | None = None
+    groups: Annotated[Mapping[str, tuple[Selector, ...]], PlainValidator(_frozen_mapping)] = Field(default_factory=dict)
+    routes: tuple[Route, ...] = ()
+    files: tuple[Path, ...] = ()
+
+    @property
+    def routes_by_name(self) -> Mapping[str, Route]:
+        """The routes by their names."""
+        return MappingProxyType({route.name: route for route in self.routes})
+
+    @property
+    def watched_files(self) -> tuple[Path, ...]:
+        """Every path whose change asks for a reload; ``routes_dir`` itself stands for the files in it."""
+        paths = [self.path, *self.files]
+        if self.relay.routes_dir is not None:
+            paths.append(self.relay.routes_dir)
+        if self.tls is not None:
+            paths += [self.tls.certificate, self.tls.private_key, self.tls.client_ca]
+            if self.tls.crl is not None:
+                paths.append(self.tls.crl)
+        return tuple(dict.fromkeys(paths))

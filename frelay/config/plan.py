@@ -1,0 +1,180 @@
+"""What a reload has to do: (running configuration, new configuration) to a :class:`Plan`. Pure, no I/O.
+
+A reload must not touch what did not change, so routes are compared by name, and a difference is one of two kinds.
+*Wiring* (where a route listens, who its parties are, how they are let in and handed off) decides who may meet; legs
+that wait were admitted under the old one, so a route whose wiring changes is replaced. *Limits* only bound what
+happens, so the route is kept, and its new limits hold for new legs and pairings.
+
+Listening sockets are planned apart from routes, since they outlive them: several routes share one, and a replaced
+route that stays at its address keeps its socket, with whatever callers queue in it. A socket's identity is
+:func:`listener_key`: its address, or, as port 0 means "any free one" and each such route has its own, its address and
+the route's name.
+
+Lists that mean "any of them" are compared as sets: another order is no change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from frelay.config.model import Address, Config, Route, RouteLimits, Section
+
+__all__ = ["Add", "Keep", "ListenerKey", "Plan", "Remove", "Replace", "listener_key", "plan"]
+
+_WIRING: Final = ("listen", "func1", "func2", "outer", "allow_from", "handoff", "require_inner_tls")
+_TIMINGS: Final = ("hello_settle", "ticket_timeout")
+
+# The relay's name is in every bound logger, processes are started once, and so are the two HTTP servers.
+_RESTART_ONLY: Final = frozenset({"relay.name", "relay.workers", "admin", "admin.listen", "metrics", "metrics.listen"})
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ListenerKey:
+    """What identifies a listening socket; ``route`` is None unless the port is 0."""
+
+    address: Address
+    route: str | None = None
+
+    def __str__(self) -> str:
+        return str(self.address) if self.route is None else f"{self.address} (route {self.route})"
+
+
+def listener_key(route: Route) -> ListenerKey:
+    """The listening socket that ``route`` is reached at."""
+    return ListenerKey(route.listen, route.name if route.listen.port == 0 else None)
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """A route that stays; ``changed`` names the limits that differ, which hold for new legs and pairings only."""
+
+    route: Route
+    changed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Add:
+    """A route that is new."""
+
+    route: Route
+
+
+@dataclass(frozen=True, slots=True)
+class Remove:
+    """A route that is gone."""
+
+    route: Route
+
+
+@dataclass(frozen=True, slots=True)
+class Replace:
+    """A route of the same name with other wiring; ``changed`` names all keys that differ."""
+
+    old: Route
+    new: Route
+    changed: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What changes, and what does not. Routes and settings stand in the order of the new configuration.
+
+    ``bind`` are listening sockets to open before anything is given up, ``close`` those to close after that.
+    ``settings`` names the other settings that differ and take effect with the reload, such as
+    ``limits.handshake_timeout``; ``restart_only`` names those that do not. A section that came or went stands there
+    as a whole, by its name.
+    """
+
+    keep: tuple[Keep, ...] = ()
+    add: tuple[Add, ...] = ()
+    remove: tuple[Remove, ...] = ()
+    replace: tuple[Replace, ...] = ()
+    bind: frozenset[ListenerKey] = frozenset()
+    close: frozenset[ListenerKey] = frozenset()
+    settings: tuple[str, ...] = ()
+    restart_only: tuple[str, ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether both configurations say the same; the certificates that they name may still have new content."""
+        changes_routes = self.add or self.remove or self.replace or any(kept.changed for kept in self.keep)
+        return not (changes_routes or self.settings or self.restart_only)
+
+    @property
+    def clashes(self) -> tuple[tuple[ListenerKey, ListenerKey], ...]:
+        """Pairs of a socket to bind and a socket to close, where the kernel gives the first only after the second.
+
+        An example is a route that goes from 127.0.0.1:9001 to 0.0.0.0:9001: to bind before letting go, as for every
+        other change, fails here with "address already in use".
+        """
+        return tuple(
+            (new, old)
+            for new in sorted(self.bind, key=str)
+            for old in sorted(self.close, key=str)
+            if new.address.overlaps(old.address)
+        )
+
+
+def plan(old: Config | None, new: Config) -> Plan:
+    """How to get from ``old``, or from nothing at the start, to ``new``."""
+    before = {} if old is None else old.routes_by_name
+    after = new.routes_by_name
+    keep: list[Keep] = []
+    add: list[Add] = []
+    replace: list[Replace] = []
+    for route in new.routes:
+        running = before.get(route.name)
+        if running is None:
+            add.append(Add(route))
+            continue
+        wiring, limits = _changed_wiring(running, route), _changed_limits(running, route)
+        if wiring:
+            replace.append(Replace(running, route, wiring + limits))
+        else:
+            keep.append(Keep(route, limits))
+    bound = {listener_key(route) for route in before.values()}
+    wanted = {listener_key(route) for route in new.routes}
+    changed = () if old is None else _changed_settings(old, new)
+    return Plan(
+        keep=tuple(keep),
+        add=tuple(add),
+        remove=tuple(Remove(route) for route in before.values() if route.name not in after),
+        replace=tuple(replace),
+        bind=frozenset(wanted - bound),
+        close=frozenset(bound - wanted),
+        settings=tuple(name for name in changed if name not in _RESTART_ONLY),
+        restart_only=tuple(name for name in changed if name in _RESTART_ONLY),
+    )
+
+
+def _changed_wiring(old: Route, new: Route) -> tuple[str, ...]:
+    return tuple(key for key in _WIRING if _meaning(getattr(old, key)) != _meaning(getattr(new, key)))
+
+
+def _meaning(value: object) -> object:
+    return frozenset(value) if isinstance(value, tuple) else value
+
+
+def _changed_limits(old: Route, new: Route) -> tuple[str, ...]:
+    limits = _differing(old.limits, new.limits, RouteLimits.model_fields)
+    return (*limits, *_differing(old, new, _TIMINGS))
+
+
+def _changed_settings(old: Config, new: Config) -> tuple[str, ...]:
+    """All that differs outside routes; groups and the limits of routes are part of the routes that they hold for."""
+    changed: list[str] = []
+    for name in ("relay", "tls", "limits", "tcp", "admin", "metrics"):
+        was: Section | None = getattr(old, name)
+        now: Section | None = getattr(new, name)
+        if was is None or now is None:
+            changed += [name] if was is not now else []
+            continue
+        keys = [key for key in type(now).model_fields if key not in RouteLimits.model_fields]
+        changed += [f"{name}.{key}" for key in _differing(was, now, keys)]
+    return tuple(changed)
+
+
+def _differing(old: object, new: object, keys: Iterable[str]) -> tuple[str, ...]:
+    return tuple(key for key in keys if getattr(old, key) != getattr(new, key))

@@ -1,0 +1,282 @@
+"""How each kind of value in a route file is read: text to a typed, checked, immutable object.
+
+Every type at the end of this module is what a field of a section is declared with. They are strict: ``"10"`` is not
+10 and ``true`` is not 1. Errors are written for whoever wrote the file; they say what to write instead, and never
+repeat what might be a secret.
+
+A value whose meaning depends on its surroundings (a path needs the directory of its file, ``group:NAME`` needs the
+groups) gets them as pydantic's validation context, a :class:`Surroundings`. Without it, as when a section is built by
+hand, paths stay as they are and no group can be named.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from ipaddress import IPv4Network, IPv6Network
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, TypeGuard
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    TypeAdapter,
+    ValidationInfo,
+)
+
+from frelay.config.address import Address, Network, ip_of, parse_address, parse_network
+from frelay.protocol.identity import Selector, parse_selector
+
+__all__ = [
+    "Count",
+    "Dial",
+    "Duration",
+    "File",
+    "InnerTls",
+    "KeepAlive",
+    "Listen",
+    "Name",
+    "Networks",
+    "Party",
+    "PartyValue",
+    "SelectorList",
+    "Surroundings",
+    "UnixOrAddress",
+    "UserTimeout",
+    "Workers",
+    "is_name",
+]
+
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
+_MAX_UNIX_PATH: Final = 107  # sun_path of unix(7), less its NUL
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a value's meaning depends on: the directory that paths start from, and the groups by name.
+
+    ``groups`` is None where no group may be named, as inside a group.
+    """
+
+    base: Path
+    groups: Mapping[str, tuple[Selector, ...]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Dial:
+    """A party that is a place: the relay calls it when the other party arrives. The port is 1 to 65535."""
+
+    address: Address
+
+    def __str__(self) -> str:
+        return f"dial {self.address}"
+
+
+Party = tuple[Selector, ...] | Dial
+
+
+def is_name(value: object) -> TypeGuard[str]:
+    """Whether ``value`` may name a route, a group or a relay."""
+    return isinstance(value, str) and _NAME.match(value) is not None
+
+
+# --- text ------------------------------------------------------------------------------------------------------
+
+
+def _surroundings(info: ValidationInfo) -> Surroundings | None:
+    return info.context if isinstance(info.context, Surroundings) else None
+
+
+def _text(value: object, form: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"must be text: {form}")
+    return value
+
+
+def _name(value: object) -> str:
+    if not is_name(value):
+        raise ValueError(
+            "must begin with a letter or digit and have at most 63 of A-Z a-z 0-9 '.' '_' '-', since it is also a "
+            "file name, a metric label and a TLS server name"
+        )
+    return value
+
+
+def _path(value: object, info: ValidationInfo) -> Path:
+    if isinstance(value, Path):
+        return value
+    text = _text(value, "a path, from the directory of this file on")
+    if "-----BEGIN" in text:
+        # Whoever pastes a key must not find it again in an error message or a log.
+        raise ValueError("is PEM text: put it into a file of its own and name that file here")
+    if not text or "\0" in text or "\n" in text:
+        raise ValueError("is not a path")
+    around = _surroundings(info)
+    return Path(text) if around is None else around.base / text
+
+
+def _unix_or_address(value: object, info: ValidationInfo) -> str:
+    text = _text(value, '"unix:PATH" or "HOST:PORT"')
+    if not text.startswith("unix:"):
+        return str(parse_address(text))
+    path = str(_path(text.removeprefix("unix:"), info))
+    if len(path.encode(errors="surrogateescape")) > _MAX_UNIX_PATH:
+        raise ValueError(f"a Unix socket's path has at most {_MAX_UNIX_PATH} bytes, which this has not: {path}")
+    return f"unix:{path}"
+
+
+def _address(value: object) -> Address:
+    return value if isinstance(value, Address) else parse_address(_text(value, "HOST:PORT"))
+
+
+def _dial(value: object) -> Dial:
+    address = parse_address(_text(value, "HOST:PORT"))
+    host = ip_of(address.host)
+    if address.port == 0 or (host is not None and host.is_unspecified):
+        raise ValueError(f"{value!r} cannot be dialled: name one host, and a port from 1 to 65535")
+    return Dial(address)
+
+
+# --- parties and networks --------------------------------------------------------------------------------------
+
+
+def _selectors(value: object, info: ValidationInfo) -> tuple[Selector, ...]:
+    """What one text stands for: a selector, or ``group:NAME`` for all of that group's."""
+    text = _text(value, "dns:NAME, uri:URI, spki:sha256:HEX or group:NAME")
+    if not text.startswith("group:"):
+        return (parse_selector(text),)
+    around = _surroundings(info)
+    groups = None if around is None else around.groups
+    if groups is None:
+        raise ValueError(f"{text!r}: a group cannot be named here, only the selectors themselves")
+    name = text.removeprefix("group:")
+    if name not in groups:
+        known = ", ".join(sorted(groups)) or "none"
+        raise ValueError(f"there is no group {name!r}; groups in this configuration: {known}")
+    return groups[name]
+
+
+def _one_or_more(value: object) -> object:
+    if not isinstance(value, list):
+        raise ValueError("must be a selector such as dns:NAME, or a list of them")
+    if not value:
+        raise ValueError("is an empty list, which lets nobody in: name at least one selector")
+    return tuple(value)
+
+
+def _flat(value: tuple[tuple[Selector, ...], ...]) -> tuple[Selector, ...]:
+    return tuple(dict.fromkeys(selector for part in value for selector in part))
+
+
+class _DialTable(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    dial: Annotated[Dial, PlainValidator(_dial)]
+
+
+_SELECTORS: Final[TypeAdapter[tuple[Any, ...]]] = TypeAdapter(
+    Annotated[
+        tuple[Annotated[tuple[Selector, ...], PlainValidator(_selectors)], ...],
+        BeforeValidator(_one_or_more),
+        AfterValidator(_flat),
+    ]
+)
+
+
+def _selector_list(value: object, info: ValidationInfo) -> tuple[Selector, ...]:
+    if isinstance(value, tuple) and all(isinstance(selector, Selector) for selector in value):
+        return value  # made in Python; TOML has lists
+    if isinstance(value, str):
+        return _selectors(value, info)
+    # A ValidationError raised in here keeps its own places ("[2]"), put after the key that this value stands at.
+    return _SELECTORS.validate_python(value, context=info.context)
+
+
+def _party(value: object, info: ValidationInfo) -> Party:
+    if isinstance(value, Dial):
+        return value
+    if isinstance(value, dict):
+        return _DialTable.model_validate(value).dial
+    return _selector_list(value, info)
+
+
+def _networks(value: object) -> tuple[Network, ...]:
+    return _NETWORKS.validate_python(value)
+
+
+def _network(value: object) -> Network:
+    if isinstance(value, (IPv4Network, IPv6Network)):
+        return value
+    return parse_network(_text(value, "a network such as 10.0.0.0/8"))
+
+
+def _network_tuple(value: object) -> object:
+    if isinstance(value, (list, tuple)):
+        return tuple(value)
+    raise ValueError('must be a list of networks, as in ["10.0.0.0/8"]')
+
+
+_NETWORKS: Final[TypeAdapter[tuple[Network, ...]]] = TypeAdapter(
+    Annotated[
+        tuple[Annotated[Network, PlainValidator(_network)], ...],
+        BeforeValidator(_network_tuple),
+    ]
+)
+
+
+# --- single choices --------------------------------------------------------------------------------------------
+
+
+def _inner_tls(value: object) -> bool | Literal["always"]:
+    if value is True or value is False:
+        return value
+    if value == "always":
+        return "always"
+    raise ValueError('must be true, false or "always"')
+
+
+def _workers(value: object) -> int | Literal["auto"]:
+    if value != "auto" and (type(value) is not int or value < 1):
+        raise ValueError('must be a whole number from 1 up, or "auto"')
+    if value != 1:
+        raise ValueError("several workers are not in this version: set 1")
+    return 1
+
+
+def _triple(value: object) -> object:
+    if isinstance(value, (list, tuple)) and len(value) == 3:
+        return tuple(value)
+    raise ValueError("must be a list of three whole numbers: idle seconds, interval seconds, count")
+
+
+# --- the types -------------------------------------------------------------------------------------------------
+
+# Seconds. TOML has no duration, and a unit in the text would be a second notation to learn.
+Duration = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# The bound only keeps out what no machine has; beyond 4,300 digits Python refuses even to print an int.
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Name = Annotated[str, PlainValidator(_name)]
+File = Annotated[Path, PlainValidator(_path)]
+Listen = Annotated[Address, PlainValidator(_address)]
+SelectorList = Annotated[tuple[Selector, ...], PlainValidator(_selector_list)]
+PartyValue = Annotated[Party, PlainValidator(_party)]
+Networks = Annotated[tuple[Network, ...], PlainValidator(_networks)]
+InnerTls = Annotated[bool | Literal["always"], PlainValidator(_inner_tls)]
+Workers = Annotated[int | Literal["auto"], PlainValidator(_workers)]
+UnixOrAddress = Annotated[str, PlainValidator(_unix_or_address)]
+# The kernel takes an int of milliseconds, and reads 0 as "its own default".
+UserTimeout = Annotated[float, Field(ge=0.001, le=2_147_483, allow_inf_nan=False)]
+# The bounds are Linux's, include/net/tcp.h: MAX_TCP_KEEPIDLE, MAX_TCP_KEEPINTVL, MAX_TCP_KEEPCNT.
+KeepAlive = Annotated[
+    tuple[
+        Annotated[int, Field(ge=1, le=32767)],
+        Annotated[int, Field(ge=1, le=32767)],
+        Annotated[int, Field(ge=1, le=127)],
+    ],
+    BeforeValidator(_triple),
+]
