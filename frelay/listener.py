@@ -1,0 +1,123 @@
+"""A listener: one address, its accept loop, and a task for each connection that comes in.
+
+The loop must outlive everything that comes through it. So a slot is taken before ``accept`` (strangers over the limit
+wait in the kernel), a connection's own fault ends that connection's task and nothing else, and when descriptors run out
+the loop pauses and tries again, rather than spinning on a readiness that cannot be served.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import structlog
+import trio
+
+from frelay.admission import Admission, Slot
+from frelay.config.model import Address
+from frelay.reception import Door, receive
+from frelay.sockets import accept, bind, close, format_address
+
+__all__ = ["Listener"]
+
+_PAUSE: Final = 0.1
+# EAGAIN: somebody else was quicker. The others, after accept(2): that connection died while it queued, or a firewall
+# forbids it, which is its own business.
+_NOT_THIS_ONE: Final = frozenset(
+    {
+        errno.EAGAIN,
+        errno.ECONNABORTED,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+        errno.ENONET,
+        errno.ENOPROTOOPT,
+        errno.EOPNOTSUPP,
+        errno.EPERM,
+        errno.EPROTO,
+        errno.ETIMEDOUT,
+    }
+)
+# Legs that are being told good-bye get this long before their listener's scope ends.
+_GOODBYE: Final = 3.5
+
+
+class Listener:
+    """One bound address. Bind with :meth:`open`; then give :meth:`serve` a task, which ends by :meth:`stop`."""
+
+    def __init__(self, address: Address, sockets: Sequence[socket.socket]) -> None:
+        self.address: Final = address
+        self._sockets: Final = tuple(sockets)
+        self._accepting: Final = trio.CancelScope()
+        self._log: Any = structlog.get_logger("frelay.listener").bind(listen=str(address))
+
+    @classmethod
+    def open(cls, address: Address) -> Listener:
+        """Bind and listen; raises OSError with nothing left behind."""
+        return cls(address, bind(address))
+
+    @property
+    def bound(self) -> list[str]:
+        """The addresses that the sockets really have, ``host:port``; the port matters where 0 was asked for."""
+        return [format_address(sock.getsockname()[:2]) for sock in self._sockets]
+
+    def close(self) -> None:
+        """Give the address back. Idempotent."""
+        for sock in self._sockets:
+            close(sock)
+
+    def stop(self) -> None:
+        """Accept nothing more, give the address back at once, and let the legs that wait here be told why."""
+        self._accepting.cancel(reason="this listener was stopped")
+        self.close()
+
+    async def serve(self, door: Callable[[], Door], admission: Admission) -> None:
+        """Accept until :meth:`stop`; returns once the last unpaired leg has gone. ``door`` is asked per connection."""
+        try:
+            async with trio.open_nursery() as connections:
+                with self._accepting:
+                    async with trio.open_nursery() as loops:
+                        for sock in self._sockets:
+                            loops.start_soon(self._accept, sock, connections, door, admission)
+                connections.cancel_scope.deadline = trio.current_time() + _GOODBYE
+        finally:
+            self.close()
+
+    async def _accept(
+        self, sock: socket.socket, connections: trio.Nursery, door: Callable[[], Door], admission: Admission
+    ) -> None:
+        pausing = False
+        # Not `while True`: a drain on the heels of a reload stops a listener before this task's first step.
+        while sock.fileno() != -1:
+            try:
+                # Readable first: an idle listener must not sit on a slot, or 256 routes would use them all up.
+                await trio.lowlevel.wait_readable(sock)
+            except trio.ClosedResourceError:
+                return
+            slot = await admission.slot()
+            try:
+                connection, place = accept(sock)
+            except OSError as error:
+                slot.gone()
+                if sock.fileno() == -1:
+                    return  # stopped after the slot was given and before this task had its turn
+                if error.errno in _NOT_THIS_ONE:
+                    continue
+                # EMFILE, ENFILE, ENOBUFS, ENOMEM as a rule. Whatever it is, to raise it would end the whole relay.
+                if not pausing:
+                    self._log.error("cannot accept", reason=str(error), remedy="raise the descriptor limit")
+                pausing = True
+                await trio.sleep(_PAUSE)
+            else:
+                pausing = False
+                connections.start_soon(self._receive, connection, place, door(), slot)
+
+    async def _receive(self, sock: socket.socket, place: tuple[str, int], door: Door, slot: Slot) -> None:
+        try:
+            await receive(sock, place, door, slot)
+        except Exception:
+            # One leg's fault, ours even, must not end its neighbours.
+            self._log.exception("a bug in frelay ended this connection", address=format_address(place))

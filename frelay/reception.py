@@ -1,0 +1,363 @@
+"""The reception: what happens to one accepted connection until it is paired or gone.
+
+``accept`` > outer TLS > identity > JOIN > lobby. Each stage can only refuse or pass on, and all of it runs in the
+connection's own task under absolute deadlines: handshake_timeout from accept, join_timeout from the handshake, then
+what the leg may wait.
+
+What a stranger may learn is nothing: until a certificate is known to fit a route of this address, every refusal has
+the same code and the same sentence, whether the route asked for exists or not.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Awaitable, Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+import structlog
+import trio
+
+from frelay.admission import Slot
+from frelay.config.model import Limits, TcpSection
+from frelay.errors import ConnectionBroken, RemoteProtocolError
+from frelay.frameless import BareLeg, HelloLeg, PlainLeg
+from frelay.leg import LINGER_TIME, Departure, FramedLeg, Leg, TlsLeg
+from frelay.lobby import Taken, Withdrawn
+from frelay.pairing import Pairing
+from frelay.protocol.messages import Join, Mode, Refused, Waiting
+from frelay.route import Fit, LiveRoute
+from frelay.sockets import TlsFault, close, close_after_linger, format_address, tune
+from frelay.tickets import TICKET_LINE_LENGTH, TicketDesk, TicketOffice, parse_ticket_line
+from frelay.tls.context import ALPN, OuterTls, Rejection, VerifiedPeer, verified_peer
+from frelay.tls.stream import TlsStream
+
+__all__ = ["Door", "receive"]
+
+T = TypeVar("T")
+
+_STRANGER: Final = Refused("not-authorised", "this certificate is not admitted here")
+# The modes that this relay can give, best first: a raw leg costs it a tenth of a tunnelled one.
+_MODES: Final[tuple[Mode, ...]] = ("handoff", "ticket", "tunnel")
+# How much of a name that a party made up is repeated to it and to the log; a route's name has at most 63 characters.
+_SHOWN: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """What a connection meets behind a listener; made anew for each, so that a reload counts from the next one on."""
+
+    routes: Mapping[str, LiveRoute]
+    """The routes that share the listener's address, by name."""
+    limits: Limits
+    tcp: TcpSection
+    trust: OuterTls | None
+    start_pairing: Callable[[Pairing, LiveRoute], None]
+    """Gives a pairing the task that it runs in."""
+    listener: Hashable
+    """Which listener it is; a ticket is good at the one where it was issued."""
+    tickets: TicketOffice
+
+
+class _TurnedAway(Exception):
+    """A leg that is refused before it could come near a lobby."""
+
+    def __init__(self, refusal: Refused, why: str) -> None:
+        super().__init__(why)
+        self.refusal = refusal
+        self.why = why
+
+
+async def receive(sock: socket.socket, place: tuple[str, int], door: Door, slot: Slot) -> None:
+    """Look after one accepted connection; returns once it is paired, refused or gone.
+
+    Owns ``sock`` and ``slot`` until a pairing takes them over. Raises nothing but bugs and cancellations.
+    """
+    guest = _Guest(sock, place, door, slot)
+    try:
+        await guest.visit()
+    except (ConnectionBroken, OSError) as error:
+        guest.log.info("connection lost", reason=str(error))
+    finally:
+        if guest.is_given_away:
+            pass
+        elif guest.leg is None:
+            close(sock)
+            slot.gone()
+        elif not guest.leg.is_paired:
+            guest.leg.close()
+            slot.gone()
+
+
+class _Guest:
+    """One connection on its way through the reception."""
+
+    def __init__(self, sock: socket.socket, place: tuple[str, int], door: Door, slot: Slot) -> None:
+        self._sock = sock
+        self._place = place
+        self._address = format_address(place)
+        self._door = door
+        self._slot = slot
+        self._accepted_at = trio.current_time()
+        self.leg: Leg | None = None
+        self.is_given_away = False
+        """Whether somebody else owns the connection now, and closes it."""
+        self.log: Any = structlog.get_logger("frelay.reception").bind(address=self._address)
+
+    async def visit(self) -> None:
+        """Go through all the stages."""
+        too_many = self._slot.occupy(self._place[0])
+        if too_many is not None:
+            # Nothing was spoken yet, and TLS would have to be spoken to say no in it: the close has to do.
+            self.log.warning("refused", code="limit", reason=too_many)
+            return
+        tune(self._sock, self._door.tcp)
+        plain = next((route for route in self._door.routes.values() if route.config.outer == "none"), None)
+        if plain is not None:
+            await self._visit_plain(plain)
+        else:
+            await self._visit_tls()
+
+    # --- without outer TLS -------------------------------------------------------------------------------------
+
+    async def _visit_plain(self, route: LiveRoute) -> None:
+        if not route.admits_address(self._place[0]):
+            self.log.warning("refused", route=route.name, code="not-authorised", reason="address not in allow_from")
+            return
+        leg = PlainLeg(self._sock, route.party_by_arrival(), self._address)
+        await self._stay(leg, route)
+
+    # --- outer TLS ---------------------------------------------------------------------------------------------
+
+    async def _visit_tls(self) -> None:
+        door, trust = self._door, self._door.trust
+        if trust is None:
+            raise AssertionError("an mTLS route without [tls]; the configuration should not have loaded")
+        with trio.move_on_at(self._accepted_at + door.limits.handshake_timeout):
+            if await self._first_byte() == b"F":
+                # 0x16 opens a TLS handshake, F a ticket line.
+                await self._visit_with_ticket()
+                return
+        stream = TlsStream(self._sock, trust.context)
+        if not await self._shake_hands(stream):
+            return
+        connection = stream.connection
+        peer = verified_peer(connection, trust)
+        self.log = self.log.bind(certificate=peer.identity.describe())
+        server_name = (connection.get_servername() or b"").decode("ascii", "replace")
+        if connection.get_alpn_proto_negotiated() != ALPN:
+            await self._visit_frameless(stream, peer, server_name)
+            return
+        framed = self.leg = FramedLeg(stream, peer, self._address)
+        join = await self._hear(framed, framed.receive_join, "JOIN")
+        if join is not None:
+            await self._admit(framed, join, server_name)
+
+    async def _visit_frameless(self, stream: TlsStream, peer: VerifiedPeer, server_name: str) -> None:
+        hello = next((route for route in self._door.routes.values() if route.config.handoff == "hello"), None)
+        if hello is None:
+            bare = self.leg = BareLeg(stream, peer, self._address)
+            await self._admit(bare, None, server_name)
+            return
+        old = self.leg = HelloLeg(stream, peer, self._address, settle=hello.config.hello_settle)
+        if await self._hear(old, old.receive_line, "line") is not None:
+            await self._admit(old, None, server_name)
+
+    async def _hear(self, leg: TlsLeg, receive: Callable[[], Awaitable[T]], what: str) -> T | None:
+        """The first thing that a leg has to say, within join_timeout; None if it was refused for what it said."""
+        limit = self._door.limits.join_timeout
+        try:
+            with trio.fail_after(limit):
+                return await receive()
+        except trio.TooSlowError:
+            text = f"no {what} within {limit:g} s"
+        except RemoteProtocolError as error:
+            text = str(error)
+        await self._refuse(leg, Refused("protocol-error", text), text)
+        return None
+
+    # --- tickets -----------------------------------------------------------------------------------------------
+
+    async def _first_byte(self) -> bytes:
+        """The first byte of the connection, left in the kernel; ``b""`` at its end."""
+        while True:
+            try:
+                return self._sock.recv(1, socket.MSG_PEEK)
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(self._sock)
+
+    async def _visit_with_ticket(self) -> None:
+        """A second connection, on which a party brings its ticket; what is wrong with it gets no answer."""
+        line = b""
+        while len(line) < TICKET_LINE_LENGTH:
+            await trio.lowlevel.wait_readable(self._sock)
+            # Not a byte more than the line: what follows belongs to the functions.
+            data = self._sock.recv(TICKET_LINE_LENGTH - len(line))
+            if not data:
+                break
+            line += data
+        ticket = parse_ticket_line(line)
+        if ticket is None or not self._door.tickets.redeem(ticket, self._door.listener, self._sock, self._slot):
+            self.log.warning("refused", code="not-authorised", reason="no such ticket, or no longer")
+            return
+        self._slot.admitted()
+        self.is_given_away = True
+
+    async def _shake_hands(self, stream: TlsStream) -> bool:
+        deadline = self._accepted_at + self._door.limits.handshake_timeout
+        try:
+            with trio.move_on_at(deadline) as patience:
+                await stream.do_handshake()
+        except TlsFault as fault:
+            rejection = stream.connection.get_app_data()
+            if isinstance(rejection, Rejection):
+                self.log.warning("refused", code=rejection.code, reason=rejection.reason, certificate=rejection.subject)
+            else:
+                self.log.warning("refused", code="protocol-error", reason=f"TLS handshake: {fault}")
+            # The alert is written; an RST on unread input would destroy it under way.
+            await close_after_linger(self._sock, LINGER_TIME)
+            return False
+        if patience.cancelled_caught:
+            limit = self._door.limits.handshake_timeout
+            self.log.warning("refused", code="protocol-error", reason=f"no TLS handshake within {limit:g} s")
+            return False
+        return True
+
+    # --- identity and route ------------------------------------------------------------------------------------
+
+    async def _admit(self, leg: TlsLeg, join: Join | None, server_name: str) -> None:
+        try:
+            route, fit = self._choose(leg.peer, join, server_name)
+            leg.admit_as(fit.party, str(fit.name))
+            if join is not None:
+                leg.attempt, leg.wait, leg.mode = join.attempt, join.wait, _choose_mode(join)
+            if isinstance(leg, FramedLeg):
+                timeout = route.config.ticket_timeout
+                leg.ticket_desk = TicketDesk(self._door.tickets, self._door.listener, timeout)
+        except _TurnedAway as turned:
+            await self._refuse(leg, turned.refusal, turned.why)
+            return
+        await self._stay(leg, route)
+
+    def _choose(self, peer: VerifiedPeer | None, join: Join | None, server_name: str) -> tuple[LiveRoute, Fit]:
+        """The route that this leg is for, and the party that its certificate fits there; raises _TurnedAway."""
+        routes = self._door.routes
+        names = peer.identity.names if peer is not None else ()
+        asked = join.route if join is not None and join.route is not None else None
+        route: LiveRoute | None
+        if asked is not None:
+            route = routes.get(asked)
+        elif len(routes) == 1:
+            route = next(iter(routes.values()))
+        else:
+            route = _called_by(server_name, routes)
+        fits = [] if route is None else route.fits(names)
+        if route is None or not fits:
+            wanted_route = repr((asked or server_name)[:_SHOWN]) if asked or server_name else "no route"
+            if not any(other.fits(names) for other in routes.values()):
+                raise _TurnedAway(_STRANGER, f"asked for {wanted_route}, fits no route here")
+            # At home here, but not there: the answer is the same whether there is such a route or not, or the
+            # functions of one route could find out the names of all the others.
+            why = f"asked for {wanted_route}, " + ("which does not exist" if route is None else "which it does not fit")
+            if asked is None:
+                text = "several routes share this address: say which with JOIN.route, or with SNI ROUTE.anything"
+                raise _TurnedAway(Refused("protocol-error", text), why)
+            text = f"there is no route {wanted_route} for this certificate at this address"
+            raise _TurnedAway(Refused("unknown-route", text), why)
+        wanted = join.party if join is not None else None
+        if wanted is not None:
+            chosen = [fit for fit in fits if fit.party == wanted]
+            if not chosen:
+                raise _TurnedAway(_STRANGER, f"the certificate does not fit {wanted} of route {route.name!r}")
+            return route, chosen[0]
+        if len(fits) > 1:
+            text = "this certificate fits both parties of the route: say which with JOIN.party"
+            raise _TurnedAway(Refused("protocol-error", text), text)
+        return route, fits[0]
+
+    # --- lobby -------------------------------------------------------------------------------------------------
+
+    async def _stay(self, leg: Leg, route: LiveRoute) -> None:
+        """Wait in the lobby, or pair at once."""
+        self.leg, leg.slot = leg, self._slot
+        self._slot.admitted()
+        self.log = self.log.bind(route=route.name, party=leg.party, identity=leg.identity)
+        objection = route.objection(leg)
+        if objection is not None:
+            await self._withdraw(leg, objection)
+            return
+        limit = route.wait_limit(leg)
+        with trio.move_on_after(self._door.limits.join_timeout) as patience:
+            await leg.welcome(
+                Waiting(
+                    route=route.name,
+                    party=leg.party,
+                    identity=leg.identity,
+                    deadline=limit,
+                    peer_seen=route.lobby.peer_seen(leg.party),
+                )
+            )
+        if patience.cancelled_caught:
+            self.log.info("left", reason="took no WAITING")
+            return
+        # Others had their turn while WAITING was written, so all is asked again, now without a pause between. That is
+        # also why the stale leg goes only here: two legs of one attempt at one moment would not have found each other.
+        found: Pairing | Withdrawn | None = route.objection(leg)
+        if found is None:
+            route.lobby.replace_stale(leg)
+            found = route.match(leg)
+        if isinstance(found, Withdrawn):
+            await self._withdraw(leg, found)
+        elif isinstance(found, Pairing):
+            self._door.start_pairing(found, route)
+        else:
+            await self._wait(leg, route, limit)
+
+    async def _wait(self, leg: Leg, route: LiveRoute, limit: float) -> None:
+        limits = self._door.limits
+        departure: Departure | None = None
+        self.log.info("waiting", seconds=limit, mode=leg.mode)
+        with trio.CancelScope(deadline=trio.current_time() + limit) as scope:
+            seat = route.lobby.enter(leg, lambda: scope.cancel(reason="a verdict about this leg has fallen"))
+            try:
+                departure = await leg.attend(ping_interval=limits.ping_interval, pong_timeout=limits.pong_timeout)
+            finally:
+                route.lobby.leave(seat)
+                if isinstance(seat.verdict, Taken):
+                    seat.verdict.pairing.released.set()
+        if isinstance(seat.verdict, Taken):
+            return
+        if isinstance(seat.verdict, Withdrawn):
+            await self._withdraw(leg, seat.verdict)
+        elif departure is None:
+            text = f"nobody came within {limit:g} s"
+            await self._refuse(leg, Refused("wait-timeout", text, retry_after=0.0), text)
+        elif departure.refusal is not None:
+            await self._refuse(leg, departure.refusal, departure.detail)
+        else:
+            self.log.info("left", reason=departure.detail)
+
+    # --- refusals ----------------------------------------------------------------------------------------------
+
+    async def _withdraw(self, leg: Leg, verdict: Withdrawn) -> None:
+        await self._refuse(leg, verdict.refusal, verdict.refusal.reason, reconnect_in=verdict.reconnect_in)
+
+    async def _refuse(self, leg: Leg, refusal: Refused, why: str, *, reconnect_in: float | None = None) -> None:
+        self.log.warning("refused", code=refusal.code, reason=why)
+        await leg.refuse(refusal, reconnect_in=reconnect_in)
+
+
+def _called_by(server_name: str, routes: Mapping[str, LiveRoute]) -> LiveRoute | None:
+    """The route that a TLS server name ROUTE.anything calls; of several (`a`, `a.b`) the one with the longest name."""
+    # A server name has no case (RFC 6066, 3); the configuration refuses neighbours that differ in nothing else.
+    called = f"{server_name.lower()}."
+    found = [name for name in routes if called.startswith(f"{name.lower()}.")]
+    return routes[max(found, key=len)] if found else None
+
+
+def _choose_mode(join: Join) -> Mode:
+    for mode in _MODES:
+        if mode in join.modes:
+            return mode
+    text = f"none of the modes asked for is known here; this relay has {', '.join(_MODES)}"
+    raise _TurnedAway(Refused("protocol-error", text), text)

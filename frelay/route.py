@@ -1,0 +1,152 @@
+"""A route as it lives: its configuration, its lobby, its pairings.
+
+Here the one decision of the relay is made, synchronously: :meth:`LiveRoute.match` takes a leg that has just been
+admitted, and gives it its partner, or nothing. Between the look at the queue and the taking there is no await, so no
+other task can have another opinion.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import trio
+
+from frelay.config.model import Limits, Route
+from frelay.leg import Leg
+from frelay.lobby import Lobby, Place, Withdrawn, opposite
+from frelay.outcome import Outcome
+from frelay.pairing import Forwarding, Pairing, PairingLimits
+from frelay.protocol.identity import Name, Selector, match
+from frelay.protocol.messages import PartyName, Refused
+from frelay.tls.context import OuterTls
+
+__all__ = ["Fit", "LiveRoute"]
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A party that a certificate may play, and the name that lets it."""
+
+    party: PartyName
+    name: Name
+
+
+class LiveRoute:
+    """One route of the running configuration."""
+
+    def __init__(
+        self, route: Route, limits: Limits, *, forwarding: Forwarding, trust: Callable[[], OuterTls | None]
+    ) -> None:
+        self.config = route
+        self.limits = limits
+        self.lobby: Final = Lobby(max_waiting=route.limits.max_waiting_per_party, clock=trio.current_time)
+        self.pairings: Final[dict[str, Pairing]] = {}
+        self._pairing_limits = _pairing_limits(route, limits)
+        self._forwarding: Final = forwarding
+        self._trust: Final = trust
+
+    @property
+    def name(self) -> str:
+        """The route's name."""
+        return self.config.name
+
+    def retune(self, route: Route, limits: Limits) -> None:
+        """Take over new limits: for legs and pairings that come from now on."""
+        self.config, self.limits = route, limits
+        self._pairing_limits = _pairing_limits(route, limits)
+        self.lobby.max_waiting = route.limits.max_waiting_per_party
+
+    def fits(self, names: tuple[Name, ...]) -> list[Fit]:
+        """Which parties of this route a function with these names may play."""
+        found = []
+        sides: tuple[tuple[PartyName, object], ...] = (("func1", self.config.func1), ("func2", self.config.func2))
+        for party, selectors in sides:
+            if isinstance(selectors, tuple):
+                name = match((item for item in selectors if isinstance(item, Selector)), names)
+                if name is not None:
+                    found.append(Fit(party, name))
+        return found
+
+    def admits_address(self, host: str) -> bool:
+        """Whether a plain route's ``allow_from`` holds this source address."""
+        address = ipaddress.ip_address(host.partition("%")[0])
+        mapped = getattr(address, "ipv4_mapped", None)
+        return any((mapped or address) in network for network in self.config.allow_from)
+
+    def party_by_arrival(self) -> PartyName:
+        """On a plain route the party is a matter of arrival: whoever waits is met by the next, as func2."""
+        return "func2" if self.lobby.count("func1") else "func1"
+
+    def wait_limit(self, leg: Leg) -> float:
+        """How long ``leg`` may wait here, in seconds: what it said, and at most ``wait_timeout``."""
+        limit = self.config.limits.wait_timeout
+        return limit if leg.wait is None else min(leg.wait, limit)
+
+    # --- matching ----------------------------------------------------------------------------------------------
+
+    def objection(self, leg: Leg) -> Withdrawn | None:
+        """Why ``leg`` may not be here now: policy, or the lobby's own rules; None if it may."""
+        return self._policy(leg) or self.lobby.objection(leg)
+
+    def _policy(self, leg: Leg) -> Withdrawn | None:
+        """The certificate once more: time has passed since the handshake, or a reload has."""
+        trust = self._trust()
+        if leg.peer is None or trust is None:
+            return None
+        rejection = trust.judge(leg.peer)
+        return None if rejection is None else Withdrawn(Refused(rejection.code, rejection.reason))
+
+    def match(self, leg: Leg) -> Pairing | Withdrawn | None:
+        """Pair ``leg`` with whoever has waited longest for it; None if nobody has, Withdrawn if it may not."""
+        limits = self.config.limits
+        while (place := self.lobby.head(opposite(leg.party))) is not None:
+            if len(self.pairings) >= limits.max_pairings:
+                text = f"the route already has {limits.max_pairings} pairings"
+                return Withdrawn(Refused("limit", text, retry_after=10.0))
+            if place.leg.is_gone():
+                self.lobby.withdraw(place, Withdrawn(Refused("pong-timeout", "the connection has ended")))
+            elif (verdict := self._policy(place.leg)) is not None:
+                self.lobby.withdraw(place, verdict)
+            else:
+                return self._pair(leg, place)
+        return None
+
+    def _pair(self, leg: Leg, place: Place) -> Pairing:
+        legs: dict[PartyName, Leg] = {leg.party: leg, place.leg.party: place.leg}
+        route = self.config
+        pairing = Pairing(
+            pairing_id=secrets.token_hex(8),
+            route=self.name,
+            func1=legs["func1"],
+            func2=legs["func2"],
+            limits=self._pairing_limits,
+            require_inner_tls=route.require_inner_tls,
+            forwarding=self._forwarding,
+        )
+        leg.is_paired = place.leg.is_paired = True
+        self.pairings[pairing.id] = pairing
+        self.lobby.note_seen(leg.party)
+        self.lobby.take(place, pairing)
+        return pairing
+
+    # --- the end -----------------------------------------------------------------------------------------------
+
+    def close(self, verdict: Withdrawn, *, outcome: Outcome, cut_at: float) -> None:
+        """Send the waiting away with ``verdict``, and let the pairings end until ``cut_at`` (Trio's clock)."""
+        self.lobby.close(verdict)
+        for pairing in self.pairings.values():
+            pairing.expire_at(cut_at, outcome, verdict.refusal.reason)
+
+
+def _pairing_limits(route: Route, limits: Limits) -> PairingLimits:
+    return PairingLimits(
+        handoff_timeout=limits.handoff_timeout,
+        half_close_timeout=route.limits.half_close_timeout,
+        idle_timeout=route.limits.idle_timeout,
+        stall_timeout=route.limits.stall_timeout,
+        max_lifetime=limits.max_lifetime,
+    )

@@ -1,0 +1,106 @@
+"""The moments in which a waiting leg is paired while something else is happening to it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+
+from frelay.errors import ConnectionBroken, RemoteProtocolError
+from frelay.leg import FramedLeg
+from frelay.protocol.messages import Mode, Paired, Waiting
+from frelay.tls.context import VerifiedPeer
+from frelay.tls.stream import TlsStream
+from rig import PATIENCE, TLS_HEADER, Party, Site, frame
+from streams import server_context, tcp_pair
+
+PAIRED = Paired("1", "demo", "dns:func2.demo", "client", "tunnel")
+
+
+class CancellingStream(TlsStream):
+    """A stream on which a send is cancelled before it has begun, once ``scope`` says whom to cancel."""
+
+    scope: trio.CancelScope | None = None
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        if self.scope is not None:
+            self.scope.cancel()
+        await super().send_all(data)
+
+
+@asynccontextmanager
+async def waiting_leg(site: Site, mode: Mode = "tunnel") -> AsyncIterator[tuple[FramedLeg, CancellingStream, Party]]:
+    """A leg that was told WAITING, its stream, and its party."""
+    one, other = tcp_pair()
+    stream = CancellingStream(one, server_context(site))
+    party = Party(trio.SocketStream(trio.socket.from_stdlib_socket(other)), site.context("func1"), "localhost")
+    leg = FramedLeg(stream, nobody(), "127.0.0.1:1")
+    leg.mode = mode
+    try:
+        with trio.fail_after(PATIENCE):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(stream.do_handshake)
+                nursery.start_soon(party.handshake)
+            await party.join()
+            await leg.receive_join()
+            await leg.welcome(Waiting("demo", "func1", "dns:func1.demo", 60.0, None))
+            await party.expect("WAITING")
+            yield leg, stream, party
+    finally:
+        leg.close()
+        party.close()
+
+
+def nobody() -> VerifiedPeer:
+    """Who it is plays no part in these tests."""
+    return None  # type: ignore[return-value]
+
+
+async def test_a_ping_that_was_never_written_is_not_waited_for(site: Site) -> None:
+    """It was due in the moment of the pairing. Its PONG will not come, and the tunnel's first bytes are not it."""
+    async with waiting_leg(site) as (leg, stream, party):
+        with trio.CancelScope() as scope:
+            stream.scope = scope
+            await leg.attend(ping_interval=0.01, pong_timeout=PATIENCE)
+        assert scope.cancelled_caught
+        stream.scope = None
+        await leg.begin(PAIRED)
+        await party.expect("PAIRED", pong=False)
+        await party.send(TLS_HEADER)
+        assert await stream.receive_some() == TLS_HEADER
+
+
+@pytest.mark.parametrize("mode", ["tunnel", "handoff"])
+@pytest.mark.parametrize(
+    ("last_words", "error"),
+    [
+        (frame("LEAVE"), ConnectionBroken),
+        (None, ConnectionBroken),
+        (frame("JOIN", {"attempt": "0f8fad5b-d9cb-469f-a165-70867728950e"}), RemoteProtocolError),
+    ],
+    ids=["LEAVE", "close_notify", "nonsense"],
+)
+async def test_a_leg_that_went_as_it_was_paired_is_not_handed_off(
+    site: Site, last_words: bytes | None, error: type[Exception], mode: Mode
+) -> None:
+    """Its task has read that it goes, the lobby has not heard of it, and somebody is matched with it."""
+    async with waiting_leg(site, mode) as (leg, _, party):
+        if last_words is None:
+            await party.send_raw(party.close_notify())
+        else:
+            await party.send(last_words)
+        await leg.attend(ping_interval=PATIENCE, pong_timeout=PATIENCE)
+        with pytest.raises(error):
+            await leg.begin(PAIRED)
+
+
+async def test_a_cut_leg_is_reset_in_whatever_state(site: Site) -> None:
+    """RST, and never a FIN that could be taken for an end; twice is no error."""
+    async with waiting_leg(site) as (leg, _, party):
+        leg.cut()
+        leg.cut()
+        assert await party.ended() == "reset"
+        with pytest.raises(trio.ClosedResourceError):
+            leg.stream()

@@ -1,0 +1,363 @@
+"""What the pumps promise beside the bytes: no spin, no neighbour harmed, and little held while nothing moves.
+
+The bytes themselves, with every order of writes, pauses and ends, are in ``tests/fuzz/test_half_close.py``.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+import tracemalloc
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+import trio.testing
+
+from frelay.config.model import TcpSection
+from frelay.outcome import Outcome, Side
+from frelay.pump import Cut, PipePool, RawPump, StreamPump, splice_is_available
+from frelay.readiness import ReadinessSet, Wire
+from frelay.sockets import RawStream, close_with_reset, tune
+from rig import eventually, open_descriptors
+from streams import tcp_pair, unix_pair
+
+PATIENCE = 20.0
+FORTH: tuple[Side, Side] = ("func1", "func2")
+BACK: tuple[Side, Side] = ("func2", "func1")
+
+# Large enough to fill a pump's buffer, and so to be bulk; small enough to be full soon.
+BUFFER = 65536
+SPLICE: Callable[..., int] | None = getattr(os, "splice", None)
+
+PAYLOAD = os.urandom(1 << 20)
+
+needs_splice = pytest.mark.skipif(not splice_is_available(), reason="no splice(2) here")
+
+
+class Joined:
+    """Two raw legs joined by two pumps; ``one`` and ``two`` are the parties' ends."""
+
+    def __init__(self, readiness: ReadinessSet, pipes: PipePool, splice: Callable[..., int] | None) -> None:
+        inner1, self.one = tcp_pair(BUFFER)
+        inner2, self.two = tcp_pair(BUFFER)
+        self.inner = inner1, inner2
+        for sock in self.inner:
+            tune(sock, TcpSection())
+        wire1, wire2 = Wire(inner1), Wire(inner2)
+        self.forth = RawPump(wire1, wire2, sides=FORTH, readiness=readiness, pipes=pipes, splice=splice)
+        self.back = RawPump(wire2, wire1, sides=BACK, readiness=readiness, pipes=pipes, splice=splice)
+        self.failures: list[Exception] = []
+        self.ended = 0
+
+    async def carry(self, pump: RawPump) -> None:
+        try:
+            await pump.run()
+        except Exception as error:
+            self.failures.append(error)
+        finally:
+            self.ended += 1
+
+    def close(self) -> None:
+        for sock in (*self.inner, self.one, self.two):
+            close_with_reset(sock)
+
+    async def clog(self) -> int:
+        """Write until func2, which does not read, holds up func1; how many bytes of PAYLOAD, repeated, went."""
+        sent = 0
+        while True:
+            try:
+                sent += self.one.send(PAYLOAD[sent % len(PAYLOAD) :])
+            except BlockingIOError:
+                with trio.move_on_after(0.3) as pause:
+                    await trio.lowlevel.wait_writable(self.one)
+                if pause.cancelled_caught:
+                    assert self.forth.is_blocked
+                    return sent
+
+    async def unclog(self, count: int) -> None:
+        """Read ``count`` bytes of PAYLOAD, repeated."""
+        received = 0
+        while received < count:
+            start = received % len(PAYLOAD)
+            size = min(count - received, len(PAYLOAD) - start)
+            assert await receive(self.two, size) == PAYLOAD[start : start + size]
+            received += size
+
+
+class Bench:
+    """A readiness set that runs, and any number of pairs of legs on it."""
+
+    nursery: trio.Nursery
+
+    def __init__(self) -> None:
+        self.readiness = ReadinessSet()
+        self.pipes = PipePool()
+        self.all: list[Joined] = []
+
+    def join(self, splice: Callable[..., int] | None = SPLICE, *, starts: bool = True) -> Joined:
+        joined = Joined(self.readiness, self.pipes, splice)
+        self.all.append(joined)
+        if starts:
+            self.start(joined)
+        return joined
+
+    def start(self, joined: Joined) -> None:
+        for pump in (joined.forth, joined.back):
+            self.nursery.start_soon(joined.carry, pump)
+
+
+@asynccontextmanager
+async def bench() -> AsyncIterator[Bench]:
+    with trio.fail_after(PATIENCE):
+        async with trio.open_nursery() as root:
+            found = Bench()
+            root.start_soon(found.readiness.run)
+            try:
+                async with trio.open_nursery() as found.nursery:
+                    yield found
+                    found.nursery.cancel_scope.cancel()
+                assert all(joined.ended == 2 for joined in found.all)
+                assert found.pipes.in_use == 0
+                assert len(found.readiness) == 0
+            finally:
+                for joined in found.all:
+                    joined.close()
+            found.pipes.close()
+            root.cancel_scope.cancel()
+
+
+async def receive(sock: socket.socket, count: int) -> bytes:
+    """Exactly ``count`` bytes."""
+    data = b""
+    while len(data) < count:
+        await trio.lowlevel.wait_readable(sock)
+        part = sock.recv(count - len(data))
+        assert part, f"EOF after {len(data)} of {count} bytes"
+        data += part
+    return data
+
+
+async def send(sock: socket.socket, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        await trio.lowlevel.wait_writable(sock)
+        view = view[sock.send(view) :]
+
+
+async def nothing_is_ready() -> None:
+    """Wait for a moment in which nothing is ready; with a spin there is none."""
+    await trio.testing.wait_all_tasks_blocked(0.01)
+
+
+# --- spins ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_wire_that_hung_up_behind_back_pressure_does_not_spin() -> None:
+    """HUP is reported asked for or not: both directions shut, input unread, and nobody wants it at the moment."""
+    async with bench() as found:
+        joined = found.join()
+        joined.two.shutdown(socket.SHUT_WR)  # func2 has said all, so func1's wire is shut for writing
+        await eventually(lambda: joined.ended == 1)
+        sent = await joined.clog()
+        joined.one.shutdown(socket.SHUT_WR)
+        await nothing_is_ready()
+        assert joined.forth.is_blocked
+        await joined.unclog(sent)
+        assert await eof(joined.two)
+        await eventually(lambda: joined.ended == 2)
+        assert joined.failures == []
+
+
+async def eof(sock: socket.socket) -> bool:
+    await trio.lowlevel.wait_readable(sock)
+    return sock.recv(1) == b""
+
+
+async def test_a_reset_behind_back_pressure_is_noticed() -> None:
+    """Nobody reads the wire at that moment, and an idle receiver must not keep the pairing alive."""
+    async with bench() as found:
+        joined = found.join()
+        await joined.clog()
+        close_with_reset(joined.one)
+        await eventually(lambda: joined.ended >= 1)
+        [cut] = joined.failures
+        assert isinstance(cut, Cut)
+        assert (cut.outcome, cut.side) == (Outcome.RESET, "func1")
+        await nothing_is_ready()
+
+
+# --- urgent bytes --------------------------------------------------------------------------------------------------
+
+
+@needs_splice
+async def test_an_urgent_byte_in_the_middle_of_bulk_is_no_end() -> None:
+    """splice stops before it for good, and says 0, as at the end, once FIN has come: the rest would be lost."""
+    async with bench() as found:
+        joined = found.join(starts=False)
+        before, after = os.urandom(20_000), os.urandom(100)
+        joined.one.send(before)
+        joined.one.send(b"!", socket.MSG_OOB)
+        joined.one.send(after)
+        joined.one.shutdown(socket.SHUT_WR)
+        # All of it is there, FIN included, before the pump takes its first look.
+        found.start(joined)
+        assert await receive(joined.two, 20_101) == before + b"!" + after
+        assert await eof(joined.two)
+        await nothing_is_ready()
+        assert joined.failures == []
+
+
+# --- faults --------------------------------------------------------------------------------------------------------
+
+
+@needs_splice
+async def test_a_bug_in_one_pump_ends_that_pairing_and_no_other() -> None:
+    """One task steps the pumps of all pairings; what a step raises must not end it."""
+    bug = RuntimeError("a bug")
+
+    def broken_splice(*_: object, **__: object) -> int:
+        raise bug
+
+    async with bench() as found:
+        healthy, sick = found.join(), found.join(broken_splice)
+        await send(healthy.one, b"before")
+        assert await receive(healthy.two, 6) == b"before"
+        await send(sick.one, bytes(65536))
+        await eventually(lambda: sick.ended == 2)
+        assert sick.failures == [bug, bug]
+        assert healthy.ended == 0
+        await send(healthy.one, os.urandom(500_000))
+        assert len(await receive(healthy.two, 500_000)) == 500_000
+        await nothing_is_ready()
+
+
+async def test_when_all_is_cancelled_at_once_the_pumps_still_leave_nothing() -> None:
+    """The set's own task may be gone before the pumps are, with bytes in their pipes."""
+    gc.collect()
+    before = len(open_descriptors())
+    readiness, pipes = ReadinessSet(), PipePool()
+    joined = Joined(readiness, pipes, SPLICE)
+    with trio.fail_after(PATIENCE):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(readiness.run)
+            nursery.start_soon(joined.carry, joined.forth)
+            nursery.start_soon(joined.carry, joined.back)
+            await joined.clog()
+            nursery.cancel_scope.cancel()
+    assert joined.failures == []
+    assert pipes.in_use == 0
+    joined.close()
+    # What held bytes is gone, not pooled: its next user would deliver them.
+    assert pipes.descriptors == 0
+    assert len(open_descriptors()) == before
+
+
+# --- what an idle pairing holds ------------------------------------------------------------------------------------
+
+
+@needs_splice
+async def test_a_pairing_that_falls_silent_after_bulk_gives_its_pipe_back() -> None:
+    """A burst leaves a pump with an empty pipe; two descriptors each must not stay with a thousand idle pairings."""
+    async with bench() as found:
+        joined = found.join()
+        await send(joined.one, bytes(16384))
+        assert len(await receive(joined.two, 16384)) == 16384
+        await nothing_is_ready()
+        joined.forth.rest()
+        joined.back.rest()
+        assert found.pipes.in_use == 0
+        # And the next bulk has one again.
+        data = os.urandom(200_000)
+        await send(joined.one, data)
+        assert await receive(joined.two, len(data)) == data
+
+
+@needs_splice
+async def test_resting_never_takes_a_pipe_that_holds_bytes() -> None:
+    async with bench() as found:
+        joined = found.join()
+        sent = await joined.clog()
+        assert found.pipes.in_use == 1
+        joined.forth.rest()
+        assert found.pipes.in_use == 1
+        await joined.unclog(sent)
+
+
+async def test_what_was_delivered_late_is_not_kept() -> None:
+    """A pump that once met a full sink must not hold the copy of those bytes for as long as it is idle."""
+    async with bench() as found:
+        pairs = [found.join(None) for _ in range(5)]
+        gc.collect()
+        tracemalloc.start()
+        try:
+            sent = [await joined.clog() for joined in pairs]
+            held = tracemalloc.get_traced_memory()[0]
+            for joined, count in zip(pairs, sent, strict=True):
+                await joined.unclog(count)
+            await nothing_is_ready()
+            left = tracemalloc.get_traced_memory()[0]
+        finally:
+            tracemalloc.stop()
+        assert left < held / 2
+
+
+class Source(trio.abc.ReceiveStream):
+    """One large chunk, and then silence."""
+
+    def __init__(self) -> None:
+        self.chunks = [50_000]
+        self.is_asked_again = trio.Event()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        if self.chunks:
+            await trio.lowlevel.checkpoint()
+            return bytes(self.chunks.pop())
+        self.is_asked_again.set()
+        await trio.sleep_forever()
+        raise AssertionError
+
+    async def aclose(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+
+async def test_a_stream_pump_keeps_nothing_while_it_waits() -> None:
+    one, two = unix_pair()
+    sink = RawStream(one)
+    source = Source()
+    pump = StreamPump(source, sink, sides=FORTH)
+    tracemalloc.start()
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pump.run)
+            await source.is_asked_again.wait()
+            assert pump.moved == 50_000
+            assert tracemalloc.get_traced_memory()[0] < 50_000
+            nursery.cancel_scope.cancel()
+    finally:
+        tracemalloc.stop()
+        one.close()
+        two.close()
+
+
+# --- pipes ---------------------------------------------------------------------------------------------------------
+
+
+@needs_splice
+async def test_without_a_pipe_to_be_had_the_bytes_are_copied() -> None:
+    async with bench() as found:
+        found.pipes = PipePool(capacity=1)
+        taken = found.pipes.take()
+        assert taken is not None
+        assert found.pipes.take() is None
+        assert found.pipes.descriptors == 2
+        joined = found.join()
+        data = os.urandom(200_000)
+        await send(joined.one, data)
+        assert await receive(joined.two, len(data)) == data
+        found.pipes.give(taken, is_empty=True)
+        assert found.pipes.take() is taken
+        found.pipes.give(taken, is_empty=False)
+        assert found.pipes.descriptors == 0
