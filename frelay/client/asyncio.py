@@ -1,0 +1,356 @@
+"""Joining a route from asyncio code: :func:`connect` gives a (reader, writer) pair.
+
+A shell of :mod:`frelay.client.core`. asyncio's own TLS transport cannot end one direction alone (``can_write_eof()`` is
+False there), so the writer stands on a transport of ours: :class:`WireTransport`, between an
+:class:`~frelay.client.engine.Engine` and asyncio's plain socket transport. Back-pressure is the plain transport's own,
+passed through both ways: its ``pause_writing`` makes ``drain()`` wait, and a full reader pauses the socket.
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from collections.abc import Callable, Iterable
+from typing import Any, Final, Unpack
+
+from frelay.client.core import Joining, Options, Plan
+from frelay.client.engine import Engine
+from frelay.client.lines import Lines, look_up_in_thread, numeric
+from frelay.client.steps import Close, Endpoint, Open, Pause, Receive, Resolve, Send, Step, drive_async
+from frelay.client.wire import CLOSE_PATIENCE, FAREWELL, FAREWELL_LOOK, LONGEST_FAREWELL
+from frelay.errors import Truncated
+from frelay.tcp import is_dead, unacknowledged
+
+__all__ = ["WireTransport", "connect"]
+
+_READ: Final = 65536
+_WRITE: Final = 262144
+
+
+async def connect(
+    address: str, *, limit: int = 65536, **options: Unpack[Options]
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Join a route, wait for the other function, and give (reader, writer) to it: end-to-end mTLS, ready for use.
+
+    The arguments and errors are those of :func:`frelay.connect`; ``limit`` is the reader's, as in
+    ``asyncio.open_connection``. ``writer.write_eof()`` ends this direction and reading goes on; ``writer.close()`` and
+    ``await writer.wait_closed()`` end in good order. Where the connection breaks, or ends without close_notify, the
+    reader raises ConnectionResetError. It may be cancelled at any point: nothing stays open, and a relay that held a
+    place for us is told at once.
+    """
+    loop = asyncio.get_running_loop()
+    plan = Plan.make(address, **options)
+    joining = Joining(plan, loop.time)
+    shell = _Shell(loop)
+    try:
+        joined = await drive_async(joining.steps(), shell.perform, options.get("on_status"))
+        if joined.engine is None:
+            raise AssertionError("the core met the other function without an engine")
+        reader = asyncio.StreamReader(limit=limit, loop=loop)
+        protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
+        transport = WireTransport(loop, joined.engine, protocol)
+        sock = shell.lines.sockets[joined.line]
+        # The socket is the plain transport's from here on, who closes it even where this is cancelled.
+        await loop.create_connection(lambda: _Below(transport), sock=sock)
+        shell.lines.take(joined.line)
+        return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
+    finally:
+        shell.lines.hang_up_all(joining.last_words)
+
+
+class _Shell:
+    """Performs steps on sockets that do not block."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.lines: Final = Lines()
+        self._loop: Final = loop
+
+    async def perform(self, step: Step) -> Any:
+        loop = self._loop
+        match step:
+            case Receive(line, patience):
+                async with asyncio.timeout(patience):
+                    return await loop.sock_recv(self.lines.sockets[line], _READ)
+            case Send(line, data, patience):
+                async with asyncio.timeout(patience):
+                    return await loop.sock_sendall(self.lines.sockets[line], data)
+            case Resolve(host, port, patience):
+                async with asyncio.timeout(patience):
+                    return await self._look_up(host, port)
+            case Open(line, endpoint, patience):
+                sock = self.lines.add(line, endpoint)
+                sock.setblocking(False)
+                async with asyncio.timeout(patience):
+                    return await loop.sock_connect(sock, endpoint.sockaddr)
+            case Close(line, last_words):
+                return self.lines.hang_up(line, last_words)
+            case Pause(seconds):
+                return await asyncio.sleep(seconds)
+            case _:
+                raise AssertionError(f"{step} is not for this shell")
+
+    async def _look_up(self, host: str, port: int) -> list[Endpoint]:
+        found = numeric(host, port)
+        if found is not None:
+            return found
+        # Not loop.getaddrinfo: asyncio.run() would wait for its thread at the end, however long that takes.
+        answer: asyncio.Future[list[Endpoint] | OSError] = self._loop.create_future()
+
+        def settle(result: list[Endpoint] | OSError) -> None:
+            if not answer.done():
+                answer.set_result(result)
+
+        def done(result: list[Endpoint] | OSError) -> None:
+            try:
+                self._loop.call_soon_threadsafe(settle, result)
+            except RuntimeError:
+                pass  # the loop is closed: nobody waits any more
+
+        look_up_in_thread(host, port, done)
+        result = await answer
+        if isinstance(result, OSError):
+            raise result
+        return result
+
+
+class _Below(asyncio.Protocol):
+    """What the plain transport calls; all of it is the wire's to handle."""
+
+    def __init__(self, wire: WireTransport) -> None:
+        self._wire = wire
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)  # noqa: S101  for the type checker
+        self._wire.start(transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._wire.take_in(data)
+
+    def eof_received(self) -> bool:
+        self._wire.take_in(b"")
+        return True  # our own direction may go on
+
+    def pause_writing(self) -> None:
+        self._wire.protocol.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._wire.protocol.resume_writing()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._wire.lost(error)
+
+
+class WireTransport(asyncio.Transport):
+    """The inner TLS as an asyncio transport, with half-close."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, engine: Engine, protocol: asyncio.Protocol) -> None:
+        super().__init__()
+        self.protocol = protocol
+        self._loop = loop
+        self._engine = engine
+        self._below: asyncio.Transport
+        self._sock: socket.socket
+        self._is_closing = False
+        self._is_over = False
+        self._is_paused = False
+        self._peer_ended = False
+        self._farewell_began = 0.0
+        self._last_heard = 0.0
+        self._held = 0
+        self._took_at = 0.0
+        self._error: Exception | None = None
+
+    def start(self, below: asyncio.Transport) -> None:
+        """The plain transport is there."""
+        self._below = below
+        self._sock = below.get_extra_info("socket")
+        self.protocol.connection_made(self)
+        # The last flight of the handshake may have brought application data with it.
+        self._loop.call_soon(self._deliver)
+
+    # --- from the network --------------------------------------------------------------------------------------
+
+    def take_in(self, data: bytes) -> None:
+        """Bytes of the network, ``b""`` at its end."""
+        self._last_heard = self._loop.time()
+        if self._is_over:
+            return
+        self._engine.feed(data)
+        self._deliver()
+
+    def _deliver(self) -> None:
+        while not self._is_over and not self._peer_ended and not (self._is_paused and not self._is_closing):
+            try:
+                data = self._engine.read(_READ)
+            except (Truncated, ssl.SSLError) as error:
+                self._cut(ConnectionResetError(str(error)))
+                return
+            if data is None:
+                break
+            if not data:
+                self._peer_ended = True
+                if not self._is_closing:
+                    self.protocol.eof_received()
+            elif not self._is_closing:
+                self.protocol.data_received(data)
+
+    def lost(self, error: Exception | None) -> None:
+        """The plain transport is closed."""
+        self._is_over = self._is_closing = True
+        self._loop.call_soon(self.protocol.connection_lost, self._error or error)
+
+    def _cut(self, error: Exception | None) -> None:
+        if not self._is_over:
+            self._error = error
+            self._is_over = True
+            self._below.abort()
+
+    # --- asyncio.ReadTransport -----------------------------------------------------------------------------------
+
+    def is_reading(self) -> bool:
+        """See asyncio.ReadTransport."""
+        return not self._is_paused and not self._is_closing
+
+    def pause_reading(self) -> None:
+        """See asyncio.ReadTransport."""
+        if not self._is_closing and not self._is_paused:
+            self._is_paused = True
+            self._below.pause_reading()
+
+    def resume_reading(self) -> None:
+        """See asyncio.ReadTransport."""
+        if self._is_paused:
+            self._is_paused = False
+            self._below.resume_reading()
+            self._loop.call_soon(self._deliver)
+
+    # --- asyncio.WriteTransport ----------------------------------------------------------------------------------
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """See asyncio.WriteTransport."""
+        if self._engine.eof_was_sent and not self._is_closing:
+            raise RuntimeError("Cannot call write() after write_eof()")
+        if self._is_over or self._is_closing:
+            return  # as asyncio's own transports: the reader and drain() tell
+        with memoryview(data).cast("B") as view:
+            for at in range(0, len(view), _WRITE):
+                try:
+                    self._engine.write(view[at : at + _WRITE])
+                except ssl.SSLError as error:
+                    self._cut(ConnectionResetError(str(error)))
+                    return
+                self._flush()
+
+    def writelines(self, list_of_data: Iterable[Any]) -> None:
+        """See asyncio.WriteTransport."""
+        self.write(b"".join(list_of_data))
+
+    def _flush(self) -> None:
+        try:
+            data = self._engine.take()
+        except ssl.SSLError as error:
+            self._cut(ConnectionResetError(str(error)))
+            return
+        if data:
+            self._below.write(data)
+
+    def can_write_eof(self) -> bool:
+        """True: TLS 1.3 can end one direction alone."""
+        return True
+
+    def write_eof(self) -> None:
+        """End this direction: close_notify, and FIN where the connection is raw. Reading goes on."""
+        if self._engine.eof_was_sent or self._is_over:
+            return
+        self._engine.send_eof()
+        self._flush()
+        if self._engine.ends_with_fin:
+            self._below.write_eof()
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        """See asyncio.WriteTransport."""
+        self._below.set_write_buffer_limits(high, low)
+
+    def get_write_buffer_size(self) -> int:
+        """See asyncio.WriteTransport; bytes are counted as they are on the network."""
+        return self._below.get_write_buffer_size()
+
+    def get_write_buffer_limits(self) -> tuple[int, int]:
+        """See asyncio.WriteTransport."""
+        return self._below.get_write_buffer_limits()
+
+    # --- asyncio.BaseTransport -----------------------------------------------------------------------------------
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        """``ssl_object``, ``peercert``, ``cipher`` of the inner TLS; all else is the socket's."""
+        # Not sslcontext: StreamReaderProtocol takes a transport that has one for one that cannot half-close.
+        tls = self._engine.tls
+        own: dict[str, Callable[[], Any]] = {
+            "ssl_object": lambda: tls,
+            "peercert": tls.getpeercert,
+            "cipher": tls.cipher,
+            "sslcontext": lambda: default,
+        }
+        return own[name]() if name in own else self._below.get_extra_info(name, default)
+
+    def is_closing(self) -> bool:
+        """See asyncio.BaseTransport."""
+        return self._is_closing or self._is_over
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        """See asyncio.BaseTransport."""
+        assert isinstance(protocol, asyncio.Protocol)  # noqa: S101  for the type checker
+        self.protocol = protocol
+
+    def get_protocol(self) -> asyncio.BaseProtocol:
+        """See asyncio.BaseTransport."""
+        return self.protocol
+
+    def abort(self) -> None:
+        """Close without close_notify: the other side sees a cut."""
+        self._is_closing = True
+        self._cut(None)
+
+    def close(self) -> None:
+        """End in good order: what was written is sent, close_notify follows, and what still comes is dropped.
+
+        ``wait_closed()`` returns once the other side has ended too, or all that was written has been acknowledged and
+        a moment has passed.
+        """
+        if self._is_closing or self._is_over:
+            return
+        self.write_eof()
+        self._is_closing = True
+        if self._is_paused:
+            self._is_paused = False
+            self._below.resume_reading()
+        self._last_heard = self._loop.time()
+        self._deliver()
+        self._see_off()
+
+    def _see_off(self) -> None:
+        # Closing with bytes unread, or before bytes that still come, sends RST, which destroys what we wrote.
+        if self._is_over:
+            return
+        now = self._loop.time()
+        held = self._below.get_write_buffer_size()
+        if held:
+            # The farewell counts from when all is in the kernel. But a peer that has stopped reading must not hold a
+            # function that is done for ever.
+            if held != self._held:
+                self._held, self._took_at = held, now
+            elif now - self._took_at > CLOSE_PATIENCE:
+                self._cut(ConnectionResetError(f"the other side took nothing for {CLOSE_PATIENCE:g} s"))
+                return
+        elif not self._farewell_began:
+            self._farewell_began = now
+        waits = (unacknowledged(self._sock) and not is_dead(self._sock)) or not (
+            self._peer_ended or now - self._last_heard > FAREWELL
+        )
+        if not self._farewell_began or (waits and now - self._farewell_began < LONGEST_FAREWELL):
+            self._loop.call_later(FAREWELL_LOOK, self._see_off)
+            return
+        self._is_over = True
+        self._below.close()

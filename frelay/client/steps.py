@@ -1,0 +1,171 @@
+"""What the core asks of a shell: one frozen dataclass a step, and the two loops that perform them.
+
+The core (:mod:`frelay.client.core`) is a generator. It yields a step, a shell performs it with whatever I/O it has and
+sends the answer back; an OSError is thrown back instead, so that the core alone says what it means. A step that may
+take time has ``patience`` in seconds, after which the shell raises TimeoutError (without an errno: with one it would be
+the kernel that has given up). Standard library only.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from collections.abc import Awaitable, Callable, Generator
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from frelay.client.engine import Engine
+from frelay.protocol.messages import Message
+
+__all__ = [
+    "Close",
+    "Endpoint",
+    "Line",
+    "Meet",
+    "Open",
+    "Pause",
+    "Receive",
+    "Resolve",
+    "Send",
+    "Status",
+    "Step",
+    "Steps",
+    "drive",
+    "drive_async",
+]
+
+Line = Literal["outer", "raw"]
+"""A TCP connection: the one with the outer TLS, or the second one that a ticket is brought on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One address to connect to, as getaddrinfo gives it."""
+
+    family: socket.AddressFamily
+    sockaddr: Any
+
+    def __str__(self) -> str:
+        host, port = self.sockaddr[:2]
+        return f"[{host}]:{port}" if self.family == socket.AF_INET6 else f"{host}:{port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Resolve:
+    """Look a name up; the answer is a list of Endpoint."""
+
+    host: str
+    port: int
+    patience: float
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """Connect to an endpoint; the connection is ``line`` from then on."""
+
+    line: Line
+    endpoint: Endpoint
+    patience: float
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send all of ``data``."""
+
+    line: Line
+    data: bytes = field(repr=False)
+    patience: float
+
+
+@dataclass(frozen=True, slots=True)
+class Receive:
+    """Receive some bytes; the answer is ``b""`` at FIN."""
+
+    line: Line
+    patience: float
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """Send ``last_words`` if that can be done at once, and close; a line that is not open is no error."""
+
+    line: Line
+    last_words: bytes = field(default=b"", repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Tell the caller's ``on_status``."""
+
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Wait this long."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Meet:
+    """Do the inner handshake on an SSLSocket over ``line`` (in ``tunnel``, if there is one).
+
+    Only for a shell that asked for it. The answer is ``getpeercert()`` and ``getpeercert(True)``.
+    """
+
+    line: Line
+    context: ssl.SSLContext
+    server_side: bool
+    tunnel: Engine | None
+    patience: float
+
+
+Step = Resolve | Open | Send | Receive | Close | Status | Pause | Meet
+T = TypeVar("T")
+Steps = Generator[Step, Any, T]
+
+
+def drive(steps: Steps[T], perform: Callable[[Step], Any], on_status: Callable[[Message], None] | None) -> T:
+    """Perform the steps until they are done; gives their result, or raises what they raise."""
+    answer: Any = None
+    failure: OSError | None = None
+    while True:
+        try:
+            step = steps.send(answer) if failure is None else steps.throw(failure)
+        except StopIteration as done:
+            result: T = done.value
+            return result
+        answer = failure = None
+        if isinstance(step, Status):
+            # Not within the try below: an OSError of the caller's own is none of the connection's.
+            if on_status is not None:
+                on_status(step.message)
+            continue
+        try:
+            answer = perform(step)
+        except OSError as error:
+            failure = error
+
+
+async def drive_async(
+    steps: Steps[T], perform: Callable[[Step], Awaitable[Any]], on_status: Callable[[Message], None] | None
+) -> T:
+    """As :func:`drive`, for a ``perform`` that is awaited."""
+    answer: Any = None
+    failure: OSError | None = None
+    while True:
+        try:
+            step = steps.send(answer) if failure is None else steps.throw(failure)
+        except StopIteration as done:
+            result: T = done.value
+            return result
+        answer = failure = None
+        if isinstance(step, Status):
+            if on_status is not None:
+                on_status(step.message)
+            continue
+        try:
+            answer = await perform(step)
+        except OSError as error:
+            failure = error

@@ -1,0 +1,279 @@
+"""Joining a route from Trio code: :func:`connect` gives a stream.
+
+A shell of :mod:`frelay.client.core`. The inner TLS is an :class:`~frelay.client.engine.Engine`, in mode ``tunnel`` on
+top of another, so one stream class serves all modes. The only module here that needs more than the standard library.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import ssl
+from collections.abc import Awaitable, Callable
+from contextlib import contextmanager
+from typing import Any, Final, TypeVar, Unpack
+
+import trio
+
+from frelay.client.core import Joining, Options, Plan
+from frelay.client.engine import Engine
+from frelay.client.lines import Lines, look_up, numeric
+from frelay.client.steps import Close, Endpoint, Open, Pause, Receive, Resolve, Send, Step, drive_async
+from frelay.client.wire import FAREWELL, FAREWELL_LOOK, LONGEST_FAREWELL
+from frelay.errors import Truncated
+from frelay.protocol.messages import Paired
+from frelay.tcp import is_dead, unacknowledged
+
+__all__ = ["TrioWire", "connect"]
+
+_READ: Final = 65536
+# One chunk is encrypted at a time, so that a large send_all does not hold its ciphertext a second time in memory.
+_WRITE: Final = 262144
+T = TypeVar("T")
+
+
+async def connect(address: str, **options: Unpack[Options]) -> TrioWire:
+    """Join a route, wait for the other function, and give a stream to it: end-to-end mTLS, ready for use.
+
+    The arguments and errors are those of :func:`frelay.connect`. It may be cancelled at any point: nothing stays open,
+    and a relay that held a place for us is told at once.
+    """
+    plan = Plan.make(address, **options)
+    joining = Joining(plan, trio.current_time)
+    shell = _Shell()
+    try:
+        joined = await drive_async(joining.steps(), shell.perform, options.get("on_status"))
+        if joined.engine is None:
+            raise AssertionError("the core met the other function without an engine")
+        sock = trio.socket.from_stdlib_socket(shell.lines.take(joined.line))
+        return TrioWire(trio.SocketStream(sock), joined.engine, joined.paired)
+    finally:
+        shell.lines.hang_up_all(joining.last_words)
+
+
+class _Shell:
+    """Performs steps on sockets that do not block."""
+
+    def __init__(self) -> None:
+        self.lines: Final = Lines()
+
+    async def perform(self, step: Step) -> Any:
+        match step:
+            case Receive(line, patience):
+                return await _within(patience, lambda: _receive(self.lines.sockets[line]))
+            case Send(line, data, patience):
+                return await _within(patience, lambda: _send(self.lines.sockets[line], data))
+            case Resolve(host, port, patience):
+                return await _within(patience, lambda: _look_up(host, port))
+            case Open(line, endpoint, patience):
+                sock = self.lines.add(line, endpoint)
+                return await _within(patience, lambda: _open(sock, endpoint))
+            case Close(line, last_words):
+                return self.lines.hang_up(line, last_words)
+            case Pause(seconds):
+                return await trio.sleep(seconds)
+            case _:
+                raise AssertionError(f"{step} is not for this shell")
+
+
+async def _within(patience: float, call: Callable[[], Awaitable[T]]) -> T:
+    with trio.move_on_after(patience):
+        return await call()
+    raise TimeoutError("timed out")
+
+
+async def _receive(sock: socket.socket) -> bytes:
+    while True:
+        await trio.lowlevel.wait_readable(sock)
+        try:
+            return sock.recv(_READ)
+        except BlockingIOError:
+            continue
+
+
+async def _send(sock: socket.socket, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        await trio.lowlevel.wait_writable(sock)
+        try:
+            view = view[sock.send(view) :]
+        except BlockingIOError:
+            continue
+
+
+async def _open(sock: socket.socket, endpoint: Endpoint) -> None:
+    sock.setblocking(False)
+    await trio.lowlevel.checkpoint()
+    number = sock.connect_ex(endpoint.sockaddr)
+    if number == errno.EINPROGRESS:
+        await trio.lowlevel.wait_writable(sock)
+        number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if number:
+        raise OSError(number, os.strerror(number))
+
+
+async def _look_up(host: str, port: int) -> list[Endpoint]:
+    found = numeric(host, port)
+    if found is not None:
+        await trio.lowlevel.checkpoint()
+        return found
+    return await trio.to_thread.run_sync(look_up, host, port, abandon_on_cancel=True)
+
+
+class TrioWire(trio.abc.HalfCloseableStream):
+    """End-to-end mTLS with the other function, as a Trio stream.
+
+    One task may send while another receives. Where the connection breaks, or ends without close_notify, sending and
+    receiving raise :class:`trio.BrokenResourceError`; only the other function's own end reads as ``b""``.
+    """
+
+    def __init__(self, transport: trio.SocketStream, engine: Engine, paired: Paired) -> None:
+        self._transport: Final = transport
+        self._engine: Final = engine
+        self._is_closed = False
+        self._is_broken = False
+        self._is_sending = self._is_receiving = False
+        self.paired: Final = paired
+        """What the relay said of this pairing."""
+
+    @property
+    def ssl_object(self) -> ssl.SSLObject:
+        """The inner TLS, for its certificate, cipher and ALPN."""
+        return self._engine.tls
+
+    @contextmanager
+    def _sending(self) -> Any:
+        if self._is_sending:
+            raise trio.BusyResourceError("another task is sending")
+        self._is_sending = True
+        try:
+            yield
+        finally:
+            self._is_sending = False
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise trio.ClosedResourceError("this wire is closed")
+
+    async def _flush(self) -> None:
+        try:
+            data = self._engine.take()
+        except ssl.SSLError as error:
+            raise trio.BrokenResourceError(str(error)) from error
+        if data:
+            try:
+                await self._transport.send_all(data)
+            except BaseException:
+                # Some records may be gone and others not: what follows would not fit.
+                self._is_broken = True
+                raise
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """See :meth:`trio.abc.SendStream.send_all`."""
+        with self._sending():
+            self._check_open()
+            if self._engine.eof_was_sent:
+                raise trio.ClosedResourceError("this direction has ended")
+            if self._is_broken:
+                raise trio.BrokenResourceError("an earlier send was cancelled or failed")
+            if not data:
+                await trio.lowlevel.checkpoint()
+                return
+            with memoryview(data).cast("B") as view:
+                for at in range(0, len(view), _WRITE):
+                    self._encrypt(view[at : at + _WRITE])
+                    await self._flush()
+                    self._check_open()
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """See :meth:`trio.abc.SendStream.wait_send_all_might_not_block`."""
+        with self._sending():
+            self._check_open()
+            await self._transport.wait_send_all_might_not_block()
+
+    async def send_eof(self) -> None:
+        """End this direction: close_notify, and FIN where the connection is raw. Reading goes on."""
+        with self._sending():
+            self._check_open()
+            if self._engine.eof_was_sent:
+                await trio.lowlevel.checkpoint()
+                return
+            if self._is_broken:
+                raise trio.BrokenResourceError("an earlier send was cancelled or failed")
+            self._engine.send_eof()
+            await self._flush()
+            if self._engine.ends_with_fin:
+                await self._transport.send_eof()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        """See :meth:`trio.abc.ReceiveStream.receive_some`."""
+        if max_bytes is not None and max_bytes < 1:
+            await trio.lowlevel.checkpoint()
+            raise ValueError("max_bytes must be at least 1")
+        if self._is_receiving:
+            raise trio.BusyResourceError("another task is receiving")
+        self._is_receiving = True
+        try:
+            self._check_open()
+            await trio.lowlevel.checkpoint_if_cancelled()
+            while (data := self._read(max_bytes or _READ)) is None:
+                self._engine.feed(await self._transport.receive_some(_READ))
+                self._check_open()
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            return data
+        finally:
+            self._is_receiving = False
+
+    def _encrypt(self, data: memoryview) -> None:
+        try:
+            self._engine.write(data)
+        except ssl.SSLError as error:
+            raise trio.BrokenResourceError(str(error)) from error
+
+    def _read(self, size: int) -> bytes | None:
+        try:
+            return self._engine.read(size)
+        except (Truncated, ssl.SSLError) as error:
+            raise trio.BrokenResourceError(str(error)) from error
+
+    async def aclose(self) -> None:
+        """Send close_notify if it was not sent, let what was written arrive, and close; two seconds at most.
+
+        What still comes in is dropped. While another task sends, or after a broken send, the connection is cut.
+        """
+        if self._is_closed:
+            await trio.lowlevel.checkpoint()
+            return
+        self._is_closed = True
+        try:
+            if not self._is_sending and not self._is_broken:
+                with trio.move_on_after(LONGEST_FAREWELL):
+                    await self._see_off()
+            await trio.lowlevel.checkpoint_if_cancelled()
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # the other side has gone first
+        finally:
+            # Not the stream's aclose: nothing more can be waited for.
+            self._transport.socket.close()
+        await trio.lowlevel.checkpoint()
+
+    async def _see_off(self) -> None:
+        engine, transport = self._engine, self._transport
+        if not engine.eof_was_sent:
+            engine.send_eof()
+            await self._flush()
+            if engine.ends_with_fin:
+                await transport.send_eof()
+        if self._is_receiving:
+            return  # that task has taken what came, and is about to learn that this wire is closed
+        # Closing with bytes unread, or before bytes that still come, sends RST, which destroys what we wrote.
+        quiet = 0.0
+        while quiet < FAREWELL or unacknowledged(transport.socket):  # type: ignore[arg-type]  # it has a fileno
+            with trio.move_on_after(FAREWELL_LOOK) as pause:
+                if not await transport.receive_some(_READ):
+                    break
+            quiet += FAREWELL_LOOK if pause.cancelled_caught else 0.0
+        sock: Any = transport.socket  # it has fileno() and getsockopt()
+        while unacknowledged(sock) and not is_dead(sock):  # noqa: ASYNC110  of acknowledgements nothing tells
+            await trio.sleep(FAREWELL_LOOK)

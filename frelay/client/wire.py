@@ -1,0 +1,299 @@
+"""The inner TLS of a function, on the standard library's ``ssl``: its context, its socket, and who is at the other end.
+
+Python's ``SSLSocket`` leaves things to its user that go wrong for nearly everyone, so :class:`Wire` does them:
+
+* ``close()`` alone sends no close_notify, and the other side cannot tell the end from a cut. ``Wire.close`` sends it.
+* ``unwrap()`` ends both directions: after its close_notify it goes on to read, and a byte of the other side that is
+  already there is fatal to it ("application data after close notify"). ``Wire.send_eof`` ends only this direction;
+  TLS 1.3 lets reading go on.
+* After ``unwrap()`` and ``shutdown()`` the socket silently leaves TLS, so that whoever owns the network could make up
+  what is read from then on. A ``Wire`` stays in TLS until it is closed.
+* A missing close_notify is swallowed by default and looks like a clean end. Here it is an error (``SSLEOFError``).
+* Closing a socket with unread bytes, or before bytes still to come, sends RST, which destroys what was written and
+  is still under way. ``Wire.close`` takes what comes and waits a moment. For the same reason our TLS server sends no
+  session tickets, which a client that only writes would never read; nobody resumes here.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from frelay.errors import CertificateError, PeerIdentityMismatch
+from frelay.protocol.identity import (
+    Name,
+    OddName,
+    Selector,
+    dns_name,
+    match,
+    parse_selector,
+    spki_of_certificate,
+    uri_names,
+)
+from frelay.protocol.messages import Role
+from frelay.tcp import is_dead, unacknowledged
+
+__all__ = ["Wire", "check_peer", "inner_context", "outer_context", "read_peer", "read_selectors"]
+
+StrPath = str | Path
+
+ALPN: Final = "frelay/1"
+
+# Seconds that close() waits for the other side's end, and for our own bytes to arrive; see Wire.close.
+FAREWELL: Final = 0.25
+LONGEST_FAREWELL: Final = 2.0
+# How often it looks for acknowledgements, of which nothing tells.
+FAREWELL_LOOK: Final = 0.01
+# How long close() waits for room for its close_notify where the socket has no timeout of its own: a peer that has
+# stopped reading must not hold a function that is done for longer than reaching the relay may take.
+CLOSE_PATIENCE: Final = 30.0
+
+
+class Wire(ssl.SSLSocket):
+    """End-to-end mTLS with the other function: an :class:`ssl.SSLSocket` that ends in good order.
+
+    Like any ``SSLSocket`` it is for one thread at a time. For both directions at once use the Trio or asyncio client,
+    or a selector.
+    """
+
+    _kept: bytes = b""
+    """Application data, at most one record of it, that was decrypted and not read when this direction ended."""
+    _last_words: bytes | None = None
+    """What is still to be sent of our close_notify; None before it was made."""
+    pump: threading.Thread | None = None
+    """What carries the bytes of a wire in a tunnel; its end means that all of them are in the kernel's hands."""
+
+    def send_eof(self) -> None:
+        """End this direction with close_notify, and FIN; reading goes on.
+
+        It waits for room as sending does: raises TimeoutError, or SSLWantWriteError where the socket does not block,
+        and may then be called again. That the other side is gone is no error here: whoever reads next learns it.
+        """
+        tls = getattr(self, "_sslobj", None)
+        if tls is None:
+            return
+        if self._last_words is None:
+            self._last_words = self._make_close_notify(tls)
+        try:
+            while self._last_words:
+                # Not SSLSocket.send: the record is TLS already.
+                sent = socket.socket.send(self, self._last_words)
+                self._last_words = self._last_words[sent:]
+            socket.socket.shutdown(self, socket.SHUT_WR)
+        except BlockingIOError:
+            raise ssl.SSLWantWriteError(ssl.SSL_ERROR_WANT_WRITE, "no room for close_notify yet") from None
+        except TimeoutError:
+            raise
+        except OSError:
+            pass  # the other side is gone
+
+    def _make_close_notify(self, tls: Any) -> bytes:
+        """The record of our close_notify; ``b""`` if TLS can write nothing any more.
+
+        The ssl module calls SSL_shutdown twice: the first call writes close_notify, the second reads, and is the one
+        that breaks the other direction. So for this moment the descriptor is an empty socket pair: there is nothing
+        to read, and always room for what is written.
+        """
+        while size := super().pending():
+            self._kept += super().read(size)
+        timeout = self.gettimeout()
+        descriptor, saved = self.fileno(), os.dup(self.fileno())
+        try:
+            near, far = socket.socketpair()
+            with near, far:
+                near.setblocking(False)
+                far.setblocking(False)
+                self.settimeout(0)
+                os.dup2(near.fileno(), descriptor, inheritable=False)
+                try:
+                    tls.shutdown()
+                except ssl.SSLWantWriteError:
+                    raise  # not for want of room: an earlier send was given up in mid-record, and that is a cut
+                except ssl.SSLError:
+                    pass  # SSLWantReadError: it has written, and looked in vain for the other side's
+                finally:
+                    os.dup2(saved, descriptor, inheritable=False)
+                    self.settimeout(timeout)
+                try:
+                    return far.recv(16384)
+                except BlockingIOError:
+                    return b""
+        finally:
+            os.close(saved)
+
+    def shutdown(self, how: int) -> None:
+        """As for any socket; ``SHUT_WR`` says so in TLS, too, and leaves reading possible."""
+        if how != socket.SHUT_RD:
+            self.send_eof()
+        if how != socket.SHUT_WR:
+            socket.socket.shutdown(self, how)
+
+    def read(self, len: int = 1024, buffer: Any = None) -> Any:
+        """As ``SSLSocket.read``; the peer's close_notify is an end after ``send_eof``, too, not an exception."""
+        if self._kept:
+            return self._read_kept(len, buffer)
+        try:
+            return super().read(len, buffer)
+        except ssl.SSLZeroReturnError:
+            # OpenSSL says the same thing in both cases; the ssl module only reads it as an end before ours is sent.
+            return b"" if buffer is None else 0
+
+    def _read_kept(self, size: int, buffer: Any) -> Any:
+        if buffer is None:
+            data, self._kept = self._kept[:size], self._kept[size:]
+            return data
+        with memoryview(buffer).cast("B") as view:
+            size = min(size, len(view), len(self._kept))
+            view[:size], self._kept = self._kept[:size], self._kept[size:]
+        return size
+
+    def pending(self) -> int:
+        """Bytes that can be read without waiting for the network, as ``SSLSocket.pending``."""
+        return len(self._kept) + super().pending()
+
+    def abandon(self) -> None:
+        """Close without close_notify: the other side sees a cut, and can take it for nothing else."""
+        self._sslobj: Any = None
+        self.close()
+
+    def close(self) -> None:
+        """Send close_notify if it was not sent, let what was written arrive, and close.
+
+        What still comes in is dropped. The wait is for the other side's end, or until all that was written has been
+        acknowledged and a moment has passed; two seconds at most. A socket that does not block is closed at once.
+        """
+        super().close()
+
+    def _real_close(self) -> None:
+        # Not in close(): that only counts down where makefile() has made a second owner.
+        if getattr(self, "_sslobj", None) is not None and self.fileno() != -1:
+            try:
+                if self._last_words is None and self.gettimeout() is None:
+                    self.settimeout(CLOSE_PATIENCE)
+                self.send_eof()
+                self._see_off()
+            except OSError:
+                pass  # the other side sees a cut, which is the truth
+        super()._real_close()  # type: ignore[misc]  # not in typeshed
+        if self.pump is not None:
+            # A daemon: at the end of the process it would take with it what it has not sent yet.
+            self.pump.join(LONGEST_FAREWELL)
+
+    def _see_off(self) -> None:
+        may_wait = self.gettimeout() != 0
+        began = time.monotonic()
+        self.settimeout(FAREWELL_LOOK if may_wait else 0)
+        while True:
+            patience = LONGEST_FAREWELL if unacknowledged(self) else FAREWELL
+            if time.monotonic() - began > patience:
+                return
+            try:
+                if not socket.socket.recv(self, 65536):
+                    break
+            except BlockingIOError:
+                return
+            except TimeoutError:
+                continue
+        while may_wait and unacknowledged(self) and not is_dead(self) and time.monotonic() - began < LONGEST_FAREWELL:
+            time.sleep(FAREWELL_LOOK)
+
+
+def read_selectors(peer: str | Sequence[str]) -> tuple[Selector, ...]:
+    """The selectors of a ``peer=`` argument: one, or several of which any will do; raises ValueError."""
+    texts = [peer] if isinstance(peer, str) else list(peer)
+    if not texts:
+        raise ValueError("peer= names nobody: write for example peer='dns:func2.acme'")
+    return tuple(parse_selector(text) for text in texts)
+
+
+def _load(context: ssl.SSLContext, cert: StrPath, key: StrPath | None, ca: StrPath) -> None:
+    for what, path in (("ca", ca), ("cert", cert), ("key", key)):
+        if path is not None:
+            try:
+                # OpenSSL's own errors do not say which file, and call a missing one "system lib".
+                Path(path).open("rb").close()
+            except FileNotFoundError:
+                raise CertificateError(f"{what}: there is no file {path}") from None
+            except OSError as error:
+                raise CertificateError(f"{what}: {path} cannot be read: {error.strerror}") from None
+
+    def ask_passphrase() -> str:
+        # Without this OpenSSL would ask on the terminal, and a function without one would hang or fail in the dark.
+        raise CertificateError(f"key: {key or cert} is encrypted, and a function has nobody to ask for its passphrase")
+
+    try:
+        context.load_verify_locations(ca)
+    except ssl.SSLError as error:
+        raise CertificateError(f"ca: {ca} holds no readable PEM certificate ({error.reason or error})") from None
+    except OSError as error:
+        raise CertificateError(f"ca: {ca} cannot be read: {error.strerror}") from None
+    try:
+        context.load_cert_chain(cert, key, ask_passphrase)
+    except ssl.SSLError as error:
+        raise CertificateError(
+            f"cert, key: {cert} and {key} are no PEM certificate and its key ({error.reason or error})"
+        ) from None
+    except OSError as error:
+        raise CertificateError(f"cert, key: {cert} and {key} cannot be read: {error.strerror}") from None
+
+
+def outer_context(cert: StrPath, key: StrPath | None, ca: StrPath) -> ssl.SSLContext:
+    """The context of the TLS to the relay; raises CertificateError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.set_alpn_protocols([ALPN])
+    _load(context, cert, key, ca)
+    return context
+
+
+def inner_context(
+    role: Role, cert: StrPath, key: StrPath | None, ca: StrPath, alpn: Sequence[str] | None = None
+) -> ssl.SSLContext:
+    """The context of the TLS to the other function; both sides show certificates. Raises CertificateError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT if role == "client" else ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.check_hostname = False  # who the peer must be is peer=, checked by check_peer with its type
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.sslsocket_class = Wire
+    if role == "server":
+        context.num_tickets = 0
+    if alpn:
+        context.set_alpn_protocols(list(alpn))
+    _load(context, cert, key, ca)
+    return context
+
+
+def read_peer(certificate: Any, der: bytes | None) -> list[Name]:
+    """The names in a verified certificate, given as ``getpeercert()`` and ``getpeercert(True)``; odd ones are left out.
+
+    The same rules as the relay's (``frelay.tls.identity``).
+    """
+    alternatives = (certificate or {}).get("subjectAltName", ())
+    names: list[Name] = []
+    try:
+        names += uri_names([value for kind, value in alternatives if kind == "URI"])
+    except OddName:
+        pass
+    for kind, value in alternatives:
+        if kind == "DNS":
+            try:
+                names.append(dns_name(value))
+            except OddName:
+                continue
+    if der is not None:
+        names.append(spki_of_certificate(der))
+    return names
+
+
+def check_peer(expected: Sequence[Selector], found: Sequence[Name]) -> Name:
+    """The name of the peer that is one of those expected; raises PeerIdentityMismatch."""
+    name = match(expected, found)
+    if name is None:
+        raise PeerIdentityMismatch(" or ".join(str(item) for item in expected), [str(item) for item in found])
+    return name

@@ -1,0 +1,120 @@
+"""What a function hands to ``connect`` is judged before anything is dialled, and the error names what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+
+import frelay
+from certs import TestAuthority
+from frelay.errors import CertificateError
+
+# Nobody listens on port 1 of loopback; and nobody should have been asked.
+NOWHERE: Final = "127.0.0.1:1"
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> dict[str, Any]:
+    """Right ones."""
+    ca = TestAuthority()
+    cert, key = ca.party(dns=["func1.demo"]).write(tmp_path, "func1")
+    return {"cert": cert, "key": key, "ca": ca.write(tmp_path), "peer": "dns:func2.demo"}
+
+
+def test_right_arguments_get_as_far_as_dialling(arguments: dict[str, Any]) -> None:
+    """Or the tests below would show nothing."""
+    with pytest.raises(frelay.RelayUnreachable, match=r"no connection to 127\.0\.0\.1:1: .*refused"):
+        frelay.connect(NOWHERE, **arguments)
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+@pytest.mark.parametrize("what", ["cert", "key", "ca"])
+def test_a_missing_file_is_named(arguments: dict[str, Any], tmp_path: Path, what: str, as_text: bool) -> None:
+    path = tmp_path / "not there.pem"
+    with pytest.raises(CertificateError, match=rf"{what}: there is no file {path}"):
+        frelay.connect(NOWHERE, **{**arguments, what: str(path) if as_text else path})
+
+
+@pytest.mark.parametrize("what", ["inner_cert", "inner_ca"])
+def test_a_missing_inner_file_is_named(arguments: dict[str, Any], tmp_path: Path, what: str) -> None:
+    path = tmp_path / "not-there.pem"
+    with pytest.raises(CertificateError, match=rf"{what.removeprefix('inner_')}: there is no file {path}"):
+        frelay.connect(NOWHERE, **{**arguments, what: path})
+
+
+@pytest.mark.parametrize("what", ["cert", "key", "ca"])
+def test_a_directory_in_place_of_a_file_is_named(arguments: dict[str, Any], tmp_path: Path, what: str) -> None:
+    with pytest.raises(CertificateError, match=rf"{what}: {tmp_path} cannot be read: Is a directory"):
+        frelay.connect(NOWHERE, **{**arguments, what: tmp_path})
+
+
+@pytest.mark.parametrize("content", [b"", b"no PEM\n", b"-----BEGIN CERTIFICATE-----\nAAAA\n"])
+def test_a_ca_file_without_certificate_is_named(arguments: dict[str, Any], tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "odd.pem"
+    path.write_bytes(content)
+    with pytest.raises(CertificateError, match=rf"ca: {path} holds no readable PEM certificate"):
+        frelay.connect(NOWHERE, **{**arguments, "ca": path})
+
+
+def test_a_key_of_another_certificate_is_named(arguments: dict[str, Any], tmp_path: Path) -> None:
+    _, other = TestAuthority().party(dns=["func1.demo"]).write(tmp_path, "other")
+    with pytest.raises(CertificateError, match=rf"{arguments['cert']} and {other} are no PEM certificate and its key"):
+        frelay.connect(NOWHERE, **{**arguments, "key": other})
+
+
+def test_an_encrypted_key_is_refused_and_nobody_is_asked(arguments: dict[str, Any], tmp_path: Path) -> None:
+    """OpenSSL would ask for the passphrase on the terminal, and a function would hang there."""
+    key = serialization.load_pem_private_key(Path(arguments["key"]).read_bytes(), None)
+    path = tmp_path / "encrypted.key"
+    path.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.BestAvailableEncryption(b"passphrase"),
+        )
+    )
+    with pytest.raises(CertificateError, match=rf"key: {path} is encrypted"):
+        frelay.connect(NOWHERE, **{**arguments, "key": path})
+
+
+def test_one_file_may_hold_certificate_and_key(arguments: dict[str, Any], tmp_path: Path) -> None:
+    both = tmp_path / "both.pem"
+    both.write_bytes(Path(arguments["cert"]).read_bytes() + Path(arguments["key"]).read_bytes())
+    with pytest.raises(frelay.RelayUnreachable):
+        frelay.connect(NOWHERE, **{**arguments, "cert": both, "key": None})
+    with pytest.raises(CertificateError, match=r"func1\.pem and None are no PEM certificate and its key"):
+        frelay.connect(NOWHERE, **{**arguments, "key": None})
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("", "relay", "relay:", ":9001", "relay:port", "relay:0", "relay:65536", "relay:9001:9002", "::1:9001"),
+        *("[::1]", "relay:9001 ", "https://relay:9001", "relay:-1", "relay:\u0661"),
+    ],
+)
+def test_a_bad_address_is_shown_with_the_way_to_write_it(arguments: dict[str, Any], address: str) -> None:
+    with pytest.raises(ValueError, match=r"is not an address: write host:port, or \[v6\]:port"):
+        frelay.connect(address, **arguments)
+
+
+@pytest.mark.parametrize("peer", ["", "func2.demo", "cn:func2.demo", "spki:md5:00", "dns:*", [], ["dns:a.demo", "x"]])
+def test_a_bad_peer_is_an_error_before_anything_is_sent(arguments: dict[str, Any], peer: str | list[str]) -> None:
+    with pytest.raises(ValueError, match=r"is not a selector|peer= names nobody|public-key pins|would match any"):
+        frelay.connect(NOWHERE, **{**arguments, "peer": peer})
+
+
+def test_peer_must_be_given(arguments: dict[str, Any]) -> None:
+    """There is no default: who the other function must be is the caller's to say."""
+    del arguments["peer"]
+    with pytest.raises(TypeError, match="peer"):
+        frelay.connect(NOWHERE, **arguments)
+
+
+def test_nothing_is_printed(arguments: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(frelay.RelayUnreachable):
+        frelay.connect(NOWHERE, **arguments)
+    assert capfd.readouterr() == ("", "")
