@@ -1,0 +1,231 @@
+"""The command line: what each command takes, and what its exit code means.
+
+0 done, 1 failed or invalid configuration, 2 usage. Data goes to stdout, messages to stderr. The commands import what
+they need inside, so that ``frelay --help`` does not load a relay.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from frelay import __version__
+from frelay.errors import CertificateError, ConfigError, FrelayError
+
+__all__ = ["app", "main"]
+
+app: Final = typer.Typer(
+    name="frelay",
+    help="The relay that two functions dial: verified by certificate, joined, then end-to-end mTLS.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigFile = Annotated[
+    Path, typer.Option("--config", "-c", help="The route file.", metavar="FILE", envvar="FRELAY_CONFIG")
+]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"frelay {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    config: ConfigFile = Path("relay.toml"),
+    log_format: Annotated[str, typer.Option(help="console or json.", metavar="FORMAT")] = "console",
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.", metavar="LEVEL")] = "info",
+    watch: Annotated[bool, typer.Option(help="Reload when a file of the configuration changes.")] = True,
+) -> None:
+    """Run the relay. SIGHUP reloads, SIGTERM drains, a second SIGTERM stops now."""
+    from frelay import log
+
+    if log_format not in ("console", "json"):
+        raise typer.BadParameter("write console or json", param_hint="--log-format")
+    if log_level not in log.LEVELS:
+        raise typer.BadParameter(f"write one of {', '.join(log.LEVELS)}", param_hint="--log-level")
+
+    import signal
+
+    import trio
+
+    from frelay.config.load import load
+    from frelay.relay import Relay
+
+    # The relay obeys it as long as it runs. What comes before that, or after, would kill the process, and with it the
+    # exit code of a clean drain.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    log.configure("json" if log_format == "json" else "console", log_level)
+    loaded = load(config)
+    code = trio.run(_serve, Relay, loaded, watch)
+    raise typer.Exit(code)
+
+
+async def _serve(relay_type, config, watch):  # type: ignore[no-untyped-def]
+    return await relay_type(config, watch_files=watch).run()
+
+
+@app.command()
+def check(
+    config: ConfigFile = Path("relay.toml"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+) -> None:
+    """Say whether a route file is good, with everything that is wrong in it. Binds nothing."""
+    from frelay.cli.check import check_file
+
+    raise typer.Exit(check_file(config, as_json=as_json))
+
+
+@app.command()
+def init(
+    directory: Annotated[Path, typer.Argument(help="Where to write; made if it is not there.", metavar="DIR")],
+    force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
+) -> None:
+    """Write a CA, certificates for a relay and two functions, and a relay.toml that runs as it is."""
+    from frelay.cli.init import write_all
+
+    write_all(directory, force=force)
+
+
+@app.command()
+def demo() -> None:
+    """Show everything on loopback: a relay, two functions, their hand-off, and bytes end to end."""
+    from frelay.cli.demo import run_demo
+
+    raise typer.Exit(run_demo())
+
+
+@app.command()
+def connect(
+    address: Annotated[str, typer.Argument(help="The relay.", metavar="HOST:PORT", envvar="FRELAY_ADDRESS")],
+    cert: Annotated[Path, typer.Option(help="This function's certificate.", metavar="FILE", envvar="FRELAY_CERT")],
+    ca: Annotated[Path, typer.Option(help="Who vouches for the relay.", metavar="FILE", envvar="FRELAY_CA")],
+    peer: Annotated[
+        list[str],
+        typer.Option(help="Who the other function must be, e.g. dns:func2.acme; of several any.", envvar="FRELAY_PEER"),
+    ],
+    key: Annotated[
+        Path | None, typer.Option(help="Its key, if --cert does not hold it.", metavar="FILE", envvar="FRELAY_KEY")
+    ] = None,
+    listen: Annotated[
+        str | None,
+        typer.Option(help="Make each connection to this port a pairing.", metavar="HOST:PORT", envvar="FRELAY_LISTEN"),
+    ] = None,
+    to: Annotated[
+        str | None,
+        typer.Option(help="Dial this service for each pairing.", metavar="HOST:PORT", envvar="FRELAY_TO"),
+    ] = None,
+    exec_: Annotated[
+        str | None,
+        typer.Option("--exec", help="Run this command on one pairing.", metavar="COMMAND", envvar="FRELAY_EXEC"),
+    ] = None,
+    route: Annotated[
+        str | None, typer.Option(help="The route, where several share the address.", envvar="FRELAY_ROUTE")
+    ] = None,
+    party: Annotated[
+        str | None, typer.Option(help="func1 or func2, where the certificate fits both.", envvar="FRELAY_PARTY")
+    ] = None,
+    server_name: Annotated[
+        str | None, typer.Option(help="The name in the relay's certificate.", envvar="FRELAY_SERVER_NAME")
+    ] = None,
+    wait: Annotated[
+        float | None, typer.Option(help="Seconds for joining and waiting together.", envvar="FRELAY_WAIT", min=0.001)
+    ] = None,
+    mode: Annotated[str, typer.Option(help="handoff, ticket or tunnel.", envvar="FRELAY_MODE")] = "handoff",
+    inner_cert: Annotated[
+        Path | None,
+        typer.Option(help="Another certificate for the other function.", metavar="FILE", envvar="FRELAY_INNER_CERT"),
+    ] = None,
+    inner_key: Annotated[Path | None, typer.Option(help="Its key.", metavar="FILE", envvar="FRELAY_INNER_KEY")] = None,
+    inner_ca: Annotated[
+        Path | None,
+        typer.Option(help="Who vouches for the other function.", metavar="FILE", envvar="FRELAY_INNER_CA"),
+    ] = None,
+    alpn: Annotated[
+        list[str] | None, typer.Option(help="A protocol to agree on with the other function.", envvar="FRELAY_ALPN")
+    ] = None,
+    proxy: Annotated[
+        str | None,
+        typer.Option(
+            help="http://HOST:PORT to go through; '' for none. Otherwise HTTPS_PROXY and NO_PROXY count.",
+            metavar="URL",
+            envvar="FRELAY_PROXY",
+        ),
+    ] = None,
+    retry: Annotated[
+        str | None,
+        typer.Option(help="Join again after failures that may pass: a number, or 'always'.", envvar="FRELAY_RETRY"),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Report each step on stderr, a JSON line each.", envvar="FRELAY_JSON")
+    ] = False,
+) -> None:
+    """Join a route, and use the wire to the other function as standard input and output, or as a local port.
+
+    Exit codes: 0 clean end, 1 failed, 2 usage, 3 refused by the relay, 4 nobody came.
+    """
+    from frelay.cli.connect import Local, connect_command
+    from frelay.client.core import Options
+
+    if party not in (None, "func1", "func2"):
+        raise typer.BadParameter("write func1 or func2", param_hint="--party")
+    if mode not in ("handoff", "ticket", "tunnel"):
+        raise typer.BadParameter("write handoff, ticket or tunnel", param_hint="--mode")
+    if sum(value is not None for value in (listen, to, exec_)) > 1:
+        raise typer.BadParameter("only one of --listen, --to and --exec can be used", param_hint="--listen")
+    if retry is not None and retry != "always" and not (retry.isascii() and retry.isdigit()):
+        raise typer.BadParameter("write a number of tries, or always", param_hint="--retry")
+    options = Options(
+        cert=cert,
+        key=key,
+        ca=ca,
+        peer=peer,
+        wait=wait,
+        route=route,
+        party=party,  # type: ignore[typeddict-item]  # checked above
+        server_name=server_name,
+        inner_cert=inner_cert,
+        inner_key=inner_key,
+        inner_ca=inner_ca,
+        alpn=alpn,
+        mode=mode,  # type: ignore[typeddict-item]  # checked above
+        proxy=proxy,
+        retry=None if retry is None else True if retry == "always" else int(retry),
+    )
+    try:
+        code = connect_command(address, options, Local(listen, to, exec_), as_json=as_json)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    raise typer.Exit(code)
+
+
+def main() -> None:
+    """The console script: errors of ours become one message a problem and exit code 1, never a traceback."""
+    try:
+        # By name: under `python -m` it would introduce itself by whatever was started.
+        app(prog_name="frelay")
+    except ConfigError as error:
+        for problem in error.problems:
+            print(f"frelay: {problem}", file=sys.stderr)
+        sys.exit(1)
+    except (FrelayError, CertificateError) as error:
+        print(f"frelay: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,99 @@
+"""The accept loop ends when it is told to, and by nothing that a caller or the kernel does, at whatever moment.
+
+If it did, one unlucky connection would take the whole relay with it, pairings included.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+
+import pytest
+import trio
+
+import frelay.listener
+import frelay.sockets
+from rig import DEMO, Site, eventually, pair
+
+
+def call(port: int) -> socket.socket:
+    """A connection that the kernel has accepted and the relay has not heard of yet."""
+    sock = socket.socket()
+    sock.connect(("127.0.0.1", port))
+    return sock
+
+
+@pytest.mark.parametrize("turns", range(8))
+@pytest.mark.parametrize("end", ["drain", "stop"])
+async def test_a_listener_stopped_at_the_moment_of_a_call(site: Site, end: str, turns: int) -> None:
+    """``turns`` of the scheduler between the call and the stop, so that it meets every step of accepting."""
+    other = DEMO.replace('"demo"', '"other"')
+    for _ in range(4):
+        async with site.relay(DEMO + other) as relay:
+            keeper1 = await site.party(relay, "func1", route="other")
+            keeper2 = await site.party(relay, "func2", route="other")
+            await pair(keeper1, keeper2)
+            # What a reload ends with, without the threads that it loads its files in: at the turn that we choose.
+            listener = next(found for key, found in relay.relay._now.listeners.items() if "demo" in str(key))
+            calls = [call(relay.port()) for _ in range(3)]
+            for _ in range(turns):
+                await trio.lowlevel.cancel_shielded_checkpoint()
+            if end == "drain":
+                relay.relay.drain(reason="maintenance")
+            else:
+                listener.stop()
+            for sock in calls:
+                sock.close()
+            await keeper1.hand_off()
+            await keeper2.hand_off()
+            await keeper1.send_raw(b"\x16\x03\x01unharmed")
+            assert await keeper2.receive_exactly(11) == b"\x16\x03\x01unharmed"
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        errno.ECONNABORTED,
+        errno.EPROTO,
+        errno.EPERM,
+        errno.ENETDOWN,
+        errno.ENOPROTOOPT,
+        errno.EHOSTDOWN,
+        errno.ENONET,
+        errno.EHOSTUNREACH,
+        errno.EOPNOTSUPP,
+        errno.ENETUNREACH,
+        errno.ETIMEDOUT,
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.ENOBUFS,
+        errno.ENOMEM,
+    ],
+    ids=errno.errorcode.get,
+)
+async def test_an_error_of_accept_is_not_the_end(site: Site, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """accept(2) gives the next connection's network errors, and EPERM for a firewall's verdict: not the listener's."""
+    original = frelay.sockets.accept
+    failures = [OSError(number, "injected")] * 3
+
+    def accept(listener: socket.socket) -> tuple[socket.socket, tuple[str, int]]:
+        if failures:
+            raise failures.pop()
+        return original(listener)
+
+    monkeypatch.setattr(frelay.listener, "accept", accept)
+    async with site.relay() as relay:
+        await pair(await site.party(relay, "func1"), await site.party(relay, "func2"))
+        assert not failures
+
+
+async def test_callers_that_are_gone_before_they_are_accepted(site: Site) -> None:
+    """A burst of connections that were reset while they queued."""
+    async with site.relay() as relay:
+        for _ in range(50):
+            sock = call(relay.port())
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            sock.close()
+        await pair(await site.party(relay, "func1"), await site.party(relay, "func2"))
+        await eventually(lambda: relay.legs == 2, "nothing held of them")

@@ -1,0 +1,406 @@
+"""The functions in Go and Node.js that people copy from ``examples/`` meet each other and Python's, both ways.
+
+They run as processes, against a relay that is one, and carry more than the socket buffers hold in both directions at
+once; each direction is ended by itself.
+"""
+
+from __future__ import annotations
+
+import os
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final, Literal, TypeVar
+
+import pytest
+import trio
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from ends import block
+from frelay.protocol.identity import spki_of_certificate
+from rig import DEMO, PATIENCE, RelayProcess, Site, frame
+from tools import tool
+
+# The first build may have to compile Go's standard library.
+pytestmark = pytest.mark.timeout(300)
+
+ROOT: Final = Path(__file__).parents[2]
+EXAMPLES: Final = ROOT / "examples"
+ANY_SIZE: Final = 1024 * 1024 + 7
+
+T = TypeVar("T")
+Runtime = Literal["go", "node", "python"]
+HandOff = Literal["handoff", "ticket"]
+RUNTIMES: Final[tuple[Runtime, ...]] = ("go", "node", "python")
+OURS: Final[tuple[Runtime, ...]] = ("go", "node")
+HAND_OFFS: Final[tuple[HandOff, ...]] = ("handoff", "ticket")
+
+PYTHON: Final = """
+import shutil, sys, frelay
+address, cert, key, ca, peer, mode = sys.argv[1:]
+with frelay.connect(address, cert=cert, key=key, ca=ca, peer=peer, mode=mode, wait=60) as wire:
+    wire.sendall(sys.stdin.buffer.read())
+    wire.send_eof()
+    shutil.copyfileobj(wire.makefile("rb"), sys.stdout.buffer)
+"""
+
+
+def go_environment(directory: Path) -> dict[str, str]:
+    """For a build that takes nothing from the network, and nothing from the user's settings."""
+    found = {**os.environ, "GOFLAGS": "-mod=mod", "GOPROXY": "off", "GOWORK": "off", "GOTOOLCHAIN": "local"}
+    if "HOME" not in found:
+        found["GOCACHE"] = str(directory / "cache")
+    return found
+
+
+@pytest.fixture(scope="session")
+def go_party(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example in Go, compiled."""
+    directory = tmp_path_factory.mktemp("go-party")
+    binary = directory / "frelay-party"
+    subprocess.run(
+        [tool("go"), "build", "-o", str(binary), "."],
+        cwd=EXAMPLES / "go",
+        env=go_environment(directory),
+        check=True,
+    )
+    return binary
+
+
+@dataclass
+class Functions:
+    """Starts functions of any runtime."""
+
+    site: Site
+    request: pytest.FixtureRequest
+
+    def command(self, runtime: Runtime, port: int, name: str, peer: str, hand_off: HandOff, wait: int) -> list[str]:
+        cert, key = self.site.paths[name]
+        address = f"localhost:{port}"
+        if runtime == "python":
+            return [sys.executable, "-c", PYTHON, address, str(cert), str(key), str(self.site.ca_path), peer, hand_off]
+        if runtime == "go":
+            command, dash, seconds = [str(self.request.getfixturevalue("go_party"))], "-", f"{wait}s"
+        else:
+            command, dash, seconds = [tool("node"), str(EXAMPLES / "node/party.mjs")], "--", str(wait)
+        options = {
+            "relay": address,
+            "cert": cert,
+            "key": key,
+            "ca": self.site.ca_path,
+            "peer": peer,
+            "wait": seconds,
+        }
+        for option, value in options.items():
+            command += [dash + option, str(value)]
+        return [*command, f"{dash}ticket"] if hand_off == "ticket" else command
+
+    async def run(
+        self,
+        runtime: Runtime,
+        relay: RelayProcess,
+        name: str,
+        data: bytes = b"",
+        *,
+        peer: str | None = None,
+        hand_off: HandOff = "handoff",
+        wait: int = 60,
+    ) -> subprocess.CompletedProcess[bytes]:
+        """Run one with ``data`` on its standard input, to its end."""
+        other = {"func1": "dns:func2.demo", "func2": "dns:func1.demo"}
+        command = self.command(runtime, relay.port(), name, peer or other.get(name, "dns:func2.demo"), hand_off, wait)
+        # Its certificates are given by name; what it finds from there on must be frelay's as it is here.
+        run = partial(trio.run_process, command, stdin=data, capture_stdout=True, capture_stderr=True, check=False)
+        return await run(env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+@pytest.fixture
+def functions(site: Site, request: pytest.FixtureRequest) -> Functions:
+    # Built before anything waits for it.
+    for name in ("go", "node"):
+        if name in request.node.callspec.params.values():
+            tool(name)
+    if "go" in request.node.callspec.params.values():
+        request.getfixturevalue("go_party")
+    return Functions(site, request)
+
+
+async def meet(
+    functions: Functions, relay: RelayProcess, one: tuple[Runtime, HandOff], two: tuple[Runtime, HandOff]
+) -> None:
+    """Pair func1 and func2, and find all bytes of both at the other's."""
+    sent = {"func1": block(ANY_SIZE, 1), "func2": block(ANY_SIZE + 4, 2)}
+    ended: dict[str, subprocess.CompletedProcess[bytes]] = {}
+
+    async def run(name: str, runtime: Runtime, hand_off: HandOff) -> None:
+        ended[name] = await functions.run(runtime, relay, name, sent[name], hand_off=hand_off)
+
+    with trio.fail_after(PATIENCE * 3):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run, "func1", *one)
+            nursery.start_soon(run, "func2", *two)
+    assert [(ended[name].returncode, ended[name].stderr) for name in sent if ended[name].returncode] == []
+    assert ended["func1"].stdout == sent["func2"]
+    assert ended["func2"].stdout == sent["func1"]
+
+
+@pytest.mark.parametrize("hand_off", HAND_OFFS)
+@pytest.mark.parametrize("two", RUNTIMES)
+@pytest.mark.parametrize("one", OURS)
+async def test_all_bytes_cross(functions: Functions, one: Runtime, two: Runtime, hand_off: HandOff) -> None:
+    """``one`` is the client of the inner TLS, ``two`` its server."""
+    async with functions.site.process() as relay:
+        await meet(functions, relay, (one, hand_off), (two, hand_off))
+        assert (await relay.log("pairing ended"))["outcome"] == "closed"
+        modes = await relay.log("handed off")
+        assert (modes["func1_mode"], modes["func2_mode"]) == (hand_off, hand_off)
+
+
+@pytest.mark.parametrize("hand_off", HAND_OFFS)
+@pytest.mark.parametrize("two", OURS)
+async def test_all_bytes_cross_with_python_as_the_tls_client(
+    functions: Functions, two: Runtime, hand_off: HandOff
+) -> None:
+    async with functions.site.process() as relay:
+        await meet(functions, relay, ("python", hand_off), (two, hand_off))
+        assert (await relay.log("pairing ended"))["outcome"] == "closed"
+
+
+@pytest.mark.parametrize("two", OURS)
+@pytest.mark.parametrize("one", OURS)
+async def test_hand_off_and_ticket_meet(functions: Functions, one: Runtime, two: Runtime) -> None:
+    async with functions.site.process() as relay:
+        await meet(functions, relay, (one, "handoff"), (two, "ticket"))
+        modes = await relay.log("handed off")
+        assert (modes["func1_mode"], modes["func2_mode"]) == ("handoff", "ticket")
+
+
+@pytest.mark.parametrize("hand_off", HAND_OFFS)
+@pytest.mark.parametrize("runtime", OURS)
+async def test_an_answer_arrives_after_the_question_has_ended(
+    functions: Functions, runtime: Runtime, hand_off: HandOff
+) -> None:
+    """TESTPLAN 25: the example ends its direction, and the other one begins only then."""
+    answer = block(ANY_SIZE, 3)
+    script = """
+import sys, frelay
+address, cert, key, ca, peer = sys.argv[1:]
+with frelay.connect(address, cert=cert, key=key, ca=ca, peer=peer, wait=60) as wire:
+    question = wire.makefile("rb").read()
+    assert question == b"question", question
+    wire.sendall(sys.stdin.buffer.read())
+"""
+    site = functions.site
+    async with site.process() as relay:
+        cert, key = site.paths["func2"]
+        arguments = [f"localhost:{relay.port()}", str(cert), str(key), str(site.ca_path), "dns:func1.demo"]
+        with trio.fail_after(PATIENCE * 3):
+            async with trio.open_nursery() as nursery:
+                command = [sys.executable, "-c", script, *arguments]
+                nursery.start_soon(
+                    partial(trio.run_process, command, stdin=answer, env={**os.environ, "PYTHONPATH": str(ROOT)})
+                )
+                asked = await functions.run(runtime, relay, "func1", b"question", hand_off=hand_off)
+        assert (asked.returncode, asked.stdout == answer) == (0, True), asked.stderr
+
+
+@pytest.mark.parametrize("two", OURS)
+@pytest.mark.parametrize("one", OURS)
+async def test_somebody_else_gets_nothing(functions: Functions, one: Runtime, two: Runtime) -> None:
+    """The relay vouches for func2, but the function expects func3: it sends nothing, and both learn it at once."""
+    async with functions.site.process() as relay:
+        ended: dict[str, subprocess.CompletedProcess[bytes]] = {}
+
+        async def run(name: str, runtime: Runtime, peer: str) -> None:
+            ended[name] = await functions.run(runtime, relay, name, b"for func3 alone", peer=peer, wait=600)
+
+        with trio.fail_after(PATIENCE):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(run, "func1", one, "dns:func3.demo")
+                nursery.start_soon(run, "func2", two, "dns:func1.demo")
+        assert ended["func1"].returncode == 1
+        assert b"func2.demo" in ended["func1"].stderr
+        assert b"dns:func3.demo was expected" in ended["func1"].stderr
+        assert ended["func2"].stdout == b""
+
+
+@pytest.mark.parametrize("runtime", OURS)
+async def test_a_certificate_of_another_kind_is_not_the_name(functions: Functions, runtime: Runtime) -> None:
+    """The text that is expected as a DNS name stands in the certificate as everything but one."""
+    site = functions.site
+    site.add("func2", site.ca.text_elsewhere("func2.demo"))
+    pin = spki_of_certificate(site.credentials["func2"].certificate.public_bytes(Encoding.DER))
+    routes = DEMO.replace("dns:func2.demo", str(pin))
+    async with site.process(routes) as relay:
+        ended: dict[str, subprocess.CompletedProcess[bytes]] = {}
+
+        async def run(name: str) -> None:
+            ended[name] = await functions.run(runtime, relay, name, b"secret", wait=600)
+
+        with trio.fail_after(PATIENCE * 3):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(run, "func1")
+                nursery.start_soon(run, "func2")
+        assert ended["func1"].returncode == 1
+        assert b"dns:func2.demo was expected" in ended["func1"].stderr
+        assert ended["func2"].stdout == b""
+
+
+@pytest.mark.parametrize("runtime", OURS)
+async def test_a_peer_with_a_spiffe_id_is_known_by_it(functions: Functions, runtime: Runtime) -> None:
+    site = functions.site
+    for name in ("func1", "func2"):
+        site.add(name, site.ca.party(uris=[f"spiffe://acme/jobs/{name}"]))
+    routes = DEMO.replace("dns:func1.demo", "uri:spiffe://acme/jobs/func1")
+    routes = routes.replace("dns:func2.demo", "uri:spiffe://acme/jobs/func2")
+    async with site.process(routes) as relay:
+        ended: dict[str, subprocess.CompletedProcess[bytes]] = {}
+
+        async def run(name: str, other: str) -> None:
+            ended[name] = await functions.run(
+                runtime, relay, name, name.encode(), peer=f"uri:spiffe://acme/jobs/{other}"
+            )
+
+        with trio.fail_after(PATIENCE * 3):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(run, "func1", "func2")
+                nursery.start_soon(run, "func2", "func1")
+        assert (ended["func1"].returncode, ended["func1"].stdout) == (0, b"func2"), ended["func1"].stderr
+        assert (ended["func2"].returncode, ended["func2"].stdout) == (0, b"func1"), ended["func2"].stderr
+
+
+@pytest.mark.parametrize("runtime", OURS)
+async def test_a_refusal_says_why(functions: Functions, runtime: Runtime) -> None:
+    functions.site.add("func3", functions.site.ca.party(dns=["func3.demo"]))
+    async with functions.site.process() as relay:
+        with trio.fail_after(PATIENCE):
+            ended = await functions.run(runtime, relay, "func3")
+        assert (ended.returncode, b"not-authorised" in ended.stderr) == (3, True), ended.stderr
+
+
+@pytest.mark.parametrize("runtime", OURS)
+async def test_its_own_limit_ends_the_waiting(functions: Functions, runtime: Runtime) -> None:
+    async with functions.site.process() as relay:
+        began = time.monotonic()
+        with trio.fail_after(PATIENCE):
+            ended = await functions.run(runtime, relay, "func1", wait=1)
+        assert ended.returncode == 1
+        assert b"waiting" in ended.stderr
+        assert 1 <= time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("runtime", OURS)
+async def test_a_stranger_is_told_by_the_alert(functions: Functions, runtime: Runtime) -> None:
+    """TESTPLAN 1: in TLS 1.3 the alert comes after the client's handshake, so it must not be taken for an end."""
+    site = functions.site
+    site.add("stranger", type(site.ca)("other CA").party(dns=["func1.demo"]))
+    async with site.process() as relay:
+        with trio.fail_after(PATIENCE):
+            ended = await functions.run(runtime, relay, "stranger")
+        assert ended.returncode == 1
+        assert b"unknown" in ended.stderr.lower(), ended.stderr
+
+
+@pytest.mark.parametrize("runtime", OURS)
+async def test_pings_are_answered_while_it_waits(functions: Functions, runtime: Runtime) -> None:
+    """Its place is kept through several PINGs, and it is paired after them."""
+    limits = "[limits]\nping_interval = 0.1\npong_timeout = 5\n"
+    async with functions.site.process(sections=limits) as relay:
+        ended: dict[str, subprocess.CompletedProcess[bytes]] = {}
+
+        async def run(name: str) -> None:
+            ended[name] = await functions.run(runtime, relay, name, name.encode())
+
+        with trio.fail_after(PATIENCE * 2):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(run, "func1")
+                await relay.log("waiting", party="func1")
+                await trio.sleep(1)  # ten PINGs, or two on a machine that is very busy
+                nursery.start_soon(run, "func2")
+        assert ended["func1"].stdout == b"func2"
+        assert ended["func2"].stdout == b"func1"
+
+
+async def test_what_follows_the_end_of_the_outer_tls_is_not_swallowed_in_node(site: Site) -> None:
+    """A relay worse than ours sends raw bytes behind its close_notify, in one segment; the Duplex keeps them.
+
+    The raw bytes are the ClientHello of the other function, so the inner TLS comes up if, and only if, all are there.
+    """
+    outer_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    outer_context.load_cert_chain(*site.relay_paths)
+    outer_context.set_alpn_protocols(["frelay/1"])
+    outer_context.num_tickets = 0
+    inner_context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    inner_context.load_cert_chain(*site.paths["func1"])
+    inner_context.load_verify_locations(site.ca_path)
+    inner_context.check_hostname = False
+    heard = b""
+
+    async def relay(stream: trio.SocketStream) -> None:
+        nonlocal heard
+        come, go = ssl.MemoryBIO(), ssl.MemoryBIO()
+        outer = outer_context.wrap_bio(come, go, server_side=True)
+        await _step(stream, come, go, outer.do_handshake)
+        await _step(stream, come, go, partial(outer.read, 4096))
+        paired = {"pairing": "1", "route": "demo", "peer": "dns:func1.demo", "role": "server", "mode": "handoff"}
+        outer.write(frame("PAIRED", {**paired, "limits": {}}))
+        with suppress(ssl.SSLWantReadError):
+            outer.unwrap()
+        raw_come, raw_go = ssl.MemoryBIO(), ssl.MemoryBIO()
+        inner = inner_context.wrap_bio(raw_come, raw_go)
+        with suppress(ssl.SSLWantReadError):
+            inner.do_handshake()
+        await stream.send_all(go.read() + raw_go.read())
+        await _step(stream, come, go, outer.unwrap)
+        raw_come.write(come.read())
+        await _step(stream, raw_come, raw_go, inner.do_handshake)
+        heard = await _step(stream, raw_come, raw_go, partial(inner.read, 4096))
+        await stream.aclose()
+
+    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    port = listeners[0].socket.getsockname()[1]
+    cert, key = site.paths["func2"]
+    options = {"relay": f"127.0.0.1:{port}", "cert": cert, "key": key, "ca": site.ca_path, "peer": "dns:func1.demo"}
+    command = [tool("node"), str(EXAMPLES / "node/party.mjs")]
+    for option, value in options.items():
+        command += [f"--{option}", str(value)]
+    with trio.fail_after(PATIENCE):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(trio.run_process, command, stdin=b"all is here", check=False))
+            async with listeners[0] as listener:
+                await relay(await listener.accept())
+    assert heard == b"all is here"
+
+
+async def _step(stream: trio.SocketStream, come: ssl.MemoryBIO, go: ssl.MemoryBIO, call: Callable[[], T]) -> T:
+    """Drive one call of a TLS object over ``stream`` until it has what it wants."""
+    while True:
+        try:
+            result = call()
+        except ssl.SSLWantReadError:
+            await stream.send_all(go.read())
+            data = await stream.receive_some(65536)
+            assert data, "the function went away"
+            come.write(data)
+        else:
+            await stream.send_all(go.read())
+            return result
+
+
+def test_the_go_code_is_formatted_and_vetted(tmp_path: Path) -> None:
+    for command in (["gofmt", "-l", "."], ["go", "vet", "./..."]):
+        found = subprocess.run(
+            [tool(command[0]), *command[1:]],
+            cwd=EXAMPLES / "go",
+            env=go_environment(tmp_path),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (found.returncode, found.stdout, found.stderr) == (0, "", "")

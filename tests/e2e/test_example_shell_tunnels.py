@@ -1,0 +1,195 @@
+"""The scripts of ``examples/socat-stunnel-openssl`` are parties as they stand, and carry TLS end to end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import pytest
+import trio
+
+from ends import block
+from frelay.client.wire import inner_context
+from rig import DEMO, PATIENCE, RelayProcess, Site, eventually, reserved_port
+from tools import tool
+
+SCRIPTS: Final = Path(__file__).parents[2] / "examples/socat-stunnel-openssl"
+ANY_SIZE: Final = 1024 * 1024 + 7
+TWO_ENDS: Final = ("socat", "stunnel")
+"""Those that know that a stream has two ends."""
+
+
+def environment(site: Site, port: int, name: str, **more: str) -> dict[str, str]:
+    cert, key = site.paths[name]
+    return {
+        **os.environ,
+        # By address: where localhost is also ::1, not every version of every program goes on to 127.0.0.1.
+        "RELAY": f"127.0.0.1:{port}",
+        "RELAY_NAME": "localhost",
+        "CERT": str(cert),
+        "KEY": str(key),
+        "CA": str(site.ca_path),
+        **more,
+    }
+
+
+def script(name: str) -> str:
+    tool(name)
+    return str(SCRIPTS / f"{name}.sh")
+
+
+async def run(name: str, env: dict[str, str], data: bytes) -> subprocess.CompletedProcess[bytes]:
+    """Run a script with ``data`` on its standard input, to its end."""
+    with trio.fail_after(PATIENCE * 2):
+        return await trio.run_process(
+            [script(name)], stdin=data, env=env, capture_stdout=True, capture_stderr=True, check=False
+        )
+
+
+@pytest.mark.parametrize("two", TWO_ENDS)
+@pytest.mark.parametrize("one", TWO_ENDS)
+async def test_bytes_cross_both_ways(site: Site, one: str, two: str) -> None:
+    sent = {"func1": block(ANY_SIZE, 1), "func2": block(ANY_SIZE + 4, 2)}
+    ended: dict[str, subprocess.CompletedProcess[bytes]] = {}
+
+    async def party(name: str, program: str) -> None:
+        ended[name] = await run(program, environment(site, relay.port(), name), sent[name])
+
+    async with site.process() as relay:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(party, "func1", one)
+            nursery.start_soon(party, "func2", two)
+        assert [(one.returncode, one.stderr) for one in ended.values() if one.returncode] == []
+        assert ended["func1"].stdout == sent["func2"]
+        assert ended["func2"].stdout == sent["func1"]
+        assert (await relay.log("pairing ended"))["outcome"] == "closed"
+
+
+@pytest.mark.parametrize("two", TWO_ENDS)
+async def test_openssl_gets_all_that_the_other_one_sends(site: Site, two: str) -> None:
+    """It leaves when that has ended."""
+    data = block(ANY_SIZE, 3)
+    async with site.process() as relay:
+        received: list[subprocess.CompletedProcess[bytes]] = []
+
+        async def receive() -> None:
+            received.append(await run("openssl", environment(site, relay.port(), "func1"), b""))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(receive)
+            sent = await run(two, environment(site, relay.port(), "func2"), data)
+        assert (received[0].returncode, received[0].stdout == data) == (0, True), received[0].stderr
+        assert sent.returncode == 0, sent.stderr
+
+
+@pytest.mark.parametrize("program", ["socat", "stunnel", "openssl"])
+async def test_a_relay_of_another_name_is_not_trusted(site: Site, program: str) -> None:
+    """Its certificate is of the right authority, and for another name: the other function waits, and gets nothing."""
+    async with site.process(DEMO + "wait_timeout = 3\n") as relay, trio.open_nursery() as nursery:
+        got: list[bytes] = []
+
+        async def wait() -> None:
+            got.append((await run("socat", environment(site, relay.port(), "func2"), b"")).stdout)
+
+        nursery.start_soon(wait)
+        await relay.log("waiting", party="func2")
+        env = environment(site, relay.port(), "func1", RELAY_NAME="elsewhere.example")
+        ended = await run(program, env, b"secret")
+        assert ended.stderr
+        await eventually(lambda: bool(got), "the other function has ended")
+        assert got == [b""]
+        assert not any(record["bytes_func1_to_func2"] for record in relay.logged("pairing ended"))
+
+
+@pytest.mark.parametrize("program", ["socat", "stunnel", "openssl"])
+async def test_the_name_chooses_among_routes_on_one_address(site: Site, program: str) -> None:
+    site.relay_paths = site.ca.relay(dns=["one.relay.test", "two.relay.test"]).write(site.directory, "relay")
+    with reserved_port() as port:
+        both = "".join(
+            DEMO.replace('"demo"', f'"{name}"').replace("127.0.0.1:0", f"127.0.0.1:{port}") for name in ("one", "two")
+        )
+        async with site.process(both) as relay, trio.open_nursery() as nursery:
+            env = environment(site, port, "func1", RELAY_NAME="two.relay.test")
+            process: trio.Process = await nursery.start(
+                partial(trio.run_process, [script(program)], stdin=subprocess.PIPE, env=env, check=False)
+            )
+            assert (await relay.log("waiting"))["route"] == "two"
+            process.kill()
+
+
+@asynccontextmanager
+async def service(site: Site, relay: RelayProcess, program: str, name: str) -> AsyncIterator[int]:
+    """A script that waits on a local port, which is given, and joins as ``name`` once there is a connection."""
+    with reserved_port() as port:
+        front = {
+            "stunnel": {"ACCEPT": f"127.0.0.1:{port}"},
+            "socat": {"FRONT": f"TCP-LISTEN:{port},bind=127.0.0.1,reuseaddr"},
+        }[program]
+        async with trio.open_nursery() as nursery:
+            env = environment(site, relay.port(), name, **front)
+            process: trio.Process = await nursery.start(
+                partial(trio.run_process, [script(program)], env=env, check=False)
+            )
+            await eventually(lambda: _listens(port), f"{program} listens")
+            try:
+                yield port
+            finally:
+                # The script is the program, so that whoever started it can end it.
+                process.send_signal(signal.SIGTERM)
+                with trio.move_on_after(PATIENCE) as scope:
+                    await process.wait()
+                if scope.cancelled_caught:
+                    process.kill()
+                    raise AssertionError(f"{program}.sh did not end on SIGTERM")
+
+
+def _listens(port: int) -> bool:
+    # By looking and not by connecting: a connection would join the route.
+    wanted = f"0100007F:{port:04X}"
+    lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    return any(line.split()[1] == wanted and line.split()[3] == "0A" for line in lines)
+
+
+@pytest.mark.parametrize(("one", "two"), [("socat", "stunnel"), ("stunnel", "socat")])
+async def test_tls_of_the_programs_behind_goes_through_end_to_end(site: Site, one: str, two: str) -> None:
+    """What the README advises: the local programs speak mTLS through the scripts, and the relay sees that alone."""
+    client = inner_context("client", *site.paths["func1"], site.ca_path)
+    server = inner_context("server", *site.paths["func2"], site.ca_path)
+    data = block(ANY_SIZE, 4)
+    received: list[bytes] = []
+
+    def ask(port: int) -> None:
+        with (
+            socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as sock,
+            client.wrap_socket(sock, suppress_ragged_eofs=False) as wire,
+        ):
+            wire.sendall(data)
+            wire.shutdown(socket.SHUT_WR)
+            received.append(wire.makefile("rb").read())
+
+    def answer(port: int) -> None:
+        with (
+            socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as sock,
+            server.wrap_socket(sock, server_side=True, suppress_ragged_eofs=False) as wire,
+        ):
+            received.append(wire.makefile("rb").read())
+            wire.sendall(b"the answer")
+
+    async with (
+        site.process(DEMO + 'require_inner_tls = "always"\n') as relay,
+        service(site, relay, one, "func1") as port1,
+        service(site, relay, two, "func2") as port2,
+    ):
+        with trio.fail_after(PATIENCE * 2):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(trio.to_thread.run_sync, ask, port1)
+                nursery.start_soon(trio.to_thread.run_sync, answer, port2)
+        assert received == [data, b"the answer"]
+        assert (await relay.log("pairing ended"))["outcome"] == "closed"

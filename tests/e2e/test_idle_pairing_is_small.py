@@ -1,0 +1,49 @@
+"""A handed-off pairing that is idle costs the relay a few KiB, so that thousands of them fit into a small machine.
+
+For the figure with more of them::
+
+    FRELAY_IDLE=500 pytest tests/e2e/test_idle_pairing_is_small.py -s
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import trio
+
+from ends import OPEN, churn, join_ends
+from rig import RelayProcess, Site
+
+COUNT = int(os.environ.get("FRELAY_IDLE", "200"))
+# KiB. The goal is 16, and FRELAY_IDLE=500 measures it; the few pairings of a usual run share less of what is paid once.
+BOUND = 18
+ROUTES = OPEN + "max_waiting_per_party = 5000\nmax_pairings = 5000\n"
+
+
+def rss(relay: RelayProcess) -> int:
+    """The resident memory of the relay, in KiB."""
+    status = Path(f"/proc/{relay.process.pid}/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0])
+
+
+def say(capsys: pytest.CaptureFixture[str], text: str) -> None:
+    if "FRELAY_IDLE" in os.environ:
+        with capsys.disabled():
+            print(f"\n{text}")
+
+
+@pytest.mark.timeout(60 + COUNT // 2)
+async def test_an_idle_pairing(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    """The tasks, the pumps and what is kept of two certificates; no TLS state and no pipe."""
+    async with site.process(ROUTES, options=["--no-watch"]) as relay:
+        await churn(site, relay, 30, seed=1)
+        before = rss(relay)
+        for _ in range(COUNT):
+            await join_ends(site, relay)
+            relay.events[:] = relay.logged("listening")
+        await trio.sleep(0.5)
+        each = (rss(relay) - before) / COUNT
+    say(capsys, f"{COUNT} idle handed-off pairings: {each:.1f} KiB each")
+    assert each <= BOUND

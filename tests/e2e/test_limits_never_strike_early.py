@@ -1,0 +1,218 @@
+"""The time limits of a pairing end what they are meant for, never early, and never who is only slow.
+
+Each test tries all combinations of modes at once, on one relay.
+"""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import trio
+
+from ends import OPEN, PAIRS_OF_MODES, End, block, join_all, join_ends, pause_reading
+from rig import TLS_HEADER, RelayInProcess, Site, eventually, pair
+
+ALL = len(PAIRS_OF_MODES)
+
+
+async def all_ended(relay: RelayInProcess, outcome: str, side: str, *, after: float) -> None:
+    """All pairings end, each with one record, for this reason, and none early."""
+    await eventually(lambda: len(relay.logged("pairing ended")) >= ALL, "all pairings have ended")
+    assert len(relay.logged("pairing ended", outcome=outcome, side=side)) == ALL
+    assert len(relay.logged("pairing ended")) == ALL
+    assert all(record["duration"] >= after for record in relay.logged("pairing ended"))
+
+
+async def all_cut(pairs: list[tuple[End, End]]) -> None:
+    for one, two in pairs:
+        assert await one.ended() == "reset"
+        assert await two.ended() == "reset"
+
+
+def forgive_a_slow_machine(since: float, limit: float) -> None:
+    """Skip if this process itself has paused for longer than the silence that the limit allows."""
+    if time.monotonic() - since > limit:
+        pytest.skip("this machine is too slow to tell silence from its own pauses")
+
+
+# --- idle_timeout ---------------------------------------------------------------------------------------------
+
+
+async def test_an_idle_pairing_ends_at_idle_timeout(site: Site) -> None:
+    limit = 0.6
+    async with site.relay(OPEN, sections=f"[limits]\nidle_timeout = {limit}\n") as relay:
+        pairs = await join_all(site, relay)
+        await all_cut(pairs)
+        await all_ended(relay, "idle-timeout", "relay", after=limit)
+
+
+async def test_a_byte_now_and_then_keeps_it(site: Site) -> None:
+    """TESTPLAN 33: one direction is enough."""
+    limit = 1.2
+    async with site.relay(OPEN, sections=f"[limits]\nidle_timeout = {limit}\n") as relay:
+        pairs = await join_all(site, relay)
+        began = last = time.monotonic()
+        while time.monotonic() - began < 2 * limit:
+            forgive_a_slow_machine(last, limit)
+            last = time.monotonic()
+            for one, two in pairs:
+                await two.send(b".")
+                assert await one.receive_exactly(1) == b"."
+            await trio.sleep(limit / 6)
+        assert not relay.logged("pairing ended")
+        await all_cut(pairs)
+        await all_ended(relay, "idle-timeout", "relay", after=2.7 * limit)
+
+
+# --- stall_timeout --------------------------------------------------------------------------------------------
+
+
+async def flood(end: End, seconds: float) -> None:
+    """Send as fast as the way allows."""
+    data = block(1 << 18)
+    with trio.move_on_after(seconds):
+        try:
+            while True:
+                await end.send(data)
+        except trio.BrokenResourceError:
+            pass
+
+
+async def test_a_reader_that_takes_nothing_ends_at_stall_timeout(site: Site) -> None:
+    limit = 0.8
+    async with site.relay(OPEN, sections=f"[limits]\nstall_timeout = {limit}\n") as relay:
+        pairs = await join_all(site, relay)
+        async with trio.open_nursery() as nursery:
+            for one, two in pairs:
+                pause_reading(two)
+                nursery.start_soon(flood, one, 20)
+            await all_ended(relay, "stall-timeout", "func2", after=limit)
+        for _, two in pairs:
+            assert await two.ended() == "reset"
+
+
+async def test_a_reader_that_is_slow_but_alive_survives(site: Site) -> None:
+    """TESTPLAN 33: what counts is that the reader takes some bytes, not that the kernel's buffer has room again.
+
+    Linux calls a socket writable only once a third of its send buffer is free; at this reader's pace that takes many
+    times the limit.
+    """
+    limit = 1.0
+    received: list[int] = []
+
+    async def read_slowly(end: End) -> None:
+        count, began = 0, time.monotonic()
+        while time.monotonic() - began < 3 * limit:
+            last = time.monotonic()
+            count += len(await end.receive(8192))
+            await trio.sleep(0.05)
+            forgive_a_slow_machine(last, limit)
+        received.append(count)
+
+    async with site.relay(OPEN, sections=f"[limits]\nstall_timeout = {limit}\n") as relay:
+        pairs = await join_all(site, relay)
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                for one, two in pairs:
+                    pause_reading(two, 16384)
+                    nursery.start_soon(flood, one, 2.5 * limit)
+                    nursery.start_soon(read_slowly, two)
+        assert not relay.logged("pairing ended"), "a live reader was cut"
+        assert len(received) == ALL
+
+
+async def test_a_pause_shorter_than_stall_timeout_is_forgiven_again_and_again(site: Site) -> None:
+    """Each byte taken begins the limit anew; three pauses do not add up."""
+    limit = 1.2
+    data = block(16 << 20)
+    async with site.relay(OPEN, sections=f"[limits]\nstall_timeout = {limit}\n") as relay:
+        one, two = await join_ends(site, relay)
+        pause_reading(two)
+        received = 0
+
+        async def write() -> None:
+            await one.send(data)
+            await one.send_eof()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(write)
+            for _ in range(3):
+                began = time.monotonic()
+                await trio.sleep(limit / 2)
+                received += len(await two.receive_exactly(1 << 20))
+                forgive_a_slow_machine(began, limit)
+            received += len(await two.receive_to_end())
+        assert received == len(data)
+        await two.send_eof()
+        assert (await relay.outcome())["outcome"] == "closed"
+
+
+# --- the ends of a life -----------------------------------------------------------------------------------------
+
+
+async def test_max_lifetime_ends_even_a_busy_pairing(site: Site) -> None:
+    limit = 2.0
+
+    async def chatter(one: End, two: End) -> None:
+        try:
+            while True:
+                await one.send(b"x" * 1000)
+                await two.receive_exactly(1000)
+        except trio.BrokenResourceError:
+            pass
+
+    async with site.relay(OPEN, sections=f"[limits]\nmax_lifetime = {limit}\n") as relay:
+        async with trio.open_nursery() as nursery:
+            for mode1, mode2 in PAIRS_OF_MODES:
+                nursery.start_soon(chatter, *await join_ends(site, relay, mode1, mode2))
+        # A life begins when the two are matched; the record counts from when its task runs, a little later.
+        await all_ended(relay, "max-lifetime", "relay", after=0.9 * limit)
+        assert all(record["bytes_func1_to_func2"] >= 1000 for record in relay.logged("pairing ended"))
+
+
+@pytest.mark.parametrize("which", ["func1", "func2"])
+async def test_a_certificate_that_expires_in_mid_pairing(site: Site, which: str) -> None:
+    """TESTPLAN 13: neither party outlives its certificate, whichever of the two it is."""
+    credential = site.add(which, site.ca.ending(3, dns=[f"{which}.demo"]))
+    not_after = credential.certificate.not_valid_after_utc.timestamp()
+    async with site.relay(OPEN) as relay:
+        pairs = await join_all(site, relay)
+        for one, two in pairs:
+            await one.send(b"still valid")
+            assert await two.receive_exactly(11) == b"still valid"
+        await all_cut(pairs)
+        assert time.time() >= not_after
+        await all_ended(relay, "certificate-expired", "relay", after=0)
+        assert all(which in record["detail"] for record in relay.logged("pairing ended"))
+
+
+async def test_the_functions_are_told_their_limits(site: Site) -> None:
+    """PAIRED carries the limits that hold for this pairing, a route's own ones included."""
+    limits = "[limits]\nidle_timeout = 77\nhalf_close_timeout = 66\nmax_lifetime = 99\n"
+    async with site.relay(OPEN + "idle_timeout = 55\n", sections=limits) as relay:
+        one, two = await site.party(relay, "func1"), await site.party(relay, "func2")
+        for paired in await pair(one, two):
+            assert paired["limits"] == {
+                "half_close_timeout": 66,
+                "idle_timeout": 55,
+                "stall_timeout": 120,
+                "max_lifetime": 99,
+            }
+
+
+async def test_a_leg_that_never_hands_off_ends_at_handoff_timeout(site: Site) -> None:
+    """The other leg does not wait for it longer than that, and what that one has sent goes nowhere."""
+    limit = 0.6
+    async with site.relay(OPEN, sections=f"[limits]\nhandoff_timeout = {limit}\n") as relay:
+        one, two = await site.party(relay, "func1"), await site.party(relay, "func2")
+        await pair(one, two)
+        await one.hand_off(TLS_HEADER)
+        await two.read_to_close_notify()
+        ended = await relay.outcome()
+        assert (ended["outcome"], ended["side"]) == ("handoff-timeout", "func2")
+        assert ended["duration"] >= limit
+        assert (ended["bytes_func1_to_func2"], ended["bytes_func2_to_func1"]) == (0, 0)
+        await eventually(lambda: relay.legs == 0, "both legs are gone")
+        assert await one.ended() == "reset"
+        assert two.leftover == b""

@@ -1,0 +1,118 @@
+"""After any number of pairings, however they ended, the relay holds what it held before the first."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+
+import trio
+import trio.testing
+
+from ends import OPEN, PAIRS_OF_MODES, churn, end_by_reset, end_in_order, join_ends
+from frelay.leg import Leg
+from frelay.pairing import Pairing
+from frelay.pump import RawPump, StreamPump
+from rig import RelayInProcess, Site, eventually, open_descriptors
+
+CHURN = 300
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """Everything of a relay that grows with its pairings, and must shrink with them."""
+
+    descriptors: int
+    tasks: int
+    watched_wires: int
+    pipes_in_use: int
+    waiting: tuple[int, int]
+    pairings: int
+    retired_routes: int
+    legs: int
+    free_slots: int
+    hosts_with_strangers: int
+
+
+def holdings(relay: RelayInProcess) -> Holdings:
+    inner = relay.relay
+    admission, forwarding = inner._admission, inner._forwarding
+    return Holdings(
+        # Free pipes stay in their pool, bounded; they are not what a leak looks like.
+        descriptors=len(open_descriptors()) - 2 * len(forwarding.pipes._free),
+        tasks=trio.lowlevel.current_statistics().tasks_living,
+        watched_wires=len(forwarding.readiness),
+        pipes_in_use=forwarding.pipes.in_use,
+        waiting=relay.waiting(),
+        pairings=len(inner.pairings),
+        retired_routes=len(inner._retired),
+        legs=admission.legs,
+        free_slots=admission._free.value,
+        hosts_with_strangers=len(admission._by_host),
+    )
+
+
+async def as_before(relay: RelayInProcess, before: Holdings) -> None:
+    """Wait until the relay holds what it held; a failure shows both."""
+    try:
+        await eventually(lambda: holdings(relay) == before, patience=10)
+    except AssertionError:
+        assert holdings(relay) == before
+
+
+async def test_300_churned_pairings(site: Site) -> None:
+    """TESTPLAN 39: a third ends in order, a third by reset, a third in mid-hand-off; all counters are back after it."""
+    async with site.relay(OPEN) as relay:
+        # Some first: what is made once and kept (a thread, a cache) is not a leak.
+        await churn(site, relay, 9, seed=1)
+        await eventually(lambda: holdings(relay).legs == 0, "a relay with nobody in it")
+        before = holdings(relay)
+        await churn(site, relay, CHURN, seed=2)
+        await as_before(relay, before)
+        ended = relay.logged("pairing ended")
+        assert len(ended) == CHURN + 9
+        assert {entry["outcome"] for entry in ended} == {"closed", "reset", "handoff-aborted"}
+
+
+async def test_legs_that_never_pair_leave_nothing(site: Site) -> None:
+    """Strangers, quitters and the refused give back their slots, too."""
+    limits = "[limits]\nhandshake_timeout = 0.5\njoin_timeout = 0.5\nping_interval = 0.3\n"
+    async with site.relay(OPEN, sections=limits) as relay:
+        await trio.testing.wait_all_tasks_blocked()
+        before = holdings(relay)
+        for number in range(12):
+            silent = await site.connect(relay, "func1")
+            if number % 3 == 0:
+                silent.reset()
+            no_join = await site.party(relay, "func1")
+            if number % 3 == 1:
+                no_join.reset()
+            waiter = await site.party(relay, "func1")
+            await waiter.join(wait=0.5)
+            await waiter.expect("WAITING")
+            if number % 3 == 2:
+                await waiter.send_frame("LEAVE")
+            bare = await site.party(relay, "func1", alpn=())
+            if number % 2 == 0:
+                await bare.send(b"early")
+            bare.reset()
+        await eventually(lambda: relay.legs == 0, "everybody has gone")
+        site.hang_up()
+        await as_before(relay, before)
+
+
+async def test_no_pairing_stays_in_memory(site: Site) -> None:
+    """Objects, too: nothing keeps a pairing, its legs or its pumps alive once it has ended."""
+
+    def count() -> int:
+        gc.collect()
+        return sum(isinstance(thing, Pairing | Leg | RawPump | StreamPump) for thing in gc.get_objects())
+
+    async with site.relay(OPEN) as relay:
+        before = count()
+        for mode1, mode2 in PAIRS_OF_MODES:
+            await end_in_order(*await join_ends(site, relay, mode1, mode2))
+            await end_by_reset(*await join_ends(site, relay, mode1, mode2))
+        site.hang_up()
+        await eventually(lambda: relay.legs == 0, "everybody has gone")
+        await trio.testing.wait_all_tasks_blocked()
+        assert count() == before

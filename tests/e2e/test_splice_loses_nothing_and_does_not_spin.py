@@ -1,0 +1,260 @@
+"""Bytes that are spliced are neither lost nor doubled, whatever the sockets and pipes do; and waiting costs no CPU."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+import trio
+
+from ends import OPEN, End, Mode, block, join_ends, pause_reading
+from frelay.tcp import unacknowledged
+from rig import RelayInProcess, RelayProcess, Site, eventually
+
+MIB = 1024 * 1024
+IDLE_SHARE = 0.05
+"""TESTPLAN 28: the share of one core that a relay with nothing to do may use."""
+
+
+async def feed(end: End, data: bytes) -> None:
+    await end.send(data)
+    await end.send_eof()
+
+
+async def spliced(relay: RelayInProcess) -> None:
+    await eventually(lambda: relay.relay._forwarding.pipes.in_use > 0, "the pump has turned to splice")
+
+
+# --- no loss --------------------------------------------------------------------------------------------------
+
+
+async def test_partial_writes_to_a_reader_with_a_small_window(site: Site) -> None:
+    """TESTPLAN 28: a sink that takes a few pages at a time gets every byte, and no byte twice."""
+    data = block(6 * MIB + 13)
+    random_ = random.Random(5)
+    async with site.relay(OPEN) as relay:
+        one, two = await join_ends(site, relay)
+        pause_reading(two, 32768)
+        received = bytearray()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(feed, one, data)
+            await spliced(relay)
+            while piece := await two.receive(random_.choice([1, 997, 4096, 65536])):
+                received += piece
+        assert bytes(received) == data
+        await two.send_eof()
+        assert (await relay.outcome())["bytes_func1_to_func2"] == len(data)
+
+
+async def test_tiny_segments_behind_a_bulk_with_a_paused_reader(site: Site) -> None:
+    """TESTPLAN 28: a pipe fills by slots; thousands of 1-byte segments with the pipe in use get stuck nowhere."""
+    bulk = block(8 * MIB)
+    tiny = block(20_000, 1)
+    async with site.relay(OPEN) as relay:
+        one, two = await join_ends(site, relay)
+        pause_reading(two)
+        sock = one.party.socket
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+        async def write() -> None:
+            await one.send(bulk)
+            for position in range(len(tiny)):
+                await one.send(tiny[position : position + 1])
+            await one.send_eof()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(write)
+            await spliced(relay)
+            (pairing,) = relay.relay.pairings
+            await eventually(lambda: pairing._pumps["func1"].is_blocked, "the sink is full")
+            assert await two.receive_exactly(len(bulk)) == bulk
+            assert await two.receive_to_end() == tiny
+
+
+async def test_both_directions_spliced_at_once(site: Site) -> None:
+    """Two pumps share two sockets, and never a pipe."""
+    forth, back = block(5 * MIB, 1), block(5 * MIB, 2)
+    found: dict[str, bytes] = {}
+    async with site.relay(OPEN) as relay:
+        one, two = await join_ends(site, relay)
+
+        async def receive(name: str, end: End) -> None:
+            found[name] = await end.receive_to_end()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(feed, one, forth)
+            nursery.start_soon(feed, two, back)
+            await eventually(lambda: relay.relay._forwarding.pipes.in_use == 2, "one pipe a direction")
+            nursery.start_soon(receive, "forth", two)
+            nursery.start_soon(receive, "back", one)
+        assert found == {"forth": forth, "back": back}
+        assert (await relay.outcome())["outcome"] == "closed"
+
+
+@pytest.mark.parametrize("who", ["func1", "func2"])
+async def test_a_reset_in_the_middle_of_a_splice(site: Site, who: str) -> None:
+    """TESTPLAN 28, 48: whichever party resets, the other one is cut, the record names it, and the pipe is gone."""
+    async with site.relay(OPEN) as relay:
+        one, two = await join_ends(site, relay)
+        pause_reading(two)
+
+        async def flood() -> None:
+            try:
+                while True:
+                    await one.send(block(MIB))
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                pass
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(flood)
+            await spliced(relay)
+            received = await two.receive_exactly(100_000)
+            (one if who == "func1" else two).party.reset()
+            ended = await relay.outcome()
+        assert received == block(MIB)[:100_000]
+        assert (ended["outcome"], ended["side"]) == ("reset", who)
+        if who == "func1":
+            assert await two.ended() == "reset"
+        pipes = relay.relay._forwarding.pipes
+        await eventually(lambda: pipes.in_use == 0, "no pipe is in use")
+
+
+async def test_a_reset_beside_a_splice(site: Site) -> None:
+    """A reset ends its own pairing and takes no byte from the one beside it."""
+    data = block(4 * MIB)
+    async with site.relay(OPEN) as relay:
+        one, two = await join_ends(site, relay)
+        three, four = await join_ends(site, relay)
+        pause_reading(four)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(feed, one, data)
+            nursery.start_soon(three.send, block(16384))
+            await spliced(relay)
+            four.party.reset()
+            assert await two.receive_to_end() == data
+        await two.send_eof()
+        await relay.log("pairing ended", outcome="reset", side="func2")
+        await relay.log("pairing ended", outcome="closed")
+
+
+# --- no spin --------------------------------------------------------------------------------------------------
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def fill(end: End) -> None:
+    """Send until nothing moves any more. In TLS the last record stays in half, so nothing can follow it."""
+    data = block(MIB)
+    # What does not fit here is in the relay's receive buffer, and stays there when let_the_end_arrive has made room.
+    end.party.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+    with trio.move_on_after(0.4) as patience:
+        while True:
+            if end.is_tls:
+                await end.send(data[:16384])
+            else:
+                await trio.lowlevel.wait_writable(end.party.socket)
+                await end.party.socket.send(data)
+            patience.deadline = trio.current_time() + 0.4
+
+
+async def idle(one: End, two: End) -> None:
+    """Nothing to do at all."""
+
+
+async def chatted(one: End, two: End) -> None:
+    """There was something to do, and it is over."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(one.send, block(MIB))
+        await two.receive_exactly(MIB)
+
+
+async def half_closed(one: End, two: End) -> None:
+    """One socket is at its end for ever."""
+    await one.send_eof()
+    assert await two.receive() == b""
+
+
+async def blocked(one: End, two: End) -> None:
+    """The sink is full, and the source is readable all the time."""
+    await fill(one)
+
+
+async def blocked_both_ways(one: End, two: End) -> None:
+    """Both sinks are full, and both sources are readable."""
+    await fill(one)
+    await fill(two)
+
+
+async def let_the_end_arrive(one: End, two: End) -> None:
+    """Take as much at the sink as it needs for FIN to reach the relay, and no more."""
+    await one.send_eof()
+    while unacknowledged(one.party.socket._sock):  # type: ignore[attr-defined]
+        await two.receive(4096)
+        await trio.sleep(0.002)  # for the relay and its ACK, or more would be taken than was needed
+
+
+async def blocked_and_ended(one: End, two: End) -> None:
+    """The source has sent FIN behind what the sink does not take."""
+    await fill(one)
+    await let_the_end_arrive(one, two)
+
+
+async def shut_both_ways(one: End, two: End) -> None:
+    """epoll reports HUP for the source without being asked, again and again, and nothing can be done about it."""
+    await fill(one)
+    await let_the_end_arrive(one, two)
+    await two.send_eof()
+    assert await one.receive() == b""
+
+
+async def closed(one: End, two: End) -> None:
+    """The source's party has closed its socket altogether, behind what the sink does not take."""
+    await fill(one)
+    await let_the_end_arrive(one, two)
+    one.party.close()
+
+
+Situation = Callable[[End, End], Awaitable[None]]
+ANY_MODE: list[Situation] = [idle, chatted, half_closed, blocked]
+RAW_SOURCE: list[Situation] = [*ANY_MODE, blocked_both_ways, blocked_and_ended]
+RAW: list[Situation] = [*RAW_SOURCE, shut_both_ways, closed]
+
+
+async def share_of_a_core(relay: RelayProcess, seconds: float = 1.0) -> float:
+    pid = relay.process.pid
+    before, began = cpu_seconds(pid), time.monotonic()
+    await trio.sleep(seconds)
+    return (cpu_seconds(pid) - before) / (time.monotonic() - began)
+
+
+@pytest.mark.parametrize(
+    ("mode1", "mode2", "situations"),
+    [
+        ("raw", "raw", RAW),
+        ("raw", "tunnel", RAW_SOURCE),
+        ("tunnel", "raw", ANY_MODE),
+        ("bare", "bare", ANY_MODE),
+    ],
+    ids=["raw to raw", "raw to tunnel", "tunnel to raw", "bare to bare"],
+)
+async def test_a_relay_that_can_move_nothing_uses_no_cpu(
+    site: Site, mode1: Mode, mode2: Mode, situations: list[Situation]
+) -> None:
+    """TESTPLAN 28: less than 5 % of a core, with a pairing in each plight that a pump can be in."""
+    async with site.process(OPEN) as relay:
+        pairs = [await join_ends(site, relay, mode1, mode2) for _ in situations]
+        async with trio.open_nursery() as nursery:
+            for (one, two), situation in zip(pairs, situations, strict=True):
+                pause_reading(two, 32768)
+                nursery.start_soon(situation, one, two)
+        share = await share_of_a_core(relay)
+        assert not relay.logged("pairing ended")
+    assert share < IDLE_SHARE

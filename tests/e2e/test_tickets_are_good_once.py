@@ -1,0 +1,164 @@
+"""A ticket makes a second, plain connection the leg: once, in time, at its own listener, for nobody else."""
+
+from __future__ import annotations
+
+import secrets
+
+import pytest
+import trio
+
+from rig import DEMO, TLS_HEADER, Party, RelayInProcess, Site, eventually
+
+TWO = DEMO + DEMO.replace('"demo"', '"other"')
+
+
+async def paired_by_ticket(site: Site, relay: RelayInProcess) -> tuple[Party, Party, str]:
+    """func1 in ticket mode, func2 handed off already; gives func1's ticket."""
+    one = await site.party(relay, "func1")
+    two = await site.party(relay, "func2")
+    await one.join(modes=["ticket"])
+    await one.expect("WAITING")
+    await two.join()
+    await two.expect("WAITING")
+    paired = await one.expect("PAIRED")
+    assert paired["mode"] == "ticket"
+    await two.expect("PAIRED")
+    await two.hand_off()
+    ticket = paired["ticket"]
+    assert len(bytes.fromhex(ticket)) == 32
+    return one, two, ticket
+
+
+async def bring(relay: RelayInProcess, line: bytes, *, route: str = "demo") -> trio.SocketStream:
+    stream = await trio.open_tcp_stream("127.0.0.1", relay.port(route))
+    await stream.send_all(line)
+    return stream
+
+
+async def answer(stream: trio.SocketStream) -> bytes:
+    """What comes before the end; a reset is an end, too."""
+    received = b""
+    with trio.fail_after(20):
+        try:
+            while data := await stream.receive_some(4096):
+                received += data
+        except trio.BrokenResourceError:
+            pass
+    return received
+
+
+async def test_the_connection_that_brings_the_ticket_is_the_leg(site: Site) -> None:
+    async with site.relay() as relay:
+        one, two, ticket = await paired_by_ticket(site, relay)
+        # Raw bytes in one segment with the line: none of them may be taken for a part of it.
+        raw = await bring(relay, f"FRELAY/1 {ticket}\n".encode() + TLS_HEADER + b"first")
+        assert await two.receive_exactly(8) == TLS_HEADER + b"first"
+        await two.send_raw(TLS_HEADER + b"answer")
+        await two.send_eof()
+        assert await answer(raw) == TLS_HEADER + b"answer"
+        await raw.send_eof()
+        assert await two.receive_raw() == b""
+        # The relay has ended the TLS connection, in order.
+        assert await one.receive() == b""
+        assert (await relay.outcome())["outcome"] == "closed"
+        await raw.aclose()
+        await eventually(lambda: relay.relay._admission.legs == 0, "the slots are given back")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"FRELAY/1 " + secrets.token_hex(32).encode() + b"\n",
+        b"FRELAY/1 " + b"0" * 64 + b"\n",
+        b"FRELAY/2 " + b"0" * 64 + b"\n",
+        b"FRELAY/1 " + b"z" * 64 + b"\n",
+        b"FRELAY/1 " + b"0" * 65 + b"\n",
+        b"F" * 500,
+    ],
+    ids=["guessed", "zeros", "other version", "no hex", "too long", "no line"],
+)
+async def test_a_wrong_ticket_gets_nothing(site: Site, line: bytes) -> None:
+    async with site.relay() as relay:
+        _, two, ticket = await paired_by_ticket(site, relay)
+        wrong = await bring(relay, line)
+        assert await answer(wrong) == b""
+        await wrong.aclose()
+        # And the right one is as good as before.
+        raw = await bring(relay, f"FRELAY/1 {ticket}\n".encode() + TLS_HEADER)
+        assert await two.receive_exactly(3) == TLS_HEADER
+        await raw.aclose()
+
+
+async def test_a_used_ticket_gets_nothing(site: Site) -> None:
+    async with site.relay() as relay:
+        _, two, ticket = await paired_by_ticket(site, relay)
+        line = f"FRELAY/1 {ticket}\n".encode()
+        raw = await bring(relay, line + TLS_HEADER)
+        assert await two.receive_exactly(3) == TLS_HEADER
+        again = await bring(relay, line + b"stolen")
+        assert await answer(again) == b""
+        await raw.send_all(b"mine")
+        assert await two.receive_exactly(4) == b"mine"
+        await raw.aclose()
+        await again.aclose()
+
+
+async def test_a_late_ticket_gets_nothing(site: Site) -> None:
+    async with site.relay(DEMO + "ticket_timeout = 0.3\n") as relay:
+        _, two, ticket = await paired_by_ticket(site, relay)
+        record = await relay.outcome()
+        assert (record["outcome"], record["side"]) == ("handoff-timeout", "func1")
+        assert await two.ended() == "reset"
+        late = await bring(relay, f"FRELAY/1 {ticket}\n".encode())
+        assert await answer(late) == b""
+        await late.aclose()
+
+
+async def test_a_ticket_is_good_only_where_it_was_issued(site: Site) -> None:
+    async with site.relay(TWO) as relay:
+        _, two, ticket = await paired_by_ticket(site, relay)
+        elsewhere = await bring(relay, f"FRELAY/1 {ticket}\n".encode(), route="other")
+        assert await answer(elsewhere) == b""
+        await elsewhere.aclose()
+        raw = await bring(relay, f"FRELAY/1 {ticket}\n".encode() + TLS_HEADER)
+        assert await two.receive_exactly(3) == TLS_HEADER
+        await raw.aclose()
+
+
+async def test_a_ticket_line_may_come_byte_by_byte(site: Site) -> None:
+    async with site.relay() as relay:
+        _, two, ticket = await paired_by_ticket(site, relay)
+        raw = await bring(relay, b"")
+        for byte in f"FRELAY/1 {ticket}\n".encode() + TLS_HEADER:
+            await raw.send_all(bytes([byte]))
+        assert await two.receive_exactly(3) == TLS_HEADER
+        await raw.aclose()
+
+
+async def test_a_party_that_dies_with_its_ticket_ends_the_pairing(site: Site) -> None:
+    async with site.relay() as relay:
+        one, two, _ = await paired_by_ticket(site, relay)
+        one.reset()
+        record = await relay.outcome()
+        assert (record["outcome"], record["side"]) == ("handoff-aborted", "func1")
+        assert await two.ended() == "reset"
+        assert len(relay.relay._tickets) == 0
+
+
+async def test_a_party_may_close_its_tls_before_it_brings_the_ticket(site: Site) -> None:
+    async with site.relay() as relay:
+        one, two, ticket = await paired_by_ticket(site, relay)
+        await one.stream.send_all(one.close_notify())
+        await one.send_eof()
+        raw = await bring(relay, f"FRELAY/1 {ticket}\n".encode() + TLS_HEADER)
+        assert await two.receive_exactly(3) == TLS_HEADER
+        await raw.aclose()
+
+
+async def test_plaintext_on_a_ticket_leg_is_cut(site: Site) -> None:
+    async with site.relay() as relay:
+        _, two, ticket = await paired_by_ticket(site, relay)
+        raw = await bring(relay, f"FRELAY/1 {ticket}\n".encode() + b"GET / HTTP/1.1\r\n")
+        assert (await relay.outcome())["outcome"] == "not-tls"
+        assert await two.ended() == "reset"
+        await raw.aclose()

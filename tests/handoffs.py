@@ -1,0 +1,98 @@
+"""Two parties in the middle of their hand-off, and what the kernel knows of their connections."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+import trio.testing
+
+from records import RecordForge, log_keys
+from rig import Party, RelayInProcess, RelayProcess, Site
+
+__all__ = ["TcpInfo", "client_hello", "corked", "forging_party", "is_silent", "met", "relay_has_read", "tcp_info"]
+
+
+async def met(
+    site: Site,
+    relay: RelayInProcess | RelayProcess,
+    mode1: str = "handoff",
+    mode2: str = "handoff",
+    *,
+    one: Party | None = None,
+) -> tuple[Party, Party]:
+    """func1 and func2, both told PAIRED, and neither has answered; ``one`` may be a func1 made before."""
+    one = one or await site.party(relay, "func1")
+    two = await site.party(relay, "func2")
+    await one.join(modes=[mode1])
+    await one.expect("WAITING")
+    await two.join(modes=[mode2])
+    await two.expect("WAITING")
+    assert (await one.expect("PAIRED"))["mode"] == mode1
+    assert (await two.expect("PAIRED"))["mode"] == mode2
+    return one, two
+
+
+async def forging_party(
+    site: Site, relay: RelayInProcess | RelayProcess, keylog: Path, name: str = "func1"
+) -> tuple[Party, RecordForge]:
+    """A party whose handshake is done, and the forge that writes its records from now on."""
+    party = await site.connect(relay, name, context=log_keys(site.context(name), keylog))
+    await party.handshake()
+    return party, RecordForge(party.tls, keylog)
+
+
+def client_hello(site: Site, name: str = "func1") -> bytes:
+    """A true first flight of the functions' own TLS."""
+    outgoing = ssl.MemoryBIO()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_cert_chain(*site.paths[name])
+    tls = context.wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="func2.demo")
+    try:
+        tls.do_handshake()
+    except ssl.SSLWantReadError:
+        pass
+    return outgoing.read()
+
+
+@contextmanager
+def corked(party: Party) -> Iterator[None]:
+    """What is sent within leaves in as few segments as it can."""
+    party.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+    yield
+    party.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class TcpInfo:
+    """Some of ``struct tcp_info`` (include/uapi/linux/tcp.h)."""
+
+    bytes_received: int
+    data_segments_sent: int
+
+
+def tcp_info(party: Party) -> TcpInfo:
+    """What the kernel has counted on this connection."""
+    data = party.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 160)
+    return TcpInfo(*struct.unpack_from("=Q", data, 128), *struct.unpack_from("=I", data, 156))
+
+
+async def relay_has_read(relay: RelayInProcess) -> None:
+    """Wait until the relay in this process has nothing to do: what could be read has been read."""
+    await trio.testing.wait_all_tasks_blocked(0.002)
+
+
+async def is_silent(party: Party) -> bool:
+    """Whether the relay, which has had its turn, has sent nothing that is still to be read, and has not hung up."""
+    await trio.testing.wait_all_tasks_blocked(0.002)
+    try:
+        party.socket._sock.recv(1, socket.MSG_PEEK)  # type: ignore[attr-defined]
+    except BlockingIOError:
+        return True
+    return False

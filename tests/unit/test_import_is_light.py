@@ -1,0 +1,83 @@
+"""``import frelay`` is cheap for a function that starts cold: the standard library, and no more of it than needed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+import frelay
+
+PACKAGE_ROOT: Final = str(Path(frelay.__file__).resolve().parents[1])
+
+
+def loaded_after(code: str) -> set[str]:
+    """The names of all modules that a fresh interpreter has after running ``code``, whole site-packages at hand."""
+    report = "import json, sys; sys.stdout.write(json.dumps(sorted(sys.modules)))"
+    # -P: not the current directory, which is anybody's; the package is found where this one was.
+    text = f"import sys; sys.path.insert(0, {PACKAGE_ROOT!r}); before = set(sys.modules)\n{code}\n{report}"
+    done = subprocess.run([sys.executable, "-P", "-c", text], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout)) - _at_start()
+
+
+def _at_start() -> set[str]:
+    """What an interpreter of this environment has loaded before anybody asked: tools hook in there by .pth files."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", "import json, sys; print(json.dumps(sorted(sys.modules)))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return set(json.loads(done.stdout))
+
+
+def foreign(modules: set[str]) -> set[str]:
+    """Those that are neither of the standard library nor ours."""
+    tops = {module.partition(".")[0] for module in modules}
+    return tops - set(sys.stdlib_module_names) - {"frelay"}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import frelay",
+        "import frelay; frelay.connect",
+        "from frelay import *",
+        "import frelay.client.wire, frelay.protocol.session, frelay.outcome, frelay.errors",
+    ],
+)
+def test_a_function_loads_the_standard_library_only(code: str) -> None:
+    """Neither Trio nor OpenSSL's bindings, pydantic, structlog or typer, which are installed here."""
+    modules = loaded_after(code)
+    assert "frelay" in modules
+    assert foreign(modules) == set()
+
+
+def test_importing_the_package_alone_loads_neither_ssl_nor_socket() -> None:
+    """The client is loaded by the first use of ``connect``."""
+    modules = loaded_after("import frelay")
+    assert not modules & {"ssl", "_ssl", "socket", "asyncio", "hashlib", "_hashlib", "frelay.client.blocking"}
+    assert {"ssl", "frelay.client.blocking"} <= loaded_after("import frelay; frelay.connect")
+
+
+def test_the_relay_does_load_what_it_needs() -> None:
+    """Or the tests above would pass in an environment where there is nothing to load."""
+    assert {"trio", "OpenSSL", "pydantic", "structlog"} <= loaded_after("import frelay.relay")
+
+
+def test_asking_for_help_does_not_load_the_relay() -> None:
+    code = "from typer.testing import CliRunner\nfrom frelay.cli.app import app\n"
+    code += "assert CliRunner().invoke(app, ['--help']).exit_code == 0"
+    assert not loaded_after(code) & {"trio", "OpenSSL", "pydantic", "frelay.relay"}
+
+
+def test_everything_that_is_promised_is_there() -> None:
+    for name in frelay.__all__:
+        assert getattr(frelay, name) is not None
+    with pytest.raises(AttributeError, match="module 'frelay' has no attribute 'conect'"):
+        frelay.conect  # noqa: B018  the typo is the test
