@@ -1,0 +1,58 @@
+"""CPU time as the kernel counted it: of a process and its children, and of the whole machine.
+
+User and system time of ``/proc/PID/stat``, which the kernel derives from the scheduler's nanosecond clock and shows in
+ticks of 10 ms. So a window should be long against a tick: in 2 s at a tenth of a core the error is 5 %, at a full core
+0.5 %. What the kernel does for a process in an interrupt is counted where the interrupt came, with any tool.
+
+Linux only, as is the relay's splice.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+_TICKS_PER_SECOND: Final = os.sysconf("SC_CLK_TCK")
+
+
+def process_tree(pid: int) -> list[int]:
+    """``pid`` and all its descendants that live now."""
+    found = [pid]
+    for parent in found:
+        for children in Path(f"/proc/{parent}/task").glob("*/children"):
+            try:
+                found += map(int, children.read_text().split())
+            except OSError:
+                continue  # a thread that ended meanwhile
+    return found
+
+
+def _process_ticks(pid: int) -> int:
+    try:
+        # The command name may hold spaces and brackets: fields are counted from its closing one.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return int(fields[11]) + int(fields[12])
+
+
+def _machine_ticks() -> int:
+    with open("/proc/stat") as stat:
+        user, nice, system = map(int, stat.readline().split()[1:4])
+    return user + nice + system
+
+
+@dataclass(frozen=True, slots=True)
+class CpuReading:
+    """User and system seconds so far."""
+
+    subject: float
+    machine: float
+
+
+def read_cpu(pids: list[int]) -> CpuReading:
+    """What the processes ``pids`` with their descendants, and the whole machine, have used so far."""
+    ticks = sum(_process_ticks(one) for pid in pids for one in process_tree(pid))
+    return CpuReading(ticks / _TICKS_PER_SECOND, _machine_ticks() / _TICKS_PER_SECOND)

@@ -1,0 +1,328 @@
+/* The load: bulk bytes or ping-pong messages over sockets that somebody else has connected.
+ *
+ * Why it is in C, and how it keeps out of the way of what it measures:
+ *
+ *   - Two threads, one for all clients and one for all servers, since the two ends of a real pair never share a CPU's
+ *     attention. Each sleeps in one epoll set.
+ *   - Bulk: the sender offers one large buffer over and over, the sink throws bytes away inside the kernel with
+ *     MSG_TRUNC, so that receiving costs no copy. Bytes count when they arrive, never when they are sent: what fills
+ *     socket buffers on the way was not carried.
+ *   - Ping-pong: each client has one message under way and sends the next when the whole answer is there; the time of
+ *     each round trip goes into a histogram of fixed size with an error below 1 %, so an hour costs no more memory
+ *     than a second.
+ *
+ * Whoever started it takes the CPU time of the subject at the edges of the window, so it is told of them on stdout:
+ *
+ *   begin\n        the warm-up is over, counting has begun
+ *   end\n          counting has ended
+ *   {"seconds": .., "count": .., "cpu": .., "p50": .., "p99": .., "max": ..}\n
+ *
+ * count is bytes or round trips; cpu is this process's user and system seconds in the window; p50, p99 and max are
+ * microseconds, 0 for bulk. Exit codes: 0 done, 1 failed (one line on stderr), 2 wrong arguments.
+ *
+ * load bulk|pingpong SECONDS WARMUP SIZE CLIENT_FD SERVER_FD [CLIENT_FD SERVER_FD ...]
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+#define ROUND 256
+/* Twice what the kernel lets a TCP send buffer grow to by default would never be taken at once; this is near it. */
+#define BULK (1024 * 1024)
+/* How long a thread sleeps before it looks whether it should stop. */
+#define GLANCE_MS 50
+
+/* Histogram: values below 128 exactly, above that 64 steps to each power of two. */
+#define STEPS 64
+#define SLOTS (STEPS * 60)
+
+static size_t pair_count;
+static int *client_fds, *server_fds;
+static size_t message_size;
+static atomic_bool is_counting, must_stop;
+/* Each has one writer; on lines of their own, so that the two threads do not wait for each other's cache line. */
+static _Alignas(128) atomic_uint_fast64_t arrived;
+static _Alignas(128) uint64_t histogram[SLOTS];
+
+static void die(const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    vfprintf(stderr, format, arguments);
+    va_end(arguments);
+    fputc('\n', stderr);
+    _exit(1);
+}
+
+static uint64_t now_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+static double cpu_seconds(void)
+{
+    struct rusage used;
+    getrusage(RUSAGE_SELF, &used);
+    return (double)(used.ru_utime.tv_sec + used.ru_stime.tv_sec) +
+           (double)(used.ru_utime.tv_usec + used.ru_stime.tv_usec) / 1e6;
+}
+
+static size_t slot_of(uint64_t value)
+{
+    int shift = value < 2 * STEPS ? 0 : 63 - __builtin_clzll(value) - 6;
+    size_t slot = (size_t)shift * STEPS + (size_t)(value >> shift);
+    return slot < SLOTS ? slot : SLOTS - 1;
+}
+
+/* The middle of what a slot stands for. */
+static double value_of(size_t slot)
+{
+    if (slot < 2 * STEPS)
+        return (double)slot;
+    int shift = (int)(slot / STEPS) - 1;
+    return ((double)(slot - (size_t)shift * STEPS) + 0.5) * (double)(1ull << shift);
+}
+
+static double percentile_us(uint64_t total, double share)
+{
+    uint64_t wanted = (uint64_t)(share * (double)total), seen = 0;
+    for (size_t slot = 0; slot < SLOTS; slot++) {
+        seen += histogram[slot];
+        if (histogram[slot] && seen > wanted)
+            return value_of(slot) / 1e3;
+    }
+    return 0;
+}
+
+static double highest_us(void)
+{
+    for (size_t slot = SLOTS; slot-- > 0;)
+        if (histogram[slot])
+            return value_of(slot) / 1e3;
+    return 0;
+}
+
+static void *allocate(size_t size)
+{
+    void *memory = calloc(1, size);
+    if (memory == NULL)
+        die("no memory");
+    return memory;
+}
+
+static int watch(const int *fds, uint32_t events)
+{
+    int set = epoll_create1(EPOLL_CLOEXEC);
+    if (set < 0)
+        die("epoll_create1: %s", strerror(errno));
+    for (size_t i = 0; i < pair_count; i++) {
+        struct epoll_event event = {.events = events, .data.u64 = i};
+        if (epoll_ctl(set, EPOLL_CTL_ADD, fds[i], &event) < 0)
+            die("pair %zu: descriptor %d: %s", i + 1, fds[i], strerror(errno));
+    }
+    return set;
+}
+
+static int ready(int set, struct epoll_event *events)
+{
+    int count = epoll_wait(set, events, ROUND, GLANCE_MS);
+    if (count < 0 && errno != EINTR)
+        die("epoll_wait: %s", strerror(errno));
+    return count < 0 ? 0 : count;
+}
+
+static bool would_block(void)
+{
+    return errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR;
+}
+
+/* --- bulk ------------------------------------------------------------------------------------------------------ */
+
+static void *send_bulk(void *unused)
+{
+    (void)unused;
+    struct epoll_event events[ROUND];
+    char *buffer = allocate(BULK);
+    int set = watch(client_fds, EPOLLOUT);
+    memset(buffer, 'x', BULK);
+    while (!atomic_load_explicit(&must_stop, memory_order_relaxed))
+        for (int i = 0, count = ready(set, events); i < count; i++) {
+            size_t pair = events[i].data.u64;
+            if (send(client_fds[pair], buffer, BULK, MSG_DONTWAIT | MSG_NOSIGNAL) < 0 && !would_block())
+                die("pair %zu: sending: %s", pair + 1, strerror(errno));
+        }
+    return NULL;
+}
+
+static void *sink_bulk(void *unused)
+{
+    (void)unused;
+    struct epoll_event events[ROUND];
+    int set = watch(server_fds, EPOLLIN);
+    uint64_t total = 0;
+    while (!atomic_load_explicit(&must_stop, memory_order_relaxed))
+        for (int i = 0, count = ready(set, events); i < count; i++) {
+            size_t pair = events[i].data.u64;
+            /* Nothing is written to the buffer, and NULL is what says so. */
+            ssize_t dropped = recv(server_fds[pair], NULL, 16 * BULK, MSG_TRUNC | MSG_DONTWAIT);
+            if (dropped == 0)
+                die("pair %zu: the receiving end was closed", pair + 1);
+            if (dropped < 0 && !would_block())
+                die("pair %zu: receiving: %s", pair + 1, strerror(errno));
+            if (dropped > 0)
+                atomic_store_explicit(&arrived, total += (uint64_t)dropped, memory_order_relaxed);
+        }
+    return NULL;
+}
+
+/* --- ping-pong ------------------------------------------------------------------------------------------------- */
+
+static void send_message(const char *side, const int *fds, size_t pair, const char *message)
+{
+    /* Blocking on purpose: one message is under way, so there is always room, except for a size near the buffer's. */
+    for (size_t sent = 0; sent < message_size;) {
+        ssize_t count = send(fds[pair], message + sent, message_size - sent, MSG_NOSIGNAL);
+        if (count < 0 && !would_block())
+            die("pair %zu: %s sending: %s", pair + 1, side, strerror(errno));
+        sent += count < 0 ? 0 : (size_t)count;
+    }
+}
+
+/* What is left of the message after reading what is there; a message may come in parts. */
+static size_t receive_message(const char *side, const int *fds, size_t pair, char *message, size_t left)
+{
+    ssize_t count = recv(fds[pair], message + message_size - left, left, MSG_DONTWAIT);
+    if (count == 0)
+        die("pair %zu: the %s end was closed", pair + 1, side);
+    if (count < 0 && !would_block())
+        die("pair %zu: %s receiving: %s", pair + 1, side, strerror(errno));
+    return count < 0 ? left : left - (size_t)count;
+}
+
+static void *play_client(void *unused)
+{
+    (void)unused;
+    struct epoll_event events[ROUND];
+    char *message = allocate(message_size);
+    size_t *left = allocate(pair_count * sizeof *left);
+    uint64_t *sent_at = allocate(pair_count * sizeof *sent_at), total = 0;
+    int set = watch(client_fds, EPOLLIN);
+    for (size_t pair = 0; pair < pair_count; pair++) {
+        left[pair] = message_size;
+        sent_at[pair] = now_ns();
+        send_message("client", client_fds, pair, message);
+    }
+    while (!atomic_load_explicit(&must_stop, memory_order_relaxed))
+        for (int i = 0, count = ready(set, events); i < count; i++) {
+            size_t pair = events[i].data.u64;
+            left[pair] = receive_message("client", client_fds, pair, message, left[pair]);
+            if (left[pair])
+                continue;
+            uint64_t now = now_ns();
+            if (atomic_load_explicit(&is_counting, memory_order_relaxed))
+                histogram[slot_of(now - sent_at[pair])]++;
+            atomic_store_explicit(&arrived, ++total, memory_order_relaxed);
+            left[pair] = message_size;
+            sent_at[pair] = now;
+            send_message("client", client_fds, pair, message);
+        }
+    return NULL;
+}
+
+static void *play_server(void *unused)
+{
+    (void)unused;
+    struct epoll_event events[ROUND];
+    char *message = allocate(message_size);
+    size_t *left = allocate(pair_count * sizeof *left);
+    int set = watch(server_fds, EPOLLIN);
+    for (size_t pair = 0; pair < pair_count; pair++)
+        left[pair] = message_size;
+    while (!atomic_load_explicit(&must_stop, memory_order_relaxed))
+        for (int i = 0, count = ready(set, events); i < count; i++) {
+            size_t pair = events[i].data.u64;
+            left[pair] = receive_message("server", server_fds, pair, message, left[pair]);
+            if (left[pair])
+                continue;
+            left[pair] = message_size;
+            send_message("server", server_fds, pair, message);
+        }
+    return NULL;
+}
+
+/* --- the window ------------------------------------------------------------------------------------------------ */
+
+static void sleep_until(uint64_t when_ns)
+{
+    struct timespec when = {.tv_sec = (time_t)(when_ns / 1000000000u), .tv_nsec = (long)(when_ns % 1000000000u)};
+    while (clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &when, NULL) == EINTR)
+        ;
+}
+
+static void usage(void)
+{
+    fputs("usage: load bulk|pingpong SECONDS WARMUP SIZE CLIENT_FD SERVER_FD [CLIENT_FD SERVER_FD ...]\n", stderr);
+    exit(2);
+}
+
+int main(int count, char **arguments)
+{
+    if (count < 7 || count % 2 == 0)
+        usage();
+    bool is_bulk = strcmp(arguments[1], "bulk") == 0;
+    double seconds = atof(arguments[2]), warmup = atof(arguments[3]);
+    message_size = (size_t)atol(arguments[4]);
+    if ((!is_bulk && strcmp(arguments[1], "pingpong") != 0) || seconds <= 0 || warmup < 0 || message_size < 1)
+        usage();
+    pair_count = (size_t)(count - 5) / 2;
+    client_fds = allocate(pair_count * sizeof *client_fds);
+    server_fds = allocate(pair_count * sizeof *server_fds);
+    for (size_t i = 0; i < pair_count; i++) {
+        client_fds[i] = atoi(arguments[5 + 2 * i]);
+        server_fds[i] = atoi(arguments[6 + 2 * i]);
+    }
+
+    pthread_t threads[2];
+    if (pthread_create(&threads[0], NULL, is_bulk ? sink_bulk : play_server, NULL) ||
+        pthread_create(&threads[1], NULL, is_bulk ? send_bulk : play_client, NULL))
+        die("no thread");
+    sleep_until(now_ns() + (uint64_t)(warmup * 1e9));
+
+    uint64_t began = now_ns(), count_before = atomic_load(&arrived);
+    double cpu_before = cpu_seconds();
+    atomic_store(&is_counting, true);
+    puts("begin");
+    fflush(stdout);
+    sleep_until(began + (uint64_t)(seconds * 1e9));
+    uint64_t ended = now_ns(), counted = atomic_load(&arrived) - count_before;
+    double cpu = cpu_seconds() - cpu_before;
+    atomic_store(&is_counting, false);
+    puts("end");
+    fflush(stdout);
+
+    atomic_store(&must_stop, true);
+    pthread_join(threads[0], NULL);
+    pthread_join(threads[1], NULL);
+    uint64_t total = 0;
+    for (size_t slot = 0; slot < SLOTS; slot++)
+        total += histogram[slot];
+    printf("{\"seconds\": %.6f, \"count\": %llu, \"cpu\": %.6f, \"p50\": %.2f, \"p99\": %.2f, \"max\": %.2f}\n",
+           (double)(ended - began) / 1e9, (unsigned long long)counted, cpu, percentile_us(total, 0.5),
+           percentile_us(total, 0.99), highest_us());
+    return fflush(stdout) ? 1 : 0;
+}

@@ -1,0 +1,139 @@
+"""Rounds of measurements, interleaved: what is compared is measured side by side, and again, and the median counts.
+
+On a machine that others use too, a figure taken a minute later is another figure. So every round measures all subjects
+one right after the other under the same load, the next round in the opposite order, and a ratio is taken within each
+round before the median over the rounds is.
+
+A *message* is one delivery through the subject; a round trip is two.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Final
+
+from bench.cpu import CpuReading, read_cpu
+from bench.load import BenchError, Generator, Load
+from bench.subjects import Subject
+
+__all__ = ["Case", "Figures", "Plan", "median_figures", "ratio", "run_rounds"]
+
+# Until TCP has grown its windows, and frelay's pumps have found out what they carry.
+WARMUP: Final = 0.4
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One cell of the table."""
+
+    subject: str
+    pairs: int
+    load: Load
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What one measurement found; None where it makes no sense: bulk has no round trips, loopback no process."""
+
+    gbit_per_second: float | None = None
+    cpu_ms_per_gb: float | None = None
+    round_trips_per_second: float | None = None
+    p50_us: float | None = None
+    p99_us: float | None = None
+    cpu_us_per_message: float | None = None
+    subject_cores: float | None = None
+    """CPU seconds a second of the subject, and of the load generator."""
+    generator_cores: float | None = None
+    other_cores: float | None = None
+    """... and of everybody else on the machine: how noisy it was."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to measure, how long, how often."""
+
+    pairs: tuple[int, ...]
+    loads: tuple[Load, ...]
+    seconds: float
+    rounds: int
+    message_size: int
+
+
+def run_rounds(
+    plan: Plan,
+    subjects: Sequence[Subject],
+    generator_for: Callable[[Subject], Generator],
+    on_progress: Callable[[int, int, Case], None],
+) -> dict[Case, list[Figures]]:
+    """Measure everything in ``plan``; gives each case's figures, one a round. Raises BenchError."""
+    steps = list(_steps(plan, subjects))
+    results: dict[Case, list[Figures]] = {}
+    for number, (subject, count, load) in enumerate(steps, 1):
+        case = Case(subject.name, count, load)
+        on_progress(number, len(steps), case)
+        results.setdefault(case, []).append(_measure(plan, subject, count, load, generator_for(subject)))
+    return results
+
+
+def _steps(plan: Plan, subjects: Sequence[Subject]) -> Iterator[tuple[Subject, int, Load]]:
+    for number in range(plan.rounds):
+        for load in plan.loads:
+            for count in plan.pairs:
+                for subject in subjects if number % 2 == 0 else reversed(subjects):
+                    yield subject, count, load
+
+
+def _measure(plan: Plan, subject: Subject, count: int, load: Load, generator: Generator) -> Figures:
+    readings: list[CpuReading] = []
+    with subject.pairs(count) as pairs:
+        tally = generator.run(
+            load,
+            pairs,
+            seconds=plan.seconds,
+            warmup=WARMUP,
+            size=plan.message_size,
+            on_edge=lambda: readings.append(read_cpu(subject.pids)),
+        )
+        if not tally.count:
+            raise BenchError(f"nothing came through in {plan.seconds:g} s ({count} pairs, {load})")
+    before, after = readings
+    used = after.subject - before.subject
+    others = after.machine - before.machine - used - tally.cpu
+    shares = {
+        "subject_cores": used / tally.seconds if subject.pids else None,
+        "generator_cores": tally.cpu / tally.seconds,
+        "other_cores": min(max(0.0, others / tally.seconds), float(os.cpu_count() or 1)),
+    }
+    if load == "bulk":
+        return Figures(
+            gbit_per_second=tally.count * 8 / tally.seconds / 1e9,
+            cpu_ms_per_gb=used * 1e3 / (tally.count / 1e9) if subject.pids else None,
+            **shares,
+        )
+    return Figures(
+        round_trips_per_second=tally.count / tally.seconds,
+        p50_us=tally.p50,
+        p99_us=tally.p99,
+        cpu_us_per_message=used * 1e6 / (2 * tally.count) if subject.pids else None,
+        **shares,
+    )
+
+
+def median_figures(rounds: Sequence[Figures]) -> Figures:
+    """The median of each figure over the rounds."""
+    values = {name: [getattr(one, name) for one in rounds] for name in Figures.__dataclass_fields__}
+    return Figures(**{name: None if None in column else median(column) for name, column in values.items()})
+
+
+def ratio(ours: Sequence[Figures], theirs: Sequence[Figures], name: str) -> float | None:
+    """The median of one figure's ratio, ours to theirs, taken round by round; None where one has none or is 0."""
+    ratios: list[float] = []
+    for one, other in zip(ours, theirs, strict=True):
+        above, below = getattr(one, name), getattr(other, name)
+        if above is None or not below:
+            return None
+        ratios.append(above / below)
+    return median(ratios)

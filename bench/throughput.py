@@ -1,0 +1,222 @@
+"""How fast does the relay forward, and what does it cost? ``python bench/throughput.py``
+
+It starts a relay on throwaway certificates, brings pairs of functions through the real protocol (outer mTLS, JOIN,
+PAIRED, and for ``handoff`` both close_notify), and then measures two loads over what they got: bulk bytes one way, and
+ping-pong messages of 64 bytes. Beside it stands what the same load does with no relay in between, and on request what
+another relay makes of it in the same minute, since only a ratio within one run survives a change of machine.
+
+    python bench/throughput.py --pairs 1,16 --against haproxy
+    python bench/throughput.py --modes handoff --against ../before --loads pingpong     # did my change help?
+
+Data goes to stdout, progress to stderr if that is a terminal. Exit codes: 0 done, 1 failed, 2 usage, 130 or
+143 interrupted. Processes and files that it made are gone when it ends, however it ends short of SIGKILL.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import resource
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Final, Literal
+
+# Run as a script, Python would look in bench/ alone; and the relay measured shall be the one beside this file.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench.interrupt import Interrupted, raise_on_signals
+from bench.load import BenchError, CompiledGenerator, Generator, Load, NoCompiler, PythonGenerator
+from bench.measure import Case, Plan, run_rounds
+from bench.report import Run, as_json, as_table
+from bench.subjects import Direct, Frelay, HAProxy, Subject
+
+MODES: Final = ("direct", "handoff", "tunnel", "direct-tls")
+LOADS: Final[tuple[Load, ...]] = ("bulk", "pingpong")
+_MOST_PAIRS: Final = 10_000
+# Descriptors that a pair may cost one process at most: two sockets, and in a splicing relay two pipes.
+_DESCRIPTORS_A_PAIR: Final = 6
+_DESCRIPTORS_BESIDE: Final = 128
+
+
+# --- flags --------------------------------------------------------------------------------------------------------
+
+
+def _number(text: str, lowest: float, highest: float, what: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not lowest <= value <= highest:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {lowest:g} to {highest:g}")
+    return value
+
+
+def _whole(text: str, highest: int, what: str) -> int:
+    value = _number(text, 1, highest, what)
+    if value != int(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+    return int(value)
+
+
+def _pairs(text: str) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(_whole(item, _MOST_PAIRS, "a number of pairs") for item in text.split(",")))
+
+
+def _some_of(allowed: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    def read(text: str) -> tuple[str, ...]:
+        chosen = tuple(dict.fromkeys(item.strip() for item in text.split(",")))
+        for item in chosen:
+            if item not in allowed:
+                raise argparse.ArgumentTypeError(f"{item!r} is none of {', '.join(allowed)}")
+        return chosen
+
+    return read
+
+
+def _rival(text: str) -> str:
+    if text in ("haproxy", "haproxy-splice"):
+        return text
+    if not (Path(text) / "frelay" / "__main__.py").is_file():
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither haproxy, nor haproxy-splice, nor a directory with a frelay package in it"
+        )
+    return str(Path(text).resolve())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="throughput.py",
+        description="Measure what the relay forwards and what CPU that costs it, over loopback.",
+        epilog="Exit codes: 0 done, 1 failed, 2 usage, 130 or 143 interrupted.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--pairs", type=_pairs, default=(1, 16), metavar="N[,N]", help="how many pairs at a time (default: 1,16)")
+    add("--seconds", type=lambda text: _number(text, 0.2, 3600, "a number of seconds"), default=2.0, metavar="S",
+        help="how long each measurement counts, from 0.2 (default: 2)")  # fmt: skip
+    add("--rounds", type=lambda text: _whole(text, 1000, "a number of rounds"), default=3, metavar="N",
+        help="how often all is measured; the median is shown (default: 3)")  # fmt: skip
+    add("--modes", type=_some_of(MODES), default=MODES, metavar="M[,M]",
+        help=f"of {', '.join(MODES)}; the direct ones have no relay (default: all)")  # fmt: skip
+    add("--loads", type=_some_of(LOADS), default=LOADS, metavar="L[,L]", help="of bulk, pingpong (default: both)")
+    add("--against", type=_rival, action="append", default=[], metavar="WHAT",
+        help="compare in the same run with haproxy, haproxy-splice, or a checkout's directory; repeatable")  # fmt: skip
+    add("--size", type=lambda text: _whole(text, 16384, "a number of bytes"), default=64, metavar="B",
+        help="bytes in a ping-pong message (default: 64)")  # fmt: skip
+    add("--generator", choices=("auto", "c", "python"), default="auto",
+        help="what makes the load on plain sockets; auto takes Python only where there is no C compiler")  # fmt: skip
+    add("--json", action="store_true", help="print one JSON object with every round in it, in place of the table")
+    return parser
+
+
+# --- subjects and generators --------------------------------------------------------------------------------------
+
+_FRELAY_MODES: Final[tuple[Literal["handoff", "tunnel"], ...]] = ("handoff", "tunnel")
+
+
+def _subjects(
+    modes: Sequence[str], rivals: Sequence[str], scratch: Path
+) -> tuple[list[Subject], list[tuple[Subject, Subject]]]:
+    """The rows of the table, and which of them to compare as (ours, theirs)."""
+    directories = (scratch / f"subject-{number}" for number in range(1, 1000))
+    subjects: list[Subject] = []
+    compared: list[tuple[Subject, Subject]] = []
+    if "direct" in modes:
+        subjects.append(Direct(next(directories)))
+    ours = {mode: Frelay(next(directories), mode) for mode in _FRELAY_MODES if mode in modes}
+    subjects += ours.values()
+    if "direct-tls" in modes:
+        subjects.append(Direct(next(directories), in_tls=True))
+    for rival in dict.fromkeys(rivals):
+        theirs: dict[Literal["handoff", "tunnel"], Subject]
+        if rival.startswith("haproxy"):
+            theirs = {"handoff": HAProxy(next(directories), splices=rival == "haproxy-splice")}
+        else:
+            theirs = {mode: Frelay(next(directories), mode, checkout=Path(rival)) for mode in ours}
+        subjects += theirs.values()
+        compared += [(ours[mode], other) for mode, other in theirs.items() if mode in ours]
+    return subjects, compared
+
+
+def _plain_generator(wanted: str, scratch: Path, notes: list[str]) -> Generator:
+    if wanted == "python":
+        reason = "as asked for"
+    else:
+        try:
+            return CompiledGenerator(scratch)
+        except NoCompiler as error:
+            if wanted == "c":
+                raise
+            reason = str(error)
+    notes.append(
+        f"The load was made in Python ({reason}): it is slower than the relay, so throughput, round trips and "
+        "latencies are bounded by it, and only the CPU figures are the relay's own."
+    )
+    return PythonGenerator()
+
+
+def _raise_descriptor_limit(pairs: int) -> None:
+    needed = pairs * _DESCRIPTORS_A_PAIR + _DESCRIPTORS_BESIDE
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        raise BenchError(f"{pairs} pairs need {needed} descriptors and the limit is {hard}: raise it with ulimit -n")
+    if soft != resource.RLIM_INFINITY and needed > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def _show_progress(number: int, total: int, case: Case) -> None:
+    if sys.stderr.isatty():
+        text = f"{number}/{total}  {case.subject}, {case.pairs} {'pair' if case.pairs == 1 else 'pairs'}, {case.load}"
+        print(f"\r\x1b[K{text[:100]}", end="", file=sys.stderr, flush=True)
+
+
+def _clear_progress() -> None:
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def measure(options: argparse.Namespace) -> Run:
+    """Start everything, measure it, and end it; raises BenchError."""
+    plan = Plan(options.pairs, options.loads, options.seconds, options.rounds, options.size)
+    notes: list[str] = []
+    with ExitStack() as stack:
+        stack.callback(_clear_progress)
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="frelay-bench-")))
+        subjects, compared = _subjects(options.modes, options.against, scratch)
+        if not subjects:
+            raise BenchError("there is nothing to measure")
+        _raise_descriptor_limit(max(plan.pairs))
+        generators: dict[str, Generator] = {s.name: PythonGenerator() for s in subjects if s.in_tls}
+        if len(generators) < len(subjects):
+            plain = _plain_generator(options.generator, scratch, notes)
+            generators |= {s.name: plain for s in subjects if not s.in_tls}
+        for subject in subjects:
+            stack.enter_context(subject)
+        versions = {subject.name: version for subject in subjects if (version := subject.version) is not None}
+        results = run_rounds(plan, subjects, lambda subject: generators[subject.name], _show_progress)
+        return Run(plan, subjects, generators, versions, results, notes, compared)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The script; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    raise_on_signals()
+    try:
+        run = measure(options)
+        report: Any = json.dumps(as_json(run), indent=2) if options.json else as_table(run)
+        print(report)
+    except Interrupted as interruption:
+        print("throughput.py: interrupted; everything that was started has been ended", file=sys.stderr)
+        return interruption.exit_code
+    except BenchError as error:
+        print(f"throughput.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,379 @@
+// Package frelay joins a route of a frelay relay and gives a TLS connection to the other function. Copy this file; it
+// needs the standard library only.
+//
+// A function dials the relay with its certificate, says JOIN, waits until the other function is there too, and then
+// gets out of that outer TLS, because what it wants is TLS with the other function and nobody in between. There are two
+// ways out (docs/protocol.md, sections 4 and 7):
+//
+// By hand-off. The relay writes PAIRED and its close_notify. We read to that end, answer with our own close_notify, and
+// the TCP connection is ours. crypto/tls reads ahead, so it could swallow bytes of the other function that come right
+// behind the end; but the relay sends none before it has read our close_notify, and by then we read no more TLS.
+//
+// By ticket. PAIRED holds a ticket, we show it on a second, plain TCP connection, and that one is ours. This costs a
+// round trip, and works with every TLS library.
+package frelay
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"strings"
+	"time"
+)
+
+// Config says which route to join, as whom, and whom to expect there.
+type Config struct {
+	Address     string          // the relay's host:port
+	ServerName  string          // the name in the relay's certificate; "": the host of Address
+	Certificate tls.Certificate // who we are, to the relay and to the other function
+	RelayCA     *x509.CertPool  // who vouches for the relay
+	PeerCA      *x509.CertPool  // who vouches for the other function; nil: RelayCA
+	Peer        string          // who the other function must be: "dns:NAME" or "uri:URI", exactly
+	Route       string          // needed where several routes share the address
+	Party       string          // "func1" or "func2", needed where the certificate fits both
+	UseTicket   bool            // leave the outer TLS by ticket, not by hand-off
+	OnStatus    func(status string)
+}
+
+// Refused is the relay's no. A negative RetryAfter says that a retry will not help without a change.
+type Refused struct {
+	Code, Reason string
+	RetryAfter   time.Duration
+}
+
+func (e *Refused) Error() string { return fmt.Sprintf("refused: %s: %s", e.Code, e.Reason) }
+
+// The types of the frames.
+const (
+	frameJoin     = 0x01
+	framePong     = 0x02
+	frameWaiting  = 0x11
+	framePing     = 0x12
+	framePaired   = 0x13
+	frameRefused  = 0x14
+	frameDraining = 0x15
+	frameAdvisory = 0x80 // this one and those above it are skipped when unknown
+)
+
+const maxPayload = 4096
+
+// Of an orderly TLS end, or a TLS handshake, after PAIRED: the relay's own limit is 5 to 10 seconds.
+const handOffTimeout = 15 * time.Second
+
+// Connect joins the route, waits for the other function and returns TLS with it, verified: it is Config.Peer, by a
+// certificate of PeerCA. ctx bounds all of it. Close the result; CloseWrite ends one direction and leaves the other.
+func Connect(ctx context.Context, config Config) (*tls.Conn, error) {
+	if _, _, err := splitPeer(config.Peer); err != nil {
+		return nil, err
+	}
+	serverName := config.ServerName
+	if serverName == "" {
+		host, _, err := net.SplitHostPort(config.Address)
+		if err != nil {
+			return nil, err
+		}
+		serverName = host
+	}
+	var dialer net.Dialer
+	conn, err := dialer.DialContext(ctx, "tcp", config.Address)
+	if err != nil {
+		return nil, fmt.Errorf("no connection to the relay: %w", err)
+	}
+	outer := tls.Client(conn, &tls.Config{
+		MinVersion:   tls.VersionTLS13,
+		ServerName:   serverName,
+		RootCAs:      config.RelayCA,
+		Certificates: []tls.Certificate{config.Certificate},
+		NextProtos:   []string{"frelay/1"},
+	})
+	var raw net.Conn
+	var paired *message
+	err = closedWhenDone(ctx, conn, func() (err error) {
+		if err = outer.HandshakeContext(ctx); err != nil {
+			return fmt.Errorf("no TLS with the relay: %w", err)
+		}
+		if outer.ConnectionState().NegotiatedProtocol != "frelay/1" {
+			return errors.New("this is no relay: it does not speak frelay/1")
+		}
+		if paired, err = join(outer, config); err != nil {
+			return err
+		}
+		conn.SetDeadline(time.Now().Add(handOffTimeout))
+		if config.UseTicket {
+			raw, err = showTicket(ctx, outer, paired.Ticket)
+		} else {
+			raw, err = handOff(outer, conn)
+		}
+		return err
+	})
+	if raw != conn {
+		conn.Close()
+	}
+	if err != nil {
+		if raw != nil {
+			raw.Close()
+		}
+		return nil, err
+	}
+	return meet(ctx, raw, paired.Role, config)
+}
+
+// closedWhenDone runs work, and closes conn if ctx ends first, which wakes work out of any call.
+func closedWhenDone(ctx context.Context, conn net.Conn, work func() error) error {
+	finished, watched := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(watched)
+		select {
+		case <-ctx.Done():
+			conn.Close()
+		case <-finished:
+		}
+	}()
+	err := work()
+	close(finished)
+	<-watched
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	return err
+}
+
+// message is the payload of any frame; each fills some of it.
+type message struct {
+	Attempt    string          `json:"attempt,omitempty"`
+	Route      string          `json:"route,omitempty"`
+	Party      string          `json:"party,omitempty"`
+	Modes      []string        `json:"modes,omitempty"`
+	N          json.RawMessage `json:"n,omitempty"`
+	Peer       string          `json:"peer,omitempty"`
+	Role       string          `json:"role,omitempty"`
+	Mode       string          `json:"mode,omitempty"`
+	Ticket     string          `json:"ticket,omitempty"`
+	Code       string          `json:"code,omitempty"`
+	Reason     string          `json:"reason,omitempty"`
+	RetryAfter *float64        `json:"retry_after,omitempty"`
+}
+
+// join says JOIN and returns the relay's PAIRED.
+func join(outer *tls.Conn, config Config) (*message, error) {
+	mode := "handoff"
+	if config.UseTicket {
+		mode = "ticket"
+	}
+	attempt, err := newUUID()
+	if err != nil {
+		return nil, err
+	}
+	hello := message{Attempt: attempt, Route: config.Route, Party: config.Party, Modes: []string{mode}}
+	if err := writeFrame(outer, frameJoin, &hello); err != nil {
+		return nil, err
+	}
+	for {
+		kind, received, err := readFrame(outer)
+		if err != nil {
+			// In TLS 1.3 this is also where the relay's alert about our certificate arrives.
+			return nil, fmt.Errorf("the relay went away: %w", err)
+		}
+		switch {
+		case kind == frameWaiting:
+			config.status("waiting")
+		case kind == framePing:
+			if err := writeFrame(outer, framePong, &message{N: received.N}); err != nil {
+				return nil, err
+			}
+		case kind == frameRefused:
+			refused := &Refused{Code: received.Code, Reason: received.Reason, RetryAfter: -1}
+			if received.RetryAfter != nil {
+				refused.RetryAfter = time.Duration(*received.RetryAfter * float64(time.Second))
+			}
+			return nil, refused
+		case kind == framePaired && received.Mode == mode && (received.Role == "client" || received.Role == "server"):
+			config.status("paired with " + received.Peer)
+			return received, nil
+		case kind == frameDraining || kind >= frameAdvisory:
+		default:
+			return nil, fmt.Errorf("the relay sent a frame of type %#x that does not fit here", kind)
+		}
+	}
+}
+
+func (config Config) status(text string) {
+	if config.OnStatus != nil {
+		config.OnStatus(text)
+	}
+}
+
+// handOff leaves the outer TLS and returns the TCP connection under it.
+func handOff(outer *tls.Conn, conn net.Conn) (net.Conn, error) {
+	if err := readToEnd(outer); err != nil {
+		return nil, err
+	}
+	if err := outer.CloseWrite(); err != nil {
+		return nil, fmt.Errorf("the hand-off failed: %w", err)
+	}
+	// CloseWrite leaves a write deadline that has passed on the connection, so that nothing is written after it.
+	if err := conn.SetWriteDeadline(time.Time{}); err != nil {
+		return nil, err
+	}
+	return conn, nil
+}
+
+// showTicket opens the second connection and returns it once the relay has taken the ticket.
+func showTicket(ctx context.Context, outer *tls.Conn, ticket string) (net.Conn, error) {
+	var dialer net.Dialer
+	// Not by name again: that might lead to another relay, which knows nothing of this ticket.
+	conn, err := dialer.DialContext(ctx, "tcp", outer.RemoteAddr().String())
+	if err != nil {
+		return nil, fmt.Errorf("no second connection to the relay: %w", err)
+	}
+	if _, err := io.WriteString(conn, "FRELAY/1 "+ticket+"\n"); err != nil {
+		return conn, fmt.Errorf("the ticket could not be shown: %w", err)
+	}
+	// The relay ends the outer TLS when it has the ticket, and not otherwise.
+	return conn, readToEnd(outer)
+}
+
+func readToEnd(outer *tls.Conn) error {
+	var one [1]byte
+	n, err := outer.Read(one[:])
+	if n > 0 {
+		return errors.New("the hand-off failed: the relay sent data after PAIRED")
+	}
+	if err != io.EOF {
+		return fmt.Errorf("the hand-off failed: %w", err)
+	}
+	return nil
+}
+
+// meet runs the inner TLS with the other function and checks who that is.
+func meet(ctx context.Context, raw net.Conn, role string, config Config) (*tls.Conn, error) {
+	pool := config.PeerCA
+	if pool == nil {
+		pool = config.RelayCA
+	}
+	inner := &tls.Config{
+		MinVersion:   tls.VersionTLS13,
+		Certificates: []tls.Certificate{config.Certificate},
+		// The client of TLS would compare a host name, and functions have none: VerifyConnection does all the checks.
+		InsecureSkipVerify: true,
+		ClientAuth:         tls.RequireAndVerifyClientCert,
+		ClientCAs:          pool,
+		// Nobody resumes; and a client that only writes would never read them, and close with RST because of it.
+		SessionTicketsDisabled: true,
+		VerifyConnection: func(state tls.ConnectionState) error {
+			usage := x509.ExtKeyUsageServerAuth
+			if role == "server" {
+				usage = x509.ExtKeyUsageClientAuth
+			}
+			return verifyPeer(state, pool, usage, config.Peer)
+		},
+	}
+	wire := tls.Client(raw, inner)
+	if role == "server" {
+		wire = tls.Server(raw, inner)
+	}
+	raw.SetDeadline(time.Now().Add(handOffTimeout))
+	if err := wire.HandshakeContext(ctx); err != nil {
+		raw.Close()
+		return nil, fmt.Errorf("no TLS with the other function: %w", err)
+	}
+	raw.SetDeadline(time.Time{})
+	return wire, nil
+}
+
+// verifyPeer checks the chain of the other function's certificate, and that it holds the name expected.
+func verifyPeer(state tls.ConnectionState, pool *x509.CertPool, usage x509.ExtKeyUsage, expected string) error {
+	if len(state.PeerCertificates) == 0 {
+		return errors.New("the other function shows no certificate")
+	}
+	leaf := state.PeerCertificates[0]
+	options := x509.VerifyOptions{
+		Roots:         pool,
+		Intermediates: x509.NewCertPool(),
+		KeyUsages:     []x509.ExtKeyUsage{usage},
+	}
+	for _, certificate := range state.PeerCertificates[1:] {
+		options.Intermediates.AddCert(certificate)
+	}
+	if _, err := leaf.Verify(options); err != nil {
+		return err
+	}
+	kind, want, err := splitPeer(expected)
+	if err != nil {
+		return err
+	}
+	// Compared whole and by type. Not VerifyHostname, to which a wildcard in the certificate would be good enough; and
+	// of several URIs nobody could say which one is meant.
+	if kind == "uri" && len(leaf.URIs) == 1 && leaf.URIs[0].String() == want {
+		return nil
+	}
+	if kind == "dns" {
+		for _, name := range leaf.DNSNames {
+			if strings.EqualFold(name, want) {
+				return nil
+			}
+		}
+	}
+	return fmt.Errorf("the other function shows %v %v, where %s was expected", leaf.DNSNames, leaf.URIs, expected)
+}
+
+func splitPeer(expected string) (kind, want string, err error) {
+	kind, want, _ = strings.Cut(expected, ":")
+	if (kind != "dns" && kind != "uri") || want == "" || strings.Contains(want, "*") {
+		return "", "", fmt.Errorf("%q is not dns:NAME or uri:URI: say who the other function must be", expected)
+	}
+	return kind, want, nil
+}
+
+// A frame is its type, a zero, the length of the payload in two bytes, and the payload, one JSON object.
+
+func writeFrame(writer io.Writer, kind byte, payload *message) error {
+	body, err := json.Marshal(payload)
+	if err != nil {
+		return err
+	}
+	if len(body) > maxPayload {
+		return errors.New("the route's name is too long")
+	}
+	frame := []byte{kind, 0, byte(len(body) >> 8), byte(len(body))}
+	_, err = writer.Write(append(frame, body...))
+	return err
+}
+
+func readFrame(reader io.Reader) (byte, *message, error) {
+	var header [4]byte
+	if _, err := io.ReadFull(reader, header[:]); err != nil {
+		return 0, nil, err
+	}
+	length := binary.BigEndian.Uint16(header[2:])
+	if header[1] != 0 || length > maxPayload {
+		return 0, nil, errors.New("not a frame of frelay/1")
+	}
+	body := make([]byte, length)
+	if _, err := io.ReadFull(reader, body); err != nil {
+		return 0, nil, err
+	}
+	payload := new(message)
+	if len(body) > 0 && header[0] < frameAdvisory {
+		if err := json.Unmarshal(body, payload); err != nil {
+			return 0, nil, err
+		}
+	}
+	return header[0], payload, nil
+}
+
+func newUUID() (string, error) {
+	var b [16]byte
+	if _, err := rand.Read(b[:]); err != nil {
+		return "", err
+	}
+	b[6], b[8] = b[6]&0x0f|0x40, b[8]&0x3f|0x80
+	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:]), nil
+}

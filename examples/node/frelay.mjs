@@ -1,0 +1,325 @@
+// Joins a route of a frelay relay and gives a TLS connection to the other function. Copy this file; it needs Node.js 18
+// or newer and nothing else.
+//
+// A function dials the relay with its certificate, says JOIN, waits until the other function is there too, and then
+// gets out of that outer TLS, because what it wants is TLS with the other function and nobody in between. There are two
+// ways out (docs/protocol.md, sections 4 and 7):
+//
+// By hand-off. The relay writes PAIRED and its close_notify; we answer with our own, and the TCP connection is ours. But
+// Node's TLSSocket takes over the descriptor, reads whatever is there, and closes it at its end. So the outer TLS does
+// not run on the socket itself but on a Duplex in front of it (OneRecordAtATime), which hands it one TLS record and then
+// waits to see whether that was the end. What follows the end stays in the socket, and the socket stays open.
+//
+// By ticket. PAIRED holds a ticket, we show it on a second, plain TCP connection, and that one is ours. This costs a
+// round trip, and works with every TLS library.
+
+import crypto from 'node:crypto';
+import { once } from 'node:events';
+import net from 'node:net';
+import { Duplex } from 'node:stream';
+import tls from 'node:tls';
+
+const JOIN = 0x01, PONG = 0x02, WAITING = 0x11, PING = 0x12, PAIRED = 0x13, REFUSED = 0x14, DRAINING = 0x15;
+const ADVISORY = 0x80; // this type and those above it are skipped when unknown
+const MAX_PAYLOAD = 4096;
+
+/** The relay's no. `retryAfter` is in seconds, or null where a retry will not help without a change. */
+export class Refused extends Error {
+  constructor({ code, reason, retry_after: retryAfter = null }) {
+    super(`refused: ${code}: ${reason}`);
+    Object.assign(this, { name: 'Refused', code, reason, retryAfter });
+  }
+}
+
+/**
+ * Joins a route, waits for the other function, and resolves to a TLSSocket to it, verified: it is `peer`, by a
+ * certificate of `peerCa`.
+ *
+ * host, port         the relay
+ * cert, key          PEM: who we are, to the relay and to the other function
+ * ca, peerCa         PEM: who vouches for the relay, and for the other function (`ca` if left out)
+ * peer               who the other function must be: 'dns:NAME' or 'uri:URI', exactly
+ * route, party       needed where several routes share the address, where the certificate fits both parties
+ * mode               'handoff' or 'ticket': how to leave the outer TLS
+ * wait               seconds for all of it
+ * servername         the name in the relay's certificate, where it is not `host`
+ * onStatus           called with 'waiting' and 'paired with ...'
+ *
+ * Its ends are separate: `end()` ends our direction, and reading goes on until 'end'.
+ */
+export async function connect(options) {
+  const { mode = 'handoff', wait = 60 } = options;
+  if (!/^(dns|uri):[^*]+$/.test(options.peer)) {
+    throw new Error(`peer: ${options.peer} is not dns:NAME or uri:URI: say who the other function must be`);
+  }
+  if (mode !== 'handoff' && mode !== 'ticket') {
+    throw new Error(`mode: ${mode} is neither handoff nor ticket`);
+  }
+  const sockets = [];
+  let timer;
+  const timeIsUp = new Promise((_, reject) => {
+    timer = setTimeout(() => reject(new Error(`nobody came within ${wait} s`)), wait * 1000);
+  });
+  try {
+    return await Promise.race([joinAndMeet({ ...options, mode }, sockets), timeIsUp]);
+  } catch (error) {
+    sockets.forEach((socket) => socket.destroy());
+    throw error;
+  } finally {
+    clearTimeout(timer);
+  }
+}
+
+async function joinAndMeet(options, sockets) {
+  const { mode, host, port } = options;
+  const socket = track(sockets, net.connect({
+    host,
+    port,
+    allowHalfOpen: true,
+    noDelay: true,
+    // Every address of the name is tried; left to itself Node 18 tries one, and Node 20 gives each a quarter of a second.
+    autoSelectFamily: true,
+    autoSelectFamilyAttemptTimeout: 5000,
+  }));
+  await once(socket, 'connect');
+  const under = mode === 'handoff' ? new OneRecordAtATime(socket) : socket;
+  const outer = tls.connect({
+    socket: under,
+    servername: options.servername ?? (net.isIP(host) ? undefined : host),
+    host, // whose name or address the relay's certificate must have
+    ca: options.ca,
+    cert: options.cert,
+    key: options.key,
+    minVersion: 'TLSv1.3',
+    ALPNProtocols: ['frelay/1'],
+  });
+  track(sockets, outer);
+  await once(outer, 'secureConnect');
+  if (outer.alpnProtocol !== 'frelay/1') {
+    throw new Error('this is no relay: it does not speak frelay/1');
+  }
+  const paired = await join(outer, options);
+  const raw = mode === 'handoff' ? await handOff(outer, under) : await showTicket(outer, socket, paired.ticket, sockets);
+  return meet(raw, paired.role, options, sockets);
+}
+
+/** An error that nobody listens for would end the process; whoever waits for the socket still gets it. */
+function track(sockets, socket) {
+  sockets.push(socket);
+  return socket.on('error', () => {});
+}
+
+// --- frames: type, 0, the length of the payload in two bytes, and the payload, one JSON object ---------------------
+
+async function join(outer, { route, party, mode, onStatus = () => {} }) {
+  send(outer, JOIN, { attempt: crypto.randomUUID(), route, party, modes: [mode] });
+  for (;;) {
+    const [type, payload] = await receive(outer);
+    if (type === WAITING) {
+      onStatus('waiting');
+    } else if (type === PING) {
+      send(outer, PONG, { n: payload.n });
+    } else if (type === REFUSED) {
+      throw new Refused(payload);
+    } else if (type === PAIRED && payload.mode === mode && ['client', 'server'].includes(payload.role)) {
+      onStatus(`paired with ${payload.peer}`);
+      return payload;
+    } else if (type !== DRAINING && type < ADVISORY) {
+      throw new Error(`the relay sent a frame of type ${type} that does not fit here`);
+    }
+  }
+}
+
+function send(outer, type, payload) {
+  const body = Buffer.from(JSON.stringify(payload));
+  outer.write(Buffer.concat([Buffer.from([type, 0, body.length >> 8, body.length & 0xff]), body]));
+}
+
+async function receive(outer) {
+  const header = await take(outer, 4);
+  const length = header.readUInt16BE(2);
+  if (header[1] !== 0 || length > MAX_PAYLOAD) {
+    throw new Error('not a frame of frelay/1');
+  }
+  const body = length ? await take(outer, length) : Buffer.from('{}');
+  return [header[0], header[0] < ADVISORY ? JSON.parse(body) : {}];
+}
+
+/** Exactly `size` bytes of the outer TLS; an end or an error before that is an error. */
+async function take(outer, size) {
+  for (;;) {
+    const data = outer.read(size);
+    if (data?.length === size) {
+      return data;
+    }
+    if (data !== null || outer.readableEnded || outer.destroyed) {
+      throw outer.errored ?? new Error('the relay ended the connection without an answer');
+    }
+    // In TLS 1.3 this is also where the relay's alert about our certificate arrives.
+    await change(outer);
+  }
+}
+
+/** Reads to the relay's close_notify; data before it is an error. */
+async function readToEnd(outer) {
+  for (;;) {
+    if (outer.read() !== null) {
+      throw new Error('the hand-off failed: the relay sent data after PAIRED');
+    }
+    if (outer.readableEnded) {
+      return;
+    }
+    if (outer.destroyed) {
+      throw outer.errored ?? new Error('the hand-off failed: the connection to the relay broke');
+    }
+    await change(outer);
+  }
+}
+
+/** Resolves when there is something new about `stream`; rejects with its error. */
+function change(stream) {
+  return new Promise((resolve, reject) => {
+    const settle = (error) => {
+      ['readable', 'end', 'close', 'error'].forEach((name) => stream.off(name, settle));
+      error instanceof Error ? reject(error) : resolve();
+    };
+    ['readable', 'end', 'close', 'error'].forEach((name) => stream.on(name, settle));
+  });
+}
+
+// --- leaving the outer TLS -----------------------------------------------------------------------------------------
+
+/**
+ * The stream on which the outer TLS runs in hand-off mode. It reads a record only once the TLS above has had the time to
+ * say that the record before it was the end, and its own end leaves the socket as it is.
+ */
+export class OneRecordAtATime extends Duplex {
+  #socket;
+  #isWanted = false;
+  #isReleased = false;
+  #look = () => this.#read();
+  #fail = (error) => this.destroy(error instanceof Error ? error : new Error('the connection to the relay broke'));
+
+  constructor(socket) {
+    super({ allowHalfOpen: true }); // or the TLS above would answer the relay's close_notify before we are ready
+    this.#socket = socket;
+    socket.on('readable', this.#look).on('end', this.#fail).on('close', this.#fail).on('error', this.#fail);
+  }
+
+  _read() {
+    this.#isWanted = true;
+    // The TLS above says 'end' by process.nextTick, hence before this.
+    setImmediate(this.#look);
+  }
+
+  #read() {
+    if (!this.#isWanted || this.#isReleased || this.destroyed) {
+      return;
+    }
+    const header = this.#socket.read(5);
+    if (header === null) {
+      return;
+    }
+    this.#socket.unshift(header);
+    const record = header.length < 5 ? null : this.#socket.read(5 + header.readUInt16BE(3));
+    if (record !== null) {
+      this.#isWanted = false;
+      this.push(record);
+    }
+  }
+
+  _write(data, encoding, done) {
+    this.#socket.write(data, done);
+  }
+
+  _final(done) {
+    done(); // no FIN: close_notify ends the outer TLS, not the connection
+  }
+
+  _destroy(error, done) {
+    if (!this.#isReleased) {
+      this.#socket.destroy();
+    }
+    done(error);
+  }
+
+  /** Gives the socket back, with all that has not been read from it. */
+  release() {
+    this.#isReleased = true;
+    return this.#socket
+      .off('readable', this.#look).off('end', this.#fail).off('close', this.#fail).off('error', this.#fail);
+  }
+}
+
+/** Leaves the outer TLS and resolves to the socket under it. */
+async function handOff(outer, under) {
+  await readToEnd(outer);
+  const raw = under.release();
+  outer.end();
+  await once(under, 'finish'); // our close_notify is in the socket
+  return raw;
+}
+
+/** Opens the second connection and resolves to it once the relay has taken the ticket. */
+async function showTicket(outer, first, ticket, sockets) {
+  // Not by name again: that might lead to another relay, which knows nothing of this ticket.
+  const { remoteAddress: host, remotePort: port } = first;
+  const socket = track(sockets, net.connect({ host, port, allowHalfOpen: true, noDelay: true }));
+  await once(socket, 'connect');
+  socket.write(`FRELAY/1 ${ticket}\n`);
+  await readToEnd(outer); // the relay ends the outer TLS when it has the ticket, and not otherwise
+  outer.end();
+  return socket;
+}
+
+// --- the inner TLS -------------------------------------------------------------------------------------------------
+
+async function meet(raw, role, { cert, key, ca, peerCa = ca, peer }, sockets) {
+  const common = { cert, key, ca: peerCa, minVersion: 'TLSv1.3', rejectUnauthorized: true };
+  let wire;
+  if (role === 'client') {
+    // Functions have no host names: checkPeer does it.
+    wire = track(sockets, tls.connect({ ...common, socket: raw, checkServerIdentity: () => undefined }));
+    await once(wire, 'secureConnect');
+  } else {
+    // Not `new TLSSocket(raw, { isServer: true })`: nobody would look at the client's certificate there.
+    const server = tls.createServer({ ...common, requestCert: true });
+    raw.allowHalfOpen = false; // until TLS is up: or an end before that would be no event at all
+    server.emit('connection', raw);
+    wire = await new Promise((resolve, reject) => {
+      server.once('tlsClientError', reject).once('secureConnection', (socket) => {
+        socket.allowHalfOpen = true;
+        resolve(track(sockets, socket));
+      });
+    });
+  }
+  checkPeer(wire.getPeerX509Certificate(), peer);
+  return wire;
+}
+
+/** Throws unless `expected`, e.g. 'dns:func2.demo', is a name in the certificate, whole and of that type. */
+function checkPeer(certificate, expected) {
+  const names = subjectNames(certificate?.subjectAltName ?? '');
+  const dns = names.filter(([kind]) => kind === 'DNS').map(([, value]) => `dns:${value.toLowerCase()}`);
+  const uris = names.filter(([kind]) => kind === 'URI').map(([, value]) => `uri:${value}`);
+  const isExpected = expected.startsWith('uri:')
+    ? uris.length === 1 && uris[0] === expected // of several nobody could say which one is meant
+    : dns.includes(expected.toLowerCase());
+  if (!isExpected) {
+    throw new Error(`the other function shows ${[...dns, ...uris].join(', ') || 'no name'}, where ${expected} was expected`);
+  }
+}
+
+/** The names in Node's text of a subjectAltName, which quotes each value that could be taken for two. */
+function subjectNames(text) {
+  const one = /([A-Za-z ]+):(?:("(?:[^"\\]|\\.)*")|([^",]*))(?:, |$)/y;
+  const names = [];
+  while (one.lastIndex < text.length) {
+    const found = one.exec(text);
+    if (found === null) {
+      throw new Error('the names in the certificate of the other function cannot be read');
+    }
+    names.push([found[1], found[2] === undefined ? found[3] : JSON.parse(found[2])]);
+  }
+  return names;
+}
