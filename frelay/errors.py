@@ -38,12 +38,16 @@ class FrelayError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong with a configuration: where it is, what it is, and how to mend it."""
+    """One thing that is wrong with a configuration: where it is, what it is, and how to mend it.
+
+    ``is_conflict`` tells what is wrong only beside something else, such as an address that is taken already.
+    """
 
     file: Path
     message: str
     key: str | None = None
     line: int | None = None
+    is_conflict: bool = False
 
     def __str__(self) -> str:
         # A file's name may hold anything; it must not forge a line of the log or move a cursor.

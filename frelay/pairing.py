@@ -115,6 +115,7 @@ class Pairing:
         "released",
         "route",
         "since",
+        "waited",
     )
 
     def __init__(
@@ -127,12 +128,15 @@ class Pairing:
         limits: PairingLimits,
         require_inner_tls: bool | Literal["always"],
         forwarding: Forwarding,
+        waited: float = 0.0,
     ) -> None:
         self.id: Final = pairing_id
         self.route: Final = route
         self.legs: Final[dict[PartyName, Leg]] = {"func1": func1, "func2": func2}
         self.limits: Final = limits
         self.since: Final = time.time()
+        self.waited: Final = waited
+        """How long the first of the two had waited for the second, in seconds."""
         self.released: Final = trio.Event()
         """Set once the task that attended the waiting leg has let go of it."""
         self._require_inner_tls: Final = require_inner_tls

@@ -22,6 +22,7 @@ from frelay.admission import Slot
 from frelay.config.model import Limits, TcpSection
 from frelay.errors import ConnectionBroken, RemoteProtocolError
 from frelay.frameless import BareLeg, HelloLeg, PlainLeg
+from frelay.journal import HandshakeDone, Journal, LegRefused, LegWaits
 from frelay.leg import LINGER_TIME, Departure, FramedLeg, Leg, TlsLeg
 from frelay.lobby import Taken, Withdrawn
 from frelay.pairing import Pairing
@@ -57,6 +58,7 @@ class Door:
     listener: Hashable
     """Which listener it is; a ticket is good at the one where it was issued."""
     tickets: TicketOffice
+    journal: Journal
 
 
 class _TurnedAway(Exception):
@@ -99,7 +101,10 @@ class _Guest:
         self._door = door
         self._slot = slot
         self._accepted_at = trio.current_time()
+        self._certificate: str | None = None
         self.leg: Leg | None = None
+        self._route: LiveRoute | None = None
+        """Set once the leg is let in to it; only then its party and its name are settled."""
         self.is_given_away = False
         """Whether somebody else owns the connection now, and closes it."""
         self.log: Any = structlog.get_logger("frelay.reception").bind(address=self._address)
@@ -109,7 +114,7 @@ class _Guest:
         too_many = self._slot.occupy(self._place[0])
         if too_many is not None:
             # Nothing was spoken yet, and TLS would have to be spoken to say no in it: the close has to do.
-            self.log.warning("refused", code="limit", reason=too_many)
+            self._note_refusal("limit", too_many)
             return
         tune(self._sock, self._door.tcp)
         plain = next((route for route in self._door.routes.values() if route.config.outer == "none"), None)
@@ -122,7 +127,8 @@ class _Guest:
 
     async def _visit_plain(self, route: LiveRoute) -> None:
         if not route.admits_address(self._place[0]):
-            self.log.warning("refused", route=route.name, code="not-authorised", reason="address not in allow_from")
+            self.log = self.log.bind(route=route.name)
+            self._note_refusal("not-authorised", "address not in allow_from")
             return
         leg = PlainLeg(self._sock, route.party_by_arrival(), self._address)
         await self._stay(leg, route)
@@ -143,7 +149,8 @@ class _Guest:
             return
         connection = stream.connection
         peer = verified_peer(connection, trust)
-        self.log = self.log.bind(certificate=peer.identity.describe())
+        self._certificate = peer.identity.describe()
+        self.log = self.log.bind(certificate=self._certificate)
         server_name = (connection.get_servername() or b"").decode("ascii", "replace")
         if connection.get_alpn_proto_negotiated() != ALPN:
             await self._visit_frameless(stream, peer, server_name)
@@ -198,7 +205,7 @@ class _Guest:
             line += data
         ticket = parse_ticket_line(line)
         if ticket is None or not self._door.tickets.redeem(ticket, self._door.listener, self._sock, self._slot):
-            self.log.warning("refused", code="not-authorised", reason="no such ticket, or no longer")
+            self._note_refusal("not-authorised", "no such ticket, or no longer")
             return
         self._slot.admitted()
         self.is_given_away = True
@@ -211,16 +218,19 @@ class _Guest:
         except TlsFault as fault:
             rejection = stream.connection.get_app_data()
             if isinstance(rejection, Rejection):
-                self.log.warning("refused", code=rejection.code, reason=rejection.reason, certificate=rejection.subject)
+                self._certificate = rejection.subject
+                self.log = self.log.bind(certificate=rejection.subject)
+                self._note_refusal(rejection.code, rejection.reason)
             else:
-                self.log.warning("refused", code="protocol-error", reason=f"TLS handshake: {fault}")
+                self._note_refusal("protocol-error", f"TLS handshake: {fault}")
             # The alert is written; an RST on unread input would destroy it under way.
             await close_after_linger(self._sock, LINGER_TIME)
             return False
         if patience.cancelled_caught:
             limit = self._door.limits.handshake_timeout
-            self.log.warning("refused", code="protocol-error", reason=f"no TLS handshake within {limit:g} s")
+            self._note_refusal("protocol-error", f"no TLS handshake within {limit:g} s")
             return False
+        self._door.journal.note(HandshakeDone(seconds=trio.current_time() - self._accepted_at))
         return True
 
     # --- identity and route ------------------------------------------------------------------------------------
@@ -279,7 +289,7 @@ class _Guest:
 
     async def _stay(self, leg: Leg, route: LiveRoute) -> None:
         """Wait in the lobby, or pair at once."""
-        self.leg, leg.slot = leg, self._slot
+        self.leg, leg.slot, self._route = leg, self._slot, route
         self._slot.admitted()
         self.log = self.log.bind(route=route.name, party=leg.party, identity=leg.identity)
         objection = route.objection(leg)
@@ -317,6 +327,9 @@ class _Guest:
         limits = self._door.limits
         departure: Departure | None = None
         self.log.info("waiting", seconds=limit, mode=leg.mode)
+        self._door.journal.note(
+            LegWaits(route=route.name, party=leg.party, identity=leg.identity, address=leg.address, mode=leg.mode)
+        )
         with trio.CancelScope(deadline=trio.current_time() + limit) as scope:
             seat = route.lobby.enter(leg, lambda: scope.cancel(reason="a verdict about this leg has fallen"))
             try:
@@ -343,8 +356,29 @@ class _Guest:
         await self._refuse(leg, verdict.refusal, verdict.refusal.reason, reconnect_in=verdict.reconnect_in)
 
     async def _refuse(self, leg: Leg, refusal: Refused, why: str, *, reconnect_in: float | None = None) -> None:
-        self.log.warning("refused", code=refusal.code, reason=why)
+        self._note_refusal(refusal.code, why)
         await leg.refuse(refusal, reconnect_in=reconnect_in)
+
+    def _note_refusal(self, code: str, why: str) -> None:
+        self.log.warning("refused", code=code, reason=why)
+        self._door.journal.note(
+            LegRefused(
+                code=code,
+                reason=why,
+                address=self._address,
+                route=self._route_name(),
+                party=None if self._route is None or self.leg is None else self.leg.party,
+                identity=None if self._route is None or self.leg is None else self.leg.identity,
+                certificate=self._certificate,
+            )
+        )
+
+    def _route_name(self) -> str | None:
+        """The route that this is about: the one it was let in to, or the only one that it can have wanted."""
+        if self._route is not None:
+            return self._route.name
+        routes = self._door.routes
+        return next(iter(routes)) if len(routes) == 1 else None
 
 
 def _called_by(server_name: str, routes: Mapping[str, LiveRoute]) -> LiveRoute | None:

@@ -17,8 +17,10 @@ references, stop what is gone. So a bad file changes nothing at all.
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import structlog
@@ -28,8 +30,10 @@ from frelay.admission import Admission, raise_descriptor_limit
 from frelay.config.load import load
 from frelay.config.model import Config, Dial, Route
 from frelay.config.plan import Plan, listener_key, plan
+from frelay.config.store import RouteFileEdit
 from frelay.config.watch import Watcher
 from frelay.errors import ConfigError, Problem
+from frelay.journal import Draining, Journal, PairingEnded, PairingStarted, Reloaded, ReloadRefused
 from frelay.listener import Listener
 from frelay.lobby import Withdrawn
 from frelay.outcome import Outcome, Record
@@ -96,6 +100,11 @@ class Relay:
         self._attempted = config
         """The last configuration that could be read; if it was refused for another file, that file is watched, too."""
         self._now = _Running(config=config, trust=None, routes={}, listeners={}, tables={})
+        self._changing: Final = trio.Lock()
+        self.journal: Final = Journal()
+        self.started_at: Final = time.time()
+        """When, in seconds since the epoch, this and what follows."""
+        self.last_reload_at = self.started_at
         self.last_reload_error: ConfigError | None = None
         """Why the last reload was refused; None after one that was taken over."""
 
@@ -105,6 +114,21 @@ class Relay:
     def config(self) -> Config:
         """The configuration in force."""
         return self._now.config
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether it takes nothing new any more."""
+        return self._draining.is_set()
+
+    @property
+    def trust(self) -> OuterTls | None:
+        """The certificates in force; None without ``[tls]``."""
+        return self._now.trust
+
+    @property
+    def admission(self) -> Admission:
+        """How many connections there are, and may be."""
+        return self._admission
 
     @property
     def routes(self) -> dict[str, LiveRoute]:
@@ -142,7 +166,7 @@ class Relay:
                 root.start_soon(self._forwarding.readiness.run)
                 await root.start(self._obey_signals)
                 async with trio.open_nursery() as self._pairings, trio.open_nursery() as self._doors:
-                    self._apply(first, trust, plan(None, first))
+                    self._take_over(first, trust, plan(None, first), self._open_missing(first))
                     self._log.info("ready", routes=len(first.routes), openssl=openssl_version())
                     root.start_soon(self._reload_when_asked)
                     if self._watch_files:
@@ -170,6 +194,7 @@ class Relay:
                 start_pairing=self._start_pairing,
                 listener=key,
                 tickets=self._tickets,
+                journal=self.journal,
             )
 
         return door
@@ -177,15 +202,28 @@ class Relay:
     def _start_pairing(self, pairing: Pairing, route: LiveRoute) -> None:
         if self._pairings is None:
             raise AssertionError("a pairing before the relay runs")
+        legs = pairing.legs
+        self.journal.note(
+            PairingStarted(
+                pairing=pairing.id,
+                route=route.name,
+                func1=legs["func1"].identity,
+                func2=legs["func2"].identity,
+                waited=pairing.waited,
+            )
+        )
         self._pairings.start_soon(self._run_pairing, pairing, route)
 
     async def _run_pairing(self, pairing: Pairing, route: LiveRoute) -> None:
         def report(record: Record) -> None:
             if record.outcome is Outcome.DRAINED:
                 self._was_cut = True
+            self.journal.note(PairingEnded(record=record))
             del route.pairings[pairing.id]
             if not route.pairings:
                 self._retired.discard(route)
+                if route.name not in self._now.routes:
+                    self.journal.forget(route.name)
             for party, leg in pairing.legs.items():
                 route.lobby.note_seen(party)
                 leg.slot.gone()
@@ -194,12 +232,15 @@ class Relay:
 
     # --- changing ----------------------------------------------------------------------------------------------
 
-    def _apply(self, new: Config, trust: OuterTls | None, changes: Plan) -> None:
-        """Put ``new`` in force; raises ConfigError with nothing changed."""
-        now = self._now
+    def _open_missing(self, new: Config) -> dict[Hashable, Listener]:
+        """Bind what ``new`` needs and nobody has yet; raises ConfigError with nothing bound."""
         needed = {listener_key(route): route for route in new.routes}
-        opened = self._open({key: route for key, route in needed.items() if key not in now.listeners})
-        # From here on nothing can fail.
+        return self._open({key: route for key, route in needed.items() if key not in self._now.listeners})
+
+    def _take_over(self, new: Config, trust: OuterTls | None, changes: Plan, opened: dict[Hashable, Listener]) -> None:
+        """Put ``new`` in force. Nothing in here can fail."""
+        now = self._now
+        needed = {listener_key(route) for route in new.routes}
         old_routes = now.routes
         keep = {kept.route.name for kept in changes.keep}
         now.config, now.trust = new, trust
@@ -218,6 +259,8 @@ class Relay:
         for name, live in old_routes.items():
             if name not in keep:
                 self._retire(live)
+            if name not in now.routes and not live.pairings:
+                self.journal.forget(name)
         for key in [key for key in now.listeners if key not in needed]:
             now.listeners.pop(key).stop()
 
@@ -235,7 +278,7 @@ class Relay:
                     text += (
                         f"; this relay itself has {own.address}: remove that route in one reload, add this in a second"
                     )
-                problems.append(Problem(route.source, text, key=f"route[{route.name}].listen"))
+                problems.append(Problem(route.source, text, key=f"route[{route.name}].listen", is_conflict=True))
         if problems:
             for listener in opened.values():
                 listener.close()
@@ -268,30 +311,72 @@ class Relay:
 
     async def reload(self) -> Plan:
         """Load the file again and put it in force; raises ConfigError with the old configuration whole."""
-        old = self._now.config
+        # A reload and an edit at one time would each bind for a configuration that the other has just made untrue.
+        async with self._changing:
+            try:
+                return await self._change(None)
+            except ConfigError as error:
+                self._note_refused(error)
+                raise
+
+    async def edit(self, edit: Callable[[Config], RouteFileEdit]) -> Plan:
+        """Change one file of ``routes_dir`` and put it in force: bound, and on disk, when this returns.
+
+        ``edit`` gets the configuration in force, in which nobody else can change anything meanwhile; what it raises
+        is passed on. Raises ConfigError or, from the disk, OSError: both with the old configuration and the old file
+        whole. A refused edit is the caller's affair and no failed reload.
+        """
+        async with self._changing:
+            return await self._change(edit(self._now.config))
+
+    async def _change(self, edit: RouteFileEdit | None) -> Plan:
+        path = self._now.config.path
+        # Parsing a thousand routes takes a while, in which the bytes of everybody else go on.
+        new = await trio.to_thread.run_sync(partial(load, path, edit=edit))
+        if edit is None:
+            self._attempted = new
+        trust = await trio.to_thread.run_sync(prepare, new)
+        self._forbid_when_draining()
+        changes = plan(self._now.config, new)
+        opened = self._open_missing(new)
         try:
-            # Parsing a thousand routes takes a while, in which the bytes of everybody else go on.
-            new = self._attempted = await trio.to_thread.run_sync(load, old.path)
-            trust = await trio.to_thread.run_sync(prepare, new)
-            if self._draining.is_set():
-                # It began while the files were read. A listener opened now would never be told to stop.
-                raise ConfigError([Problem(old.path, "this relay is draining, and takes nothing over any more")])
-            changes = plan(self._now.config, new)
-            self._apply(new, trust, changes)
-        except ConfigError as error:
-            self.last_reload_error = error
-            for problem in error.problems:
-                self._log.error("reload refused, the old configuration stays", problem=str(problem))
+            if edit is not None:
+                # Last of all that can fail, and before anything is given up.
+                await trio.to_thread.run_sync(edit.commit)
+            self._forbid_when_draining()
+        except BaseException:
+            for listener in opened.values():
+                listener.close()
             raise
-        self.last_reload_error = None
+        self._take_over(new, trust, changes, opened)
+        self.last_reload_at, self.last_reload_error = time.time(), None
+        entry = Reloaded(
+            kept=len(changes.keep),
+            added=tuple(added.route.name for added in changes.add),
+            removed=tuple(removed.route.name for removed in changes.remove),
+            replaced=tuple(replaced.new.name for replaced in changes.replace),
+        )
         self._log.info(
             "reloaded",
-            kept=len(changes.keep),
-            added=[added.route.name for added in changes.add],
-            removed=[removed.route.name for removed in changes.remove],
-            replaced=[replaced.new.name for replaced in changes.replace],
+            kept=entry.kept,
+            added=list(entry.added),
+            removed=list(entry.removed),
+            replaced=list(entry.replaced),
         )
+        self.journal.note(entry)
         return changes
+
+    def _forbid_when_draining(self) -> None:
+        # It may have begun while files were read. A listener opened now would never be told to stop.
+        if self._draining.is_set():
+            text = "this relay is draining, and takes nothing over any more"
+            raise ConfigError([Problem(self._now.config.path, text, is_conflict=True)])
+
+    def _note_refused(self, error: ConfigError) -> None:
+        self.last_reload_at, self.last_reload_error = time.time(), error
+        for problem in error.problems:
+            self._log.error("reload refused, the old configuration stays", problem=str(problem))
+        self.journal.note(ReloadRefused(problems=error.problems))
 
     async def _reload_when_asked(self) -> None:
         while True:
@@ -307,7 +392,7 @@ class Relay:
                 except Exception as error:
                     # A file that nobody thought of must not end the pairings of everybody.
                     text = f"a bug in frelay: {type(error).__name__}: {error}"
-                    self.last_reload_error = ConfigError([Problem(self._now.config.path, text)])
+                    self._note_refused(ConfigError([Problem(self._now.config.path, text)]))
                     self._log.exception("a bug in frelay ended this reload, the old configuration stays")
             await trio.sleep(_RELOAD_PAUSE)
 
@@ -338,6 +423,7 @@ class Relay:
         timeout = self._now.config.relay.drain_timeout
         self._log.info("draining", reason=reason, pairings=len(self.pairings), seconds=timeout)
         self._draining.set()
+        self.journal.note(Draining(reason=reason, seconds=timeout))
         refusal = Refused("draining", "this relay is going away", retry_after=_RECONNECT_IN)
         for listener in self._now.listeners.values():
             listener.stop()

@@ -126,6 +126,7 @@ class LiveRoute:
             limits=self._pairing_limits,
             require_inner_tls=route.require_inner_tls,
             forwarding=self._forwarding,
+            waited=trio.current_time() - place.since,
         )
         leg.is_paired = place.leg.is_paired = True
         self.pairings[pairing.id] = pairing

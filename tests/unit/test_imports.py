@@ -47,8 +47,15 @@ HOUSE: Final = (
     Room("client.trio", "errors tcp protocol client", "trio", "the one client that needs a library, and says so"),
     Room("pki", "errors protocol", "cryptography", "makes certificates; a relay only reads them"),
     Room("log", "", "structlog", "only whoever starts a process says how it logs"),
+    Room("journal", "errors outcome protocol", "", "the log, the metrics and the API learn the same facts"),
     # The way of one connection, from its last station to its first.
-    Room("config", "errors protocol", "pydantic", "a file is judged without TLS, without sockets and without Trio"),
+    Room("config.store", "", "tomli_w", "what the admin API writes, and no reader of a route file needs to"),
+    Room(
+        "config",
+        "errors protocol config.store",
+        "pydantic",
+        "a file is judged without TLS, without sockets and without Trio",
+    ),
     Room("config.watch", "errors protocol config", "trio watchfiles", "the one part of it that waits"),
     Room("admission", "config", "trio", "limits, whoever the connection belongs to"),
     Room("sockets", "errors tcp config", "trio", "the border to the kernel: its errors end here"),
@@ -63,14 +70,15 @@ HOUSE: Final = (
     Room("route", f"{LEAVES} config tls leg lobby pairing", "trio", "the one decision: who meets whom"),
     Room(
         "reception",
-        f"{LEAVES} config admission sockets tls tickets leg frameless lobby pairing route",
+        f"{LEAVES} journal config admission sockets tls tickets leg frameless lobby pairing route",
         "trio structlog",
         "from accept to paired or gone",
     ),
     Room("listener", f"{LEAVES} config admission sockets reception", "trio structlog", "one address"),
     Room(
         "relay",
-        f"{LEAVES} config config.watch admission tls tickets lobby pump pairing route reception listener",
+        f"{LEAVES} journal config config.store config.watch admission tls tickets lobby pump pairing route reception "
+        "listener",
         "trio structlog",
         "the nursery tree",
     ),
