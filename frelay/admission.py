@@ -76,14 +76,14 @@ class Admission:
         """May be replaced by a reload; ``max_pre_auth`` itself counts from the start of the process."""
         self.legs = 0
         """Connections of parties in the relay now, in whatever state."""
-        self._descriptor_limit: Final = descriptor_limit
+        self.descriptor_limit: Final = descriptor_limit
         self._free: Final = trio.Semaphore(limits.max_pre_auth)
         self._by_host: Final[Counter[str]] = Counter()
 
     @property
     def leg_budget(self) -> int:
         """How many legs the descriptor budget carries: one descriptor each, and one for their share of pipes."""
-        budget = int(self._descriptor_limit * self.limits.fd_budget) - _OWN_DESCRIPTORS
+        budget = int(self.descriptor_limit * self.limits.fd_budget) - _OWN_DESCRIPTORS
         return max(2, budget // 2)
 
     async def slot(self) -> Slot:

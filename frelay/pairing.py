@@ -174,6 +174,11 @@ class Pairing:
         pumps = self._pumps
         return {party: pumps[party].moved if party in pumps else 0 for party in self.legs}
 
+    @property
+    def is_handed_off(self) -> bool:
+        """Whether both legs are through their hand-off, and bytes may flow."""
+        return bool(self._pumps)
+
     def expire_at(self, when: float, outcome: Outcome, detail: str) -> None:
         """End the pairing at ``when`` (Trio's clock) at the latest."""
         if when < self._expiry[0]:

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 import trio
@@ -45,6 +45,9 @@ from frelay.route import LiveRoute
 from frelay.tickets import TicketOffice
 from frelay.tls.context import OuterTls, load_outer_tls, openssl_version
 
+if TYPE_CHECKING:
+    from frelay.servers import Servers
+
 __all__ = ["Relay", "prepare"]
 
 # What a function that was waiting is told to wait before it dials again, while this relay goes away.
@@ -65,7 +68,10 @@ def prepare(config: Config) -> OuterTls | None:
     ]
     if problems:
         raise ConfigError(problems)
-    return None if config.tls is None else load_outer_tls(config.tls, source=config.path)
+    if config.tls is None:
+        return None
+    serves_http = config.admin is not None and config.admin.address is not None
+    return load_outer_tls(config.tls, source=config.path, serves_http=serves_http)
 
 
 @dataclass(slots=True)
@@ -97,6 +103,7 @@ class Relay:
         self._retired: Final[set[LiveRoute]] = set()
         """Routes that were removed or replaced and still have pairings."""
         self._was_cut = False
+        self._servers: Servers | None = None
         self._attempted = config
         """The last configuration that could be read; if it was refused for another file, that file is watched, too."""
         self._now = _Running(config=config, trust=None, routes={}, listeners={}, tables={})
@@ -124,6 +131,20 @@ class Relay:
     def trust(self) -> OuterTls | None:
         """The certificates in force; None without ``[tls]``."""
         return self._now.trust
+
+    @property
+    def openssl(self) -> str:
+        """The version of the OpenSSL that speaks for it."""
+        return openssl_version()
+
+    @property
+    def served(self) -> dict[str, list[str]]:
+        """Where its HTTP servers really listen, by ``admin`` and ``metrics``."""
+        return {} if self._servers is None else self._servers.bound
+
+    def age(self, moment: float) -> float:
+        """Seconds since ``moment`` on the clock that lobbies and pairings go by."""
+        return trio.current_time() - moment
 
     @property
     def admission(self) -> Admission:
@@ -167,6 +188,7 @@ class Relay:
                 await root.start(self._obey_signals)
                 async with trio.open_nursery() as self._pairings, trio.open_nursery() as self._doors:
                     self._take_over(first, trust, plan(None, first), self._open_missing(first))
+                    self._start_servers(first, root)
                     self._log.info("ready", routes=len(first.routes), openssl=openssl_version())
                     root.start_soon(self._reload_when_asked)
                     if self._watch_files:
@@ -182,6 +204,20 @@ class Relay:
             self._forwarding.pipes.close()
         self._log.info("stopped", clean=not self._was_cut)
         return 1 if self._was_cut else 0
+
+    def _start_servers(self, config: Config, root: trio.Nursery) -> None:
+        """Bind and start the HTTP servers; they last until the root ends, so that a drain can be watched."""
+        if config.admin is None and config.metrics is None:
+            return
+        # Here, because FastAPI and what it brings take half a second, which a relay without a server need not spend.
+        from frelay.office import RelayOffice
+        from frelay.servers import Servers
+
+        self._servers = Servers(
+            config, RelayOffice(self), running=lambda: self._now.config, trust=lambda: self._now.trust
+        )
+        root.start_soon(self._servers.run)
+        self._log.info("serving", **{name: ", ".join(places) for name, places in self._servers.bound.items()})
 
     def _door(self, key: Hashable) -> Callable[[], Door]:
         def door() -> Door:

@@ -76,6 +76,10 @@ class Dial:
     def __str__(self) -> str:
         return f"dial {self.address}"
 
+    def as_written(self) -> dict[str, object]:
+        """The table that stands for it in a route file."""
+        return {"dial": str(self.address)}
+
 
 Party = tuple[Selector, ...] | Dial
 

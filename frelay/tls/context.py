@@ -83,8 +83,14 @@ class OuterTls:
     context: SSL.Context
     not_after: float
     """When the relay's own certificate expires, in seconds since the epoch."""
+    authorities_not_after: float
+    """When the first of the CA certificates expires."""
     crl_next_update: float | None
     """When the first of the CRLs expires, in seconds since the epoch; None without ``tls.crl``."""
+    http_context: SSL.Context | None
+    """The same for HTTP instead of frelay/1; None unless it was asked for."""
+    server_names: frozenset[str]
+    """The DNS names that the relay's own certificate shows, in lower case."""
     subject: str
     _store: crypto.X509Store
 
@@ -189,6 +195,12 @@ def _select_protocol(connection: SSL.Connection, offered: list[bytes]) -> bytes:
     raise _ForeignProtocol(f"ALPN offers {shown} and not {ALPN.decode()}")
 
 
+def _select_http(connection: SSL.Connection, offered: list[bytes]) -> bytes:
+    if b"http/1.1" in offered:
+        return b"http/1.1"
+    raise _ForeignProtocol("ALPN offers no http/1.1")
+
+
 # --- loading ------------------------------------------------------------------------------------------------------
 
 
@@ -252,10 +264,12 @@ class _Loader:
         return lists
 
 
-def load_outer_tls(section: TlsSection, *, source: Path, now: float | None = None) -> OuterTls:
+def load_outer_tls(
+    section: TlsSection, *, source: Path, now: float | None = None, serves_http: bool = False
+) -> OuterTls:
     """Read and check the files of ``[tls]``; raises ConfigError with every problem, named by file and key.
 
-    ``source`` is the route file, for the messages.
+    ``source`` is the route file, for the messages. With ``serves_http`` there is a second context, for the admin API.
     """
     now = time.time() if now is None else now
     loader = _Loader(source)
@@ -271,16 +285,28 @@ def load_outer_tls(section: TlsSection, *, source: Path, now: float | None = Non
         raise ConfigError(loader.problems)
     assert private_key is not None  # noqa: S101  for the type checker: its absence is a problem above
     try:
-        context, store = _build(chain, private_key, authorities, lists)
+        context, store = _build(chain, private_key, authorities, lists, _select_protocol)
+        http = _build(chain, private_key, authorities, lists, _select_http)[0] if serves_http else None
     except (SSL.Error, crypto.Error, TypeError, ValueError, UnsupportedAlgorithm) as error:
         raise ConfigError([Problem(source, f"OpenSSL does not take these files: {error}", key="tls")]) from error
     return OuterTls(
         context=context,
         not_after=min(certificate.not_valid_after_utc.timestamp() for certificate in chain),
+        authorities_not_after=min(one.not_valid_after_utc.timestamp() for one in authorities),
         crl_next_update=min((_next_update(item) for item in lists), default=None),
+        http_context=http,
+        server_names=_server_names(chain[0]),
         subject=distinguished_name(lambda: chain[0].subject),
         _store=store,
     )
+
+
+def _server_names(leaf: x509.Certificate) -> frozenset[str]:
+    try:
+        alternatives = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (x509.ExtensionNotFound, ValueError):
+        return frozenset()
+    return frozenset(name.lower() for name in alternatives.get_values_for_type(x509.DNSName))
 
 
 def _date(moment: datetime.datetime) -> str:
@@ -376,6 +402,7 @@ def _build(
     private_key: PrivateKeyTypes,
     authorities: Sequence[x509.Certificate],
     lists: Sequence[x509.CertificateRevocationList],
+    select_protocol: Callable[[SSL.Connection, list[bytes]], bytes],
 ) -> tuple[SSL.Context, crypto.X509Store]:
     context = SSL.Context(SSL.TLS_SERVER_METHOD)
     context.set_min_proto_version(SSL.TLS1_3_VERSION)
@@ -400,7 +427,7 @@ def _build(
         # ALL: a revoked intermediate must not vouch for anyone either.
         store.set_flags(crypto.X509StoreFlags.CRL_CHECK | crypto.X509StoreFlags.CRL_CHECK_ALL)
     context.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT, _note_rejection)
-    context.set_alpn_select_callback(_select_protocol)
+    context.set_alpn_select_callback(select_protocol)
     context.set_info_callback(note_event)
     return context, store
 

@@ -76,9 +76,17 @@ HOUSE: Final = (
     ),
     Room("listener", f"{LEAVES} config admission sockets reception", "trio structlog", "one address"),
     Room(
+        "admin",
+        "errors protocol journal sockets tls",
+        "fastapi starlette anycorn pydantic trio structlog",
+        "what an operator sees and changes; it asks an Office, and does not know whose",
+    ),
+    Room("office", "admin config config.store errors journal lobby protocol", "", "the relay's side of that"),
+    Room("servers", "admin config errors sockets tls", "trio", "loaded only where a route file asks for them"),
+    Room(
         "relay",
         f"{LEAVES} journal config config.store config.watch admission tls tickets lobby pump pairing route reception "
-        "listener",
+        "listener office servers",
         "trio structlog",
         "the nursery tree",
     ),
