@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from typing import Annotated, Any, Final
@@ -30,6 +30,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from frelay import __version__
 from frelay.admin import office as desk
 from frelay.admin.model import (
+    DialBody,
     EventView,
     PairingsView,
     Problems,
@@ -267,8 +268,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        problems = [ProblemView(key=_key_path(found["loc"]), message=str(found["msg"])) for found in error.errors()]
-        return _problem(422, "invalid", "the request has wrong values", problems)
+        return _problem(422, "invalid", "the request has wrong values", _value_problems(error.errors()))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
@@ -281,14 +281,22 @@ def _add_error_handlers(app: FastAPI) -> None:
 
 
 def _key_path(place: tuple[Any, ...]) -> str:
-    """``func1[2]`` for ``("body", "func1", "list[str]", 2)``: without where it was found and what was tried."""
+    """``func1[2]`` for ``("body", "func1", "list[str]", 2)``: without where it was found and which type was tried."""
     path = ""
-    for step in place[1:]:
+    for depth, step in enumerate(place[1:]):
         if isinstance(step, int):
             path += f"[{step}]"
-        elif step.isidentifier():
+        elif depth == 0 or step in DialBody.model_fields:
             path += f".{step}" if path else step
     return path or str(place[0])
+
+
+def _value_problems(errors: Sequence[Any]) -> list[ProblemView]:
+    """One problem a key, although pydantic has one for each type that a value could have had."""
+    messages: dict[str, list[str]] = {}
+    for found in errors:
+        messages.setdefault(_key_path(found["loc"]), []).append(str(found["msg"]))
+    return [ProblemView(key=key, message="; or: ".join(texts)) for key, texts in messages.items()]
 
 
 def _add_looks(app: FastAPI, office: desk.Office, events: EventStream) -> None:
