@@ -46,6 +46,7 @@ from frelay.journal import Entry, HandshakeDone, PairingEnded, ReloadRefused
 __all__ = ["EventStream", "api", "is_local_host"]
 
 _MAX_BODY: Final = 64 * 1024
+_BODY_TIME: Final = 10.0
 # A proxy or a NAT in between forgets silent connections; a comment a few times a minute keeps them.
 _HEARTBEAT: Final = 15.0
 # What a reader that reconnects may have missed and still gets; and how far one may lag behind before it is cut.
@@ -159,11 +160,14 @@ class _Guard:
         if objection is not None:
             await _problem(403, "forbidden", objection)(scope, receive, send)
             return
-        length = next((value for name, value in headers if name == b"content-length"), "0")
-        if not length.isdigit() or int(length[:20]) > _MAX_BODY:
-            await _too_large()(scope, receive, send)
+        body = None
+        with trio.move_on_after(_BODY_TIME):
+            body = await _read(receive)
+        if body is None:
+            text = f"a body has at most {_MAX_BODY} bytes here, and comes within {_BODY_TIME:g} s"
+            await _problem(413, "too-large", text)(scope, receive, send)
             return
-        await self._app(scope, _bounded(receive), send)
+        await self._app(scope, _replayed(body, receive), send)
 
     def _objection(self, headers: list[tuple[bytes, str]]) -> str | None:
         hosts = [value for name, value in headers if name == b"host"]
@@ -181,23 +185,30 @@ def _without_port(host: str) -> str:
     return re.sub(r":\d+\Z", "", host)
 
 
-class _TooLarge(Exception):
-    pass
-
-
-def _bounded(receive: Receive) -> Receive:
-    """``receive`` for a body of which nobody said the length."""
-    taken = 0
-
-    async def limited() -> Message:
-        nonlocal taken
+async def _read(receive: Receive) -> bytes | None:
+    """The whole body, or None if it is larger than any may be."""
+    body = b""
+    while True:
         message = await receive()
-        taken += len(message.get("body", b""))
-        if taken > _MAX_BODY:
-            raise _TooLarge
-        return message
+        body += bytes(message.get("body", b""))
+        if len(body) > _MAX_BODY:
+            return None
+        if not message.get("more_body"):
+            return body
 
-    return limited
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """``receive`` for a body that has been read; behind it come the server's own messages."""
+    was_given = False
+
+    async def replay() -> Message:
+        nonlocal was_given
+        if was_given:
+            return await receive()
+        was_given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
 
 
 def _problem(
@@ -205,10 +216,6 @@ def _problem(
 ) -> JSONResponse:
     body = Problems(error=error, message=message, problems=problems or [])
     return JSONResponse(body.model_dump(), status, headers=headers)
-
-
-def _too_large() -> JSONResponse:
-    return _problem(413, "too-large", f"a body has at most {_MAX_BODY} bytes here")
 
 
 # --- the application --------------------------------------------------------------------------------------------
@@ -274,10 +281,6 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
         words = {404: "not-found", 405: "method-not-allowed", 400: "invalid"}
         return _problem(error.status_code, words.get(error.status_code, "invalid"), error.detail, headers=error.headers)
-
-    @app.exception_handler(_TooLarge)
-    async def too_large(request: Request, error: _TooLarge) -> JSONResponse:
-        return _too_large()
 
 
 def _key_path(place: tuple[Any, ...]) -> str:
