@@ -67,18 +67,15 @@ def run(
 
     from frelay.config.load import load
     from frelay.relay import Relay
+    from frelay.systemd import Inherited, ServiceManager
 
     # The relay obeys it as long as it runs. What comes before that, or after, would kill the process, and with it the
     # exit code of a clean drain.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     log.configure("json" if log_format == "json" else "console", log_level)
-    loaded = load(config)
-    code = trio.run(_serve, Relay, loaded, watch)
-    raise typer.Exit(code)
-
-
-async def _serve(relay_type, config, watch):  # type: ignore[no-untyped-def]
-    return await relay_type(config, watch_files=watch).run()
+    inherited, service_manager = Inherited.from_environment(), ServiceManager.from_environment()
+    relay = Relay(load(config), watch_files=watch, inherited=inherited, service_manager=service_manager)
+    raise typer.Exit(trio.run(relay.run))
 
 
 @app.command()
