@@ -102,8 +102,8 @@ async def command(line: list[str], env: Mapping[str, str] | None = None) -> Asyn
 
 
 @asynccontextmanager
-async def running(line: list[str]) -> AsyncIterator[trio.Process]:
-    """A program without input and output; terminated at the end."""
+async def running(line: list[str], *, stderr: int = subprocess.DEVNULL) -> AsyncIterator[trio.Process]:
+    """A program without input and output, its messages to the descriptor ``stderr`` aside; terminated at the end."""
     async with trio.open_nursery() as nursery:
         process: trio.Process = await nursery.start(
             partial(
@@ -111,7 +111,7 @@ async def running(line: list[str]) -> AsyncIterator[trio.Process]:
                 line,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
+                stderr=stderr,
                 check=False,
             )
         )
