@@ -218,8 +218,8 @@ class _Guest:
         except TlsFault as fault:
             rejection = stream.connection.get_app_data()
             if isinstance(rejection, Rejection):
-                self._certificate = rejection.subject
-                self.log = self.log.bind(certificate=rejection.subject)
+                self._certificate = rejection.certificate
+                self.log = self.log.bind(certificate=rejection.certificate)
                 self._note_refusal(rejection.code, rejection.reason)
             else:
                 self._note_refusal("protocol-error", f"TLS handshake: {fault}")
