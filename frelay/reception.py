@@ -236,6 +236,9 @@ class _Guest:
     # --- identity and route ------------------------------------------------------------------------------------
 
     async def _admit(self, leg: TlsLeg, join: Join | None, server_name: str) -> None:
+        if join is not None and join.traceparent is not None:
+            leg.traceparent = join.traceparent
+            self.log = self.log.bind(traceparent=join.traceparent)
         try:
             route, fit = self._choose(leg.peer, join, server_name)
             leg.admit_as(fit.party, str(fit.name))

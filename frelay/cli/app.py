@@ -169,6 +169,10 @@ def connect(
         str | None,
         typer.Option(help="Join again after failures that may pass: a number, or 'always'.", envvar="FRELAY_RETRY"),
     ] = None,
+    traceparent: Annotated[
+        str | None,
+        typer.Option(help="A W3C trace context, for the relay's log.", envvar="FRELAY_TRACEPARENT"),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Report each step on stderr, a JSON line each.", envvar="FRELAY_JSON")
     ] = False,
@@ -204,6 +208,7 @@ def connect(
         mode=mode,  # type: ignore[typeddict-item]  # checked above
         proxy=proxy,
         retry=None if retry is None else True if retry == "always" else int(retry),
+        traceparent=traceparent,
     )
     try:
         code = connect_command(address, options, Local(listen, to, exec_), as_json=as_json)
