@@ -7,33 +7,16 @@ import json
 import os
 import signal
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 import trio
 
-from command import answers, running
-from rig import DEMO, FRELAY_RUN, PATIENCE, TLS_HEADER, Site, pair, reserved_port
+from command import relay_logging_to
+from rig import PATIENCE, TLS_HEADER, Site, pair
 
 BYTES: Final = TLS_HEADER + bytes(100_000)
-
-
-@asynccontextmanager
-async def relay_with(
-    site: Site, stderr: int, *, shell: str | None = None, format_: str = "json"
-) -> AsyncIterator[tuple[trio.Process, int]]:
-    """A ``frelay run`` whose log goes to this descriptor, with the port of its route."""
-    with reserved_port() as port:
-        config = site.write(DEMO.replace("127.0.0.1:0", f"127.0.0.1:{port}"))
-        line = [*FRELAY_RUN, "-c", str(config), "--log-format", format_, "--log-level", "debug"]
-        if shell is not None:
-            line = ["/bin/sh", "-c", f'exec "$@" {shell}', "sh", *line]
-        async with running(line, stderr=stderr) as process:
-            await answers(port)
-            yield process, port
 
 
 async def meet(site: Site, port: int) -> None:
@@ -65,7 +48,7 @@ async def test_on_a_full_disk(site: Site, format_: str) -> None:
     """TESTPLAN 51."""
     full = os.open("/dev/full", os.O_WRONLY)
     try:
-        async with relay_with(site, full, format_=format_) as (process, port):
+        async with relay_logging_to(site, full, "--log-format", format_) as (process, port):
             await check_that_it_serves_and_ends(site, process, port)
     finally:
         os.close(full)
@@ -75,7 +58,7 @@ async def test_with_a_reader_that_has_gone(site: Site) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     try:
-        async with relay_with(site, writing) as (process, port):
+        async with relay_logging_to(site, writing, "--log-format", "json") as (process, port):
             await check_that_it_serves_and_ends(site, process, port)
     finally:
         os.close(writing)
@@ -86,7 +69,7 @@ async def test_with_the_standard_streams_closed(site: Site, shell: str) -> None:
     """TESTPLAN 51. Their numbers then go to other files; nothing may be written there as if it were a log."""
     null = os.open(os.devnull, os.O_WRONLY)
     try:
-        async with relay_with(site, null, shell=shell) as (process, port):
+        async with relay_logging_to(site, null, shell=shell) as (process, port):
             await check_that_it_serves_and_ends(site, process, port)
     finally:
         os.close(null)
@@ -98,7 +81,7 @@ async def test_with_a_reader_that_never_reads(site: Site) -> None:
     fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
     os.write(writing, bytes(4096))
     try:
-        async with relay_with(site, writing) as (process, port):
+        async with relay_logging_to(site, writing, "--log-format", "json") as (process, port):
             began = time.monotonic()
             await check_that_it_serves_and_ends(site, process, port, meetings=10)
             assert time.monotonic() - began < PATIENCE / 2
@@ -112,7 +95,7 @@ async def test_with_a_reader_that_comes_late_no_line_is_lost(site: Site) -> None
     fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
     os.write(writing, b"x" * 4095 + b"\n")
     try:
-        async with relay_with(site, writing) as (process, port):
+        async with relay_logging_to(site, writing, "--log-format", "json") as (process, port):
             for _ in range(10):
                 await meet(site, port)
             process.send_signal(signal.SIGTERM)
@@ -145,7 +128,7 @@ async def test_what_was_lost_is_counted_afterwards(site: Site, tmp_path: Path) -
     first = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
     writing = os.open(fifo, os.O_WRONLY)
     try:
-        async with relay_with(site, writing) as (process, port):
+        async with relay_logging_to(site, writing, "--log-format", "json") as (process, port):
             os.close(first)
             await meet(site, port)
             second = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
