@@ -74,6 +74,8 @@ class Leg(abc.ABC):
     wait: float | None = None
     """How long the function itself can wait, in seconds."""
     mode: Mode = "tunnel"
+    traceparent: str | None = None
+    """The trace that this leg is a part of, as its function said."""
     peer: VerifiedPeer | None = None
     """The verified certificate; None for a plain leg."""
     address: str

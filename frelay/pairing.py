@@ -153,7 +153,8 @@ class Pairing:
     @property
     def _log(self) -> Any:
         # Made when there is something to say: thousands of pairings are idle, and a logger each is a KiB each.
-        return structlog.get_logger("frelay.pairing").bind(route=self.route, pairing=self.id)
+        traces = {f"{party}_traceparent": leg.traceparent for party, leg in self.legs.items() if leg.traceparent}
+        return structlog.get_logger("frelay.pairing").bind(route=self.route, pairing=self.id, **traces)
 
     def _own_expiry(self) -> tuple[float, Outcome, str]:
         now = trio.current_time()

@@ -218,8 +218,8 @@ class _Guest:
         except TlsFault as fault:
             rejection = stream.connection.get_app_data()
             if isinstance(rejection, Rejection):
-                self._certificate = rejection.subject
-                self.log = self.log.bind(certificate=rejection.subject)
+                self._certificate = rejection.certificate
+                self.log = self.log.bind(certificate=rejection.certificate)
                 self._note_refusal(rejection.code, rejection.reason)
             else:
                 self._note_refusal("protocol-error", f"TLS handshake: {fault}")
@@ -236,6 +236,9 @@ class _Guest:
     # --- identity and route ------------------------------------------------------------------------------------
 
     async def _admit(self, leg: TlsLeg, join: Join | None, server_name: str) -> None:
+        if join is not None and join.traceparent is not None:
+            leg.traceparent = join.traceparent
+            self.log = self.log.bind(traceparent=join.traceparent)
         try:
             route, fit = self._choose(leg.peer, join, server_name)
             leg.admit_as(fit.party, str(fit.name))

@@ -42,6 +42,7 @@ from frelay.protocol.messages import Refused
 from frelay.pump import PipePool
 from frelay.reception import Door
 from frelay.route import LiveRoute
+from frelay.systemd import RESERVED, Inherited, ServiceManager
 from frelay.tickets import TicketOffice
 from frelay.tls.context import OuterTls, load_outer_tls, openssl_version
 
@@ -87,11 +88,23 @@ class _Running:
 
 
 class Relay:
-    """One relay process. Make it from a loaded configuration, and :meth:`run` it."""
+    """One relay process. Make it from a loaded configuration, and :meth:`run` it.
 
-    def __init__(self, config: Config, *, watch_files: bool = True) -> None:
+    ``inherited`` are sockets to use before any are bound, ``service_manager`` is who is told how it goes.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        watch_files: bool = True,
+        inherited: Inherited | None = None,
+        service_manager: ServiceManager | None = None,
+    ) -> None:
         self._log: Final[Any] = structlog.get_logger("frelay.relay").bind(relay=config.relay.name)
         self._watch_files: Final = watch_files
+        self._inherited: Final = inherited or Inherited()
+        self._service_manager: Final = service_manager or ServiceManager()
         self._admission: Final = Admission(config.limits, descriptor_limit=raise_descriptor_limit())
         # Two descriptors a pipe: those that Admission sets aside, so that bulk never takes the place of a newcomer.
         self._forwarding: Final = Forwarding(pipes=PipePool(capacity=self._admission.leg_budget // 2))
@@ -185,11 +198,14 @@ class Relay:
         try:
             async with trio.open_nursery() as root:
                 root.start_soon(self._forwarding.readiness.run)
+                root.start_soon(self._service_manager.run)
                 await root.start(self._obey_signals)
                 async with trio.open_nursery() as self._pairings, trio.open_nursery() as self._doors:
                     self._take_over(first, trust, plan(None, first), self._open_missing(first))
                     self._start_servers(first, root)
+                    self._warn_of_unclaimed_sockets(first)
                     self._log.info("ready", routes=len(first.routes), openssl=openssl_version())
+                    self._service_manager.ready(self._status())
                     root.start_soon(self._reload_when_asked)
                     if self._watch_files:
                         root.start_soon(self._watch, watcher)
@@ -201,6 +217,7 @@ class Relay:
         finally:
             for listener in self._now.listeners.values():
                 listener.close()
+            self._inherited.close()
             self._forwarding.pipes.close()
         self._log.info("stopped", clean=not self._was_cut)
         return 1 if self._was_cut else 0
@@ -214,7 +231,11 @@ class Relay:
         from frelay.servers import Servers
 
         self._servers = Servers(
-            config, RelayOffice(self), running=lambda: self._now.config, trust=lambda: self._now.trust
+            config,
+            RelayOffice(self),
+            running=lambda: self._now.config,
+            trust=lambda: self._now.trust,
+            inherited=self._inherited,
         )
         root.start_soon(self._servers.run)
         self._log.info("serving", **{name: ", ".join(places) for name, places in self._servers.bound.items()})
@@ -270,8 +291,11 @@ class Relay:
 
     def _open_missing(self, new: Config) -> dict[Hashable, Listener]:
         """Bind what ``new`` needs and nobody has yet; raises ConfigError with nothing bound."""
-        needed = {listener_key(route): route for route in new.routes}
-        return self._open({key: route for key, route in needed.items() if key not in self._now.listeners})
+        missing: dict[Hashable, list[Route]] = {}
+        for route in new.routes:
+            if listener_key(route) not in self._now.listeners:
+                missing.setdefault(listener_key(route), []).append(route)
+        return self._open(missing)
 
     def _take_over(self, new: Config, trust: OuterTls | None, changes: Plan, opened: dict[Hashable, Listener]) -> None:
         """Put ``new`` in force. Nothing in here can fail."""
@@ -300,20 +324,25 @@ class Relay:
         for key in [key for key in now.listeners if key not in needed]:
             now.listeners.pop(key).stop()
 
-    def _open(self, wanted: dict[Hashable, Route]) -> dict[Hashable, Listener]:
-        """Bind all the new addresses or none."""
+    def _open(self, wanted: dict[Hashable, list[Route]]) -> dict[Hashable, Listener]:
+        """Bind all the new addresses or none; each comes with the routes that share it."""
         opened: dict[Hashable, Listener] = {}
         problems = []
-        for key, route in wanted.items():
+        for key, sharers in wanted.items():
+            route = sharers[-1]
+            names = [sharer.name for sharer in sharers]
             try:
-                opened[key] = Listener.open(route.listen)
-            except OSError as error:
-                text = f"cannot listen on {route.listen}: {error.strerror or error}"
+                passed = self._inherited.open(names, route.listen)
+                opened[key] = Listener(route.listen, passed) if passed else Listener.open(route.listen)
+            except (OSError, ValueError) as error:
+                text = f"cannot listen on {route.listen}: {getattr(error, 'strerror', None) or error}"
                 own = next((old for old in self._now.listeners.values() if old.address.overlaps(route.listen)), None)
                 if own is not None:
                     text += (
                         f"; this relay itself has {own.address}: remove that route in one reload, add this in a second"
                     )
+                elif self._inherited.were_taken(names):
+                    text += "; systemd holds it, since it once passed it for a route that is gone: restart the relay"
                 problems.append(Problem(route.source, text, key=f"route[{route.name}].listen", is_conflict=True))
         if problems:
             for listener in opened.values():
@@ -331,6 +360,29 @@ class Relay:
             key = listener_key(route.config)
             if key in opened:
                 self._log.info("listening", route=route.name, address=", ".join(opened[key].bound))
+                if route.name not in RESERVED:
+                    for original in self._inherited.take(route.name):
+                        original.close()  # its duplicate listens
+
+    def _warn_of_unclaimed_sockets(self, config: Config) -> None:
+        for name, places in self._inherited.unclaimed.items():
+            if name in RESERVED and getattr(config, name) is not None:
+                continue
+            self._log.warning(
+                "systemd passed a socket that nothing here uses",
+                name=name,
+                address=", ".join(places),
+                remedy="set FileDescriptorName= in its unit to the name of a route with that listen address, "
+                "or to admin or metrics where the route file has that section",
+            )
+
+    def _status(self) -> str:
+        """How it stands, in one line for systemctl."""
+        routes, addresses = len(self._now.routes), len(self._now.listeners)
+        text = f"{routes} route{'' if routes == 1 else 's'} on {addresses} address{'' if addresses == 1 else 'es'}"
+        if self.last_reload_error is None:
+            return text
+        return f"{text}, as before: the last reload was refused: {self.last_reload_error.problems[0]}"
 
     def _retire(self, live: LiveRoute) -> None:
         if live.pairings:
@@ -349,11 +401,14 @@ class Relay:
         """Load the file again and put it in force; raises ConfigError with the old configuration whole."""
         # A reload and an edit at one time would each bind for a configuration that the other has just made untrue.
         async with self._changing:
+            self._service_manager.reloading()
             try:
                 return await self._change(None)
             except ConfigError as error:
                 self._note_refused(error)
                 raise
+            finally:
+                self._service_manager.ready(self._status())
 
     async def edit(self, edit: Callable[[Config], RouteFileEdit]) -> Plan:
         """Change one file of ``routes_dir`` and put it in force: bound, and on disk, when this returns.
@@ -363,7 +418,9 @@ class Relay:
         whole. A refused edit is the caller's affair and no failed reload.
         """
         async with self._changing:
-            return await self._change(edit(self._now.config))
+            changes = await self._change(edit(self._now.config))
+            self._service_manager.status(self._status())
+            return changes
 
     async def _change(self, edit: RouteFileEdit | None) -> Plan:
         path = self._now.config.path
@@ -430,6 +487,7 @@ class Relay:
                     text = f"a bug in frelay: {type(error).__name__}: {error}"
                     self._note_refused(ConfigError([Problem(self._now.config.path, text)]))
                     self._log.exception("a bug in frelay ended this reload, the old configuration stays")
+                    self._service_manager.status(self._status())
             await trio.sleep(_RELOAD_PAUSE)
 
     async def _watch(self, watcher: Watcher) -> None:
@@ -459,6 +517,7 @@ class Relay:
         timeout = self._now.config.relay.drain_timeout
         self._log.info("draining", reason=reason, pairings=len(self.pairings), seconds=timeout)
         self._draining.set()
+        self._service_manager.stopping(f"draining, {len(self.pairings)} pairings are left to end", timeout)
         self.journal.note(Draining(reason=reason, seconds=timeout))
         refusal = Refused("draining", "this relay is going away", retry_after=_RECONNECT_IN)
         for listener in self._now.listeners.values():

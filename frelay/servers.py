@@ -23,6 +23,7 @@ from frelay.admin.server import bind_unix, serve, unlinked_at_end
 from frelay.config.model import Config
 from frelay.errors import ConfigError, Problem
 from frelay.sockets import bind, format_address
+from frelay.systemd import Inherited
 from frelay.tls.context import OuterTls
 
 __all__ = ["Servers"]
@@ -32,12 +33,20 @@ class Servers:
     """The admin API and the metrics of one relay. Make it to bind them; then give :meth:`run` a task."""
 
     def __init__(
-        self, config: Config, office: Office, *, running: Callable[[], Config], trust: Callable[[], OuterTls | None]
+        self,
+        config: Config,
+        office: Office,
+        *,
+        running: Callable[[], Config],
+        trust: Callable[[], OuterTls | None],
+        inherited: Inherited,
     ) -> None:
         """Bind what ``config`` asks for; raises ConfigError with nothing left bound.
 
         ``running`` and ``trust`` give the configuration and the certificates in force, now and after any reload.
+        Sockets that systemd has bound for "admin" and "metrics" are used instead of own ones.
         """
+        self._inherited: Final = inherited
         self._office: Final = office
         self._running: Final = running
         self._trust: Final = trust
@@ -79,19 +88,24 @@ class Servers:
         if path is None:
             if admin.address is None:
                 raise AssertionError("an admin section that is neither a path nor an address")
-            self._doors = bind(admin.address)
+            self._doors = self._inherited.take("admin") or bind(admin.address)
             for sock in self._doors:
                 cleaning.callback(sock.close)
             # Behind the door the API stands on a socket that nobody else can reach.
             path = Path(cleaning.enter_context(tempfile.TemporaryDirectory(prefix="frelay-"))) / "api.sock"
-        self._admin = bind_unix(path)
         self._api_path = path
-        cleaning.enter_context(unlinked_at_end(path))
+        passed = [] if self._doors else self._inherited.take("admin")
+        if passed:
+            # systemd made the file, with the mode that its unit says, and removes it.
+            self._admin = passed[0]
+        else:
+            self._admin = bind_unix(path)
+            cleaning.enter_context(unlinked_at_end(path))
         cleaning.callback(self._admin.close)
 
     def _bind_metrics(self, config: Config, cleaning: ExitStack) -> None:
         if config.metrics is not None:
-            self._metrics = bind(config.metrics.listen)
+            self._metrics = self._inherited.take("metrics") or bind(config.metrics.listen)
             for sock in self._metrics:
                 cleaning.callback(sock.close)
 

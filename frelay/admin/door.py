@@ -105,7 +105,7 @@ class _Visitor:
         except TlsFault as fault:
             rejection = stream.connection.get_app_data()
             if isinstance(rejection, Rejection):
-                self._log.warning("admin refused", reason=rejection.reason, certificate=rejection.subject)
+                self._log.warning("admin refused", reason=rejection.reason, certificate=rejection.certificate)
             else:
                 self._log.warning("admin refused", reason=f"TLS handshake: {fault}")
             await close_after_linger(self._sock, _LINGER_TIME)

@@ -67,18 +67,15 @@ def run(
 
     from frelay.config.load import load
     from frelay.relay import Relay
+    from frelay.systemd import Inherited, ServiceManager
 
     # The relay obeys it as long as it runs. What comes before that, or after, would kill the process, and with it the
     # exit code of a clean drain.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     log.configure("json" if log_format == "json" else "console", log_level)
-    loaded = load(config)
-    code = trio.run(_serve, Relay, loaded, watch)
-    raise typer.Exit(code)
-
-
-async def _serve(relay_type, config, watch):  # type: ignore[no-untyped-def]
-    return await relay_type(config, watch_files=watch).run()
+    inherited, service_manager = Inherited.from_environment(), ServiceManager.from_environment()
+    relay = Relay(load(config), watch_files=watch, inherited=inherited, service_manager=service_manager)
+    raise typer.Exit(trio.run(relay.run))
 
 
 @app.command()
@@ -172,6 +169,10 @@ def connect(
         str | None,
         typer.Option(help="Join again after failures that may pass: a number, or 'always'.", envvar="FRELAY_RETRY"),
     ] = None,
+    traceparent: Annotated[
+        str | None,
+        typer.Option(help="A W3C trace context, for the relay's log.", envvar="FRELAY_TRACEPARENT"),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Report each step on stderr, a JSON line each.", envvar="FRELAY_JSON")
     ] = False,
@@ -207,6 +208,7 @@ def connect(
         mode=mode,  # type: ignore[typeddict-item]  # checked above
         proxy=proxy,
         retry=None if retry is None else True if retry == "always" else int(retry),
+        traceparent=traceparent,
     )
     try:
         code = connect_command(address, options, Local(listen, to, exec_), as_json=as_json)

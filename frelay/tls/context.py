@@ -32,7 +32,7 @@ from OpenSSL import SSL, crypto
 from frelay.config.model import TlsSection
 from frelay.errors import ConfigError, Problem
 from frelay.sockets import TlsFault
-from frelay.tls.identity import PeerIdentity, distinguished_name, identities
+from frelay.tls.identity import PeerIdentity, describe_unverified, distinguished_name, identities
 from frelay.tls.stream import note_event
 
 __all__ = ["ALPN", "OuterTls", "Rejection", "VerifiedPeer", "load_outer_tls", "openssl_version", "verified_peer"]
@@ -60,7 +60,8 @@ class Rejection:
 
     code: str
     reason: str
-    subject: str | None = None
+    certificate: str | None = None
+    """What it says, in one line: subject, names, issuer and serial; and that it is unverified, if it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,13 +115,13 @@ class OuterTls:
             ).verify_certificate()
         except crypto.X509StoreContextError as error:
             number = error.errors[0] if error.errors else 0
-            return _rejection(number, str(error), peer.identity.subject)
+            return _rejection(number, str(error), peer.identity.describe())
         return None
 
 
-def _rejection(number: int, text: str, subject: str | None) -> Rejection:
+def _rejection(number: int, text: str, certificate: str) -> Rejection:
     codes = {_ERR_CERT_HAS_EXPIRED: "certificate-expired", _ERR_CERT_REVOKED: "revoked"}
-    return Rejection(codes.get(number, "not-authorised"), text, subject)
+    return Rejection(codes.get(number, "not-authorised"), text, certificate)
 
 
 def verified_peer(connection: SSL.Connection, trust: OuterTls) -> VerifiedPeer:
@@ -148,10 +149,9 @@ def _note_rejection(connection: SSL.Connection, certificate: crypto.X509, number
     The return value overrides the verdict, so it must be ``ok`` and nothing else. An exception in here refuses.
     """
     if not ok:
-        # Nobody has vouched for this certificate: its subject may be unreadable, or a book.
-        subject = distinguished_name(lambda: certificate.to_cryptography().subject)[:_SHOWN]
+        described = describe_unverified(certificate.to_cryptography)
         text = _VERIFY_ERRORS.get(number, f"X509 verification error {number}")
-        connection.set_app_data(_rejection(number, f"{text} (at depth {depth} of the chain)", subject))
+        connection.set_app_data(_rejection(number, f"{text} (at depth {depth} of the chain)", described))
     return bool(ok)
 
 
@@ -170,14 +170,18 @@ _VERIFY_ERRORS: Final = {
     21: "unable to verify the first certificate",
     22: "certificate chain too long",
     23: "certificate revoked",
-    24: "invalid CA certificate",
+    24: "issuer certificate has no public key",
     25: "path length constraint exceeded",
     26: "unsuitable certificate purpose",
+    34: "unhandled critical extension",
+    41: "invalid or inconsistent certificate extension",
     47: "permitted subtree violation",
     48: "excluded subtree violation",
     51: "unsupported name constraint type",
     66: "EE certificate key too weak",
+    67: "CA certificate key too weak",
     68: "CA signature digest algorithm too weak",
+    79: "invalid CA certificate",
 }
 
 

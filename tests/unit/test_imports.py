@@ -59,6 +59,7 @@ HOUSE: Final = (
     Room("config.watch", "errors protocol config", "trio watchfiles", "the one part of it that waits"),
     Room("admission", "config", "trio", "limits, whoever the connection belongs to"),
     Room("sockets", "errors tcp config", "trio", "the border to the kernel: its errors end here"),
+    Room("systemd", "config sockets", "trio structlog sdnotify", "who started us, wherever that is systemd"),
     Room("tls", "errors tcp protocol config sockets", "trio OpenSSL cryptography", "the border to OpenSSL"),
     Room("tickets", "admission sockets", "trio", "who brings one brings a leg, whatever that is"),
     Room("leg", f"{LEAVES} admission sockets tls tickets", "trio", "one party's connection, hand-off included"),
@@ -82,17 +83,17 @@ HOUSE: Final = (
         "what an operator sees and changes; it asks an Office, and does not know whose",
     ),
     Room("office", "admin config config.store errors journal lobby protocol", "", "the relay's side of that"),
-    Room("servers", "admin config errors sockets tls", "trio", "loaded only where a route file asks for them"),
+    Room("servers", "admin config errors sockets systemd tls", "trio", "loaded only where a route file asks for them"),
     Room(
         "relay",
         f"{LEAVES} journal config config.store config.watch admission tls tickets lobby pump pairing route reception "
-        "listener office servers",
+        "listener systemd office servers",
         "trio structlog",
         "the nursery tree",
     ),
     Room(
         "cli",
-        f"{LEAVES} client client.trio pki log config tls relay",
+        f"{LEAVES} client client.trio pki log config systemd tls relay",
         "typer trio",
         "nothing below knows that it was typed",
     ),
