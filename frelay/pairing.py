@@ -31,7 +31,7 @@ from frelay.readiness import ReadinessSet, Wire
 from frelay.sockets import RawStream
 from frelay.tcp import unacknowledged
 
-__all__ = ["Forwarding", "Pairing", "PairingLimits"]
+__all__ = ["Forwarding", "Pairing", "PairingLimits", "log_record"]
 
 # Sampling more often than this would cost more than it tells.
 _SHORTEST_SAMPLE: Final = 0.02
@@ -68,6 +68,26 @@ class Forwarding:
 
     readiness: ReadinessSet = field(default_factory=ReadinessSet)
     pipes: PipePool = field(default_factory=PipePool)
+
+
+def _logger(route: str, pairing: str) -> Any:
+    return structlog.get_logger("frelay.pairing").bind(route=route, pairing=pairing)
+
+
+def log_record(record: Record) -> None:
+    """Write the one line of a pairing that has ended, or could not begin."""
+    told: dict[str, Any] = {} if record.detail is None else {"detail": record.detail}
+    _logger(record.route, record.pairing).info(
+        "pairing ended",
+        outcome=record.outcome.value,
+        side=record.side,
+        bytes_func1_to_func2=record.bytes_func1_to_func2,
+        bytes_func2_to_func1=record.bytes_func2_to_func1,
+        duration=round(record.duration, 3),
+        func1=record.func1,
+        func2=record.func2,
+        **told,
+    )
 
 
 class _Sample:
@@ -149,7 +169,7 @@ class Pairing:
     @property
     def _log(self) -> Any:
         # Made when there is something to say: thousands of pairings are idle, and a logger each is a KiB each.
-        return structlog.get_logger("frelay.pairing").bind(route=self.route, pairing=self.id)
+        return _logger(self.route, self.id)
 
     def _own_expiry(self) -> tuple[float, Outcome, str]:
         now = trio.current_time()
@@ -245,18 +265,7 @@ class Pairing:
             bytes_func2_to_func1=moved["func2"],
             duration=duration,
         )
-        told: dict[str, Any] = {} if record.detail is None else {"detail": record.detail}
-        self._log.info(
-            "pairing ended",
-            outcome=record.outcome.value,
-            side=record.side,
-            bytes_func1_to_func2=record.bytes_func1_to_func2,
-            bytes_func2_to_func1=record.bytes_func2_to_func1,
-            duration=round(duration, 3),
-            func1=record.func1,
-            func2=record.func2,
-            **told,
-        )
+        log_record(record)
         return record
 
     # --- hand-off ----------------------------------------------------------------------------------------------

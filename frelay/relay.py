@@ -26,7 +26,7 @@ import trio
 
 from frelay.admission import Admission, raise_descriptor_limit
 from frelay.config.load import load
-from frelay.config.model import Config, Dial, Route
+from frelay.config.model import Config, Route
 from frelay.config.plan import Plan, listener_key, plan
 from frelay.config.watch import Watcher
 from frelay.errors import ConfigError, Problem
@@ -51,16 +51,6 @@ _RELOAD_PAUSE: Final = 0.1
 
 def prepare(config: Config) -> OuterTls | None:
     """Load what the configuration refers to; raises ConfigError. This and loading the file is `frelay check`."""
-    problems = [
-        Problem(
-            route.source, "is not in this version: name the function that dials in", key=f"route[{route.name}].{key}"
-        )
-        for route in config.routes
-        for key in ("func1", "func2")
-        if isinstance(getattr(route, key), Dial)
-    ]
-    if problems:
-        raise ConfigError(problems)
     return None if config.tls is None else load_outer_tls(config.tls, source=config.path)
 
 
@@ -170,6 +160,7 @@ class Relay:
                 start_pairing=self._start_pairing,
                 listener=key,
                 tickets=self._tickets,
+                admission=self._admission,
             )
 
         return door

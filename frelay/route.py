@@ -15,7 +15,7 @@ from typing import Final
 
 import trio
 
-from frelay.config.model import Limits, Route
+from frelay.config.model import Dial, Limits, Route
 from frelay.leg import Leg
 from frelay.lobby import Lobby, Place, Withdrawn, opposite
 from frelay.outcome import Outcome
@@ -24,7 +24,7 @@ from frelay.protocol.identity import Name, Selector, match
 from frelay.protocol.messages import PartyName, Refused
 from frelay.tls.context import OuterTls
 
-__all__ = ["Fit", "LiveRoute"]
+__all__ = ["Fit", "LiveRoute", "Service"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,19 @@ class Fit:
 
     party: PartyName
     name: Name
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """The party of a route that is a place to dial, and how long that may take."""
+
+    party: PartyName
+    target: Dial
+
+    @property
+    def identity(self) -> str:
+        """What its functions and the log are told of it."""
+        return f"dial:{self.target.address}"
 
 
 class LiveRoute:
@@ -81,9 +94,20 @@ class LiveRoute:
         """On a plain route the party is a matter of arrival: whoever waits is met by the next, as func2."""
         return "func2" if self.lobby.count("func1") else "func1"
 
+    @property
+    def service(self) -> Service | None:
+        """The party that the relay dials when the other one is here; None where both come by themselves."""
+        sides: tuple[tuple[PartyName, object], ...] = (("func1", self.config.func1), ("func2", self.config.func2))
+        return next((Service(party, target) for party, target in sides if isinstance(target, Dial)), None)
+
     def wait_limit(self, leg: Leg) -> float:
-        """How long ``leg`` may wait here, in seconds: what it said, and at most ``wait_timeout``."""
+        """How long ``leg`` may wait here, in seconds: what it said, and at most ``wait_timeout``.
+
+        Where a service is dialled nobody else will come, so ``connect_timeout`` bounds it as well.
+        """
         limit = self.config.limits.wait_timeout
+        if self.service is not None:
+            limit = min(limit, self.service.target.connect_timeout)
         return limit if leg.wait is None else min(leg.wait, limit)
 
     # --- matching ----------------------------------------------------------------------------------------------
@@ -102,18 +126,33 @@ class LiveRoute:
 
     def match(self, leg: Leg) -> Pairing | Withdrawn | None:
         """Pair ``leg`` with whoever has waited longest for it; None if nobody has, Withdrawn if it may not."""
-        limits = self.config.limits
         while (place := self.lobby.head(opposite(leg.party))) is not None:
-            if len(self.pairings) >= limits.max_pairings:
-                text = f"the route already has {limits.max_pairings} pairings"
-                return Withdrawn(Refused("limit", text, retry_after=10.0))
-            if place.leg.is_gone():
-                self.lobby.withdraw(place, Withdrawn(Refused("pong-timeout", "the connection has ended")))
-            elif (verdict := self._policy(place.leg)) is not None:
-                self.lobby.withdraw(place, verdict)
-            else:
-                return self._pair(leg, place)
+            met = self.meet(leg, place)
+            if met is not None:
+                return met
         return None
+
+    def meet(self, leg: Leg, place: Place) -> Pairing | Withdrawn | None:
+        """Pair ``leg`` with the one in ``place``; Withdrawn if it may not now.
+
+        None if the other one may not be paired any more: it is withdrawn.
+        """
+        if (verdict := self.lack_of_room()) is not None:
+            return verdict
+        if place.leg.is_gone():
+            self.lobby.withdraw(place, Withdrawn(Refused("pong-timeout", "the connection has ended")))
+        elif (verdict := self._policy(place.leg)) is not None:
+            self.lobby.withdraw(place, verdict)
+        else:
+            return self._pair(leg, place)
+        return None
+
+    def lack_of_room(self) -> Withdrawn | None:
+        """Why nobody can be paired here now, if ``max_pairings`` is reached."""
+        most = self.config.limits.max_pairings
+        if len(self.pairings) < most:
+            return None
+        return Withdrawn(Refused("limit", f"the route already has {most} pairings", retry_after=10.0))
 
     def _pair(self, leg: Leg, place: Place) -> Pairing:
         legs: dict[PartyName, Leg] = {leg.party: leg, place.leg.party: place.leg}

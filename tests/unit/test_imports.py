@@ -62,8 +62,14 @@ HOUSE: Final = (
     Room("pairing", f"{LEAVES} leg pump readiness sockets", "trio structlog", "two legs, and how they ended"),
     Room("route", f"{LEAVES} config tls leg lobby pairing", "trio", "the one decision: who meets whom"),
     Room(
+        "dial",
+        f"{LEAVES} config admission sockets leg frameless lobby pairing route",
+        "trio structlog",
+        "the one place where the relay opens a connection",
+    ),
+    Room(
         "reception",
-        f"{LEAVES} config admission sockets tls tickets leg frameless lobby pairing route",
+        f"{LEAVES} config admission sockets tls tickets leg frameless lobby pairing route dial",
         "trio structlog",
         "from accept to paired or gone",
     ),
