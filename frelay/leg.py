@@ -123,7 +123,7 @@ class Leg(abc.ABC):
 
     def forget_admission(self) -> None:
         """Let go of what only mattered until it was paired: certificates above all, some KiB a leg."""
-        self.peer = None
+        self.peer = self.attempt = self.wait = None
 
     async def begin(self, message: Paired) -> None:  # noqa: B027  a leg without frames has nothing to do
         """Tell the party that it is paired and bring its end to the pumps, hand-off included.

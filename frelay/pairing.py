@@ -161,7 +161,7 @@ class Pairing:
         self._poke = trio.Event()
         self._pumps: dict[PartyName, Pump] = {}
         """By the party whose bytes they carry."""
-        self._pumps_done: Final[set[PartyName]] = set()
+        self._pumps_done: frozenset[PartyName] = frozenset()
         self._expiry: tuple[float, Outcome, str] = self._own_expiry()
         self._bound: trio.CancelScope | None = None
         """What holds the expiry while no bytes flow: in the hand-off, and after the end. In between the watch does."""
@@ -350,7 +350,7 @@ class Pairing:
                 outcome = Outcome.HUNG_UP
             self._ending.decide(outcome, cut.side, cut.detail)
         else:
-            self._pumps_done.add(party)
+            self._pumps_done |= {party}
             if len(self._pumps_done) == len(self._pumps):
                 self._ending.decide(Outcome.CLOSED, "both")
         self._poke.set()
@@ -360,8 +360,10 @@ class Pairing:
     async def _watch(self) -> None:
         """Return once the ending is decided, by a pump or by a limit."""
         interval = self.limits.sample_interval
-        sinks: dict[PartyName, Leg] = {"func1": self.legs["func2"], "func2": self.legs["func1"]}
-        samples = {party: _Sample(pump, sinks[party].sock, trio.current_time()) for party, pump in self._pumps.items()}
+        samples: dict[PartyName, _Sample] = {
+            "func1": _Sample(self._pumps["func1"], self.legs["func2"].sock, trio.current_time()),
+            "func2": _Sample(self._pumps["func2"], self.legs["func1"].sock, trio.current_time()),
+        }
         half_closed_at = math.inf
         while True:
             now = trio.current_time()
