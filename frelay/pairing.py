@@ -39,13 +39,15 @@ _SHORTEST_SAMPLE: Final = 0.02
 
 @dataclass(frozen=True, slots=True)
 class PairingLimits:
-    """The time limits of one pairing, in seconds."""
+    """The time limits of one pairing, in seconds, and whether its certificates are one."""
 
     handoff_timeout: float
     half_close_timeout: float
     idle_timeout: float
     stall_timeout: float
     max_lifetime: float
+    ends_with_certificates: bool = True
+    """Whether it ends with the first notAfter of its parties."""
 
     def told(self) -> dict[str, float]:
         """What PAIRED tells the functions about them."""
@@ -162,25 +164,21 @@ class Pairing:
         self._pumps: dict[PartyName, Pump] = {}
         """By the party whose bytes they carry."""
         self._pumps_done: frozenset[PartyName] = frozenset()
-        self._expiry: tuple[float, Outcome, str] = self._own_expiry()
+        lifetime = limits.max_lifetime
+        self._expiry = (
+            trio.current_time() + lifetime,
+            Outcome.MAX_LIFETIME,
+            f"max_lifetime of {lifetime:g} s reached",
+        )
         self._bound: trio.CancelScope | None = None
         """What holds the expiry while no bytes flow: in the hand-off, and after the end. In between the watch does."""
+        if limits.ends_with_certificates:
+            self.end_with_certificates()
 
     @property
     def _log(self) -> Any:
         # Made when there is something to say: thousands of pairings are idle, and a logger each is a KiB each.
         return _logger(self.route, self.id)
-
-    def _own_expiry(self) -> tuple[float, Outcome, str]:
-        now = trio.current_time()
-        lifetime = self.limits.max_lifetime
-        expiry = (now + lifetime, Outcome.MAX_LIFETIME, f"max_lifetime of {lifetime:g} s reached")
-        for party, leg in self.legs.items():
-            if leg.peer is not None:
-                valid_for = leg.peer.not_after - time.time()
-                if now + valid_for < expiry[0]:
-                    expiry = (now + valid_for, Outcome.CERTIFICATE_EXPIRED, f"the certificate of {party} has expired")
-        return expiry
 
     # --- for the outside ---------------------------------------------------------------------------------------
 
@@ -197,6 +195,11 @@ class Pairing:
             if self._bound is not None:
                 self._bound.deadline = min(self._bound.deadline, when)
             self._poke.set()
+
+    def end_with_certificates(self) -> None:
+        """End the pairing when the first certificate of its parties expires. Idempotent."""
+        for party, leg in self.legs.items():
+            self.expire_at(leg.expires_at(), Outcome.CERTIFICATE_EXPIRED, f"the certificate of {party} has expired")
 
     # --- its life ----------------------------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ from frelay.protocol.messages import Join, Mode, Refused, Waiting
 from frelay.route import Fit, LiveRoute, Service
 from frelay.sockets import TlsFault, close, close_after_linger, format_address, tune
 from frelay.tickets import TICKET_LINE_LENGTH, TicketDesk, TicketOffice, parse_ticket_line
-from frelay.tls.context import ALPN, OuterTls, Rejection, VerifiedPeer, verified_peer
+from frelay.tls.context import ALPN, EXPIRED, OuterTls, Rejection, VerifiedPeer, verified_peer
 from frelay.tls.stream import TlsStream
 
 __all__ = ["Door", "receive"]
@@ -322,7 +322,9 @@ class _Guest:
         departure: Departure | None = None
         self.log.info("waiting", seconds=limit, mode=leg.mode)
         # A call to a service ends by itself at the same limit, and can say why it came to nothing.
-        with trio.CancelScope(deadline=math.inf if route.service else trio.current_time() + limit) as scope:
+        patience = math.inf if route.service else trio.current_time() + limit
+        expiry = leg.expires_at()
+        with trio.CancelScope(deadline=min(patience, expiry)) as scope:
             seat = route.lobby.enter(leg, lambda: scope.cancel(reason="a verdict about this leg has fallen"))
             try:
                 departure = await self._attend(seat, route, limit)
@@ -334,6 +336,8 @@ class _Guest:
             return
         if isinstance(seat.verdict, Withdrawn):
             await self._withdraw(leg, seat.verdict)
+        elif departure is None and expiry < patience:
+            await self._refuse(leg, Refused(EXPIRED.code, EXPIRED.reason), EXPIRED.reason)
         elif departure is None:
             text = f"nobody came within {limit:g} s"
             await self._refuse(leg, Refused("wait-timeout", text, retry_after=0.0), text)

@@ -16,6 +16,7 @@ references, stop what is gone. So a bad file changes nothing at all.
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from frelay.config.model import Config, Route
 from frelay.config.plan import Plan, listener_key, plan
 from frelay.config.watch import Watcher
 from frelay.errors import ConfigError, Problem
+from frelay.inspection import judge_again
 from frelay.listener import Listener
 from frelay.lobby import Withdrawn
 from frelay.outcome import Outcome, Record
@@ -78,6 +80,7 @@ class Relay:
         self._tickets: Final = TicketOffice()
         self._draining: Final = trio.Event()
         self._reload_wanted = trio.Event()
+        self._inspection_due = trio.Event()
         self._doors: trio.Nursery | None = None
         self._pairings: trio.Nursery | None = None
         self._retired: Final[set[LiveRoute]] = set()
@@ -135,6 +138,7 @@ class Relay:
                     self._apply(first, trust, plan(None, first))
                     self._log.info("ready", routes=len(first.routes), openssl=openssl_version())
                     root.start_soon(self._reload_when_asked)
+                    root.start_soon(self._inspect_when_due)
                     if self._watch_files:
                         root.start_soon(self._watch, watcher)
                     task_status.started()
@@ -194,14 +198,22 @@ class Relay:
         old_routes = now.routes
         keep = {kept.route.name for kept in changes.keep}
         now.config, now.trust = new, trust
+        self._inspection_due.set()
+        ends = new.relay.policy_ends_pairings
         now.routes = {}
         now.tables = {key: {} for key in needed}
         for route in new.routes:
             if route.name in keep:
                 live = old_routes[route.name]
-                live.retune(route, new.limits)
+                live.retune(route, new.limits, policy_ends_pairings=ends)
             else:
-                live = LiveRoute(route, new.limits, forwarding=self._forwarding, trust=lambda: self._now.trust)
+                live = LiveRoute(
+                    route,
+                    new.limits,
+                    policy_ends_pairings=ends,
+                    forwarding=self._forwarding,
+                    trust=lambda: self._now.trust,
+                )
             now.routes[route.name] = live
             now.tables[listener_key(route)][route.name] = live
         self._admission.limits = new.limits
@@ -247,11 +259,31 @@ class Relay:
     def _retire(self, live: LiveRoute) -> None:
         if live.pairings:
             self._retired.add(live)
+        settings = self._now.config.relay
+        patience = settings.drain_timeout if settings.policy_ends_pairings else math.inf
         live.close(
             Withdrawn(Refused("route-removed", f"the route {live.name!r} was removed or replaced", retry_after=1.0)),
             outcome=Outcome.ROUTE_REMOVED,
-            cut_at=trio.current_time() + self._now.config.relay.drain_timeout,
+            cut_at=trio.current_time() + patience,
         )
+
+    async def _inspect_when_due(self) -> None:
+        """After each reload: those who are in came in by certificates and lists that may not be the ones in force."""
+        while True:
+            await self._inspection_due.wait()
+            self._inspection_due = trio.Event()
+            now = self._now
+            if now.trust is None:
+                continue
+            try:
+                await judge_again(
+                    [*now.routes.values(), *self._retired],
+                    now.trust,
+                    ends_pairings=now.config.relay.policy_ends_pairings,
+                )
+            except Exception:
+                # As with a reload: what nobody thought of must not end the pairings of everybody.
+                self._log.exception("a bug in frelay ended the inspection after this reload")
 
     def request_reload(self) -> None:
         """Ask for a reload; several requests in a short time make one."""

@@ -52,13 +52,19 @@ class LiveRoute:
     """One route of the running configuration."""
 
     def __init__(
-        self, route: Route, limits: Limits, *, forwarding: Forwarding, trust: Callable[[], OuterTls | None]
+        self,
+        route: Route,
+        limits: Limits,
+        *,
+        policy_ends_pairings: bool,
+        forwarding: Forwarding,
+        trust: Callable[[], OuterTls | None],
     ) -> None:
         self.config = route
         self.limits = limits
         self.lobby: Final = Lobby(max_waiting=route.limits.max_waiting_per_party, clock=trio.current_time)
         self.pairings: Final[dict[str, Pairing]] = {}
-        self._pairing_limits = _pairing_limits(route, limits)
+        self._pairing_limits = _pairing_limits(route, limits, policy_ends_pairings)
         self._forwarding: Final = forwarding
         self._trust: Final = trust
 
@@ -67,10 +73,10 @@ class LiveRoute:
         """The route's name."""
         return self.config.name
 
-    def retune(self, route: Route, limits: Limits) -> None:
+    def retune(self, route: Route, limits: Limits, *, policy_ends_pairings: bool) -> None:
         """Take over new limits: for legs and pairings that come from now on."""
         self.config, self.limits = route, limits
-        self._pairing_limits = _pairing_limits(route, limits)
+        self._pairing_limits = _pairing_limits(route, limits, policy_ends_pairings)
         self.lobby.max_waiting = route.limits.max_waiting_per_party
 
     def fits(self, names: tuple[Name, ...]) -> list[Fit]:
@@ -123,6 +129,12 @@ class LiveRoute:
             return None
         rejection = trust.judge(leg.peer)
         return None if rejection is None else Withdrawn(Refused(rejection.code, rejection.reason))
+
+    def judge_again(self, place: Place) -> None:
+        """Look once more at a leg that waits; it is withdrawn if its certificate is not accepted any more."""
+        verdict = self._policy(place.leg)
+        if verdict is not None:
+            self.lobby.withdraw(place, verdict)
 
     def match(self, leg: Leg) -> Pairing | Withdrawn | None:
         """Pair ``leg`` with whoever has waited longest for it; None if nobody has, Withdrawn if it may not."""
@@ -181,11 +193,12 @@ class LiveRoute:
             pairing.expire_at(cut_at, outcome, verdict.refusal.reason)
 
 
-def _pairing_limits(route: Route, limits: Limits) -> PairingLimits:
+def _pairing_limits(route: Route, limits: Limits, policy_ends_pairings: bool) -> PairingLimits:
     return PairingLimits(
         handoff_timeout=limits.handoff_timeout,
         half_close_timeout=route.limits.half_close_timeout,
         idle_timeout=route.limits.idle_timeout,
         stall_timeout=route.limits.stall_timeout,
         max_lifetime=limits.max_lifetime,
+        ends_with_certificates=policy_ends_pairings,
     )

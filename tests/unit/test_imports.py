@@ -73,10 +73,11 @@ HOUSE: Final = (
         "trio structlog",
         "from accept to paired or gone",
     ),
+    Room("inspection", "outcome tls route", "trio", "judges again who is in, whatever they are doing"),
     Room("listener", f"{LEAVES} config admission sockets reception", "trio structlog", "one address"),
     Room(
         "relay",
-        f"{LEAVES} config config.watch admission tls tickets lobby pump pairing route reception listener",
+        f"{LEAVES} config config.watch admission tls tickets lobby pump pairing route reception inspection listener",
         "trio structlog",
         "the nursery tree",
     ),
