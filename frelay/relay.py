@@ -16,6 +16,7 @@ references, stop what is gone. So a bad file changes nothing at all.
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable, Hashable
@@ -28,11 +29,12 @@ import trio
 
 from frelay.admission import Admission, raise_descriptor_limit
 from frelay.config.load import load
-from frelay.config.model import Config, Dial, Route
+from frelay.config.model import Config, Route
 from frelay.config.plan import Plan, listener_key, plan
 from frelay.config.store import RouteFileEdit
 from frelay.config.watch import Watcher
 from frelay.errors import ConfigError, Problem
+from frelay.inspection import judge_again
 from frelay.journal import Draining, Journal, PairingEnded, PairingStarted, Reloaded, ReloadRefused
 from frelay.listener import Listener
 from frelay.lobby import Withdrawn
@@ -59,16 +61,6 @@ _RELOAD_PAUSE: Final = 0.1
 
 def prepare(config: Config) -> OuterTls | None:
     """Load what the configuration refers to; raises ConfigError. This and loading the file is `frelay check`."""
-    problems = [
-        Problem(
-            route.source, "is not in this version: name the function that dials in", key=f"route[{route.name}].{key}"
-        )
-        for route in config.routes
-        for key in ("func1", "func2")
-        if isinstance(getattr(route, key), Dial)
-    ]
-    if problems:
-        raise ConfigError(problems)
     if config.tls is None:
         return None
     serves_http = config.admin is not None and config.admin.address is not None
@@ -111,6 +103,7 @@ class Relay:
         self._tickets: Final = TicketOffice()
         self._draining: Final = trio.Event()
         self._reload_wanted = trio.Event()
+        self._inspection_due = trio.Event()
         self._doors: trio.Nursery | None = None
         self._pairings: trio.Nursery | None = None
         self._retired: Final[set[LiveRoute]] = set()
@@ -207,6 +200,7 @@ class Relay:
                     self._log.info("ready", routes=len(first.routes), openssl=openssl_version())
                     self._service_manager.ready(self._status())
                     root.start_soon(self._reload_when_asked)
+                    root.start_soon(self._inspect_when_due)
                     if self._watch_files:
                         root.start_soon(self._watch, watcher)
                     task_status.started()
@@ -252,6 +246,7 @@ class Relay:
                 listener=key,
                 tickets=self._tickets,
                 journal=self.journal,
+                admission=self._admission,
             )
 
         return door
@@ -304,14 +299,22 @@ class Relay:
         old_routes = now.routes
         keep = {kept.route.name for kept in changes.keep}
         now.config, now.trust = new, trust
+        self._inspection_due.set()
+        ends = new.relay.policy_ends_pairings
         now.routes = {}
         now.tables = {key: {} for key in needed}
         for route in new.routes:
             if route.name in keep:
                 live = old_routes[route.name]
-                live.retune(route, new.limits)
+                live.retune(route, new.limits, policy_ends_pairings=ends)
             else:
-                live = LiveRoute(route, new.limits, forwarding=self._forwarding, trust=lambda: self._now.trust)
+                live = LiveRoute(
+                    route,
+                    new.limits,
+                    policy_ends_pairings=ends,
+                    forwarding=self._forwarding,
+                    trust=lambda: self._now.trust,
+                )
             now.routes[route.name] = live
             now.tables[listener_key(route)][route.name] = live
         self._admission.limits = new.limits
@@ -387,11 +390,31 @@ class Relay:
     def _retire(self, live: LiveRoute) -> None:
         if live.pairings:
             self._retired.add(live)
+        settings = self._now.config.relay
+        patience = settings.drain_timeout if settings.policy_ends_pairings else math.inf
         live.close(
             Withdrawn(Refused("route-removed", f"the route {live.name!r} was removed or replaced", retry_after=1.0)),
             outcome=Outcome.ROUTE_REMOVED,
-            cut_at=trio.current_time() + self._now.config.relay.drain_timeout,
+            cut_at=trio.current_time() + patience,
         )
+
+    async def _inspect_when_due(self) -> None:
+        """After each reload: those who are in came in by certificates and lists that may not be the ones in force."""
+        while True:
+            await self._inspection_due.wait()
+            self._inspection_due = trio.Event()
+            now = self._now
+            if now.trust is None:
+                continue
+            try:
+                await judge_again(
+                    [*now.routes.values(), *self._retired],
+                    now.trust,
+                    ends_pairings=now.config.relay.policy_ends_pairings,
+                )
+            except Exception:
+                # As with a reload: what nobody thought of must not end the pairings of everybody.
+                self._log.exception("a bug in frelay ended the inspection after this reload")
 
     def request_reload(self) -> None:
         """Ask for a reload; several requests in a short time make one."""

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Final
+from weakref import WeakValueDictionary
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -35,7 +36,17 @@ from frelay.sockets import TlsFault
 from frelay.tls.identity import PeerIdentity, describe_unverified, distinguished_name, identities
 from frelay.tls.stream import note_event
 
-__all__ = ["ALPN", "OuterTls", "Rejection", "VerifiedPeer", "load_outer_tls", "openssl_version", "verified_peer"]
+__all__ = [
+    "ALPN",
+    "EXPIRED",
+    "Credential",
+    "OuterTls",
+    "Rejection",
+    "VerifiedPeer",
+    "load_outer_tls",
+    "openssl_version",
+    "verified_peer",
+]
 
 ALPN: Final = b"frelay/1"
 
@@ -64,16 +75,31 @@ class Rejection:
     """What it says, in one line: subject, names, issuer and serial; and that it is unverified, if it is."""
 
 
+EXPIRED: Final = Rejection("certificate-expired", "the certificate has expired since the handshake")
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True)
+class Credential:
+    """A party's certificate, as little of it as it takes to judge it again: kept for as long as its leg lives."""
+
+    leaf: bytes
+    """In DER: parsed, and with all that a parser keeps at hand, it is ten times that."""
+    intermediates: tuple[bytes, ...]
+    """In DER, and without the anchor: whether that is still trusted is what a later judgement has to find out."""
+    not_after: float
+    """When the first certificate of the chain expires, in seconds since the epoch."""
+
+
+# Many legs show the same certificate, all instances of a function as a rule: each of them is kept once.
+_CREDENTIALS: Final[WeakValueDictionary[tuple[bytes, ...], Credential]] = WeakValueDictionary()
+
+
 @dataclass(frozen=True, slots=True)
 class VerifiedPeer:
     """A party's certificate as it was verified in the handshake."""
 
     identity: PeerIdentity
-    leaf: bytes
-    """In DER: parsed, and with all that a parser keeps at hand, it is ten times that, for as long as the leg lives."""
-    intermediates: tuple[bytes, ...]
-    not_after: float
-    """When the first certificate of the chain expires, in seconds since the epoch."""
+    credential: Credential
     trust: OuterTls
 
 
@@ -101,25 +127,35 @@ class OuterTls:
         Cheap while nothing was reloaded since its handshake: only clocks can have changed the answer.
         """
         now = time.time() if now is None else now
-        if now > peer.not_after:
-            return Rejection("certificate-expired", "the certificate has expired since the handshake")
-        if self.crl_next_update is not None and now > self.crl_next_update:
+        if now > peer.credential.not_after:
+            return EXPIRED
+        if self.has_expired_list(now):
             return Rejection("not-authorised", "the relay's revocation list has expired")
-        if peer.trust is self:
-            return None
+        return None if peer.trust is self else self.verify(peer.credential)
+
+    def has_expired_list(self, now: float | None = None) -> bool:
+        """Whether the ``nextUpdate`` of a CRL has passed, so that nobody can be let in."""
+        now = time.time() if now is None else now
+        return self.crl_next_update is not None and now > self.crl_next_update
+
+    def verify(self, credential: Credential) -> Rejection | None:
+        """Ask OpenSSL about a certificate that was verified by other files than these; None means it is accepted.
+
+        Costs as much as in a handshake, a fraction of a millisecond.
+        """
         try:
             crypto.X509StoreContext(
                 self._store,
-                crypto.load_certificate(crypto.FILETYPE_ASN1, peer.leaf),
-                [crypto.load_certificate(crypto.FILETYPE_ASN1, certificate) for certificate in peer.intermediates],
+                crypto.load_certificate(crypto.FILETYPE_ASN1, credential.leaf),
+                [crypto.load_certificate(crypto.FILETYPE_ASN1, data) for data in credential.intermediates],
             ).verify_certificate()
         except crypto.X509StoreContextError as error:
             number = error.errors[0] if error.errors else 0
-            return _rejection(number, str(error), peer.identity.describe())
+            return _rejection(number, str(error))
         return None
 
 
-def _rejection(number: int, text: str, certificate: str) -> Rejection:
+def _rejection(number: int, text: str, certificate: str | None = None) -> Rejection:
     codes = {_ERR_CERT_HAS_EXPIRED: "certificate-expired", _ERR_CERT_REVOKED: "revoked"}
     return Rejection(codes.get(number, "not-authorised"), text, certificate)
 
@@ -130,14 +166,18 @@ def verified_peer(connection: SSL.Connection, trust: OuterTls) -> VerifiedPeer:
     if not chain:
         # Unreachable with FAIL_IF_NO_PEER_CERT; if it ever is reached, nobody is let in on the strength of it.
         raise AssertionError("a handshake without a verified certificate chain")
-    return VerifiedPeer(
-        identity=identities(chain[0]),
-        leaf=chain[0].public_bytes(Encoding.DER),
-        # Without the anchor: whether that is still trusted is what a later judgement has to find out by itself.
-        intermediates=tuple(certificate.public_bytes(Encoding.DER) for certificate in chain[1:-1]),
-        not_after=min(certificate.not_valid_after_utc.timestamp() for certificate in chain),
-        trust=trust,
-    )
+    return VerifiedPeer(identity=identities(chain[0]), credential=_credential(chain), trust=trust)
+
+
+def _credential(chain: Sequence[x509.Certificate]) -> Credential:
+    leaf, *intermediates = (certificate.public_bytes(Encoding.DER) for certificate in chain[:-1] or chain)
+    not_after = min(certificate.not_valid_after_utc.timestamp() for certificate in chain)
+    known = _CREDENTIALS.get((leaf, *intermediates))
+    # The same certificate may come with another anchor, and so end at another time.
+    if known is None or known.not_after != not_after:
+        known = Credential(leaf, tuple(intermediates), not_after)
+        _CREDENTIALS[leaf, *known.intermediates] = known
+    return known
 
 
 # --- what OpenSSL asks us during a handshake --------------------------------------------------------------------
