@@ -6,12 +6,13 @@ Each test tries all combinations of modes at once, on one relay.
 from __future__ import annotations
 
 import time
+from datetime import datetime
 
 import pytest
 import trio
 
 from ends import OPEN, PAIRS_OF_MODES, End, block, join_all, join_ends, pause_reading
-from rig import TLS_HEADER, RelayInProcess, Site, eventually, pair
+from rig import TLS_HEADER, RelayInProcess, Site, eventually, pair, while_it_lasts
 
 ALL = len(PAIRS_OF_MODES)
 
@@ -174,15 +175,25 @@ async def test_max_lifetime_ends_even_a_busy_pairing(site: Site) -> None:
 @pytest.mark.parametrize("which", ["func1", "func2"])
 async def test_a_certificate_that_expires_in_mid_pairing(site: Site, which: str) -> None:
     """TESTPLAN 13: neither party outlives its certificate, whichever of the two it is."""
-    credential = site.add(which, site.ca.ending(3, dns=[f"{which}.demo"]))
-    not_after = credential.certificate.not_valid_after_utc.timestamp()
-    async with site.relay(OPEN) as relay:
+
+    def ending(seconds: float) -> datetime:
+        credential = site.add(which, site.ca.ending(seconds, dns=[f"{which}.demo"]))
+        return credential.certificate.not_valid_after_utc
+
+    async def talk() -> list[tuple[End, End]]:
+        site.hang_up()
+        await eventually(lambda: not relay.relay.pairings, "none of an earlier attempt")
+        relay.events.clear()
         pairs = await join_all(site, relay)
         for one, two in pairs:
             await one.send(b"still valid")
             assert await two.receive_exactly(11) == b"still valid"
+        return pairs
+
+    async with site.relay(OPEN) as relay:
+        pairs, ends = await while_it_lasts(ending, talk)
         await all_cut(pairs)
-        assert time.time() >= not_after
+        assert time.time() >= ends
         await all_ended(relay, "certificate-expired", "relay", after=0)
         assert all(which in record["detail"] for record in relay.logged("pairing ended"))
 
