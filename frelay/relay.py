@@ -538,13 +538,14 @@ class Relay:
         if self._draining.is_set():
             return
         timeout = self._now.config.relay.drain_timeout
-        self._log.info("draining", reason=reason, pairings=len(self.pairings), seconds=timeout)
         self._draining.set()
         self._service_manager.stopping(f"draining, {len(self.pairings)} pairings are left to end", timeout)
         self.journal.note(Draining(reason=reason, seconds=timeout))
         refusal = Refused("draining", "this relay is going away", retry_after=_RECONNECT_IN)
         for listener in self._now.listeners.values():
             listener.stop()
+        # Only now: who reads this and starts a successor must find the address free.
+        self._log.info("draining", reason=reason, pairings=len(self.pairings), seconds=timeout)
         for route in (*self._now.routes.values(), *self._retired):
             route.close(
                 Withdrawn(refusal, reconnect_in=_RECONNECT_IN),
