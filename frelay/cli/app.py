@@ -13,7 +13,7 @@ from typing import Annotated, Final
 import typer
 
 from frelay import __version__
-from frelay.errors import CertificateError, ConfigError, FrelayError
+from frelay.errors import CertificateError, ConfigError, FrelayError, printable
 
 __all__ = ["app", "main"]
 
@@ -227,7 +227,7 @@ def main() -> None:
             print(f"frelay: {problem}", file=sys.stderr)
         sys.exit(1)
     except (FrelayError, CertificateError) as error:
-        print(f"frelay: {error}", file=sys.stderr)
+        print(f"frelay: {printable(str(error))}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
