@@ -62,6 +62,7 @@ HOUSE: Final = (
     Room("sockets", "errors tcp config", "trio", "the border to the kernel: its errors end here"),
     Room("systemd", "config sockets", "trio structlog sdnotify", "who started us, wherever that is systemd"),
     Room("tls", "errors tcp protocol config sockets", "trio OpenSSL cryptography", "the border to OpenSSL"),
+    Room("verdict", "protocol config choice tls", "", "why a certificate is let in or not, for whoever asks offline"),
     Room("tickets", "admission sockets", "trio", "who brings one brings a leg, whatever that is"),
     Room("leg", f"{LEAVES} admission sockets tls tickets", "trio", "one party's connection, hand-off included"),
     Room("frameless", f"{LEAVES} admission sockets tls leg", "trio", "legs that speak no frames"),
@@ -94,7 +95,7 @@ HOUSE: Final = (
     ),
     Room(
         "cli",
-        f"{LEAVES} client client.trio pki log config systemd tls relay",
+        f"{LEAVES} client client.trio pki log config systemd tls verdict relay",
         "typer trio",
         "nothing below knows that it was typed",
     ),
