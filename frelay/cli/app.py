@@ -13,6 +13,7 @@ from typing import Annotated, Final
 import typer
 
 from frelay import __version__
+from frelay.cli import ca as _ca
 from frelay.errors import CertificateError, ConfigError, FrelayError, printable
 
 __all__ = ["app", "main"]
@@ -25,6 +26,8 @@ app: Final = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(_ca.app)
 
 ConfigFile = Annotated[
     Path, typer.Option("--config", "-c", help="The route file.", metavar="FILE", envvar="FRELAY_CONFIG")
