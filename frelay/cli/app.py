@@ -104,6 +104,25 @@ def init(
 
 
 @app.command()
+def why(
+    certificate: Annotated[
+        Path,
+        typer.Option("--cert", help="The certificate, with its intermediates behind it if it has any.", metavar="FILE"),
+    ],
+    config: ConfigFile = Path("relay.toml"),
+    route: Annotated[str | None, typer.Option(help="Ask for this route only.", metavar="NAME")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the verdict as one JSON object.")] = False,
+) -> None:
+    """Say why a certificate is let in or not: every check in order, without a relay and without the key.
+
+    Exit codes: 0 let in (to the route asked for, or to any), 1 refused, 2 usage.
+    """
+    from frelay.cli.why import explain
+
+    raise typer.Exit(explain(config, certificate, route, as_json=as_json))
+
+
+@app.command()
 def demo() -> None:
     """Show everything on loopback: a relay, two functions, their hand-off, and bytes end to end."""
     from frelay.cli.demo import run_demo
