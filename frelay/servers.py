@@ -7,26 +7,29 @@ brings take half a second to load and 30 MB to hold.
 from __future__ import annotations
 
 import socket
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from pathlib import Path
+from functools import partial
 from typing import Final
 
 import trio
 
 from frelay.admin.api import EventStream, api, is_local_host
-from frelay.admin.door import guard
+from frelay.admin.door import TlsDoor
 from frelay.admin.metrics import metrics_app
 from frelay.admin.office import Office
-from frelay.admin.server import bind_unix, serve, unlinked_at_end
+from frelay.admin.server import Admit, bind_unix, let_in, serve, unlinked_at_end
 from frelay.config.model import Config
 from frelay.errors import ConfigError, Problem
+from frelay.protocol.identity import Selector
 from frelay.sockets import bind, format_address
 from frelay.systemd import Inherited
 from frelay.tls.context import OuterTls
 
 __all__ = ["Servers"]
+
+# Seconds. Prometheus asks several times a minute, on one connection; who is silent for longer has gone.
+_METRICS_PATIENCE: Final = 120
 
 
 class Servers:
@@ -50,10 +53,9 @@ class Servers:
         self._office: Final = office
         self._running: Final = running
         self._trust: Final = trust
-        self._admin: socket.socket | None = None
-        self._doors: list[socket.socket] = []
+        self._admin: list[socket.socket] = []
         self._metrics: list[socket.socket] = []
-        self._api_path: Path | None = None
+        self._is_local: Final = config.admin is None or config.admin.socket_path is not None
         problems: list[Problem] = []
         with ExitStack() as cleaning:
             try:
@@ -71,37 +73,22 @@ class Servers:
     @property
     def bound(self) -> dict[str, list[str]]:
         """Where they really listen: ``unix:PATH`` or ``HOST:PORT``, by ``admin`` and ``metrics``."""
-        found: dict[str, list[str]] = {}
-        if self._doors:
-            found["admin"] = [format_address(sock.getsockname()[:2]) for sock in self._doors]
-        elif self._api_path is not None:
-            found["admin"] = [f"unix:{self._api_path}"]
-        if self._metrics:
-            found["metrics"] = [format_address(sock.getsockname()[:2]) for sock in self._metrics]
-        return found
+        found = {"admin": [_place(sock) for sock in self._admin], "metrics": [_place(sock) for sock in self._metrics]}
+        return {name: places for name, places in found.items() if places}
 
     def _bind_admin(self, config: Config, cleaning: ExitStack) -> None:
         admin = config.admin
         if admin is None:
             return
-        path = admin.socket_path
-        if path is None:
-            if admin.address is None:
-                raise AssertionError("an admin section that is neither a path nor an address")
-            self._doors = self._inherited.take("admin") or bind(admin.address)
-            for sock in self._doors:
-                cleaning.callback(sock.close)
-            # Behind the door the API stands on a socket that nobody else can reach.
-            path = Path(cleaning.enter_context(tempfile.TemporaryDirectory(prefix="frelay-"))) / "api.sock"
-        self._api_path = path
-        passed = [] if self._doors else self._inherited.take("admin")
-        if passed:
-            # systemd made the file, with the mode that its unit says, and removes it.
-            self._admin = passed[0]
-        else:
-            self._admin = bind_unix(path)
-            cleaning.enter_context(unlinked_at_end(path))
-        cleaning.callback(self._admin.close)
+        # One that systemd has bound: it made the file, with the mode that its unit says, and removes it.
+        self._admin = self._inherited.take("admin")
+        if not self._admin and admin.socket_path is not None:
+            self._admin = [bind_unix(admin.socket_path)]
+            cleaning.enter_context(unlinked_at_end(admin.socket_path))
+        elif not self._admin and admin.address is not None:
+            self._admin = bind(admin.address)
+        for sock in self._admin:
+            cleaning.callback(sock.close)
 
     def _bind_metrics(self, config: Config, cleaning: ExitStack) -> None:
         if config.metrics is not None:
@@ -114,30 +101,28 @@ class Servers:
         events = EventStream()
         with self._cleaning, self._office.journal.listen(events.note):
             async with trio.open_nursery() as nursery:
-                if self._admin is not None:
-                    app = api(self._office, events, is_own_host=self._is_own_host if self._doors else is_local_host)
-                    nursery.start_soon(_serve, app, self._admin, "admin API")
-                if self._doors and self._api_path is not None:
-                    nursery.start_soon(self._guard, self._api_path)
-                for sock in self._metrics:
-                    nursery.start_soon(_serve, metrics_app(self._office), sock, "metrics")
+                if self._admin:
+                    is_own_host = is_local_host if self._is_local else self._is_own_host
+                    app = api(self._office, events, is_own_host=is_own_host)
+                    admit: Admit = let_in if self._is_local else TlsDoor(self._needed_trust, self._allow)
+                    nursery.start_soon(partial(serve, app, self._admin, admit, read_timeout=None))
+                if self._metrics:
+                    app = metrics_app(self._office)
+                    nursery.start_soon(partial(serve, app, self._metrics, let_in, read_timeout=_METRICS_PATIENCE))
 
     def close(self) -> None:
         """Give everything back without having run."""
         self._cleaning.close()
 
-    async def _guard(self, api_path: Path) -> None:
-        def trust() -> OuterTls:
-            found = self._trust()
-            if found is None:
-                raise AssertionError("an admin API on TCP without [tls]; the configuration should not have loaded")
-            return found
+    def _needed_trust(self) -> OuterTls:
+        trust = self._trust()
+        if trust is None:
+            raise AssertionError("an admin API on TCP without [tls]; the configuration should not have loaded")
+        return trust
 
-        def allow():  # type: ignore[no-untyped-def]
-            admin = self._running().admin
-            return () if admin is None else admin.allow
-
-        await guard(self._doors, api_path, trust=trust, allow=allow)
+    def _allow(self) -> Sequence[Selector]:
+        admin = self._running().admin
+        return () if admin is None else admin.allow
 
     def _is_own_host(self, host: str) -> bool:
         """On TCP: this machine's own names, any address, or a name in the relay's certificate."""
@@ -157,8 +142,9 @@ def _is_address(host: str) -> bool:
     return False
 
 
-async def _serve(app, sock: socket.socket, what: str) -> None:  # type: ignore[no-untyped-def]
-    await serve(app, sock, what=what)
+def _place(sock: socket.socket) -> str:
+    place = sock.getsockname()
+    return f"unix:{place}" if isinstance(place, str) else format_address(place[:2])
 
 
 def _problem(config: Config, section: str, error: OSError) -> Problem:

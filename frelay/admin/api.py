@@ -15,7 +15,8 @@ from __future__ import annotations
 import json
 import re
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from typing import Annotated, Any, Final
@@ -23,7 +24,7 @@ from typing import Annotated, Any, Final
 import trio
 from fastapi import FastAPI, Header, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -81,6 +82,13 @@ class _Reader:
     news: trio.Event = field(default_factory=trio.Event)
     is_too_slow: bool = False
 
+    def tell(self, event: EventView) -> None:
+        if len(self.queue) >= _MAX_LAG:
+            self.is_too_slow = True
+        else:
+            self.queue.append(event)
+        self.news.set()
+
 
 class EventStream:
     """The journal as events with numbers, for any number of readers; a slow one is cut, and never slows the relay."""
@@ -97,33 +105,68 @@ class EventStream:
         event = EventView(id=next(self._numbers), kind=entry.kind, at=entry.at, data=_event_data(entry))
         self._kept.append(event)
         for reader in self._readers:
-            if len(reader.queue) >= _MAX_LAG:
-                reader.is_too_slow = True
-            else:
-                reader.queue.append(event)
-            reader.news.set()
+            reader.tell(event)
 
-    async def read(self, after: int | None) -> AsyncIterator[bytes]:
-        """Server-sent events from now on; with ``after``, the number of an event, what came since as far as kept."""
+    @contextmanager
+    def reader(self, after: int | None) -> Iterator[_Reader]:
+        """A reader of what comes from now on; with ``after``, an event's number, of what came since as far as kept."""
         reader = _Reader()
         if after is not None:
-            reader.queue.extend(event for event in self._kept if event.id > after)
+            for event in self._kept:
+                if event.id > after:
+                    reader.tell(event)
         self._readers.add(reader)
         try:
-            # Says at once that the stream is open; a client would otherwise wait for the first event to know.
-            yield b": frelay events\n\n"
-            while not reader.is_too_slow:
-                while reader.queue:
-                    event = reader.queue.popleft()
-                    text = json.dumps(event.model_dump(mode="json"))
-                    yield f"id: {event.id}\nevent: {event.kind}\ndata: {text}\n\n".encode()
-                reader.news = trio.Event()
-                with trio.move_on_after(_HEARTBEAT) as pause:
-                    await reader.news.wait()
-                if pause.cancelled_caught:
-                    yield b": still here\n\n"
+            yield reader
         finally:
             self._readers.discard(reader)
+
+
+class _EventResponse(Response):
+    """An endless answer: server-sent events until the client goes, or is too slow.
+
+    A class and not a generator in a StreamingResponse, which nobody would close in time.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: EventStream, after: int | None) -> None:
+        super().__init__(headers={"cache-control": "no-store"})
+        del self.headers["content-length"]
+        self._events: Final = events
+        self._after: Final = after
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def wait_gone() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            nursery.cancel_scope.cancel(reason="the reader of this event stream has gone")
+
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        with self._events.reader(self._after) as reader:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(wait_gone)
+                await self._tell(reader, send)
+                nursery.cancel_scope.cancel(reason="the reader of this event stream is too slow")
+
+    async def _tell(self, reader: _Reader, send: Send) -> None:
+        async def put(text: str) -> None:
+            await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+
+        # Says at once that the stream is open; a client would otherwise wait for the first event to know.
+        await put(": frelay events\n\n")
+        while True:
+            while reader.queue:
+                event = reader.queue.popleft()
+                await put(f"id: {event.id}\nevent: {event.kind}\ndata: {json.dumps(event.model_dump(mode='json'))}\n\n")
+            if reader.is_too_slow:
+                break
+            reader.news = trio.Event()
+            with trio.move_on_after(_HEARTBEAT) as pause:
+                await reader.news.wait()
+            if pause.cancelled_caught:
+                await put(": still here\n\n")
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def _event_data(entry: Entry) -> dict[str, Any]:
@@ -328,17 +371,15 @@ def _add_looks(app: FastAPI, office: desk.Office, events: EventStream) -> None:
     @app.get(
         "/v1/events",
         summary="What happens, as it happens (server-sent events)",
-        response_class=StreamingResponse,
+        response_class=_EventResponse,
         responses={200: {"content": {"text/event-stream": {}}, "description": "An endless stream of EventView"}},
     )
     async def event_stream(
         last_event_id: Annotated[str | None, Header(description="The last event that the caller has.")] = None,
-    ) -> StreamingResponse:
+    ) -> Response:
         known = last_event_id is not None and last_event_id.isascii() and last_event_id.isdigit()
         after = int(last_event_id[:18]) if known and last_event_id is not None else None
-        return StreamingResponse(
-            events.read(after), media_type="text/event-stream", headers={"cache-control": "no-store"}
-        )
+        return _EventResponse(events, after)
 
 
 def _add_changes(app: FastAPI, office: desk.Office) -> None:

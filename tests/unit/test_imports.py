@@ -88,7 +88,7 @@ HOUSE: Final = (
     Room(
         "admin",
         "errors protocol journal sockets tls",
-        "fastapi starlette anycorn pydantic trio structlog",
+        "fastapi starlette hypercorn pydantic trio structlog",
         "what an operator sees and changes; it asks an Office, and does not know whose",
     ),
     Room("office", "admin config config.store errors journal lobby protocol", "", "the relay's side of that"),
