@@ -32,10 +32,10 @@ from difflib import SequenceMatcher
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from frelay.choice import Fit, TurnedAway, choose, fits
-from frelay.config.model import Config, Route
+from frelay.config.model import Config, Dial, Party, Route
 from frelay.config.plan import listener_key
 from frelay.protocol.identity import Kind, Name, OddName, Selector, dns_name
-from frelay.protocol.messages import Join
+from frelay.protocol.messages import Join, PartyName
 from frelay.tls.context import OuterTls, Rejection
 from frelay.tls.facts import CertificateFacts, Claim, certificate_facts, iso
 from frelay.tls.identity import identities
@@ -59,6 +59,7 @@ _STAGES: Final[tuple[tuple[str, frozenset[int]], ...]] = (
     ("signature and dates", frozenset({4, 6, 7, 9, 10, 13, 14, 76, 77, 78})),
     ("name constraints", frozenset({47, 48, 49, 51, 52, 53})),
 )
+_PARTIES: Final[tuple[PartyName, ...]] = ("func1", "func2")
 _HINTS: Final = 8
 # Two letters changed places in a name of ten: 0.9. Names of one domain that have no more than that in common: 0.7.
 _ALIKE: Final = 0.85
@@ -350,7 +351,7 @@ def _route(
     except TurnedAway as turned:
         text = f"fits none of {len(asked)} routes" if only is None else f"fits neither party of route {only.name}"
         if only is not None:
-            text += "".join(f"; {party} is {_wanted(only, party)}" for party in ("func1", "func2"))
+            text += "".join(f"; {party} is {_wanted(only, party)}" for party in _PARTIES)
         remedy = (
             "issue a certificate with a name that the route wants, or add one of this certificate's names to the "
             f"route{'' if only is None else f' in {only.source}'}"
@@ -360,10 +361,17 @@ def _route(
     raise AssertionError("a route chosen for a certificate that fits none")
 
 
-def _wanted(route: Route, party: str) -> str:
-    selectors = [str(one) for one in getattr(route, party)]
+def _wanted(route: Route, party: PartyName) -> str:
+    side = _side(route, party)
+    if isinstance(side, Dial):
+        return f"no function ({side})"
+    selectors = [str(one) for one in side]
     more = f" or {len(selectors) - _HINTS} more" if len(selectors) > _HINTS else ""
     return " or ".join(selectors[:_HINTS]) + more
+
+
+def _side(route: Route, party: PartyName) -> Party:
+    return route.func1 if party == "func1" else route.func2
 
 
 def _how_to_ask(route: Route, parties: Sequence[Fit], neighbours: int) -> str | None:
@@ -385,10 +393,10 @@ def _hints(facts: CertificateFacts, routes: Sequence[Route]) -> Iterator[str]:
     """Where a claim of the certificate comes near what a route wants, best first, each said once."""
     selectors: dict[Selector, str] = {}
     for route in routes:
-        for party in ("func1", "func2"):
-            for one in getattr(route, party):
-                if isinstance(one, Selector):
-                    selectors.setdefault(one, f"{party} of route {route.name}")
+        for party in _PARTIES:
+            side = _side(route, party)
+            for one in () if isinstance(side, Dial) else side:
+                selectors.setdefault(one, f"{party} of route {route.name}")
     ranked: dict[str, int] = {}
     for selector, whose in selectors.items():
         for claim in facts.claims:

@@ -181,6 +181,14 @@ def test_whoever_fits_both_parties_must_say_which(site: Site) -> None:
     assert fit.note == "it fits both parties: say which, by JOIN.party"
 
 
+def test_a_party_that_is_a_place_wants_no_certificate(site: Site) -> None:
+    routes = DEMO.replace('"dns:func2.demo"', '{ dial = "127.0.0.1:5432" }')
+    assert judged(site, site.credentials["func1"], routes).refusal is None
+    objection = judged(site, site.ca.party(dns=["fucn1.demo"]), routes, route="demo").objection
+    assert objection is not None
+    assert objection.text.endswith("func1 is dns:func1.demo; func2 is no function (dial 127.0.0.1:5432)")
+
+
 def test_plain_routes_look_at_no_certificate(site: Site) -> None:
     stranger = TestAuthority("other CA").party(dns=["x.demo"])
     verdict = judged(site, stranger, DEMO + PLAIN)
