@@ -24,8 +24,9 @@ from typing import Annotated, Any, Final
 import trio
 from fastapi import FastAPI, Header, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from frelay import __version__
@@ -323,7 +324,14 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
         words = {404: "not-found", 405: "method-not-allowed", 400: "invalid"}
-        return _problem(error.status_code, words.get(error.status_code, "invalid"), error.detail, headers=error.headers)
+        headers = {"allow": _allowed(app, request.scope)} if error.status_code == 405 else error.headers
+        return _problem(error.status_code, words.get(error.status_code, "invalid"), error.detail, headers=headers)
+
+
+def _allowed(app: FastAPI, scope: Scope) -> str:
+    """The methods of a path. Starlette knows those of the first route that matches, and each method is a route here."""
+    routes = [route for route in app.routes if isinstance(route, Route) and route.matches(scope)[0] is not Match.NONE]
+    return ", ".join(sorted({method for route in routes for method in route.methods or ()}))
 
 
 def _key_path(place: tuple[Any, ...]) -> str:
@@ -371,7 +379,7 @@ def _add_looks(app: FastAPI, office: desk.Office, events: EventStream) -> None:
     @app.get(
         "/v1/events",
         summary="What happens, as it happens (server-sent events)",
-        response_class=_EventResponse,
+        response_class=StreamingResponse,
         responses={200: {"content": {"text/event-stream": {}}, "description": "An endless stream of EventView"}},
     )
     async def event_stream(
