@@ -10,27 +10,30 @@ the same code and the same sentence, whether the route asked for exists or not.
 
 from __future__ import annotations
 
+import math
 import socket
 from collections.abc import Awaitable, Callable, Hashable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import structlog
 import trio
 
-from frelay.admission import Slot
+from frelay.admission import Admission, Slot
 from frelay.config.model import Limits, TcpSection
+from frelay.dial import bring_service
 from frelay.errors import ConnectionBroken, RemoteProtocolError
 from frelay.frameless import BareLeg, HelloLeg, PlainLeg
 from frelay.journal import HandshakeDone, Journal, LegRefused, LegWaits
 from frelay.leg import LINGER_TIME, Departure, FramedLeg, Leg, TlsLeg
-from frelay.lobby import Taken, Withdrawn
+from frelay.lobby import Place, Taken, Withdrawn
 from frelay.pairing import Pairing
 from frelay.protocol.messages import Join, Mode, Refused, Waiting
-from frelay.route import Fit, LiveRoute
+from frelay.route import Fit, LiveRoute, Service
 from frelay.sockets import TlsFault, close, close_after_linger, format_address, tune
 from frelay.tickets import TICKET_LINE_LENGTH, TicketDesk, TicketOffice, parse_ticket_line
-from frelay.tls.context import ALPN, OuterTls, Rejection, VerifiedPeer, verified_peer
+from frelay.tls.context import ALPN, EXPIRED, OuterTls, Rejection, VerifiedPeer, verified_peer
 from frelay.tls.stream import TlsStream
 
 __all__ = ["Door", "receive"]
@@ -59,6 +62,8 @@ class Door:
     """Which listener it is; a ticket is good at the one where it was issued."""
     tickets: TicketOffice
     journal: Journal
+    admission: Admission
+    """Where a connection to a service gets its slot."""
 
 
 class _TurnedAway(Exception):
@@ -327,16 +332,18 @@ class _Guest:
             await self._wait(leg, route, limit)
 
     async def _wait(self, leg: Leg, route: LiveRoute, limit: float) -> None:
-        limits = self._door.limits
         departure: Departure | None = None
         self.log.info("waiting", seconds=limit, mode=leg.mode)
         self._door.journal.note(
             LegWaits(route=route.name, party=leg.party, identity=leg.identity, address=leg.address, mode=leg.mode)
         )
-        with trio.CancelScope(deadline=trio.current_time() + limit) as scope:
+        # A call to a service ends by itself at the same limit, and can say why it came to nothing.
+        patience = math.inf if route.service else trio.current_time() + limit
+        expiry = leg.expires_at()
+        with trio.CancelScope(deadline=min(patience, expiry)) as scope:
             seat = route.lobby.enter(leg, lambda: scope.cancel(reason="a verdict about this leg has fallen"))
             try:
-                departure = await leg.attend(ping_interval=limits.ping_interval, pong_timeout=limits.pong_timeout)
+                departure = await self._attend(seat, route, limit)
             finally:
                 route.lobby.leave(seat)
                 if isinstance(seat.verdict, Taken):
@@ -345,6 +352,8 @@ class _Guest:
             return
         if isinstance(seat.verdict, Withdrawn):
             await self._withdraw(leg, seat.verdict)
+        elif departure is None and expiry < patience:
+            await self._refuse(leg, Refused(EXPIRED.code, EXPIRED.reason), EXPIRED.reason)
         elif departure is None:
             text = f"nobody came within {limit:g} s"
             await self._refuse(leg, Refused("wait-timeout", text, retry_after=0.0), text)
@@ -352,6 +361,26 @@ class _Guest:
             await self._refuse(leg, departure.refusal, departure.detail)
         else:
             self.log.info("left", reason=departure.detail)
+
+    async def _attend(self, seat: Place, route: LiveRoute, limit: float) -> Departure:
+        """Look after the leg while it waits, and dial the service that it waits for, if its route has one."""
+        limits, service = self._door.limits, route.service
+        attend = partial(seat.leg.attend, ping_interval=limits.ping_interval, pong_timeout=limits.pong_timeout)
+        if service is None:
+            return await attend()
+        async with trio.open_nursery() as beside:
+            beside.start_soon(self._call, service, seat, route, limit)
+            departure = await attend()
+            beside.cancel_scope.cancel(reason="the caller has gone")
+        return departure
+
+    async def _call(self, service: Service, seat: Place, route: LiveRoute, limit: float) -> None:
+        door = self._door
+        pairing = await bring_service(
+            seat, route, service, limit=limit, tcp=door.tcp, admission=door.admission, journal=door.journal
+        )
+        if pairing is not None:
+            door.start_pairing(pairing, route)
 
     # --- refusals ----------------------------------------------------------------------------------------------
 

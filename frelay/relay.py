@@ -16,23 +16,25 @@ references, stop what is gone. So a bad file changes nothing at all.
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 import trio
 
 from frelay.admission import Admission, raise_descriptor_limit
 from frelay.config.load import load
-from frelay.config.model import Config, Dial, Route
+from frelay.config.model import Config, Route
 from frelay.config.plan import Plan, listener_key, plan
 from frelay.config.store import RouteFileEdit
 from frelay.config.watch import Watcher
 from frelay.errors import ConfigError, Problem
+from frelay.inspection import judge_again
 from frelay.journal import Draining, Journal, PairingEnded, PairingStarted, Reloaded, ReloadRefused
 from frelay.listener import Listener
 from frelay.lobby import Withdrawn
@@ -46,6 +48,9 @@ from frelay.systemd import RESERVED, Inherited, ServiceManager
 from frelay.tickets import TicketOffice
 from frelay.tls.context import OuterTls, load_outer_tls, openssl_version
 
+if TYPE_CHECKING:
+    from frelay.servers import Servers
+
 __all__ = ["Relay", "prepare"]
 
 # What a function that was waiting is told to wait before it dials again, while this relay goes away.
@@ -56,17 +61,10 @@ _RELOAD_PAUSE: Final = 0.1
 
 def prepare(config: Config) -> OuterTls | None:
     """Load what the configuration refers to; raises ConfigError. This and loading the file is `frelay check`."""
-    problems = [
-        Problem(
-            route.source, "is not in this version: name the function that dials in", key=f"route[{route.name}].{key}"
-        )
-        for route in config.routes
-        for key in ("func1", "func2")
-        if isinstance(getattr(route, key), Dial)
-    ]
-    if problems:
-        raise ConfigError(problems)
-    return None if config.tls is None else load_outer_tls(config.tls, source=config.path)
+    if config.tls is None:
+        return None
+    serves_http = config.admin is not None and config.admin.address is not None
+    return load_outer_tls(config.tls, source=config.path, serves_http=serves_http)
 
 
 @dataclass(slots=True)
@@ -105,11 +103,13 @@ class Relay:
         self._tickets: Final = TicketOffice()
         self._draining: Final = trio.Event()
         self._reload_wanted = trio.Event()
+        self._inspection_due = trio.Event()
         self._doors: trio.Nursery | None = None
         self._pairings: trio.Nursery | None = None
         self._retired: Final[set[LiveRoute]] = set()
         """Routes that were removed or replaced and still have pairings."""
         self._was_cut = False
+        self._servers: Servers | None = None
         self._attempted = config
         """The last configuration that could be read; if it was refused for another file, that file is watched, too."""
         self._now = _Running(config=config, trust=None, routes={}, listeners={}, tables={})
@@ -137,6 +137,20 @@ class Relay:
     def trust(self) -> OuterTls | None:
         """The certificates in force; None without ``[tls]``."""
         return self._now.trust
+
+    @property
+    def openssl(self) -> str:
+        """The version of the OpenSSL that speaks for it."""
+        return openssl_version()
+
+    @property
+    def served(self) -> dict[str, list[str]]:
+        """Where its HTTP servers really listen, by ``admin`` and ``metrics``."""
+        return {} if self._servers is None else self._servers.bound
+
+    def age(self, moment: float) -> float:
+        """Seconds since ``moment`` on the clock that lobbies and pairings go by."""
+        return trio.current_time() - moment
 
     @property
     def admission(self) -> Admission:
@@ -181,10 +195,12 @@ class Relay:
                 await root.start(self._obey_signals)
                 async with trio.open_nursery() as self._pairings, trio.open_nursery() as self._doors:
                     self._take_over(first, trust, plan(None, first), self._open_missing(first))
+                    self._start_servers(first, root)
                     self._warn_of_unclaimed_sockets(first)
                     self._log.info("ready", routes=len(first.routes), openssl=openssl_version())
                     self._service_manager.ready(self._status())
                     root.start_soon(self._reload_when_asked)
+                    root.start_soon(self._inspect_when_due)
                     if self._watch_files:
                         root.start_soon(self._watch, watcher)
                     task_status.started()
@@ -200,6 +216,24 @@ class Relay:
         self._log.info("stopped", clean=not self._was_cut)
         return 1 if self._was_cut else 0
 
+    def _start_servers(self, config: Config, root: trio.Nursery) -> None:
+        """Bind and start the HTTP servers; they last until the root ends, so that a drain can be watched."""
+        if config.admin is None and config.metrics is None:
+            return
+        # Here, because FastAPI and what it brings take half a second, which a relay without a server need not spend.
+        from frelay.office import RelayOffice
+        from frelay.servers import Servers
+
+        self._servers = Servers(
+            config,
+            RelayOffice(self),
+            running=lambda: self._now.config,
+            trust=lambda: self._now.trust,
+            inherited=self._inherited,
+        )
+        root.start_soon(self._servers.run)
+        self._log.info("serving", **{name: ", ".join(places) for name, places in self._servers.bound.items()})
+
     def _door(self, key: Hashable) -> Callable[[], Door]:
         def door() -> Door:
             now = self._now
@@ -212,6 +246,7 @@ class Relay:
                 listener=key,
                 tickets=self._tickets,
                 journal=self.journal,
+                admission=self._admission,
             )
 
         return door
@@ -264,14 +299,22 @@ class Relay:
         old_routes = now.routes
         keep = {kept.route.name for kept in changes.keep}
         now.config, now.trust = new, trust
+        self._inspection_due.set()
+        ends = new.relay.policy_ends_pairings
         now.routes = {}
         now.tables = {key: {} for key in needed}
         for route in new.routes:
             if route.name in keep:
                 live = old_routes[route.name]
-                live.retune(route, new.limits)
+                live.retune(route, new.limits, policy_ends_pairings=ends)
             else:
-                live = LiveRoute(route, new.limits, forwarding=self._forwarding, trust=lambda: self._now.trust)
+                live = LiveRoute(
+                    route,
+                    new.limits,
+                    policy_ends_pairings=ends,
+                    forwarding=self._forwarding,
+                    trust=lambda: self._now.trust,
+                )
             now.routes[route.name] = live
             now.tables[listener_key(route)][route.name] = live
         self._admission.limits = new.limits
@@ -347,11 +390,31 @@ class Relay:
     def _retire(self, live: LiveRoute) -> None:
         if live.pairings:
             self._retired.add(live)
+        settings = self._now.config.relay
+        patience = settings.drain_timeout if settings.policy_ends_pairings else math.inf
         live.close(
             Withdrawn(Refused("route-removed", f"the route {live.name!r} was removed or replaced", retry_after=1.0)),
             outcome=Outcome.ROUTE_REMOVED,
-            cut_at=trio.current_time() + self._now.config.relay.drain_timeout,
+            cut_at=trio.current_time() + patience,
         )
+
+    async def _inspect_when_due(self) -> None:
+        """After each reload: those who are in came in by certificates and lists that may not be the ones in force."""
+        while True:
+            await self._inspection_due.wait()
+            self._inspection_due = trio.Event()
+            now = self._now
+            if now.trust is None:
+                continue
+            try:
+                await judge_again(
+                    [*now.routes.values(), *self._retired],
+                    now.trust,
+                    ends_pairings=now.config.relay.policy_ends_pairings,
+                )
+            except Exception:
+                # As with a reload: what nobody thought of must not end the pairings of everybody.
+                self._log.exception("a bug in frelay ended the inspection after this reload")
 
     def request_reload(self) -> None:
         """Ask for a reload; several requests in a short time make one."""
@@ -475,13 +538,14 @@ class Relay:
         if self._draining.is_set():
             return
         timeout = self._now.config.relay.drain_timeout
-        self._log.info("draining", reason=reason, pairings=len(self.pairings), seconds=timeout)
         self._draining.set()
         self._service_manager.stopping(f"draining, {len(self.pairings)} pairings are left to end", timeout)
         self.journal.note(Draining(reason=reason, seconds=timeout))
         refusal = Refused("draining", "this relay is going away", retry_after=_RECONNECT_IN)
         for listener in self._now.listeners.values():
             listener.stop()
+        # Only now: who reads this and starts a successor must find the address free.
+        self._log.info("draining", reason=reason, pairings=len(self.pairings), seconds=timeout)
         for route in (*self._now.routes.values(), *self._retired):
             route.close(
                 Withdrawn(refusal, reconnect_in=_RECONNECT_IN),

@@ -5,7 +5,10 @@ Every maker gives two ends that are connected to each other; the caller closes b
 
 from __future__ import annotations
 
+import fcntl
 import socket
+import sys
+import termios
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -17,7 +20,16 @@ from frelay.tls.context import load_outer_tls
 from frelay.tls.stream import TlsStream
 from rig import Site
 
-__all__ = ["ClientStream", "SocketMaker", "client_context", "server_context", "tcp_pair", "tls_over", "unix_pair"]
+__all__ = [
+    "ClientStream",
+    "SocketMaker",
+    "client_context",
+    "clog",
+    "server_context",
+    "tcp_pair",
+    "tls_over",
+    "unix_pair",
+]
 
 SocketMaker: TypeAlias = Callable[[int | None], tuple[socket.socket, socket.socket]]
 """Gives two non-blocking ends; the argument is the size of their kernel buffers, None for the system's."""
@@ -51,6 +63,16 @@ def unix_pair(buffer: int | None = None) -> tuple[socket.socket, socket.socket]:
         if buffer is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
     return one, other
+
+
+def clog(sock: socket.socket, send: Callable[[bytes], object]) -> None:
+    """Fill a socket of :func:`unix_pair` to the brim with whole writes; the next one must wait.
+
+    TCP cannot be filled for good: it goes on moving bytes behind our back.
+    """
+    limit = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+    while int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder) < limit:
+        send(b"x")
 
 
 class ClientStream(TlsStream):

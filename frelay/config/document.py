@@ -287,7 +287,7 @@ def explain(error: Mapping[str, Any], model: type[Section]) -> str:
         return "is required"
     if kind == "extra_forbidden":
         # The only table inside a table is { dial = "HOST:PORT" }.
-        known = model.model_fields if len(error["loc"]) == 1 else ("dial",)
+        known = model.model_fields if len(error["loc"]) == 1 else ("dial", "connect_timeout")
         return unknown_key(str(error["loc"][-1]), known)
     if kind in _TYPES:
         return f"must be {_TYPES[kind]}, not {shown(value)}"

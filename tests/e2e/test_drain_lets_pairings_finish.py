@@ -87,6 +87,26 @@ async def test_five_transfers_of_8_mib_are_completed(site: Site, number: signal.
         assert relay.logged("stopped", clean=True)
 
 
+async def test_the_doors_are_shut_before_it_is_said(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TESTPLAN 45: who reads in the log that the relay drains cannot come in any more, not even in the same moment."""
+    answers: list[int] = []
+    async with site.relay(OPEN) as relay:
+        port = relay.port()
+
+        class DialsAtOnce:
+            """A log whose reader is as quick as can be."""
+
+            def info(self, event: str, **fields: object) -> None:
+                if event == "draining":
+                    answers.append(connect(port))
+
+        assert connect(port) == 0
+        monkeypatch.setattr(relay.relay, "_log", DialsAtOnce())
+        relay.relay.drain(reason="the test says so")
+        monkeypatch.undo()
+    assert answers == [errno.ECONNREFUSED]
+
+
 async def test_at_the_deadline_what_is_left_is_cut(site: Site) -> None:
     """TESTPLAN 45: outcome drained, cut by RST in every mode, exit code 1, and not before the time."""
     limit = 1.0

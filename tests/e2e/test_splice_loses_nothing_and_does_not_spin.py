@@ -13,7 +13,7 @@ import pytest
 import trio
 
 from ends import OPEN, End, Mode, block, join_ends, pause_reading
-from frelay.tcp import unacknowledged
+from kernel import fill, has_arrived, rests
 from rig import RelayInProcess, RelayProcess, Site, eventually
 
 MIB = 1024 * 1024
@@ -150,79 +150,55 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-async def fill(end: End) -> None:
-    """Send until nothing moves any more. In TLS the last record stays in half, so nothing can follow it."""
-    data = block(MIB)
-    # What does not fit here is in the relay's receive buffer, and stays there when let_the_end_arrive has made room.
-    end.party.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
-    with trio.move_on_after(0.4) as patience:
-        while True:
-            if end.is_tls:
-                await end.send(data[:16384])
-            else:
-                await trio.lowlevel.wait_writable(end.party.socket)
-                await end.party.socket.send(data)
-            patience.deadline = trio.current_time() + 0.4
-
-
-async def idle(one: End, two: End) -> None:
+async def idle(relay: RelayProcess, one: End, two: End) -> None:
     """Nothing to do at all."""
 
 
-async def chatted(one: End, two: End) -> None:
+async def chatted(relay: RelayProcess, one: End, two: End) -> None:
     """There was something to do, and it is over."""
     async with trio.open_nursery() as nursery:
         nursery.start_soon(one.send, block(MIB))
         await two.receive_exactly(MIB)
 
 
-async def half_closed(one: End, two: End) -> None:
+async def half_closed(relay: RelayProcess, one: End, two: End) -> None:
     """One socket is at its end for ever."""
     await one.send_eof()
     assert await two.receive() == b""
 
 
-async def blocked(one: End, two: End) -> None:
+async def blocked(relay: RelayProcess, one: End, two: End) -> None:
     """The sink is full, and the source is readable all the time."""
-    await fill(one)
+    await fill(relay, one, two)
 
 
-async def blocked_both_ways(one: End, two: End) -> None:
+async def blocked_both_ways(relay: RelayProcess, one: End, two: End) -> None:
     """Both sinks are full, and both sources are readable."""
-    await fill(one)
-    await fill(two)
+    await fill(relay, one, two)
+    await fill(relay, two, one)
 
 
-async def let_the_end_arrive(one: End, two: End) -> None:
-    """Take as much at the sink as it needs for FIN to reach the relay, and no more."""
-    await one.send_eof()
-    while unacknowledged(one.party.socket._sock):  # type: ignore[attr-defined]
-        await two.receive(4096)
-        await trio.sleep(0.002)  # for the relay and its ACK, or more would be taken than was needed
-
-
-async def blocked_and_ended(one: End, two: End) -> None:
+async def blocked_and_ended(relay: RelayProcess, one: End, two: End) -> None:
     """The source has sent FIN behind what the sink does not take."""
-    await fill(one)
-    await let_the_end_arrive(one, two)
+    await fill(relay, one, two)
+    await one.send_eof()
+    await has_arrived(one)
 
 
-async def shut_both_ways(one: End, two: End) -> None:
+async def shut_both_ways(relay: RelayProcess, one: End, two: End) -> None:
     """epoll reports HUP for the source without being asked, again and again, and nothing can be done about it."""
-    await fill(one)
-    await let_the_end_arrive(one, two)
+    await blocked_and_ended(relay, one, two)
     await two.send_eof()
     assert await one.receive() == b""
 
 
-async def closed(one: End, two: End) -> None:
+async def closed(relay: RelayProcess, one: End, two: End) -> None:
     """The source's party has closed its socket altogether, behind what the sink does not take."""
-    await fill(one)
-    await let_the_end_arrive(one, two)
+    await blocked_and_ended(relay, one, two)
     one.party.close()
 
 
-Situation = Callable[[End, End], Awaitable[None]]
+Situation = Callable[[RelayProcess, End, End], Awaitable[None]]
 ANY_MODE: list[Situation] = [idle, chatted, half_closed, blocked]
 RAW_SOURCE: list[Situation] = [*ANY_MODE, blocked_both_ways, blocked_and_ended]
 RAW: list[Situation] = [*RAW_SOURCE, shut_both_ways, closed]
@@ -251,10 +227,11 @@ async def test_a_relay_that_can_move_nothing_uses_no_cpu(
     """TESTPLAN 28: less than 5 % of a core, with a pairing in each plight that a pump can be in."""
     async with site.process(OPEN) as relay:
         pairs = [await join_ends(site, relay, mode1, mode2) for _ in situations]
-        async with trio.open_nursery() as nursery:
-            for (one, two), situation in zip(pairs, situations, strict=True):
-                pause_reading(two, 32768)
-                nursery.start_soon(situation, one, two)
+        # One after the other: whether the relay rests could not be told while others keep it busy.
+        for (one, two), situation in zip(pairs, situations, strict=True):
+            pause_reading(two, 32768)
+            await situation(relay, one, two)
+        await rests(relay)
         share = await share_of_a_core(relay)
         assert not relay.logged("pairing ended")
     assert share < IDLE_SHARE

@@ -14,6 +14,7 @@ from frelay.client.trio import TrioWire
 from frelay.client.wire import inner_context
 from frelay.protocol.messages import Paired
 from rig import Site
+from streams import clog, unix_pair
 
 PAIRED = Paired("0", "demo", "dns:other.demo", "client", "handoff")
 
@@ -69,19 +70,23 @@ async def test_the_wire_is_a_half_closeable_stream(
     monkeypatch.setattr("frelay.client.trio.FAREWELL", 0.02)
     monkeypatch.setattr("frelay.client.trio.LONGEST_FAREWELL", 0.1)
 
-    async def make() -> tuple[TrioWire, TrioWire]:
-        one, two = await sockets()
+    def wires(one: trio.SocketStream, two: trio.SocketStream) -> tuple[TrioWire, TrioWire]:
         client, server = engines(contexts, in_tunnel=in_tunnel)
         return TrioWire(one, client, PAIRED), TrioWire(two, server, PAIRED)
 
+    async def make() -> tuple[TrioWire, TrioWire]:
+        return wires(*await sockets())
+
     async def make_clogged() -> tuple[TrioWire, TrioWire]:
-        one, two = await make()
-        for wire in (one, two):
-            wire._transport.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-            with trio.move_on_after(0.2):
-                while True:
-                    wire._engine.write(b"x" * 65536)
-                    await wire._transport.send_all(wire._engine.take())
+        ends = unix_pair(4096)
+        one, two = wires(*(trio.SocketStream(trio.socket.from_stdlib_socket(end)) for end in ends))
+        for wire, sock in ((one, ends[0]), (two, ends[1])):
+
+            def send(data: bytes, wire: TrioWire = wire, sock: socket.socket = sock) -> None:
+                wire._engine.write(data)
+                sock.sendall(wire._engine.take())
+
+            clog(sock, send)
         return one, two
 
     await trio.testing.check_half_closeable_stream(make, make_clogged)

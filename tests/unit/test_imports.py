@@ -70,16 +70,31 @@ HOUSE: Final = (
     Room("pairing", f"{LEAVES} leg pump readiness sockets", "trio structlog", "two legs, and how they ended"),
     Room("route", f"{LEAVES} config tls leg lobby pairing", "trio", "the one decision: who meets whom"),
     Room(
+        "dial",
+        f"{LEAVES} journal config admission sockets leg frameless lobby pairing route",
+        "trio structlog",
+        "the one place where the relay opens a connection",
+    ),
+    Room(
         "reception",
-        f"{LEAVES} journal config admission sockets tls tickets leg frameless lobby pairing route",
+        f"{LEAVES} journal config admission sockets tls tickets leg frameless lobby pairing route dial",
         "trio structlog",
         "from accept to paired or gone",
     ),
+    Room("inspection", "outcome tls route", "trio", "judges again who is in, whatever they are doing"),
     Room("listener", f"{LEAVES} config admission sockets reception", "trio structlog", "one address"),
+    Room(
+        "admin",
+        "errors protocol journal sockets tls",
+        "fastapi starlette anycorn pydantic trio structlog",
+        "what an operator sees and changes; it asks an Office, and does not know whose",
+    ),
+    Room("office", "admin config config.store errors journal lobby protocol", "", "the relay's side of that"),
+    Room("servers", "admin config errors sockets systemd tls", "trio", "loaded only where a route file asks for them"),
     Room(
         "relay",
         f"{LEAVES} journal config config.store config.watch admission tls tickets lobby pump pairing route reception "
-        "listener systemd",
+        "inspection listener systemd office servers",
         "trio structlog",
         "the nursery tree",
     ),

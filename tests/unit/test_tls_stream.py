@@ -6,12 +6,9 @@ own stream with the client's part, where Trio's generic checks want the same kin
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import socket
 import ssl
-import sys
-import termios
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -32,21 +29,11 @@ from frelay.sockets import RawStream
 from frelay.tls.stream import TlsStream
 from records import ALERT, CLOSE_NOTIFY, HANDSHAKE, PLAIN_CLOSE_NOTIFY, RecordForge, log_keys
 from rig import Party, Site, eventually
-from streams import SocketMaker, client_context, server_context, tcp_pair, tls_over, unix_pair
+from streams import SocketMaker, client_context, clog, server_context, tcp_pair, tls_over, unix_pair
 
 PATIENCE = 20.0
 
 # --- makers --------------------------------------------------------------------------------------------------------
-
-
-def clog(sock: socket.socket, send: Callable[[bytes], object]) -> None:
-    """Fill a socket of :func:`unix_pair` to the brim with whole writes; the next one must wait.
-
-    TCP cannot be filled for good: it goes on moving bytes behind our back.
-    """
-    limit = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
-    while int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder) < limit:
-        send(b"x")
 
 
 async def tls_pair(site: Site, sockets: SocketMaker, *, clogged: bool = False) -> tuple[TlsStream, TlsStream]:

@@ -1,0 +1,382 @@
+"""The admin API: HTTP around an :class:`~frelay.admin.office.Office`, described by itself at ``/openapi.json``.
+
+Whoever reaches it has been let in already: by the mode of a Unix socket, or by the client certificate that
+:mod:`frelay.admin.door` asked for. What is left to guard against is a browser that somebody else steers. So ``Host``
+must be a name that this relay goes by (a rebound DNS name is not), ``Origin``, where a browser sends one, must be the
+same place, and nothing changes on GET. A body may have 64 KiB, which is a hundred times what a route needs.
+
+Two callers who edit one route at a time must not undo each other: a route has an ``ETag``, ``If-Match`` makes a change
+conditional on it, and ``If-None-Match: *`` makes a PUT add and never replace. PUT and DELETE are done when they are
+answered: listening, and on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import count
+from typing import Annotated, Any, Final
+
+import trio
+from fastapi import FastAPI, Header, Path, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from frelay import __version__
+from frelay.admin import office as desk
+from frelay.admin.model import (
+    DialBody,
+    EventView,
+    PairingsView,
+    Problems,
+    ProblemView,
+    ReloadedView,
+    RouteBody,
+    RoutesView,
+    RouteView,
+    StatusView,
+)
+from frelay.journal import Entry, HandshakeDone, PairingEnded, ReloadRefused
+
+__all__ = ["EventStream", "api", "is_local_host"]
+
+_MAX_BODY: Final = 64 * 1024
+_BODY_TIME: Final = 10.0
+# A proxy or a NAT in between forgets silent connections; a comment a few times a minute keeps them.
+_HEARTBEAT: Final = 15.0
+# What a reader that reconnects may have missed and still gets; and how far one may lag behind before it is cut.
+_EVENTS_KEPT: Final = 256
+_MAX_LAG: Final = 1024
+
+_STATUS: Final[Mapping[type[desk.OfficeError], tuple[int, str]]] = {
+    desk.Unknown: (404, "not-found"),
+    desk.Invalid: (422, "invalid"),
+    desk.Conflict: (409, "conflict"),
+    desk.PreconditionFailed: (412, "precondition-failed"),
+    desk.Unwritable: (507, "not-writable"),
+    desk.Stopping: (503, "draining"),
+}
+
+_LOCAL: Final = frozenset({"localhost", "127.0.0.1", "[::1]"})
+
+
+def is_local_host(host: str) -> bool:
+    """Whether a ``Host`` header names this machine as nothing but itself can: no DNS answer can lead there."""
+    return host in _LOCAL
+
+
+# --- events ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Reader:
+    """One open event stream."""
+
+    queue: deque[EventView] = field(default_factory=deque)
+    news: trio.Event = field(default_factory=trio.Event)
+    is_too_slow: bool = False
+
+
+class EventStream:
+    """The journal as events with numbers, for any number of readers; a slow one is cut, and never slows the relay."""
+
+    def __init__(self) -> None:
+        self._numbers: Final = count(1)
+        self._kept: Final[deque[EventView]] = deque(maxlen=_EVENTS_KEPT)
+        self._readers: Final[set[_Reader]] = set()
+
+    def note(self, entry: Entry) -> None:
+        """The journal's listener."""
+        if isinstance(entry, HandshakeDone):
+            return  # for the metrics; nobody can tell whose it was
+        event = EventView(id=next(self._numbers), kind=entry.kind, at=entry.at, data=_event_data(entry))
+        self._kept.append(event)
+        for reader in self._readers:
+            if len(reader.queue) >= _MAX_LAG:
+                reader.is_too_slow = True
+            else:
+                reader.queue.append(event)
+            reader.news.set()
+
+    async def read(self, after: int | None) -> AsyncIterator[bytes]:
+        """Server-sent events from now on; with ``after``, the number of an event, what came since as far as kept."""
+        reader = _Reader()
+        if after is not None:
+            reader.queue.extend(event for event in self._kept if event.id > after)
+        self._readers.add(reader)
+        try:
+            # Says at once that the stream is open; a client would otherwise wait for the first event to know.
+            yield b": frelay events\n\n"
+            while not reader.is_too_slow:
+                while reader.queue:
+                    event = reader.queue.popleft()
+                    text = json.dumps(event.model_dump(mode="json"))
+                    yield f"id: {event.id}\nevent: {event.kind}\ndata: {text}\n\n".encode()
+                reader.news = trio.Event()
+                with trio.move_on_after(_HEARTBEAT) as pause:
+                    await reader.news.wait()
+                if pause.cancelled_caught:
+                    yield b": still here\n\n"
+        finally:
+            self._readers.discard(reader)
+
+
+def _event_data(entry: Entry) -> dict[str, Any]:
+    if isinstance(entry, PairingEnded):
+        record = asdict(entry.record)
+        return {**record, "outcome": entry.record.outcome.value}
+    if isinstance(entry, ReloadRefused):
+        return {"problems": [problem_view(problem).model_dump() for problem in entry.problems]}
+    data = asdict(entry)
+    del data["at"]
+    return data
+
+
+def problem_view(problem: Any) -> ProblemView:
+    """A :class:`~frelay.errors.Problem` as it is told."""
+    return ProblemView(message=problem.message, key=problem.key, file=str(problem.file), line=problem.line)
+
+
+# --- who may not ------------------------------------------------------------------------------------------------
+
+
+class _Guard:
+    """Refuses what a browser can be tricked into, and what is too large, before anything else sees it."""
+
+    def __init__(self, app: ASGIApp, is_own_host: Callable[[str], bool]) -> None:
+        self._app: Final = app
+        self._is_own_host: Final = is_own_host
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return  # websockets: there are none here, and the server answers for a handler that says nothing
+        headers = [(name.lower(), value.decode("latin-1")) for name, value in scope["headers"]]
+        objection = self._objection(headers)
+        if objection is not None:
+            await _problem(403, "forbidden", objection)(scope, receive, send)
+            return
+        body = None
+        with trio.move_on_after(_BODY_TIME):
+            body = await _read(receive)
+        if body is None:
+            text = f"a body has at most {_MAX_BODY} bytes here, and comes within {_BODY_TIME:g} s"
+            await _problem(413, "too-large", text)(scope, receive, send)
+            return
+        await self._app(scope, _replayed(body, receive), send)
+
+    def _objection(self, headers: list[tuple[bytes, str]]) -> str | None:
+        hosts = [value for name, value in headers if name == b"host"]
+        if len(hosts) != 1 or not self._is_own_host(_without_port(hosts[0].lower())):
+            return "this relay is not called by that Host; use an address of its own, or localhost"
+        for name, value in headers:
+            if name == b"origin" and value.lower().partition("://")[2] != hosts[0].lower():
+                return "a page from another origin may not use this API"
+            if name == b"sec-fetch-site" and value == "cross-site":
+                return "a page from another site may not use this API"
+        return None
+
+
+def _without_port(host: str) -> str:
+    return re.sub(r":\d+\Z", "", host)
+
+
+async def _read(receive: Receive) -> bytes | None:
+    """The whole body, or None if it is larger than any may be."""
+    body = b""
+    while True:
+        message = await receive()
+        body += bytes(message.get("body", b""))
+        if len(body) > _MAX_BODY:
+            return None
+        if not message.get("more_body"):
+            return body
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """``receive`` for a body that has been read; behind it come the server's own messages."""
+    was_given = False
+
+    async def replay() -> Message:
+        nonlocal was_given
+        if was_given:
+            return await receive()
+        was_given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+def _problem(
+    status: int, error: str, message: str, problems: list[ProblemView] | None = None, headers: Any = None
+) -> JSONResponse:
+    body = Problems(error=error, message=message, problems=problems or [])
+    return JSONResponse(body.model_dump(), status, headers=headers)
+
+
+# --- the application --------------------------------------------------------------------------------------------
+
+_NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
+_Name = Annotated[str, Path(description="The name of a route.", pattern=_NAME_PATTERN)]
+_IfMatch = Annotated[str | None, Header(description='Only if the route has one of these etags; "*": if it is there.')]
+_IfNoneMatch = Annotated[str | None, Header(description='"*": only if there is no such route yet.')]
+
+
+def _errors(*codes: int) -> dict[int | str, dict[str, Any]]:
+    names = {
+        400: "The request could not be read",
+        403: "Not from there",
+        404: "No such route",
+        409: "It cannot be beside what is there",
+        412: "It is not as the caller believes",
+        413: "Too large",
+        422: "Its values are wrong, each named by its key",
+        503: "The relay drains",
+        507: "It could not be written",
+    }
+    return {code: {"model": Problems, "description": names[code]} for code in (400, 403, 413, 422, *codes)}
+
+
+def _etags(header: str | None) -> frozenset[str] | None:
+    """The etags of an If-Match header; None where there is none, ``{"*"}`` for any."""
+    if header is None:
+        return None
+    return frozenset(tag.strip() for tag in header.split(","))
+
+
+def api(office: desk.Office, events: EventStream, *, is_own_host: Callable[[str], bool] = is_local_host) -> ASGIApp:
+    """The ASGI application. ``is_own_host`` judges the Host header, in lower case and without its port.
+
+    ``events`` must be a listener of the office's journal, for as long as the application is served.
+    """
+    app = FastAPI(
+        title="frelay",
+        version=__version__,
+        summary="Routes, pairings and the state of one relay.",
+        docs_url=None,  # they load from other hosts
+        redoc_url=None,
+        responses=_errors(),
+    )
+    _add_error_handlers(app)
+    _add_looks(app, office, events)
+    _add_changes(app, office)
+    return _Guard(app, is_own_host)
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(desk.OfficeError)
+    async def refused(request: Request, error: desk.OfficeError) -> JSONResponse:
+        status, word = _STATUS[type(error)]
+        return _problem(status, word, error.message, error.problems)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        return _problem(422, "invalid", "the request has wrong values", _value_problems(error.errors()))
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+        words = {404: "not-found", 405: "method-not-allowed", 400: "invalid"}
+        return _problem(error.status_code, words.get(error.status_code, "invalid"), error.detail, headers=error.headers)
+
+
+def _key_path(place: tuple[Any, ...]) -> str:
+    """``func1[2]`` for ``("body", "func1", "list[str]", 2)``: without where it was found and which type was tried."""
+    path = ""
+    for depth, step in enumerate(place[1:]):
+        if isinstance(step, int):
+            path += f"[{step}]"
+        elif depth == 0 or step in DialBody.model_fields:
+            path += f".{step}" if path else step
+    return path or str(place[0])
+
+
+def _value_problems(errors: Sequence[Any]) -> list[ProblemView]:
+    """One problem a key, although pydantic has one for each type that a value could have had."""
+    messages: dict[str, list[str]] = {}
+    for found in errors:
+        messages.setdefault(_key_path(found["loc"]), []).append(str(found["msg"]))
+    return [ProblemView(key=key, message="; or: ".join(texts)) for key, texts in messages.items()]
+
+
+def _add_looks(app: FastAPI, office: desk.Office, events: EventStream) -> None:
+    @app.get("/v1/status", summary="The relay as a whole")
+    async def status() -> StatusView:
+        return office.status()
+
+    @app.get("/v1/config", summary="The configuration in force, in the shape of a route file")
+    async def configuration() -> dict[str, Any]:
+        return office.configuration()
+
+    @app.get("/v1/routes", summary="All routes in force")
+    async def routes() -> RoutesView:
+        return office.routes()
+
+    @app.get("/v1/routes/{name}", summary="One route", responses=_errors(404))
+    async def route(name: _Name, response: Response) -> RouteView:
+        view = office.route(name)
+        response.headers["etag"] = view.etag
+        return view
+
+    @app.get("/v1/pairings", summary="All pairings that run")
+    async def pairings() -> PairingsView:
+        return office.pairings()
+
+    @app.get(
+        "/v1/events",
+        summary="What happens, as it happens (server-sent events)",
+        response_class=StreamingResponse,
+        responses={200: {"content": {"text/event-stream": {}}, "description": "An endless stream of EventView"}},
+    )
+    async def event_stream(
+        last_event_id: Annotated[str | None, Header(description="The last event that the caller has.")] = None,
+    ) -> StreamingResponse:
+        known = last_event_id is not None and last_event_id.isascii() and last_event_id.isdigit()
+        after = int(last_event_id[:18]) if known and last_event_id is not None else None
+        return StreamingResponse(
+            events.read(after), media_type="text/event-stream", headers={"cache-control": "no-store"}
+        )
+
+
+def _add_changes(app: FastAPI, office: desk.Office) -> None:
+    @app.put(
+        "/v1/routes/{name}",
+        summary="Add a route or replace it: it listens, and is on disk, when this is answered",
+        responses={201: {"model": RouteView, "description": "It is new"}, **_errors(409, 412, 503, 507)},
+    )
+    async def put_route(
+        name: _Name,
+        body: RouteBody,
+        response: Response,
+        if_match: _IfMatch = None,
+        if_none_match: _IfNoneMatch = None,
+    ) -> RouteView:
+        if body.name not in (None, name):
+            raise desk.Invalid(
+                "the body names another route than the path",
+                [ProblemView(key="name", message=f"is {body.name!r}, and the path says {name!r}: leave it out")],
+            )
+        if if_none_match not in (None, "*"):
+            raise desk.Invalid('If-None-Match can only be "*" here')
+        view, is_new = await office.put_route(
+            name, body.table(name), if_match=_etags(if_match), must_be_new=if_none_match is not None
+        )
+        response.status_code = 201 if is_new else 200
+        response.headers["etag"] = view.etag
+        return view
+
+    @app.delete(
+        "/v1/routes/{name}",
+        summary="Remove a route: its port is free, and its file gone, when this is answered",
+        status_code=204,
+        responses=_errors(404, 409, 412, 503, 507),
+    )
+    async def delete_route(name: _Name, if_match: _IfMatch = None) -> None:
+        await office.delete_route(name, if_match=_etags(if_match))
+
+    @app.post("/v1/reload", summary="Read the files again", responses=_errors(409, 503))
+    async def reload() -> ReloadedView:
+        return await office.reload()

@@ -1,0 +1,94 @@
+"""What Linux says of a relay process and of its connections: how a test knows that it has come to rest.
+
+"Nothing has moved for half a second" is a guess about the machine: one that stalls for a second makes it wrong. What
+is asked here is a fact at any speed: that all which was sent has got as far as the relay's socket, and that the relay
+leaves it unread there and sleeps, through look after look in one and the same sleep.
+"""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from ends import End, block
+from frelay.tcp import unacknowledged
+from rig import PATIENCE, RelayProcess, eventually
+
+__all__ = ["Queues", "fill", "has_arrived", "relays_queues", "rests"]
+
+# Less than what a fresh TCP window of Linux takes (64 KiB): so what the relay leaves unread never closes the window,
+# and a FIN can follow it. And more than the relay copies at once (16 KiB): so it turns to splice.
+_PIECE: Final = block(48 * 1024)
+# How often the relay must be found asleep in one and the same sleep. Once is enough but for the microsecond in which
+# the kernel has queued a segment and not yet woken the process.
+_LOOKS: Final = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Queues:
+    """Of a connection, on the relay's side: bytes that it has not read, and that the party's kernel has not taken."""
+
+    unread: int
+    undelivered: int
+
+
+def _hexadecimal(address: tuple[str, int]) -> str:
+    return f"{int.from_bytes(socket.inet_aton(address[0]), 'little'):08X}:{address[1]:04X}"
+
+
+def relays_queues(end: End) -> Queues:
+    """The queues of the relay's socket of ``end``; see proc(5), /proc/net/tcp."""
+    sock = end.party.socket
+    addresses = [_hexadecimal(sock.getpeername()), _hexadecimal(sock.getsockname())]
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        if fields[1:3] == addresses:
+            undelivered, unread = fields[4].split(":")
+            return Queues(int(unread, 16), int(undelivered, 16))
+    raise AssertionError("the relay has no such connection")
+
+
+def _sleep_of(relay: RelayProcess) -> tuple[int, ...] | None:
+    """Which of its sleeps the relay is in: how often it was taken off the processor. None while it is awake."""
+    directory = Path(f"/proc/{relay.process.pid}")
+    if (directory / "stat").read_text().rpartition(")")[2].split()[0] != "S":
+        return None
+    lines = (directory / "status").read_text().splitlines()
+    return tuple(int(line.split()[1]) for line in lines if "ctxt_switches" in line)
+
+
+async def has_arrived(end: End) -> None:
+    """Wait until the relay's kernel has all that ``end`` sent, its FIN included."""
+    sock = end.party.socket._sock  # type: ignore[attr-defined]
+    await eventually(lambda: unacknowledged(sock) == 0, "all that was sent is acknowledged")
+
+
+async def rests(relay: RelayProcess) -> None:
+    """Wait until the relay has nothing to do: it is found asleep again and again, and has not been awake between."""
+    looks, found = 0, None
+    with trio.fail_after(PATIENCE):
+        while looks < _LOOKS:
+            now = _sleep_of(relay)
+            looks, found = (looks + 1 if now == found is not None else 0), now
+            await trio.sleep(0.002)
+
+
+async def fill(relay: RelayProcess, source: End, sink: End) -> None:
+    """Send from ``source`` until the relay reads no more of it, because ``sink``, where nobody reads, is full.
+
+    Nobody else may keep the relay busy meanwhile.
+    """
+    while True:
+        await source.send(_PIECE)
+        await has_arrived(source)
+        await eventually(lambda: _sleep_of(relay) is not None, "the relay sleeps")
+        if not relays_queues(source).unread:
+            continue
+        await rests(relay)
+        if relays_queues(source).unread:
+            assert relays_queues(sink).undelivered, "the relay waits for something else than the sink"
+            return
