@@ -4,8 +4,7 @@
 connection's own task under absolute deadlines: handshake_timeout from accept, join_timeout from the handshake, then
 what the leg may wait.
 
-What a stranger may learn is nothing: until a certificate is known to fit a route of this address, every refusal has
-the same code and the same sentence, whether the route asked for exists or not.
+Which route a leg is for, and what it is told if there is none for it, is decided in ``choice``.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ import structlog
 import trio
 
 from frelay.admission import Admission, Slot
+from frelay.choice import TurnedAway, choose
 from frelay.config.model import Limits, TcpSection
 from frelay.dial import bring_service
 from frelay.errors import ConnectionBroken, RemoteProtocolError
@@ -30,7 +30,7 @@ from frelay.leg import LINGER_TIME, Departure, FramedLeg, Leg, TlsLeg
 from frelay.lobby import Place, Taken, Withdrawn
 from frelay.pairing import Pairing
 from frelay.protocol.messages import Join, Mode, Refused, Waiting
-from frelay.route import Fit, LiveRoute, Service
+from frelay.route import LiveRoute, Service
 from frelay.sockets import TlsFault, close, close_after_linger, format_address, tune
 from frelay.tickets import TICKET_LINE_LENGTH, TicketDesk, TicketOffice, parse_ticket_line
 from frelay.tls.context import ALPN, EXPIRED, OuterTls, Rejection, VerifiedPeer, verified_peer
@@ -40,11 +40,8 @@ __all__ = ["Door", "receive"]
 
 T = TypeVar("T")
 
-_STRANGER: Final = Refused("not-authorised", "this certificate is not admitted here")
 # The modes that this relay can give, best first: a raw leg costs it a tenth of a tunnelled one.
 _MODES: Final[tuple[Mode, ...]] = ("handoff", "ticket", "tunnel")
-# How much of a name that a party made up is repeated to it and to the log; a route's name has at most 63 characters.
-_SHOWN: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +61,6 @@ class Door:
     journal: Journal
     admission: Admission
     """Where a connection to a service gets its slot."""
-
-
-class _TurnedAway(Exception):
-    """A leg that is refused before it could come near a lobby."""
-
-    def __init__(self, refusal: Refused, why: str) -> None:
-        super().__init__(why)
-        self.refusal = refusal
-        self.why = why
 
 
 async def receive(sock: socket.socket, place: tuple[str, int], door: Door, slot: Slot) -> None:
@@ -245,53 +233,18 @@ class _Guest:
             leg.traceparent = join.traceparent
             self.log = self.log.bind(traceparent=join.traceparent)
         try:
-            route, fit = self._choose(leg.peer, join, server_name)
+            names = leg.peer.identity.names if leg.peer is not None else ()
+            route, fit = choose(self._door.routes, names, join, server_name)
             leg.admit_as(fit.party, str(fit.name))
             if join is not None:
                 leg.attempt, leg.wait, leg.mode = join.attempt, join.wait, _choose_mode(join)
             if isinstance(leg, FramedLeg):
                 timeout = route.config.ticket_timeout
                 leg.ticket_desk = TicketDesk(self._door.tickets, self._door.listener, timeout)
-        except _TurnedAway as turned:
+        except TurnedAway as turned:
             await self._refuse(leg, turned.refusal, turned.why)
             return
         await self._stay(leg, route)
-
-    def _choose(self, peer: VerifiedPeer | None, join: Join | None, server_name: str) -> tuple[LiveRoute, Fit]:
-        """The route that this leg is for, and the party that its certificate fits there; raises _TurnedAway."""
-        routes = self._door.routes
-        names = peer.identity.names if peer is not None else ()
-        asked = join.route if join is not None and join.route is not None else None
-        route: LiveRoute | None
-        if asked is not None:
-            route = routes.get(asked)
-        elif len(routes) == 1:
-            route = next(iter(routes.values()))
-        else:
-            route = _called_by(server_name, routes)
-        fits = [] if route is None else route.fits(names)
-        if route is None or not fits:
-            wanted_route = repr((asked or server_name)[:_SHOWN]) if asked or server_name else "no route"
-            if not any(other.fits(names) for other in routes.values()):
-                raise _TurnedAway(_STRANGER, f"asked for {wanted_route}, fits no route here")
-            # At home here, but not there: the answer is the same whether there is such a route or not, or the
-            # functions of one route could find out the names of all the others.
-            why = f"asked for {wanted_route}, " + ("which does not exist" if route is None else "which it does not fit")
-            if asked is None:
-                text = "several routes share this address: say which with JOIN.route, or with SNI ROUTE.anything"
-                raise _TurnedAway(Refused("protocol-error", text), why)
-            text = f"there is no route {wanted_route} for this certificate at this address"
-            raise _TurnedAway(Refused("unknown-route", text), why)
-        wanted = join.party if join is not None else None
-        if wanted is not None:
-            chosen = [fit for fit in fits if fit.party == wanted]
-            if not chosen:
-                raise _TurnedAway(_STRANGER, f"the certificate does not fit {wanted} of route {route.name!r}")
-            return route, chosen[0]
-        if len(fits) > 1:
-            text = "this certificate fits both parties of the route: say which with JOIN.party"
-            raise _TurnedAway(Refused("protocol-error", text), text)
-        return route, fits[0]
 
     # --- lobby -------------------------------------------------------------------------------------------------
 
@@ -413,17 +366,9 @@ class _Guest:
         return next(iter(routes)) if len(routes) == 1 else None
 
 
-def _called_by(server_name: str, routes: Mapping[str, LiveRoute]) -> LiveRoute | None:
-    """The route that a TLS server name ROUTE.anything calls; of several (`a`, `a.b`) the one with the longest name."""
-    # A server name has no case (RFC 6066, 3); the configuration refuses neighbours that differ in nothing else.
-    called = f"{server_name.lower()}."
-    found = [name for name in routes if called.startswith(f"{name.lower()}.")]
-    return routes[max(found, key=len)] if found else None
-
-
 def _choose_mode(join: Join) -> Mode:
     for mode in _MODES:
         if mode in join.modes:
             return mode
     text = f"none of the modes asked for is known here; this relay has {', '.join(_MODES)}"
-    raise _TurnedAway(Refused("protocol-error", text), text)
+    raise TurnedAway(Refused("protocol-error", text), text)

@@ -15,24 +15,17 @@ from typing import Final
 
 import trio
 
+from frelay.choice import Fit, fits
 from frelay.config.model import Dial, Limits, Route
 from frelay.leg import Leg
 from frelay.lobby import Lobby, Place, Withdrawn, opposite
 from frelay.outcome import Outcome
 from frelay.pairing import Forwarding, Pairing, PairingLimits
-from frelay.protocol.identity import Name, Selector, match
+from frelay.protocol.identity import Name
 from frelay.protocol.messages import PartyName, Refused
 from frelay.tls.context import OuterTls
 
-__all__ = ["Fit", "LiveRoute", "Service"]
-
-
-@dataclass(frozen=True, slots=True)
-class Fit:
-    """A party that a certificate may play, and the name that lets it."""
-
-    party: PartyName
-    name: Name
+__all__ = ["LiveRoute", "Service"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +74,7 @@ class LiveRoute:
 
     def fits(self, names: tuple[Name, ...]) -> list[Fit]:
         """Which parties of this route a function with these names may play."""
-        found = []
-        sides: tuple[tuple[PartyName, object], ...] = (("func1", self.config.func1), ("func2", self.config.func2))
-        for party, selectors in sides:
-            if isinstance(selectors, tuple):
-                name = match((item for item in selectors if isinstance(item, Selector)), names)
-                if name is not None:
-                    found.append(Fit(party, name))
-        return found
+        return fits(self.config, names)
 
     def admits_address(self, host: str) -> bool:
         """Whether a plain route's ``allow_from`` holds this source address."""

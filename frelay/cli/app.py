@@ -13,7 +13,8 @@ from typing import Annotated, Final
 import typer
 
 from frelay import __version__
-from frelay.errors import CertificateError, ConfigError, FrelayError
+from frelay.cli import ca as _ca
+from frelay.errors import CertificateError, ConfigError, FrelayError, printable
 
 __all__ = ["app", "main"]
 
@@ -25,6 +26,8 @@ app: Final = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(_ca.app)
 
 ConfigFile = Annotated[
     Path, typer.Option("--config", "-c", help="The route file.", metavar="FILE", envvar="FRELAY_CONFIG")
@@ -98,6 +101,25 @@ def init(
     from frelay.cli.init import write_all
 
     write_all(directory, force=force)
+
+
+@app.command()
+def why(
+    certificate: Annotated[
+        Path,
+        typer.Option("--cert", help="The certificate, with its intermediates behind it if it has any.", metavar="FILE"),
+    ],
+    config: ConfigFile = Path("relay.toml"),
+    route: Annotated[str | None, typer.Option(help="Ask for this route only.", metavar="NAME")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the verdict as one JSON object.")] = False,
+) -> None:
+    """Say why a certificate is let in or not: every check in order, without a relay and without the key.
+
+    Exit codes: 0 let in (to the route asked for, or to any), 1 refused, 2 usage.
+    """
+    from frelay.cli.why import explain
+
+    raise typer.Exit(explain(config, certificate, route, as_json=as_json))
 
 
 @app.command()
@@ -227,7 +249,7 @@ def main() -> None:
             print(f"frelay: {problem}", file=sys.stderr)
         sys.exit(1)
     except (FrelayError, CertificateError) as error:
-        print(f"frelay: {error}", file=sys.stderr)
+        print(f"frelay: {printable(str(error))}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -9,13 +9,12 @@ from __future__ import annotations
 import os
 import shlex
 import socket
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
-from frelay.errors import CertificateError
 from frelay.pki.authority import Algorithm, Authority
-from frelay.pki.files import PemFile, crl_file, write_together
+from frelay.pki.files import PemFile, crl_file, make_directory, write_together
 from frelay.protocol.identity import OddName, dns_name
 
 __all__ = ["initialise", "summary"]
@@ -83,7 +82,7 @@ def initialise(
 
     with ExitStack() as undo:
         for made, mode in ((directory, 0o777), (certs, 0o700)):
-            _make_directory(made, mode, undo)
+            make_directory(made, mode, undo)
         written = write_together(files, force=force)
         undo.pop_all()
     return written
@@ -125,22 +124,3 @@ def _usable(host_name: str) -> list[str]:
         return [dns_name(host_name).value]
     except OddName:
         return []
-
-
-def _make_directory(path: Path, mode: int, undo: ExitStack) -> None:
-    missing = [one for one in (path, *path.parents) if not os.path.exists(one)]
-    for one in reversed(missing):
-        try:
-            os.mkdir(one, mode)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise CertificateError(
-                f"{one}: cannot be made ({error.strerror}), nothing was changed; choose another directory"
-            ) from error
-        undo.callback(_remove_directory, one)
-
-
-def _remove_directory(path: Path) -> None:
-    with suppress(OSError):  # somebody else put something into it meanwhile
-        os.rmdir(path)

@@ -73,6 +73,10 @@ class Rejection:
     reason: str
     certificate: str | None = None
     """What it says, in one line: subject, names, issuer and serial; and that it is unverified, if it is."""
+    number: int = 0
+    """OpenSSL's X509_V_ERR; 0 where it was not OpenSSL that refused."""
+    depth: int = 0
+    """Where in the chain, 0 being the party's own certificate."""
 
 
 EXPIRED: Final = Rejection("certificate-expired", "the certificate has expired since the handshake")
@@ -119,6 +123,8 @@ class OuterTls:
     server_names: frozenset[str]
     """The DNS names that the relay's own certificate shows, in lower case."""
     subject: str
+    authorities: tuple[str, ...]
+    """The subjects of the CA certificates that parties are verified by."""
     _store: crypto.X509Store
 
     def judge(self, peer: VerifiedPeer, now: float | None = None) -> Rejection | None:
@@ -150,14 +156,14 @@ class OuterTls:
                 [crypto.load_certificate(crypto.FILETYPE_ASN1, data) for data in credential.intermediates],
             ).verify_certificate()
         except crypto.X509StoreContextError as error:
-            number = error.errors[0] if error.errors else 0
-            return _rejection(number, str(error))
+            number, depth = error.errors[:2] if error.errors else (0, 0)
+            return _rejection(number, depth, str(error))
         return None
 
 
-def _rejection(number: int, text: str, certificate: str | None = None) -> Rejection:
+def _rejection(number: int, depth: int, text: str, certificate: str | None = None) -> Rejection:
     codes = {_ERR_CERT_HAS_EXPIRED: "certificate-expired", _ERR_CERT_REVOKED: "revoked"}
-    return Rejection(codes.get(number, "not-authorised"), text, certificate)
+    return Rejection(codes.get(number, "not-authorised"), text, certificate, number, depth)
 
 
 def verified_peer(connection: SSL.Connection, trust: OuterTls) -> VerifiedPeer:
@@ -191,7 +197,7 @@ def _note_rejection(connection: SSL.Connection, certificate: crypto.X509, number
     if not ok:
         described = describe_unverified(certificate.to_cryptography)
         text = _VERIFY_ERRORS.get(number, f"X509 verification error {number}")
-        connection.set_app_data(_rejection(number, f"{text} (at depth {depth} of the chain)", described))
+        connection.set_app_data(_rejection(number, depth, f"{text} (at depth {depth} of the chain)", described))
     return bool(ok)
 
 
@@ -213,15 +219,22 @@ _VERIFY_ERRORS: Final = {
     24: "issuer certificate has no public key",
     25: "path length constraint exceeded",
     26: "unsuitable certificate purpose",
+    32: "key usage does not include certificate signing",
+    33: "unable to get CRL issuer certificate",
     34: "unhandled critical extension",
+    35: "key usage does not include CRL signing",
     41: "invalid or inconsistent certificate extension",
+    44: "different CRL scope",
     47: "permitted subtree violation",
     48: "excluded subtree violation",
     51: "unsupported name constraint type",
+    52: "unsupported or invalid name constraint syntax",
+    53: "unsupported or invalid name syntax",
     66: "EE certificate key too weak",
     67: "CA certificate key too weak",
     68: "CA signature digest algorithm too weak",
     79: "invalid CA certificate",
+    94: "public key with explicit curve parameters",
 }
 
 
@@ -341,6 +354,7 @@ def load_outer_tls(
         http_context=http,
         server_names=_server_names(chain[0]),
         subject=distinguished_name(lambda: chain[0].subject),
+        authorities=tuple(distinguished_name(partial(getattr, one, "subject")) for one in authorities),
         _store=store,
     )
 
