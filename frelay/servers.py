@@ -58,11 +58,11 @@ class Servers:
         with ExitStack() as cleaning:
             try:
                 self._bind_admin(config, cleaning)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 problems.append(_problem(config, "admin", error))
             try:
                 self._bind_metrics(config, cleaning)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 problems.append(_problem(config, "metrics", error))
             if problems:
                 raise ConfigError(problems)
@@ -88,13 +88,13 @@ class Servers:
         if path is None:
             if admin.address is None:
                 raise AssertionError("an admin section that is neither a path nor an address")
-            self._doors = self._inherited.take("admin") or bind(admin.address)
+            self._doors = self._inherited.take("admin", admin.address) or bind(admin.address)
             for sock in self._doors:
                 cleaning.callback(sock.close)
             # Behind the door the API stands on a socket that nobody else can reach.
             path = Path(cleaning.enter_context(tempfile.TemporaryDirectory(prefix="frelay-"))) / "api.sock"
         self._api_path = path
-        passed = [] if self._doors else self._inherited.take("admin")
+        passed = [] if self._doors else self._inherited.take("admin", path)
         if passed:
             # systemd made the file, with the mode that its unit says, and removes it.
             self._admin = passed[0]
@@ -105,7 +105,8 @@ class Servers:
 
     def _bind_metrics(self, config: Config, cleaning: ExitStack) -> None:
         if config.metrics is not None:
-            self._metrics = self._inherited.take("metrics") or bind(config.metrics.listen)
+            listen = config.metrics.listen
+            self._metrics = self._inherited.take("metrics", listen) or bind(listen)
             for sock in self._metrics:
                 cleaning.callback(sock.close)
 
@@ -161,7 +162,7 @@ async def _serve(app, sock: socket.socket, what: str) -> None:  # type: ignore[n
     await serve(app, sock, what=what)
 
 
-def _problem(config: Config, section: str, error: OSError) -> Problem:
+def _problem(config: Config, section: str, error: OSError | ValueError) -> Problem:
     listen = getattr(config, section).listen
-    text = f"cannot listen on {listen}: {error.strerror or error}"
+    text = f"cannot listen on {listen}: {getattr(error, 'strerror', None) or error}"
     return Problem(config.path, text, key=f"{section}.listen", is_conflict=True)
