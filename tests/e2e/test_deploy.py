@@ -14,6 +14,7 @@ from typing import Final
 import pytest
 import trio
 
+from admin import ADMIN, ROUTE, admin
 from frelay.config.load import load
 from manager import Manager
 from rig import DEMO, FRELAY_RUN, PATIENCE, TLS_HEADER, Site, pair
@@ -103,7 +104,7 @@ def allowed_calls() -> frozenset[str]:
 
 
 async def test_the_relay_makes_no_call_that_the_filter_forbids(site: Site, tmp_path: Path) -> None:
-    """From its start to its end, with a hand-off, splicing, a tunnel, a refusal, a reload, systemd and an end."""
+    """From its start to its end, with all that a relay does in between: the HTTP servers, too."""
     trace = tmp_path / "trace"
     strace = [tool("strace"), "-f", "-qq", "-e", "signal=none", "-e", "trace=all", "-o", str(trace)]
     if (await trio.run_process([*strace, "true"], capture_stderr=True, check=False)).returncode:
@@ -111,7 +112,8 @@ async def test_the_relay_makes_no_call_that_the_filter_forbids(site: Site, tmp_p
     site.add("stranger", site.ca.party(dns=["stranger.demo"]))
     with Manager(str(tmp_path / "notify")) as manager:
         env = {"NOTIFY_SOCKET": manager.address, "WATCHDOG_USEC": "1000000"}
-        async with site.process(launcher=strace, env=env) as relay:
+        sections = ADMIN + '[metrics]\nlisten = "127.0.0.1:0"\n'
+        async with site.process(sections=sections, launcher=strace, env=env) as relay, admin(site) as api:
             one, two = await site.party(relay, "func1"), await site.party(relay, "func2")
             await pair(one, two)
             await one.hand_off()
@@ -131,10 +133,13 @@ async def test_the_relay_makes_no_call_that_the_filter_forbids(site: Site, tmp_p
             stranger = await site.party(relay, "stranger")
             await stranger.join()
             await stranger.refusal()
-            site.write(DEMO + DEMO.replace('"demo"', '"other"'))
+            assert (await api.put("/v1/routes/by-api", json=ROUTE)).is_success
+            assert (await api.get("/v1/status")).is_success
+            assert (await api.delete("/v1/routes/by-api")).is_success
+            relay_pid = int(trace.read_text().split()[0])
+            site.write(DEMO + DEMO.replace('"demo"', '"other"'), sections=sections)
             await relay.log("reloaded", added=["other"])
-            relay_process = int(trace.read_text().split()[0])
-            os.kill(relay_process, signal.SIGTERM)
+            os.kill(relay_pid, signal.SIGTERM)  # strace itself is deaf to it
             await relay.exit_code()
     text = trace.read_text()
     made = set(re.findall(r"^\d+ +(?:<\.\.\. )?([a-z_0-9]+)[( ]", text, re.MULTILINE))
