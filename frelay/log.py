@@ -198,6 +198,9 @@ def configure(format_: LogFormat = "console", level: str = "info", descriptor: i
 
 def _stderr() -> int:
     if sys.stderr is not None:
-        return sys.stderr.fileno()
+        try:
+            return sys.stderr.fileno()
+        except io.UnsupportedOperation:
+            return 2  # whoever calls us within a process has put a text in its place: errors are meant, not the log
     # It was closed when the process began, and the next descriptor to be opened may get its number: a party's, say.
     return os.open(os.devnull, os.O_WRONLY)

@@ -60,11 +60,11 @@ class Servers:
         with ExitStack() as cleaning:
             try:
                 self._bind_admin(config, cleaning)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 problems.append(_problem(config, "admin", error))
             try:
                 self._bind_metrics(config, cleaning)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 problems.append(_problem(config, "metrics", error))
             if problems:
                 raise ConfigError(problems)
@@ -80,19 +80,22 @@ class Servers:
         admin = config.admin
         if admin is None:
             return
-        # One that systemd has bound: it made the file, with the mode that its unit says, and removes it.
-        self._admin = self._inherited.take("admin")
-        if not self._admin and admin.socket_path is not None:
-            self._admin = [bind_unix(admin.socket_path)]
-            cleaning.enter_context(unlinked_at_end(admin.socket_path))
-        elif not self._admin and admin.address is not None:
-            self._admin = bind(admin.address)
+        path, address = admin.socket_path, admin.address
+        if path is not None:
+            # One that systemd has bound: it made the file, with the mode that its unit says, and removes it.
+            self._admin = self._inherited.take("admin", path)
+            if not self._admin:
+                self._admin = [bind_unix(path)]
+                cleaning.enter_context(unlinked_at_end(path))
+        elif address is not None:
+            self._admin = self._inherited.take("admin", address) or bind(address)
         for sock in self._admin:
             cleaning.callback(sock.close)
 
     def _bind_metrics(self, config: Config, cleaning: ExitStack) -> None:
         if config.metrics is not None:
-            self._metrics = self._inherited.take("metrics") or bind(config.metrics.listen)
+            listen = config.metrics.listen
+            self._metrics = self._inherited.take("metrics", listen) or bind(listen)
             for sock in self._metrics:
                 cleaning.callback(sock.close)
 
@@ -147,7 +150,7 @@ def _place(sock: socket.socket) -> str:
     return f"unix:{place}" if isinstance(place, str) else format_address(place[:2])
 
 
-def _problem(config: Config, section: str, error: OSError) -> Problem:
+def _problem(config: Config, section: str, error: OSError | ValueError) -> Problem:
     listen = getattr(config, section).listen
-    text = f"cannot listen on {listen}: {error.strerror or error}"
+    text = f"cannot listen on {listen}: {getattr(error, 'strerror', None) or error}"
     return Problem(config.path, text, key=f"{section}.listen", is_conflict=True)

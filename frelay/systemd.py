@@ -18,6 +18,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Iterable, MutableMapping
+from pathlib import Path
 from typing import Any, Final
 
 import sdnotify  # type: ignore[import-untyped]
@@ -187,8 +188,17 @@ class Inherited:
                 log.warning("systemd passed what is no socket", name=name, descriptor=descriptor, reason=reason)
         return cls(found)
 
-    def take(self, name: str) -> list[socket.socket]:
-        """All sockets of this name, now the caller's: non-blocking, and as bound as systemd made them."""
+    def take(self, name: str, listen: Address | Path | None = None) -> list[socket.socket]:
+        """All sockets of this name, now the caller's: non-blocking, and as bound as systemd made them.
+
+        ``listen`` is where they must be bound, a path for a Unix socket. Raises ValueError, with nothing taken, for one
+        that is bound elsewhere: an API that asks nobody who he is must not appear on a network by a slip in a unit.
+        """
+        for sock in self._sockets.get(name, []):
+            if isinstance(listen, Path):
+                _check_path(name, sock, listen)
+            elif listen is not None:
+                _check_place(name, sock, listen)
         if name in self._sockets:
             self._taken.add(name)
         return self._sockets.pop(name, [])
@@ -234,6 +244,20 @@ def _place(sock: socket.socket) -> str:
         return format_address(sock.getsockname()[:2])
     place = sock.getsockname()
     return str(place) if place else "nowhere"
+
+
+def _check_path(name: str, sock: socket.socket, path: Path) -> None:
+    """Raise ValueError unless ``sock`` is the Unix socket at ``path``, and not everybody's."""
+    what = f"the socket {name!r} that systemd passed"
+    if sock.family != socket.AF_UNIX or sock.getsockname() != str(path):
+        raise ValueError(
+            f"{what} is bound to {_place(sock)}, and not to {path}: make ListenStream= there and listen here agree"
+        )
+    if sock.type != socket.SOCK_STREAM or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        raise ValueError(f"{what} ({path}) is no listening stream socket: write ListenStream={path} for it")
+    if path.stat().st_mode & 0o007:
+        # systemd's own default is 0666.
+        raise ValueError(f"{what} ({path}) lets everybody in: write SocketMode=0600 into its unit")
 
 
 def _check_place(name: str, sock: socket.socket, listen: Address) -> None:

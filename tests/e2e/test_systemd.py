@@ -211,6 +211,40 @@ async def test_a_socket_that_nobody_claims_is_a_warning_that_says_how(site: Site
             assert relay.logged(text, name="metrics", address=other)
 
 
+async def test_the_two_http_servers_take_their_sockets_by_name(site: Site, tmp_path: Path) -> None:
+    path = tmp_path / "admin.sock"
+    with listening() as metrics, socket.socket(socket.AF_UNIX) as admin:
+        admin.bind(str(path))
+        path.chmod(0o600)
+        admin.listen()
+        port = metrics.getsockname()[1]
+        sections = f'[admin]\nlisten = "unix:admin.sock"\n[metrics]\nlisten = "127.0.0.1:{port}"\n'
+        async with relay_with(site, [("admin", admin), ("metrics", metrics)], DEMO, sections=sections) as relay:
+            assert not relay.logged("systemd passed a socket that nothing here uses")
+            for stream in (await trio.open_unix_socket(str(path)), await trio.open_tcp_stream("127.0.0.1", port)):
+                async with stream:
+                    await stream.send_all(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                    with trio.fail_after(PATIENCE):
+                        assert (await stream.receive_some(9)) == b"HTTP/1.1 "
+
+
+def test_an_api_without_certificates_never_comes_to_a_network(site: Site) -> None:
+    """[admin] is a Unix socket here, and a unit that says TCP must not change that."""
+    with listening() as sock:
+        launcher, descriptors = activated([("admin", sock)])
+        done = subprocess.run(
+            [*launcher, *FRELAY_RUN, "-c", site.write(sections='[admin]\nlisten = "unix:admin.sock"\n')],
+            pass_fds=descriptors,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert "admin.listen: cannot listen on unix:" in done.stderr
+    assert "the socket 'admin' that systemd passed is bound to 127.0.0.1:" in done.stderr
+
+
 def test_a_socket_that_is_bound_elsewhere_is_an_error_that_names_both(site: Site) -> None:
     with listening() as sock:
         launcher, descriptors = activated([("demo", sock)])

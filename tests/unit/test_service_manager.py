@@ -274,6 +274,49 @@ def test_the_reserved_names_are_for_no_route(name: str) -> None:
         taken.close()
 
 
+@pytest.mark.parametrize("name", ["admin", "metrics"])
+def test_a_server_takes_only_what_is_bound_where_it_listens(name: str) -> None:
+    with listening() as sock:
+        port = sock.getsockname()[1]
+        inherited = Inherited([(name, sock.dup())])
+        with pytest.raises(ValueError, match=rf"bound to 127\.0\.0\.1:{port}, and not to 127\.0\.0\.1:1"):
+            inherited.take(name, parse_address("127.0.0.1:1"))
+        (taken,) = inherited.take(name, parse_address(f"127.0.0.1:{port}"))
+        taken.close()
+        assert inherited.take(name, parse_address("127.0.0.1:1")) == []
+
+
+def test_the_api_of_a_unix_socket_never_takes_another(tmp_path: Path) -> None:
+    """On a Unix socket it asks nobody for a certificate: the socket's mode is all that guards it."""
+    path = tmp_path / "admin.sock"
+    with ExitStack() as stack:
+        tcp = stack.enter_context(listening())
+        elsewhere, mute, right = (stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(3))
+        elsewhere.bind(str(tmp_path / "other.sock"))
+        elsewhere.listen()
+        mute.bind(str(path))
+        path.chmod(0o600)
+        for sock, complaint in (
+            (tcp, "bound to 127.0.0.1:.* and not to .*admin.sock"),
+            (elsewhere, "bound to .*other.sock, and not to .*admin.sock"),
+            (mute, "is no listening stream socket"),
+        ):
+            inherited = Inherited([("admin", sock.dup())])
+            with pytest.raises(ValueError, match=complaint):
+                inherited.take("admin", path)
+            inherited.close()
+        path.unlink()
+        right.bind(str(path))
+        right.listen()
+        path.chmod(0o666)
+        inherited = Inherited([("admin", right.dup())])
+        with pytest.raises(ValueError, match="lets everybody in: write SocketMode=0600"):
+            inherited.take("admin", path)
+        path.chmod(0o660)
+        (taken,) = inherited.take("admin", path)
+        taken.close()
+
+
 def test_port_0_is_whatever_systemd_chose() -> None:
     with listening() as sock:
         inherited = Inherited([("demo", sock.dup())])
