@@ -54,11 +54,14 @@ def inner_contexts(site: Site) -> tuple[ssl.SSLContext, ssl.SSLContext]:
 
 
 @contextmanager
-def resolving(*addresses: str) -> Iterator[None]:
+def resolving(*addresses: str, first_waits_for: trio.Event | None = None) -> Iterator[None]:
     """Within the context every name has these addresses, and with none of them it does not resolve."""
+    delays = [first_waits_for] if first_waits_for is not None else []
 
     class Resolver(trio.abc.HostnameResolver):
         async def getaddrinfo(self, host: Any, port: Any, *_: Any, **__: Any) -> Any:
+            if delays:
+                await delays.pop().wait()
             if not addresses:
                 raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
             return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in addresses]
@@ -163,6 +166,22 @@ async def test_callers_at_once_have_a_call_each(site: Site) -> None:
         assert len(relay.relay.pairings) == 12
         site.hang_up()
         await nothing_is_left(relay)
+
+
+async def test_the_quicker_call_is_its_own_callers(site: Site) -> None:
+    """Who has waited longest is not paired with a connection that was opened for another, who would then have none."""
+    may_go_on = trio.Event()
+    async with serving(echo) as service:
+        port = service.address.rpartition(":")[2]
+        with resolving("127.0.0.1", first_waits_for=may_go_on):
+            async with site.relay(dialling(f"service.invalid:{port}", more=OPEN)) as relay:
+                slow = await joined(site, relay)
+                quick = await joined(site, relay)
+                await quick.expect("PAIRED")
+                assert relay.waiting() == (1, 0)
+                may_go_on.set()
+                await slow.expect("PAIRED")
+                assert service.connections == 2
 
 
 async def test_routes_that_share_an_address(site: Site) -> None:

@@ -171,7 +171,7 @@ async def test_a_ca_that_is_removed(site: Site) -> None:
 
 
 async def test_an_intermediate_that_is_revoked(tmp_path: Path) -> None:
-    """Who is vouched for by it is out with it; so the whole chain is kept, and not only the leaf."""
+    """Who is vouched for by it is out with it."""
     site = Site(tmp_path, TestAuthority.root_for_intermediates())
     below = site.ca.intermediate()
     site.add("below", below.party(dns=["func1.demo"]))
@@ -190,6 +190,20 @@ async def test_an_intermediate_that_is_revoked(tmp_path: Path) -> None:
         await are_cut(*out)
         await inspected(relay)
         await talk(*stay)
+
+
+async def test_an_intermediate_that_only_the_function_showed(tmp_path: Path) -> None:
+    """It is in no file of the relay, so it is kept with the leaf, or a reload would end a pairing that is in order."""
+    site = Site(tmp_path, TestAuthority.root_for_intermediates())
+    site.add("below", site.ca.intermediate().party(dns=["func1.demo"]))
+    async with site.relay(OPEN) as relay:
+        ends = await join_ends(site, relay, names=("below", "func2"))
+        waiting = await waits(site, relay, "below")
+        await relay.relay.reload()
+        await inspected(relay)
+        await talk(*ends)
+        assert relay.waiting() == (1, 0)
+        waiting.close()
 
 
 # --- expired --------------------------------------------------------------------------------------------------------
