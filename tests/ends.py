@@ -271,11 +271,34 @@ _BLOCK: Final = random.Random(1).randbytes(_CHUNK)
 
 @dataclass
 class Channel:
-    """A TLS layer on top of a socket: the outer one of a tunnel, or the functions' own."""
+    """A TLS layer on top of a socket: the outer one of a tunnel, or the functions' own, alone or inside a tunnel."""
 
     tls: ssl.SSLObject
     incoming: ssl.MemoryBIO
     outgoing: ssl.MemoryBIO
+    below: Channel | None = None
+    """The tunnel that it runs in."""
+
+    def take(self) -> bytes:
+        """What is to be sent on the socket now."""
+        data = self.outgoing.read()
+        if self.below is None:
+            return data
+        if data:
+            self.below.tls.write(data)
+        return self.below.take()
+
+    def feed(self, data: bytes) -> None:
+        """What came from the socket."""
+        if self.below is None:
+            self.incoming.write(data)
+            return
+        self.below.feed(data)
+        try:
+            while plain := self.below.tls.read(65536):
+                self.incoming.write(plain)
+        except (ssl.SSLWantReadError, ssl.SSLZeroReturnError):
+            pass
 
     @classmethod
     def over(cls, context: ssl.SSLContext, *, server_side: bool, server_hostname: str | None = None) -> Channel:
@@ -340,7 +363,7 @@ def _shake_hands(sock: socket.socket, channel: Channel) -> None:
             finished = True
         except ssl.SSLWantReadError:
             finished = False
-        unsent = memoryview(channel.outgoing.read())
+        unsent = memoryview(channel.take())
         while unsent:
             _wait(sock, to_write=True)
             unsent = unsent[sock.send(unsent) :]
@@ -349,7 +372,7 @@ def _shake_hands(sock: socket.socket, channel: Channel) -> None:
         _wait(sock, to_write=False)
         data = sock.recv(65536)
         assert data, "the connection ended within the handshake"
-        channel.incoming.write(data)
+        channel.feed(data)
 
 
 def exchange(sock: socket.socket, channel: Channel | None, size: int, seed: int, *, handshake: bool = False) -> Digests:
@@ -368,7 +391,7 @@ def exchange(sock: socket.socket, channel: Channel | None, size: int, seed: int,
                 sent.update(chunk)
                 if channel is not None:
                     channel.tls.write(chunk)
-                    chunk = channel.outgoing.read()
+                    chunk = channel.take()
                 traffic.pending = memoryview(chunk)
             events = _wait(sock, to_write=bool(traffic.pending))
             if events & select.POLLOUT and traffic.pending:
@@ -392,7 +415,7 @@ def _receive(sock: socket.socket, channel: Channel | None, limit: int) -> bytes:
     assert data, "the connection ended early"
     if channel is None:
         return data
-    channel.incoming.write(data)
+    channel.feed(data)
     parts, size = [], 0
     try:
         while size < limit:
@@ -415,15 +438,18 @@ def _end_and_read_end(sock: socket.socket, channel: Channel | None) -> None:
         is_over = True
     except ssl.SSLWantReadError:
         is_over = False
-    sock.sendall(channel.outgoing.read())
+    sock.sendall(channel.take())
     while not is_over:
         data = sock.recv(_CHUNK)
         assert data, "FIN instead of close_notify"
-        channel.incoming.write(data)
+        channel.feed(data)
         try:
             channel.tls.unwrap()
             is_over = True
         except ssl.SSLWantReadError:
             pass
+    if channel.below is not None:
+        _end_and_read_end(sock, channel.below)
+        return
     # Closing alone would not do it: the descriptor is a duplicate.
     sock.shutdown(socket.SHUT_WR)

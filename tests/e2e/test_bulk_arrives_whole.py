@@ -18,6 +18,9 @@ async def exchange_both_ways(
     site: Site, relay: RelayProcess, mode1: Mode, mode2: Mode, inner: tuple[Channel, Channel] | None = None
 ) -> list[Digests]:
     ends = await join_ends(site, relay, mode1, mode2)
+    if inner is not None:
+        for end, channel in zip(ends, inner, strict=True):
+            channel.below = Channel.of(end)
     found: list[Digests] = [Digests("", "", 0), Digests("", "", 0)]
 
     async def one_end(index: int) -> None:
@@ -52,9 +55,12 @@ async def test_64_mib_each_way_at_once(site: Site, mode1: Mode, mode2: Mode) -> 
     assert (ended["bytes_func1_to_func2"], ended["bytes_func2_to_func1"]) == (SIZE, SIZE)
 
 
-@pytest.mark.parametrize("mode", ["raw", "plain"])
-async def test_64_mib_of_inner_mtls_each_way(site: Site, mode: Mode) -> None:
-    """TESTPLAN 23: the functions' own mTLS end to end, through a route that insists on it."""
+@pytest.mark.parametrize(
+    ("mode1", "mode2"),
+    [("raw", "raw"), ("tunnel", "tunnel"), ("raw", "tunnel"), ("bare", "raw"), ("plain", "plain")],
+)
+async def test_64_mib_of_inner_mtls_each_way(site: Site, mode1: Mode, mode2: Mode) -> None:
+    """TESTPLAN 23: the functions' own mTLS end to end, through a route that insists on it in tunnels, too."""
     context1 = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context2 = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context2.verify_mode = ssl.CERT_REQUIRED
@@ -65,9 +71,9 @@ async def test_64_mib_of_inner_mtls_each_way(site: Site, mode: Mode) -> None:
         Channel.over(context1, server_side=False, server_hostname="func2.demo"),
         Channel.over(context2, server_side=True),
     )
-    routes = {"raw": DEMO, "plain": PLAIN.replace("require_inner_tls = false\n", "")}
-    async with site.process(routes[mode]) as relay:
-        check(await exchange_both_ways(site, relay, mode, mode, inner))
+    route = PLAIN.replace("require_inner_tls = false\n", "") if mode1 == "plain" else DEMO
+    async with site.process(route + 'require_inner_tls = "always"\n') as relay:
+        check(await exchange_both_ways(site, relay, mode1, mode2, inner))
         ended = await relay.log("pairing ended")
     assert ended["outcome"] == "closed"
     assert ended["bytes_func1_to_func2"] > SIZE

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -21,9 +21,9 @@ import pytest
 import trio
 
 import frelay
-from clients import CLIENTS, Client, ask, options, run_function
+from clients import CLIENTS, PAIRS_OF_CLIENTS, Client, ask, options, run_function
 from frelay.client.core import Options
-from rig import PATIENCE, Site, eventually
+from rig import DEMO, PATIENCE, Site, at_any_pace, eventually
 
 STEPS: Final = ("waiting", "paired", "hand-off", "inner")
 ROOT: Final = Path(__file__).resolve().parents[2]
@@ -83,26 +83,43 @@ async def test_the_relay_forgets_a_waiting_function_that_goes(site: Site, client
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT], ids=["killed", "cancelled"])
 @pytest.mark.parametrize("step", STEPS[1:])
-@pytest.mark.parametrize(("client", "other"), [("blocking", "trio"), ("trio", "asyncio"), ("asyncio", "blocking")])
-async def test_the_other_function_learns_it(
-    site: Site, client: Client, other: Client, step: str, sign: signal.Signals
-) -> None:
-    """After PAIRED, in mid-hand-off, and in the inner handshake: PeerGone or HandOffFailed, and soon."""
-    async with site.relay() as relay:
-        address = f"127.0.0.1:{relay.port()}"
-        learnt = trio.Event()
+async def test_the_other_function_learns_it(site: Site, step: str, sign: signal.Signals) -> None:
+    """After PAIRED, in mid-hand-off, and in the inner handshake: PeerGone or HandOffFailed, within a second.
 
-        async def partner() -> None:
-            with pytest.raises((frelay.PeerGone, frelay.HandOffFailed)):
-                await run_function(other, address, ask(b"x"), options(site, "func2", "func1"))
-            learnt.set()
+    In all nine combinations of clients: each has a route of its own, all get there together, and go one by one.
+    """
+    routes = "".join(DEMO.replace('"demo"', f'"{client}-{other}"') for client, other in PAIRS_OF_CLIENTS)
 
-        given = options(site, "func1", "func2")
-        async with trio.open_nursery() as nursery, stopped_at(client, step, address, given) as process:
-            nursery.start_soon(partner)
-            await has_stopped(process)
-            process.send_signal(sign)
-            with trio.fail_after(SOON):
-                await learnt.wait()
-            await eventually(lambda: relay.legs == 0, "nothing is held", SOON)
-        assert len(relay.logged("pairing ended")) == 1
+    async def go_one_by_one(soon: float) -> None:
+        async with site.relay(routes) as relay, trio.open_nursery() as nursery, AsyncExitStack() as stack:
+            learnt = {pair: trio.Event() for pair in PAIRS_OF_CLIENTS}
+
+            async def partner(pair: tuple[Client, Client]) -> None:
+                address = f"127.0.0.1:{relay.port('-'.join(pair))}"
+                with pytest.raises((frelay.PeerGone, frelay.HandOffFailed)):
+                    await run_function(pair[1], address, ask(b"x"), options(site, "func2", "func1"))
+                learnt[pair].set()
+
+            processes = {}
+            for pair in PAIRS_OF_CLIENTS:
+                address = f"127.0.0.1:{relay.port('-'.join(pair))}"
+                given = options(site, "func1", "func2")
+                processes[pair] = await stack.enter_async_context(stopped_at(pair[0], step, address, given))
+                nursery.start_soon(partner, pair)
+            for process in processes.values():
+                await has_stopped(process)
+            assert not any(event.is_set() for event in learnt.values())
+            for count, (pair, process) in enumerate(processes.items(), start=1):
+                process.send_signal(sign)
+                with trio.move_on_after(soon):
+                    await learnt[pair].wait()
+                assert learnt[pair].is_set(), f"{pair} did not learn it within {soon} s"
+                await eventually(
+                    lambda count=count: len(relay.logged("pairing ended")) == count,  # type: ignore[misc]
+                    "nothing is held",
+                    soon,
+                )
+            assert len(relay.logged("pairing ended")) == len(PAIRS_OF_CLIENTS)
+            assert relay.legs == 0
+
+    await at_any_pace(go_one_by_one, 1.0)
