@@ -61,7 +61,10 @@ def load_written(table: Mapping[str, Any]) -> Config:
     """
 
     def section(name: str, model: type[Section]) -> Any:
-        return None if table[name] is None else model.model_validate(table[name])
+        if table[name] is None:
+            return None
+        # An empty list stands for a key that is not there, such as who may call an admin API on a Unix socket.
+        return model.model_validate({key: value for key, value in table[name].items() if value != []})
 
     try:
         return Config(
@@ -80,7 +83,7 @@ def load_written(table: Mapping[str, Any]) -> Config:
                 for route in table["routes"]
             ),
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"this is no configuration as frelay writes it: {error!r}") from error
 
 
