@@ -140,7 +140,7 @@ def check_certificate(octets: bytes) -> None:
     assert len(line) < _LONGEST
     try:
         certificate = x509.load_der_x509_certificate(octets)
-    except ValueError:
+    except (ValueError, x509.InvalidVersion):
         return
     identity = identities(certificate)
     for name in identity.names:
