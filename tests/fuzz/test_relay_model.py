@@ -24,7 +24,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, ClassVar, Final, Literal
 from unittest import mock
 
 import pytest
@@ -45,8 +45,6 @@ from frelay.protocol.messages import Mode, PartyName
 from frelay.relay import Relay
 from frelay.route import LiveRoute
 from rig import PATIENCE, Party, Site, descriptor_kinds
-
-T = TypeVar("T")
 
 EXAMPLES: Final = int(os.environ.get("FRELAY_EXAMPLES", "25"))
 STEPS: Final = 40
@@ -94,8 +92,8 @@ CONTENT: Final = block(1 << 20)
 
 def wired(name: str, wiring: Wiring) -> dict[str, Any]:
     """The keys of a route."""
-    sides = {side: sorted(set(names.values())) for side, names in ADMITTED[wiring].items()}
-    return {"name": name, "listen": "127.0.0.1:0", "require_inner_tls": False, "ticket_timeout": 600, **sides}
+    keys = {"name": name, "listen": "127.0.0.1:0", "require_inner_tls": False, "ticket_timeout": 600}
+    return keys | {side: sorted(set(names.values())) for side, names in ADMITTED[wiring].items()}
 
 
 # --- the model -----------------------------------------------------------------------------------------------------
@@ -482,7 +480,8 @@ class World:
     async def crowd(self, route: Route, certificates: Iterable[str]) -> None:
         """Many come in one moment. Who of them meets whom is theirs to race for, and what else is so is not.
 
-        As many are paired as can be; whoever waited before goes first, and in order.
+        As many are paired as can be; whoever waited before goes first, and in order. All who came, and whom they met,
+        leave again: what follows must not depend on the race, or no failure could be repeated.
         """
         before = {side: list(route.queues[side]) for side in SIDES}
         came: list[Guest] = []
@@ -519,6 +518,11 @@ class World:
             assert before[side][len(before[side]) - len(stayed) :] == stayed == left[: len(stayed)]
             if stayed:
                 assert all(guest.meeting is None for guest in came if guest.side == side)
+        for guest in came:
+            if guest in route.queues[guest.side]:
+                await self.leave(guest, "reset")
+            elif guest in self.guests:
+                await self.reset(guest)
 
     # --- going -----------------------------------------------------------------------------------------------------
 
@@ -735,9 +739,11 @@ sides = st.sampled_from(SIDES)
 class RelayMachine(RuleBasedStateMachine):
     """The events, each of which may come whenever it can."""
 
-    def __init__(self, stage: Stage) -> None:
+    stage: ClassVar[Stage]
+
+    def __init__(self) -> None:
         super().__init__()
-        self.world = World(stage)
+        self.world = World(self.stage)
         trio.from_thread.run(self.world.open)
 
     def do(self, action: Callable[..., Awaitable[None]], *args: Any) -> None:
@@ -827,34 +833,34 @@ class RelayMachine(RuleBasedStateMachine):
     def give_up(self, which: int) -> None:
         self.do(self.world.give_up, pick(self.world.joining, which))
 
-    @precondition(not_handed_off)
+    @precondition(lambda self: self.not_handed_off())
     @rule(which=picks, early=st.sampled_from([0, 1, 997]))
     def hand_off(self, which: int, early: int) -> None:
         self.do(self.world.hand_off, pick(self.not_handed_off(), which), early)
 
-    @precondition(speakers)
+    @precondition(lambda self: self.speakers())
     @rule(which=picks, count=st.sampled_from([1, 5, 997, 16384, 16385]))
     def send(self, which: int, count: int) -> None:
         guest: Guest = pick(self.speakers(), which)
         if guest.in_flight + count <= IN_FLIGHT:
             self.do(self.world.send, guest, count)
 
-    @precondition(readers)
+    @precondition(lambda self: self.readers())
     @rule(which=picks)
     def receive(self, which: int) -> None:
         self.do(self.world.receive, pick(self.readers(), which))
 
-    @precondition(both)
+    @precondition(lambda self: self.both())
     @rule(which=picks)
     def bulk(self, which: int) -> None:
         self.do(self.world.bulk, pick(self.both(), which))
 
-    @precondition(speakers)
+    @precondition(lambda self: self.speakers())
     @rule(which=picks)
     def end(self, which: int) -> None:
         self.do(self.world.end, pick(self.speakers(), which))
 
-    @precondition(breakers)
+    @precondition(lambda self: self.breakers())
     @rule(which=picks)
     def reset(self, which: int) -> None:
         self.do(self.world.reset, pick(self.breakers(), which))
@@ -913,12 +919,11 @@ def pick(candidates: Iterable[Any], which: int) -> Any:
 async def test_whatever_happens_is_what_the_model_says(site: Site) -> None:
     """TESTPLAN 22."""
     async with trio.open_nursery() as nursery:
-        stage = Stage(site, nursery)
+        RelayMachine.stage = Stage(site, nursery)
         bounds = settings(
             deadline=None,
             max_examples=EXAMPLES,
             stateful_step_count=STEPS,
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
         )
-        machine = partial(RelayMachine, stage)
-        await trio.to_thread.run_sync(partial(run_state_machine_as_test, machine, settings=bounds))
+        await trio.to_thread.run_sync(partial(run_state_machine_as_test, RelayMachine, settings=bounds))
