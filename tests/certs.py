@@ -33,8 +33,8 @@ Every certificate is a :class:`Credential` with ``cert_pem``, ``key_pem`` and ``
 ``ca.crl(...)``                            fresh; ``revoked=`` somebody; ``ca.expired_crl()``
 =========================================  ==========================================================================
 
-:data:`ODD_DNS` and :data:`ODD_SPIFFE` are the names that must never match ``dns:func1.demo`` and
-``uri:spiffe://acme/jobs/func1``; parametrise over them.
+:data:`ODD_DNS`, :data:`ODD_SPIFFE` and :data:`ODD_URIS` are the names that must never match ``dns:func1.demo``,
+``uri:spiffe://acme/jobs/func1`` and ``uri:https://acme/jobs/func1``; parametrise over them.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ from frelay.pki.files import certificates_pem, key_pem
 __all__ = [
     "ODD_DNS",
     "ODD_SPIFFE",
+    "ODD_URIS",
     "SPIFFE_ID",
     "Credential",
     "TestAuthority",
@@ -127,6 +128,32 @@ ODD_SPIFFE: Final[dict[str, tuple[str, ...]]] = {
     "wildcard": ("spiffe://acme/jobs/*",),
     "case of the path": ("spiffe://acme/jobs/Func1",),
     "too long": ("spiffe://acme/jobs/func1/" + "x" * 2048,),
+}
+
+# TESTPLAN 5, beyond SPIFFE: proper URIs, each of somebody else than ``https://acme/jobs/func1``, which whoever
+# "normalises" URIs takes for it.
+ODD_URIS: Final[dict[str, str]] = {
+    "userinfo": "https://user@acme/jobs/func1",
+    "userinfo look-alike": "https://acme@evil/jobs/func1",
+    "port": "https://acme:443/jobs/func1",
+    "query": "https://acme/jobs/func1?x=1",
+    "empty query": "https://acme/jobs/func1?",
+    "fragment": "https://acme/jobs/func1#x",
+    "escaped slash": "https://acme/jobs%2Ffunc1",
+    "escaped letter": "https://acme/jobs/%66unc1",
+    "dot dot": "https://acme/other/../jobs/func1",
+    "dot dot at the end": "https://acme/jobs/func1/..",
+    "dot": "https://acme/./jobs/func1",
+    "escaped dot dot": "https://acme/jobs/%2e%2e",
+    "doubled slash": "https://acme//jobs/func1",
+    "trailing slash": "https://acme/jobs/func1/",
+    "scheme in capitals": "HTTPS://acme/jobs/func1",
+    "host in capitals": "https://ACME/jobs/func1",
+    "case of the path": "https://acme/Jobs/func1",
+    "trailing dot": "https://acme./jobs/func1",
+    "A-label": "https://xn--acm-dma/jobs/func1",
+    "no host": "https:///jobs/func1",
+    "path alone": "https:/jobs/func1",
 }
 
 _CLIENT_AND_SERVER: Final = (ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH)
@@ -365,6 +392,7 @@ class TestAuthority:
         number: int = 1,
         last_update: datetime | None = None,
         next_update: datetime | None = None,
+        critical: Sequence[x509.ExtensionType] = (),
     ) -> bytes:
         """A CRL in PEM, fresh unless the dates say otherwise. For a chain, join those of all its authorities."""
         now = datetime.now(UTC)
@@ -376,6 +404,8 @@ class TestAuthority:
             .add_extension(x509.CRLNumber(number), critical=False)
             .add_extension(_authority_key_identifier(self.authority.certificate), critical=False)
         )
+        for extension in critical:
+            builder = builder.add_extension(extension, critical=True)
         for one in revoked:
             builder = builder.add_revoked_certificate(
                 x509.RevokedCertificateBuilder()

@@ -120,7 +120,7 @@ LIST_EDITS: Final[dict[str, Callable[[list[bytes]], None]]] = {
     "version": lambda parts: parts.__setitem__(0, der(0x02, b"\x41")),
     "this update in year 0": lambda parts: parts.__setitem__(3, der(0x18, b"00000101000000Z")),
     "next update in year 0": lambda parts: parts.__setitem__(4, der(0x18, b"00000101000000Z")),
-    "no next update": lambda parts: parts.pop(4) and None,
+    "no next update": lambda parts: parts.__delitem__(4),
     "an issuer that is no text": lambda parts: parts.__setitem__(
         2, der(0x30, der(0x31, der(0x30, bytes.fromhex("0603550403") + der(0x0C, b"\xff\xfe"))))
     ),
