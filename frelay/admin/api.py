@@ -39,6 +39,7 @@ from frelay.admin.model import (
     RoutesView,
     RouteView,
     StatusView,
+    TrafficView,
 )
 from frelay.journal import Entry, HandshakeDone, PairingEnded, ReloadRefused
 
@@ -309,6 +310,10 @@ def _add_looks(app: FastAPI, office: desk.Office, events: EventStream) -> None:
         view = office.route(name)
         response.headers["etag"] = view.etag
         return view
+
+    @app.get("/v1/traffic", summary="What goes on at all routes: cheap, for whoever asks again and again")
+    async def traffic() -> TrafficView:
+        return office.traffic()
 
     @app.get("/v1/pairings", summary="All pairings that run")
     async def pairings() -> PairingsView:
