@@ -155,7 +155,7 @@ class _Guard:
         if scope["type"] != "http":
             return  # websockets: there are none here, and the server answers for a handler that says nothing
         headers = [(name.lower(), value.decode("latin-1")) for name, value in scope["headers"]]
-        objection = self._objection(headers)
+        objection = self._objection(scope["method"], headers)
         if objection is not None:
             await _problem(403, "forbidden", objection)(scope, receive, send)
             return
@@ -165,14 +165,18 @@ class _Guard:
             return
         await self._app(scope, _bounded(receive), send)
 
-    def _objection(self, headers: list[tuple[bytes, str]]) -> str | None:
+    def _objection(self, method: str, headers: list[tuple[bytes, str]]) -> str | None:
+        # Somebody followed a link to the dashboard, from a wiki say: the other page gets to see nothing of it.
+        is_a_visit = method == "GET" and {(b"sec-fetch-mode", "navigate"), (b"sec-fetch-dest", "document")} <= {
+            *headers
+        }
         hosts = [value for name, value in headers if name == b"host"]
         if len(hosts) != 1 or not self._is_own_host(_without_port(hosts[0].lower())):
             return "this relay is not called by that Host; use an address of its own, or localhost"
         for name, value in headers:
             if name == b"origin" and value.lower().partition("://")[2] != hosts[0].lower():
                 return "a page from another origin may not use this API"
-            if name == b"sec-fetch-site" and value == "cross-site":
+            if name == b"sec-fetch-site" and value == "cross-site" and not is_a_visit:
                 return "a page from another site may not use this API"
         return None
 
