@@ -17,11 +17,10 @@ import re
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from itertools import count
 from typing import Annotated, Any, Final
 
 import trio
-from fastapi import FastAPI, Header, Path, Request, Response
+from fastapi import FastAPI, Header, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
@@ -85,7 +84,7 @@ class EventStream:
     """The journal as events with numbers, for any number of readers; a slow one is cut, and never slows the relay."""
 
     def __init__(self) -> None:
-        self._numbers: Final = count(1)
+        self._last = 0
         self._kept: Final[deque[EventView]] = deque(maxlen=_EVENTS_KEPT)
         self._readers: Final[set[_Reader]] = set()
 
@@ -93,7 +92,8 @@ class EventStream:
         """The journal's listener."""
         if isinstance(entry, HandshakeDone):
             return  # for the metrics; nobody can tell whose it was
-        event = EventView(id=next(self._numbers), kind=entry.kind, at=entry.at, data=_event_data(entry))
+        self._last += 1
+        event = EventView(id=self._last, kind=entry.kind, at=entry.at, data=_event_data(entry))
         self._kept.append(event)
         for reader in self._readers:
             if len(reader.queue) >= _MAX_LAG:
@@ -106,6 +106,8 @@ class EventStream:
         """Server-sent events from now on; with ``after``, the number of an event, what came since as far as kept."""
         reader = _Reader()
         if after is not None:
+            if after > self._last:
+                after = 0  # a number of the relay before this one: all that there is came since
             reader.queue.extend(event for event in self._kept if event.id > after)
         self._readers.add(reader)
         try:
@@ -331,9 +333,13 @@ def _add_looks(app: FastAPI, office: desk.Office, events: EventStream) -> None:
     )
     async def event_stream(
         last_event_id: Annotated[str | None, Header(description="The last event that the caller has.")] = None,
+        after: Annotated[
+            int | None, Query(ge=0, lt=2**63, description="The same for a first request, where a browser sends none.")
+        ] = None,
     ) -> StreamingResponse:
         known = last_event_id is not None and last_event_id.isascii() and last_event_id.isdigit()
-        after = int(last_event_id[:18]) if known and last_event_id is not None else None
+        if known and last_event_id is not None:
+            after = int(last_event_id[:18])
         return StreamingResponse(
             events.read(after), media_type="text/event-stream", headers={"cache-control": "no-store"}
         )
