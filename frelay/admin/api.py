@@ -28,6 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from frelay import __version__
 from frelay.admin import office as desk
+from frelay.admin.dashboard import add_dashboard
 from frelay.admin.model import (
     EventView,
     PairingsView,
@@ -263,6 +264,7 @@ def api(office: desk.Office, events: EventStream, *, is_own_host: Callable[[str]
     _add_error_handlers(app)
     _add_looks(app, office, events)
     _add_changes(app, office)
+    add_dashboard(app)
     return _Guard(app, is_own_host)
 
 
