@@ -29,8 +29,10 @@ from frelay.admin.model import (
     ReloadedView,
     ReloadView,
     RoutesView,
+    RouteTrafficView,
     RouteView,
     StatusView,
+    TrafficView,
     WaitingView,
 )
 from frelay.admin.office import Conflict, Invalid, Office, PreconditionFailed, Stopping, Unknown, Unwritable
@@ -49,6 +51,9 @@ if TYPE_CHECKING:
     from frelay.route import LiveRoute
 
 __all__ = ["RelayOffice"]
+
+_PARTIES: Final[tuple[PartyName, PartyName]] = ("func1", "func2")
+_NOBODY: Final = WaitingView(func1=[], func2=[])
 
 
 class RelayOffice(Office):
@@ -148,25 +153,46 @@ class RelayOffice(Office):
 
     def _view(self, route: LiveRoute, under_way: Mapping[str, Mapping[PartyName, int]]) -> RouteView:
         config = route.config
-        totals = self.journal.totals.get(route.name) or RouteTotals()
-        moved = under_way.get(route.name) or {"func1": 0, "func2": 0}
         written = route_as_written(config)
+        traffic = self._traffic(route, under_way)
         return RouteView(
             **written,
             bound=self._relay.bound(route.name),
             file=str(config.source),
             is_editable=config.source != self._relay.config.path,
             etag=_etag(written),
-            waiting=WaitingView(
-                func1=[self._leg(place) for place in route.lobby.waiting("func1")],
-                func2=[self._leg(place) for place in route.lobby.waiting("func2")],
-            ),
+            waiting=traffic.waiting,
+            pairings=traffic.pairings,
+            outcomes=traffic.outcomes,
+            refusals=traffic.refusals,
+            bytes_func1_to_func2=traffic.bytes_func1_to_func2,
+            bytes_func2_to_func1=traffic.bytes_func2_to_func1,
+        )
+
+    def traffic(self) -> TrafficView:
+        under_way = self._bytes_under_way()
+        return TrafficView(
+            now=time.time(),
+            last_reload_at=self._relay.last_reload_at,
+            routes=[self._traffic(route, under_way) for route in self._relay.routes.values()],
+        )
+
+    def _traffic(self, route: LiveRoute, under_way: Mapping[str, Mapping[PartyName, int]]) -> RouteTrafficView:
+        totals = self.journal.totals.get(route.name) or RouteTotals()
+        moved = under_way.get(route.name) or {"func1": 0, "func2": 0}
+        return RouteTrafficView(
+            name=route.name,
+            waiting=self._waiting(route),
             pairings=len(route.pairings),
             outcomes=dict(totals.outcomes),
             refusals=dict(totals.refusals),
             bytes_func1_to_func2=totals.bytes_func1_to_func2 + moved["func1"],
             bytes_func2_to_func1=totals.bytes_func2_to_func1 + moved["func2"],
         )
+
+    def _waiting(self, route: LiveRoute) -> WaitingView:
+        func1, func2 = ([self._leg(place) for place in route.lobby.waiting(party)] for party in _PARTIES)
+        return WaitingView(func1=func1, func2=func2) if func1 or func2 else _NOBODY
 
     def _leg(self, place: Place) -> LegView:
         leg = place.leg
