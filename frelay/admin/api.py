@@ -245,7 +245,7 @@ async def _read(receive: Receive) -> bytes | None:
         message = await receive()
         piece = bytes(message.get("body", b""))
         size += len(piece)
-        # Read on, and let go of it: to a client that is still sending, an early answer is a reset, and it learns nothing.
+        # Read on, and let go of it: a client that is still sending would take an early answer for a reset.
         body = body + piece if size <= _MAX_BODY else b""
         if not message.get("more_body"):
             return body if size <= _MAX_BODY else None
