@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import socket
 import subprocess
 import sys
@@ -9,9 +11,10 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import ExitStack, asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Final
+from typing import Any, Final
 
 import httpx
 import prometheus_client.openmetrics.parser as openmetrics
@@ -21,6 +24,8 @@ import trio
 
 from ends import OPEN, block, end_by_reset, end_in_order, join_ends
 from frelay.errors import ConfigError
+from frelay.outcome import Outcome
+from frelay.protocol.messages import REFUSAL_CODES
 from frelay.relay import Relay
 from rig import DEMO, PATIENCE, RelayInProcess, Site, eventually, pair, reserved_port
 from tools import tool
@@ -497,3 +502,91 @@ def test_nothing_of_it_is_there_without_the_section(site: Site) -> None:
         "assert 'prometheus_client' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=PATIENCE)
+
+
+# --- deploy/ ---------------------------------------------------------------------------------------------------------
+
+DEPLOY: Final = Path(__file__).parents[2] / "deploy"
+ALERTS: Final = DEPLOY / "prometheus-alerts.yml"
+DASHBOARD: Final = DEPLOY / "grafana-dashboard.json"
+
+# What Prometheus itself knows of a relay, or adds to what it says.
+SCRAPED_ALONG: Final = frozenset({"job", "instance", "le"})
+NAME: Final = re.compile(r"\b(?:frelay|process)_[a-z_]+\b")
+SELECTOR: Final = re.compile(r"\b((?:frelay|process)_[a-z_]+)\{([^}]*)\}")
+MATCHER: Final = re.compile(r'(\w+)\s*(?:=~|!~|!=|=)\s*"([^"]*)"')
+WORDS: Final[Mapping[str, frozenset[str]]] = {
+    "outcome": frozenset(outcome.value for outcome in Outcome),
+    "code": REFUSAL_CODES,
+}
+
+
+def panels() -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(DASHBOARD.read_text())["panels"]
+    return found
+
+
+@pytest.mark.parametrize("command", [["check", "rules", ALERTS.name], ["test", "rules", "prometheus-alerts_test.yml"]])
+def test_promtool_accepts_the_alerts(command: list[str]) -> None:
+    done = subprocess.run([tool("promtool"), *command], cwd=DEPLOY, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_alert_says_what_to_do() -> None:
+    """Whoever is woken by it knows it less well than whoever wrote it."""
+    alerts = ALERTS.read_text().split("- alert: ")[1:]
+    assert len(alerts) >= 13
+    for alert in alerts:
+        assert "severity: " in alert
+        shared = "annotations: *" in alert
+        assert shared or all(f" {key}: " in alert for key in ("summary", "description", "action")), alert
+
+
+async def test_dashboard_and_alerts_ask_for_what_there_is(site: Site) -> None:
+    """Metrics, labels, words: a query for any other is empty for ever, and an alert that is empty looks like peace."""
+    site.ca.write_crl(site.directory, site.ca.crl())
+    labels: dict[str, set[str]] = {}
+    async with scraped(site, crl=True) as (relay, scrape):
+        await some_of_everything(site, relay)
+        for family in text.text_string_to_metric_families(await scrape.text()):
+            for sample in family.samples:
+                labels.setdefault(sample.name, set()).update(sample.labels)
+    used = ALERTS.read_text() + DASHBOARD.read_text().replace(r"\"", '"')
+    assert set(NAME.findall(used)) <= set(labels)
+    for name, matchers in SELECTOR.findall(used):
+        for label, value in MATCHER.findall(matchers):
+            assert label in labels[name] | SCRAPED_ALONG, (name, label)
+            if label in WORDS and not value.startswith("$"):
+                assert set(value.split("|")) <= WORDS[label], (name, value)
+
+
+def test_the_dashboard_shows_every_metric() -> None:
+    shown = set(NAME.findall(DASHBOARD.read_text()))
+    for name, (kind, _) in CONTRACT.items():
+        assert (f"{name}_bucket" if kind == "histogram" else name) in shown
+
+
+def test_the_document_explains_every_metric() -> None:
+    rows = re.findall(
+        r"^\| `(frelay_\w+)` \| (.*?) \|", (DEPLOY.parent / "docs" / "metrics.md").read_text(), re.MULTILINE
+    )
+    explained = {name: frozenset(re.findall(r"`(\w+)`", labels)) for name, labels in rows}
+    assert explained == {name: labels for name, (_, labels) in CONTRACT.items()}
+
+
+def test_the_dashboard_can_be_imported_anywhere() -> None:
+    """Grafana takes it as it is: no identity of another Grafana in it, any Prometheus, no panel over another."""
+    dashboard = json.loads(DASHBOARD.read_text())
+    assert (dashboard["uid"], dashboard["id"]) == ("frelay", None)
+    variables = {variable["name"]: variable["type"] for variable in dashboard["templating"]["list"]}
+    assert variables == {"datasource": "datasource", "job": "query", "instance": "query", "route": "query"}
+    assert len({panel["id"] for panel in panels()}) == len(panels())
+    taken: set[tuple[int, int]] = set()
+    for panel in panels():
+        place = panel["gridPos"]
+        assert place["x"] + place["w"] <= 24
+        cells = set(product(range(place["x"], place["x"] + place["w"]), range(place["y"], place["y"] + place["h"])))
+        assert not cells & taken, panel["title"]
+        taken |= cells
+        for target in panel.get("targets", []):
+            assert target["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
