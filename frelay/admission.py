@@ -33,17 +33,28 @@ def raise_descriptor_limit() -> int:
 class Slot:
     """The right of one connection to be in the relay unauthenticated, for a short time."""
 
-    __slots__ = ("_admission", "_host", "_is_admitted")
+    __slots__ = ("_admission", "_host", "_is_admitted", "_is_counted")
 
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
         self._host: str | None = None
         self._is_admitted = False
+        self._is_counted = False
+        """Whether a connection is in it that counts among the legs."""
+
+    @classmethod
+    def for_own_call(cls, admission: Admission) -> Slot:
+        """The slot of a connection that the relay itself opens, which was never a stranger's."""
+        slot = cls(admission)
+        slot._is_admitted = slot._is_counted = True
+        admission.legs += 1
+        return slot
 
     def occupy(self, host: str) -> str | None:
         """A connection from ``host`` was accepted into this slot; gives why it cannot stay, or None."""
         admission = self._admission
         self._host = host
+        self._is_counted = True
         admission._by_host[host] += 1
         admission.legs += 1
         if admission._by_host[host] > admission.limits.max_pre_auth_per_ip:
@@ -63,8 +74,8 @@ class Slot:
     def gone(self) -> None:
         """The connection is closed."""
         self.admitted()
-        if self._host is not None:
-            self._host = None
+        if self._is_counted:
+            self._is_counted = False
             self._admission.legs -= 1
 
 
@@ -76,20 +87,24 @@ class Admission:
         """May be replaced by a reload; ``max_pre_auth`` itself counts from the start of the process."""
         self.legs = 0
         """Connections of parties in the relay now, in whatever state."""
-        self._descriptor_limit: Final = descriptor_limit
+        self.descriptor_limit: Final = descriptor_limit
         self._free: Final = trio.Semaphore(limits.max_pre_auth)
         self._by_host: Final[Counter[str]] = Counter()
 
     @property
     def leg_budget(self) -> int:
         """How many legs the descriptor budget carries: one descriptor each, and one for their share of pipes."""
-        budget = int(self._descriptor_limit * self.limits.fd_budget) - _OWN_DESCRIPTORS
+        budget = int(self.descriptor_limit * self.limits.fd_budget) - _OWN_DESCRIPTORS
         return max(2, budget // 2)
 
     async def slot(self) -> Slot:
         """Wait until a stranger may come in."""
         await self._free.acquire()
         return Slot(self)
+
+    def slot_for_own_call(self) -> Slot | None:
+        """A slot for a connection to a service, or None if the budget has no descriptor for it."""
+        return Slot.for_own_call(self) if self.legs < self.leg_budget else None
 
     def _forget(self, host: str) -> None:
         self._by_host[host] -= 1

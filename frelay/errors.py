@@ -26,7 +26,13 @@ __all__ = [
     "RelayUnreachable",
     "RemoteProtocolError",
     "Truncated",
+    "printable",
 ]
+
+
+def printable(text: str) -> str:
+    """``text`` as it is, or escaped if it could forge a line or move a cursor, as a file's name may."""
+    return text if text.isprintable() else text.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
 class FrelayError(Exception):
@@ -38,18 +44,19 @@ class FrelayError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong with a configuration: where it is, what it is, and how to mend it."""
+    """One thing that is wrong with a configuration: where it is, what it is, and how to mend it.
+
+    ``is_conflict`` tells what is wrong only beside something else, such as an address that is taken already.
+    """
 
     file: Path
     message: str
     key: str | None = None
     line: int | None = None
+    is_conflict: bool = False
 
     def __str__(self) -> str:
-        # A file's name may hold anything; it must not forge a line of the log or move a cursor.
-        name = str(self.file)
-        if not name.isprintable():
-            name = name.encode("unicode_escape", "surrogatepass").decode("ascii")
+        name = printable(str(self.file))
         place = name if self.line is None else f"{name}:{self.line}"
         return f"{place}: {self.key}: {self.message}" if self.key else f"{place}: {self.message}"
 

@@ -28,7 +28,9 @@ Whoever has it last closes it.
 from __future__ import annotations
 
 import abc
+import math
 import socket
+import time
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -40,7 +42,7 @@ from frelay.protocol.messages import Draining, Join, Leave, Mode, Paired, PartyN
 from frelay.protocol.session import RelaySession, State
 from frelay.sockets import RawStream, close_after_delivery, close_after_linger, close_with_reset
 from frelay.tickets import TicketDesk
-from frelay.tls.context import VerifiedPeer
+from frelay.tls.context import Credential, VerifiedPeer
 from frelay.tls.stream import TlsStream
 
 __all__ = ["LINGER_TIME", "Departure", "FramedLeg", "Leg", "TlsLeg"]
@@ -74,8 +76,12 @@ class Leg(abc.ABC):
     wait: float | None = None
     """How long the function itself can wait, in seconds."""
     mode: Mode = "tunnel"
+    traceparent: str | None = None
+    """The trace that this leg is a part of, as its function said."""
     peer: VerifiedPeer | None = None
-    """The verified certificate; None for a plain leg."""
+    """The verified certificate and all its names, until the leg is paired; None for a leg without outer TLS."""
+    credential: Credential | None = None
+    """What it takes to judge the certificate again, for as long as the leg lives; None without outer TLS."""
     address: str
     """Where the party dials from, ``host:port``."""
     slot: Slot
@@ -105,8 +111,15 @@ class Leg(abc.ABC):
         if self.attempt is None or self.attempt != other.attempt:
             return False
         # A certificate may be one party by one of its names and the other party by another: the name is not all.
-        has_same_certificate = self.peer is not None and other.peer is not None and self.peer.leaf == other.peer.leaf
+        one, two = self.credential, other.credential
+        has_same_certificate = one is not None and two is not None and one.leaf == two.leaf
         return has_same_certificate or self.identity == other.identity
+
+    def expires_at(self) -> float:
+        """When its certificate does, on Trio's clock; infinity without one."""
+        if self.credential is None:
+            return math.inf
+        return trio.current_time() + self.credential.not_after - time.time()
 
     def is_gone(self) -> bool:
         """A final look before it is paired: whether its connection has ended without anyone noticing yet."""
@@ -122,8 +135,8 @@ class Leg(abc.ABC):
         return handoff_timeout
 
     def forget_admission(self) -> None:
-        """Let go of what only mattered until it was paired: certificates above all, some KiB a leg."""
-        self.peer = None
+        """Let go of what only mattered until it was paired: the names of the certificate above all, some KiB a leg."""
+        self.peer = self.attempt = self.wait = None
 
     async def begin(self, message: Paired) -> None:  # noqa: B027  a leg without frames has nothing to do
         """Tell the party that it is paired and bring its end to the pumps, hand-off included.
@@ -167,6 +180,7 @@ class TlsLeg(Leg):
         self._stream: TlsStream | None = stream
         self._raw: RawStream | None = None
         self.peer = peer
+        self.credential = peer.credential
         self.address = address
 
     def admit_as(self, party: PartyName, identity: str) -> None:

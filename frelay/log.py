@@ -2,81 +2,205 @@
 
 Every value that came from outside (names in certificates, addresses, reasons) goes through a renderer that escapes
 control characters, so a certificate cannot forge a log line or move a terminal's cursor. Secrets are never passed to
-the log in the first place. And a log that cannot be written (a full disk, a closed terminal) is dropped: traffic is
-worth more than its description.
+the log in the first place.
+
+And traffic is worth more than its description. A log that cannot be written (a full disk, a closed terminal, a reader
+that has gone) loses lines, and says how many once it can. The case that needs most care is a pipe whose reader has
+stopped reading: a write to it does not fail, it *waits*, and in the event loop it would hold up every pairing of the
+relay. So lines go through a bounded queue to a thread, which alone waits; see :class:`LineWriter`.
 """
 
 from __future__ import annotations
 
+import atexit
+import io
 import logging
 import os
+import select
 import sys
-from collections.abc import MutableMapping
+import threading
+from collections import deque
+from collections.abc import Callable, MutableMapping, Sequence
+from functools import partial
 from typing import Any, Final, Literal, TextIO
 
 import structlog
 
-__all__ = ["LEVELS", "LogFormat", "configure"]
+__all__ = ["LEVELS", "LineWriter", "LogFormat", "configure"]
 
 LogFormat = Literal["console", "json"]
 LEVELS: Final = ("debug", "info", "warning", "error")
 
+# What a busy relay logs in some seconds; at a few hundred bytes a line it is about a megabyte.
+_LONGEST_QUEUE: Final = 4096
+# How long the end of the process waits for lines that nobody takes, in seconds.
+_FAREWELL: Final = 2.0
 
-class _PatientFile:
-    """A stream whose failures do not reach the caller."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+class LineWriter:
+    """Writes lines to a descriptor, in order, from a thread of its own; :meth:`write` neither waits nor fails.
 
-    def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text)
-        except (OSError, ValueError):  # ENOSPC, EPIPE, EAGAIN; ValueError: closed
-            return len(text)
+    While the queue is full, lines are dropped, and so is a line whose write fails. They are counted, and in their place
+    stands a line that ``note`` makes of their number: no line is written before those that are missing are told.
+
+    The descriptor is written to directly. A stream like ``sys.stderr`` has a lock, which the interpreter wants at its
+    end, and a thread that hangs in a write would hold it.
+    """
+
+    def __init__(self, descriptor: int, note: Callable[[int], str], *, longest_queue: int = _LONGEST_QUEUE) -> None:
+        self._descriptor: Final = descriptor
+        self._note: Final = note
+        self._longest_queue: Final = longest_queue
+        self._queue: Final[deque[str | int]] = deque()
+        """Lines, and in the place of those that were dropped their number."""
+        self._is_torn = False
+        """Whether what was written last is the beginning of a line."""
+        self._is_closing = False
+        self._news: Final = threading.Condition()
+        # A daemon, because one that hangs in a write must not keep the process from its end.
+        self._thread: Final = threading.Thread(target=self._run, name="frelay log", daemon=True)
+        self._thread.start()
+
+    def write(self, line: str) -> None:
+        """Queue ``line``, which ends with a line end."""
+        with self._news:
+            last = self._queue[-1] if self._queue else ""
+            if len(self._queue) < self._longest_queue:
+                self._queue.append(line)
+            elif isinstance(last, int):
+                self._queue[-1] = last + 1
+            else:
+                self._queue.append(1)
+            self._news.notify()
 
     def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except (OSError, ValueError):
-            pass
+        """Nothing: a line is written as soon as it can be."""
+
+    def close(self, patience: float = _FAREWELL) -> None:
+        """Write what is queued, or as much of it as goes in ``patience`` seconds."""
+        with self._news:
+            self._is_closing = True
+            self._news.notify()
+        self._thread.join(patience)
+
+    # --- the thread --------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        missing = 0
+        while (entry := self._next()) is not None:
+            if isinstance(entry, int):
+                missing += entry
+            if missing and self._put(self._note(missing)):
+                missing = 0
+            if isinstance(entry, str) and (missing or not self._put(entry)):
+                missing += 1
+
+    def _next(self) -> str | int | None:
+        with self._news:
+            while not self._queue and not self._is_closing:
+                self._news.wait()
+            return self._queue.popleft() if self._queue else None
+
+    def _put(self, line: str) -> bool:
+        """Write all of ``line``, however long that takes; False if it failed."""
+        data = line.encode("utf-8", "backslashreplace")
+        if self._is_torn:
+            data = b"\n" + data
+        while data:
+            try:
+                written = os.write(self._descriptor, data)
+            except BlockingIOError:
+                # Whoever shares this terminal or pipe with us may have set it so, for all of us.
+                select.select((), (self._descriptor,), ())
+                continue
+            except OSError:
+                return False
+            self._is_torn = not data[:written].endswith(b"\n")
+            data = data[written:]
+        return True
 
 
-def _escape(logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+# --- what a line looks like -------------------------------------------------------------------------------------------
+
+
+def _escape(text: str) -> str:
+    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
+
+
+def _escape_values(logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     """Make control characters in values visible; JSON escapes them by itself, a terminal would obey them."""
     for key, value in event.items():
-        if isinstance(value, str) and key not in ("exception", "timestamp") and not value.isprintable():
-            event[key] = value.encode("unicode_escape").decode("ascii")
+        if isinstance(value, str) and key != "timestamp":
+            event[key] = _escape(value)
     return event
 
 
-def configure(format_: LogFormat = "console", level: str = "info", stream: TextIO | None = None) -> None:
-    """Set structlog up for this process; ``level`` is one of :data:`LEVELS`."""
-    out = stream or sys.stderr
+def _write_traceback(out: TextIO, error: Any) -> None:
+    """Indented, line for line: what an exception repeats may be a stranger's, and must not pass for an event."""
+    text = io.StringIO()
+    structlog.dev.plain_traceback(text, error)
+    for line in text.getvalue().strip("\n").split("\n"):
+        out.write(f"\n    {_escape(line)}")
+
+
+def _render_json(logger: Any, method: str, event: MutableMapping[str, Any]) -> str:
+    text = structlog.processors.JSONRenderer(ensure_ascii=True, default=str)(logger, method, event)
+    # The one control character that JSON leaves as it is. Outside strings there is none, so this is JSON, too.
+    return str(text).replace("\x7f", "\\u007f")
+
+
+def _processors(format_: LogFormat, *, colours: bool) -> list[Any]:
+    ending: list[Any]
+    if format_ == "json":
+        ending = [structlog.processors.format_exc_info, _render_json]
+    else:
+        console = structlog.dev.ConsoleRenderer(colors=colours, pad_event_to=20, exception_formatter=_write_traceback)
+        ending = [_escape_values, console]
+    return [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        *ending,
+    ]
+
+
+def _render_note(processors: Sequence[Any], count: int) -> str:
+    """The line that stands for ``count`` others. By hand: the logger leads to the queue, which is behind us here."""
+    event: Any = {"event": "log lines dropped", "count": count}
+    for processor in processors:
+        event = processor(None, "warning", event)
+    return f"{event}\n"
+
+
+# --- setting it up ----------------------------------------------------------------------------------------------------
+
+
+def configure(format_: LogFormat = "console", level: str = "info", descriptor: int | None = None) -> LineWriter:
+    """Set structlog up for this process, to write to ``descriptor`` (stderr if it is None); at its end all is flushed.
+
+    ``level`` is one of :data:`LEVELS`.
+    """
+    out = _stderr() if descriptor is None else descriptor
     # It tells of every raw event at INFO; what matters of them is logged by us.
     logging.getLogger("watchfiles").setLevel(logging.WARNING)
-    renderer: Any
-    if format_ == "json":
-        renderer = structlog.processors.JSONRenderer(ensure_ascii=True, default=str)
-        ending: list[Any] = [structlog.processors.format_exc_info, renderer]
-    else:
-        colours = out.isatty() and not _no_color()
-        renderer = structlog.dev.ConsoleRenderer(
-            colors=colours, pad_event_to=20, exception_formatter=structlog.dev.plain_traceback
-        )
-        ending = [_escape, renderer]
+    processors = _processors(format_, colours=os.isatty(out) and not os.environ.get("NO_COLOR"))
+    writer = LineWriter(out, partial(_render_note, processors))
+    atexit.register(writer.close)
     structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            *ending,
-        ],
+        processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(_PatientFile(out)),  # type: ignore[arg-type]
+        logger_factory=structlog.WriteLoggerFactory(writer),  # type: ignore[arg-type]  # all of a file that it needs
         # Not cached: tests and the demo configure more than once in a process.
         cache_logger_on_first_use=False,
     )
+    return writer
 
 
-def _no_color() -> bool:
-    return bool(os.environ.get("NO_COLOR"))
+def _stderr() -> int:
+    if sys.stderr is not None:
+        try:
+            return sys.stderr.fileno()
+        except io.UnsupportedOperation:
+            return 2  # whoever calls us within a process has put a text in its place: errors are meant, not the log
+    # It was closed when the process began, and the next descriptor to be opened may get its number: a party's, say.
+    return os.open(os.devnull, os.O_WRONLY)

@@ -55,6 +55,8 @@ class Outcome(Enum):
     """The route was removed or replaced, and drain_timeout has passed since."""
     DRAINED = "drained"
     """The relay was told to end, and drain_timeout has passed or a second signal came."""
+    DIAL_FAILED = "dial-failed"
+    """The service that the relay dials for this route could not be reached; no pairing came of it."""
     INTERNAL_ERROR = "internal-error"
     """A bug in frelay; the log has its traceback."""
 
@@ -75,7 +77,7 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What is kept of a pairing that has ended. Bytes are those delivered; times are in seconds."""
+    """What is kept of a pairing that has ended, or could not begin. Bytes are those delivered; times are in seconds."""
 
     pairing: str
     route: str

@@ -31,7 +31,7 @@ from frelay.readiness import ReadinessSet, Wire
 from frelay.sockets import RawStream
 from frelay.tcp import unacknowledged
 
-__all__ = ["Forwarding", "Pairing", "PairingLimits"]
+__all__ = ["Forwarding", "Pairing", "PairingLimits", "log_record"]
 
 # Sampling more often than this would cost more than it tells.
 _SHORTEST_SAMPLE: Final = 0.02
@@ -39,13 +39,15 @@ _SHORTEST_SAMPLE: Final = 0.02
 
 @dataclass(frozen=True, slots=True)
 class PairingLimits:
-    """The time limits of one pairing, in seconds."""
+    """The time limits of one pairing, in seconds, and whether its certificates are one."""
 
     handoff_timeout: float
     half_close_timeout: float
     idle_timeout: float
     stall_timeout: float
     max_lifetime: float
+    ends_with_certificates: bool = True
+    """Whether it ends with the first notAfter of its parties."""
 
     def told(self) -> dict[str, float]:
         """What PAIRED tells the functions about them."""
@@ -68,6 +70,26 @@ class Forwarding:
 
     readiness: ReadinessSet = field(default_factory=ReadinessSet)
     pipes: PipePool = field(default_factory=PipePool)
+
+
+def _logger(route: str, pairing: str) -> Any:
+    return structlog.get_logger("frelay.pairing").bind(route=route, pairing=pairing)
+
+
+def log_record(record: Record, log: Any = None) -> None:
+    """Write the one line of a pairing that has ended, or could not begin; ``log`` is its own logger, if it has one."""
+    told: dict[str, Any] = {} if record.detail is None else {"detail": record.detail}
+    (log or _logger(record.route, record.pairing)).info(
+        "pairing ended",
+        outcome=record.outcome.value,
+        side=record.side,
+        bytes_func1_to_func2=record.bytes_func1_to_func2,
+        bytes_func2_to_func1=record.bytes_func2_to_func1,
+        duration=round(record.duration, 3),
+        func1=record.func1,
+        func2=record.func2,
+        **told,
+    )
 
 
 class _Sample:
@@ -108,13 +130,14 @@ class Pairing:
         "_poke",
         "_pumps",
         "_pumps_done",
+        "_released",
         "_require_inner_tls",
         "id",
         "legs",
         "limits",
-        "released",
         "route",
         "since",
+        "waited",
     )
 
     def __init__(
@@ -127,40 +150,40 @@ class Pairing:
         limits: PairingLimits,
         require_inner_tls: bool | Literal["always"],
         forwarding: Forwarding,
+        waited: float = 0.0,
     ) -> None:
         self.id: Final = pairing_id
         self.route: Final = route
         self.legs: Final[dict[PartyName, Leg]] = {"func1": func1, "func2": func2}
         self.limits: Final = limits
         self.since: Final = time.time()
-        self.released: Final = trio.Event()
-        """Set once the task that attended the waiting leg has let go of it."""
+        self.waited: Final = waited
+        """How long the first of the two had waited for the second, in seconds."""
+        self._released: trio.Event | None = trio.Event()
+        """Set once the task that attended the waiting leg has let go of it; of no use after that."""
         self._require_inner_tls: Final = require_inner_tls
         self._forwarding: Final = forwarding
         self._ending: Final = Ending()
         self._poke = trio.Event()
         self._pumps: dict[PartyName, Pump] = {}
         """By the party whose bytes they carry."""
-        self._pumps_done: Final[set[PartyName]] = set()
-        self._expiry: tuple[float, Outcome, str] = self._own_expiry()
+        self._pumps_done: frozenset[PartyName] = frozenset()
+        lifetime = limits.max_lifetime
+        self._expiry = (
+            trio.current_time() + lifetime,
+            Outcome.MAX_LIFETIME,
+            f"max_lifetime of {lifetime:g} s reached",
+        )
         self._bound: trio.CancelScope | None = None
         """What holds the expiry while no bytes flow: in the hand-off, and after the end. In between the watch does."""
+        if limits.ends_with_certificates:
+            self.end_with_certificates()
 
     @property
     def _log(self) -> Any:
         # Made when there is something to say: thousands of pairings are idle, and a logger each is a KiB each.
-        return structlog.get_logger("frelay.pairing").bind(route=self.route, pairing=self.id)
-
-    def _own_expiry(self) -> tuple[float, Outcome, str]:
-        now = trio.current_time()
-        lifetime = self.limits.max_lifetime
-        expiry = (now + lifetime, Outcome.MAX_LIFETIME, f"max_lifetime of {lifetime:g} s reached")
-        for party, leg in self.legs.items():
-            if leg.peer is not None:
-                valid_for = leg.peer.not_after - time.time()
-                if now + valid_for < expiry[0]:
-                    expiry = (now + valid_for, Outcome.CERTIFICATE_EXPIRED, f"the certificate of {party} has expired")
-        return expiry
+        traces = {f"{party}_traceparent": leg.traceparent for party, leg in self.legs.items() if leg.traceparent}
+        return _logger(self.route, self.id).bind(**traces)
 
     # --- for the outside ---------------------------------------------------------------------------------------
 
@@ -170,6 +193,11 @@ class Pairing:
         pumps = self._pumps
         return {party: pumps[party].moved if party in pumps else 0 for party in self.legs}
 
+    @property
+    def is_handed_off(self) -> bool:
+        """Whether both legs are through their hand-off, and bytes may flow."""
+        return bool(self._pumps)
+
     def expire_at(self, when: float, outcome: Outcome, detail: str) -> None:
         """End the pairing at ``when`` (Trio's clock) at the latest."""
         if when < self._expiry[0]:
@@ -177,6 +205,16 @@ class Pairing:
             if self._bound is not None:
                 self._bound.deadline = min(self._bound.deadline, when)
             self._poke.set()
+
+    def release(self) -> None:
+        """The task that attended the waiting leg has let go of it."""
+        if self._released is not None:
+            self._released.set()
+
+    def end_with_certificates(self) -> None:
+        """End the pairing when the first certificate of its parties expires. Idempotent."""
+        for party, leg in self.legs.items():
+            self.expire_at(leg.expires_at(), Outcome.CERTIFICATE_EXPIRED, f"the certificate of {party} has expired")
 
     # --- its life ----------------------------------------------------------------------------------------------
 
@@ -186,9 +224,11 @@ class Pairing:
         ending = self._ending
         try:
             with trio.CancelScope(deadline=self._expiry[0]) as self._bound:
-                with trio.move_on_after(self.limits.handoff_timeout):
-                    # The task that attended the waiting leg only has to run once more to let go.
-                    await self.released.wait()
+                if self._released is not None:
+                    with trio.move_on_after(self.limits.handoff_timeout):
+                        # The task that attended the waiting leg only has to run once more to let go.
+                        await self._released.wait()
+                    self._released = None
                 await self._hand_off()
             if self._bound.cancelled_caught:
                 _, outcome, detail = self._expiry
@@ -245,18 +285,7 @@ class Pairing:
             bytes_func2_to_func1=moved["func2"],
             duration=duration,
         )
-        told: dict[str, Any] = {} if record.detail is None else {"detail": record.detail}
-        self._log.info(
-            "pairing ended",
-            outcome=record.outcome.value,
-            side=record.side,
-            bytes_func1_to_func2=record.bytes_func1_to_func2,
-            bytes_func2_to_func1=record.bytes_func2_to_func1,
-            duration=round(duration, 3),
-            func1=record.func1,
-            func2=record.func2,
-            **told,
-        )
+        log_record(record, self._log)
         return record
 
     # --- hand-off ----------------------------------------------------------------------------------------------
@@ -341,7 +370,7 @@ class Pairing:
                 outcome = Outcome.HUNG_UP
             self._ending.decide(outcome, cut.side, cut.detail)
         else:
-            self._pumps_done.add(party)
+            self._pumps_done |= {party}
             if len(self._pumps_done) == len(self._pumps):
                 self._ending.decide(Outcome.CLOSED, "both")
         self._poke.set()
@@ -351,8 +380,10 @@ class Pairing:
     async def _watch(self) -> None:
         """Return once the ending is decided, by a pump or by a limit."""
         interval = self.limits.sample_interval
-        sinks: dict[PartyName, Leg] = {"func1": self.legs["func2"], "func2": self.legs["func1"]}
-        samples = {party: _Sample(pump, sinks[party].sock, trio.current_time()) for party, pump in self._pumps.items()}
+        samples: dict[PartyName, _Sample] = {
+            "func1": _Sample(self._pumps["func1"], self.legs["func2"].sock, trio.current_time()),
+            "func2": _Sample(self._pumps["func2"], self.legs["func1"].sock, trio.current_time()),
+        }
         half_closed_at = math.inf
         while True:
             now = trio.current_time()

@@ -4,43 +4,44 @@
 connection's own task under absolute deadlines: handshake_timeout from accept, join_timeout from the handshake, then
 what the leg may wait.
 
-What a stranger may learn is nothing: until a certificate is known to fit a route of this address, every refusal has
-the same code and the same sentence, whether the route asked for exists or not.
+Which route a leg is for, and what it is told if there is none for it, is decided in ``choice``.
 """
 
 from __future__ import annotations
 
+import math
 import socket
 from collections.abc import Awaitable, Callable, Hashable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import structlog
 import trio
 
-from frelay.admission import Slot
+from frelay.admission import Admission, Slot
+from frelay.choice import TurnedAway, choose
 from frelay.config.model import Limits, TcpSection
+from frelay.dial import bring_service
 from frelay.errors import ConnectionBroken, RemoteProtocolError
 from frelay.frameless import BareLeg, HelloLeg, PlainLeg
+from frelay.journal import HandshakeDone, Journal, LegRefused, LegWaits
 from frelay.leg import LINGER_TIME, Departure, FramedLeg, Leg, TlsLeg
-from frelay.lobby import Taken, Withdrawn
+from frelay.lobby import Place, Taken, Withdrawn
 from frelay.pairing import Pairing
 from frelay.protocol.messages import Join, Mode, Refused, Waiting
-from frelay.route import Fit, LiveRoute
+from frelay.route import LiveRoute, Service
 from frelay.sockets import TlsFault, close, close_after_linger, format_address, tune
 from frelay.tickets import TICKET_LINE_LENGTH, TicketDesk, TicketOffice, parse_ticket_line
-from frelay.tls.context import ALPN, OuterTls, Rejection, VerifiedPeer, verified_peer
+from frelay.tls.context import ALPN, EXPIRED, OuterTls, Rejection, VerifiedPeer, verified_peer
 from frelay.tls.stream import TlsStream
 
 __all__ = ["Door", "receive"]
 
 T = TypeVar("T")
 
-_STRANGER: Final = Refused("not-authorised", "this certificate is not admitted here")
 # The modes that this relay can give, best first: a raw leg costs it a tenth of a tunnelled one.
 _MODES: Final[tuple[Mode, ...]] = ("handoff", "ticket", "tunnel")
-# How much of a name that a party made up is repeated to it and to the log; a route's name has at most 63 characters.
-_SHOWN: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +58,9 @@ class Door:
     listener: Hashable
     """Which listener it is; a ticket is good at the one where it was issued."""
     tickets: TicketOffice
-
-
-class _TurnedAway(Exception):
-    """A leg that is refused before it could come near a lobby."""
-
-    def __init__(self, refusal: Refused, why: str) -> None:
-        super().__init__(why)
-        self.refusal = refusal
-        self.why = why
+    journal: Journal
+    admission: Admission
+    """Where a connection to a service gets its slot."""
 
 
 async def receive(sock: socket.socket, place: tuple[str, int], door: Door, slot: Slot) -> None:
@@ -99,7 +94,10 @@ class _Guest:
         self._door = door
         self._slot = slot
         self._accepted_at = trio.current_time()
+        self._certificate: str | None = None
         self.leg: Leg | None = None
+        self._route: LiveRoute | None = None
+        """Set once the leg is let in to it; only then its party and its name are settled."""
         self.is_given_away = False
         """Whether somebody else owns the connection now, and closes it."""
         self.log: Any = structlog.get_logger("frelay.reception").bind(address=self._address)
@@ -109,7 +107,7 @@ class _Guest:
         too_many = self._slot.occupy(self._place[0])
         if too_many is not None:
             # Nothing was spoken yet, and TLS would have to be spoken to say no in it: the close has to do.
-            self.log.warning("refused", code="limit", reason=too_many)
+            self._note_refusal("limit", too_many)
             return
         tune(self._sock, self._door.tcp)
         plain = next((route for route in self._door.routes.values() if route.config.outer == "none"), None)
@@ -122,7 +120,8 @@ class _Guest:
 
     async def _visit_plain(self, route: LiveRoute) -> None:
         if not route.admits_address(self._place[0]):
-            self.log.warning("refused", route=route.name, code="not-authorised", reason="address not in allow_from")
+            self.log = self.log.bind(route=route.name)
+            self._note_refusal("not-authorised", "address not in allow_from")
             return
         leg = PlainLeg(self._sock, route.party_by_arrival(), self._address)
         await self._stay(leg, route)
@@ -143,7 +142,8 @@ class _Guest:
             return
         connection = stream.connection
         peer = verified_peer(connection, trust)
-        self.log = self.log.bind(certificate=peer.identity.describe())
+        self._certificate = peer.identity.describe()
+        self.log = self.log.bind(certificate=self._certificate)
         server_name = (connection.get_servername() or b"").decode("ascii", "replace")
         if connection.get_alpn_proto_negotiated() != ALPN:
             await self._visit_frameless(stream, peer, server_name)
@@ -198,7 +198,7 @@ class _Guest:
             line += data
         ticket = parse_ticket_line(line)
         if ticket is None or not self._door.tickets.redeem(ticket, self._door.listener, self._sock, self._slot):
-            self.log.warning("refused", code="not-authorised", reason="no such ticket, or no longer")
+            self._note_refusal("not-authorised", "no such ticket, or no longer")
             return
         self._slot.admitted()
         self.is_given_away = True
@@ -211,75 +211,46 @@ class _Guest:
         except TlsFault as fault:
             rejection = stream.connection.get_app_data()
             if isinstance(rejection, Rejection):
-                self.log.warning("refused", code=rejection.code, reason=rejection.reason, certificate=rejection.subject)
+                self._certificate = rejection.certificate
+                self.log = self.log.bind(certificate=rejection.certificate)
+                self._note_refusal(rejection.code, rejection.reason)
             else:
-                self.log.warning("refused", code="protocol-error", reason=f"TLS handshake: {fault}")
+                self._note_refusal("protocol-error", f"TLS handshake: {fault}")
             # The alert is written; an RST on unread input would destroy it under way.
             await close_after_linger(self._sock, LINGER_TIME)
             return False
         if patience.cancelled_caught:
             limit = self._door.limits.handshake_timeout
-            self.log.warning("refused", code="protocol-error", reason=f"no TLS handshake within {limit:g} s")
+            self._note_refusal("protocol-error", f"no TLS handshake within {limit:g} s")
             return False
+        self._door.journal.note(HandshakeDone(seconds=trio.current_time() - self._accepted_at))
         return True
 
     # --- identity and route ------------------------------------------------------------------------------------
 
     async def _admit(self, leg: TlsLeg, join: Join | None, server_name: str) -> None:
+        if join is not None and join.traceparent is not None:
+            leg.traceparent = join.traceparent
+            self.log = self.log.bind(traceparent=join.traceparent)
         try:
-            route, fit = self._choose(leg.peer, join, server_name)
+            names = leg.peer.identity.names if leg.peer is not None else ()
+            route, fit = choose(self._door.routes, names, join, server_name)
             leg.admit_as(fit.party, str(fit.name))
             if join is not None:
                 leg.attempt, leg.wait, leg.mode = join.attempt, join.wait, _choose_mode(join)
             if isinstance(leg, FramedLeg):
                 timeout = route.config.ticket_timeout
                 leg.ticket_desk = TicketDesk(self._door.tickets, self._door.listener, timeout)
-        except _TurnedAway as turned:
+        except TurnedAway as turned:
             await self._refuse(leg, turned.refusal, turned.why)
             return
         await self._stay(leg, route)
-
-    def _choose(self, peer: VerifiedPeer | None, join: Join | None, server_name: str) -> tuple[LiveRoute, Fit]:
-        """The route that this leg is for, and the party that its certificate fits there; raises _TurnedAway."""
-        routes = self._door.routes
-        names = peer.identity.names if peer is not None else ()
-        asked = join.route if join is not None and join.route is not None else None
-        route: LiveRoute | None
-        if asked is not None:
-            route = routes.get(asked)
-        elif len(routes) == 1:
-            route = next(iter(routes.values()))
-        else:
-            route = _called_by(server_name, routes)
-        fits = [] if route is None else route.fits(names)
-        if route is None or not fits:
-            wanted_route = repr((asked or server_name)[:_SHOWN]) if asked or server_name else "no route"
-            if not any(other.fits(names) for other in routes.values()):
-                raise _TurnedAway(_STRANGER, f"asked for {wanted_route}, fits no route here")
-            # At home here, but not there: the answer is the same whether there is such a route or not, or the
-            # functions of one route could find out the names of all the others.
-            why = f"asked for {wanted_route}, " + ("which does not exist" if route is None else "which it does not fit")
-            if asked is None:
-                text = "several routes share this address: say which with JOIN.route, or with SNI ROUTE.anything"
-                raise _TurnedAway(Refused("protocol-error", text), why)
-            text = f"there is no route {wanted_route} for this certificate at this address"
-            raise _TurnedAway(Refused("unknown-route", text), why)
-        wanted = join.party if join is not None else None
-        if wanted is not None:
-            chosen = [fit for fit in fits if fit.party == wanted]
-            if not chosen:
-                raise _TurnedAway(_STRANGER, f"the certificate does not fit {wanted} of route {route.name!r}")
-            return route, chosen[0]
-        if len(fits) > 1:
-            text = "this certificate fits both parties of the route: say which with JOIN.party"
-            raise _TurnedAway(Refused("protocol-error", text), text)
-        return route, fits[0]
 
     # --- lobby -------------------------------------------------------------------------------------------------
 
     async def _stay(self, leg: Leg, route: LiveRoute) -> None:
         """Wait in the lobby, or pair at once."""
-        self.leg, leg.slot = leg, self._slot
+        self.leg, leg.slot, self._route = leg, self._slot, route
         self._slot.admitted()
         self.log = self.log.bind(route=route.name, party=leg.party, identity=leg.identity)
         objection = route.objection(leg)
@@ -314,21 +285,28 @@ class _Guest:
             await self._wait(leg, route, limit)
 
     async def _wait(self, leg: Leg, route: LiveRoute, limit: float) -> None:
-        limits = self._door.limits
         departure: Departure | None = None
         self.log.info("waiting", seconds=limit, mode=leg.mode)
-        with trio.CancelScope(deadline=trio.current_time() + limit) as scope:
+        self._door.journal.note(
+            LegWaits(route=route.name, party=leg.party, identity=leg.identity, address=leg.address, mode=leg.mode)
+        )
+        # A call to a service ends by itself at the same limit, and can say why it came to nothing.
+        patience = math.inf if route.service else trio.current_time() + limit
+        expiry = leg.expires_at()
+        with trio.CancelScope(deadline=min(patience, expiry)) as scope:
             seat = route.lobby.enter(leg, lambda: scope.cancel(reason="a verdict about this leg has fallen"))
             try:
-                departure = await leg.attend(ping_interval=limits.ping_interval, pong_timeout=limits.pong_timeout)
+                departure = await self._attend(seat, route, limit)
             finally:
                 route.lobby.leave(seat)
                 if isinstance(seat.verdict, Taken):
-                    seat.verdict.pairing.released.set()
+                    seat.verdict.pairing.release()
         if isinstance(seat.verdict, Taken):
             return
         if isinstance(seat.verdict, Withdrawn):
             await self._withdraw(leg, seat.verdict)
+        elif departure is None and expiry < patience:
+            await self._refuse(leg, Refused(EXPIRED.code, EXPIRED.reason), EXPIRED.reason)
         elif departure is None:
             text = f"nobody came within {limit:g} s"
             await self._refuse(leg, Refused("wait-timeout", text, retry_after=0.0), text)
@@ -337,22 +315,55 @@ class _Guest:
         else:
             self.log.info("left", reason=departure.detail)
 
+    async def _attend(self, seat: Place, route: LiveRoute, limit: float) -> Departure:
+        """Look after the leg while it waits, and dial the service that it waits for, if its route has one."""
+        limits, service = self._door.limits, route.service
+        attend = partial(seat.leg.attend, ping_interval=limits.ping_interval, pong_timeout=limits.pong_timeout)
+        if service is None:
+            return await attend()
+        async with trio.open_nursery() as beside:
+            beside.start_soon(self._call, service, seat, route, limit)
+            departure = await attend()
+            beside.cancel_scope.cancel(reason="the caller has gone")
+        return departure
+
+    async def _call(self, service: Service, seat: Place, route: LiveRoute, limit: float) -> None:
+        door = self._door
+        pairing = await bring_service(
+            seat, route, service, limit=limit, tcp=door.tcp, admission=door.admission, journal=door.journal
+        )
+        if pairing is not None:
+            door.start_pairing(pairing, route)
+
     # --- refusals ----------------------------------------------------------------------------------------------
 
     async def _withdraw(self, leg: Leg, verdict: Withdrawn) -> None:
         await self._refuse(leg, verdict.refusal, verdict.refusal.reason, reconnect_in=verdict.reconnect_in)
 
     async def _refuse(self, leg: Leg, refusal: Refused, why: str, *, reconnect_in: float | None = None) -> None:
-        self.log.warning("refused", code=refusal.code, reason=why)
+        self._note_refusal(refusal.code, why)
         await leg.refuse(refusal, reconnect_in=reconnect_in)
 
+    def _note_refusal(self, code: str, why: str) -> None:
+        self.log.warning("refused", code=code, reason=why)
+        self._door.journal.note(
+            LegRefused(
+                code=code,
+                reason=why,
+                address=self._address,
+                route=self._route_name(),
+                party=None if self._route is None or self.leg is None else self.leg.party,
+                identity=None if self._route is None or self.leg is None else self.leg.identity,
+                certificate=self._certificate,
+            )
+        )
 
-def _called_by(server_name: str, routes: Mapping[str, LiveRoute]) -> LiveRoute | None:
-    """The route that a TLS server name ROUTE.anything calls; of several (`a`, `a.b`) the one with the longest name."""
-    # A server name has no case (RFC 6066, 3); the configuration refuses neighbours that differ in nothing else.
-    called = f"{server_name.lower()}."
-    found = [name for name in routes if called.startswith(f"{name.lower()}.")]
-    return routes[max(found, key=len)] if found else None
+    def _route_name(self) -> str | None:
+        """The route that this is about: the one it was let in to, or the only one that it can have wanted."""
+        if self._route is not None:
+            return self._route.name
+        routes = self._door.routes
+        return next(iter(routes)) if len(routes) == 1 else None
 
 
 def _choose_mode(join: Join) -> Mode:
@@ -360,4 +371,4 @@ def _choose_mode(join: Join) -> Mode:
         if mode in join.modes:
             return mode
     text = f"none of the modes asked for is known here; this relay has {', '.join(_MODES)}"
-    raise _TurnedAway(Refused("protocol-error", text), text)
+    raise TurnedAway(Refused("protocol-error", text), text)

@@ -16,20 +16,26 @@ references, stop what is gone. So a bad file changes nothing at all.
 
 from __future__ import annotations
 
+import math
 import signal
+import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, Final
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 import trio
 
 from frelay.admission import Admission, raise_descriptor_limit
 from frelay.config.load import load
-from frelay.config.model import Config, Dial, Route
+from frelay.config.model import Config, Route
 from frelay.config.plan import Plan, listener_key, plan
+from frelay.config.store import RouteFileEdit
 from frelay.config.watch import Watcher
 from frelay.errors import ConfigError, Problem
+from frelay.inspection import judge_again
+from frelay.journal import Draining, Journal, PairingEnded, PairingStarted, Reloaded, ReloadRefused
 from frelay.listener import Listener
 from frelay.lobby import Withdrawn
 from frelay.outcome import Outcome, Record
@@ -38,8 +44,12 @@ from frelay.protocol.messages import Refused
 from frelay.pump import PipePool
 from frelay.reception import Door
 from frelay.route import LiveRoute
+from frelay.systemd import RESERVED, Inherited, ServiceManager
 from frelay.tickets import TicketOffice
 from frelay.tls.context import OuterTls, load_outer_tls, openssl_version
+
+if TYPE_CHECKING:
+    from frelay.servers import Servers
 
 __all__ = ["Relay", "prepare"]
 
@@ -51,17 +61,10 @@ _RELOAD_PAUSE: Final = 0.1
 
 def prepare(config: Config) -> OuterTls | None:
     """Load what the configuration refers to; raises ConfigError. This and loading the file is `frelay check`."""
-    problems = [
-        Problem(
-            route.source, "is not in this version: name the function that dials in", key=f"route[{route.name}].{key}"
-        )
-        for route in config.routes
-        for key in ("func1", "func2")
-        if isinstance(getattr(route, key), Dial)
-    ]
-    if problems:
-        raise ConfigError(problems)
-    return None if config.tls is None else load_outer_tls(config.tls, source=config.path)
+    if config.tls is None:
+        return None
+    serves_http = config.admin is not None and config.admin.address is not None
+    return load_outer_tls(config.tls, source=config.path, serves_http=serves_http)
 
 
 @dataclass(slots=True)
@@ -77,25 +80,44 @@ class _Running:
 
 
 class Relay:
-    """One relay process. Make it from a loaded configuration, and :meth:`run` it."""
+    """One relay process. Make it from a loaded configuration, and :meth:`run` it.
 
-    def __init__(self, config: Config, *, watch_files: bool = True) -> None:
+    ``inherited`` are sockets to use before any are bound, ``service_manager`` is who is told how it goes.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        watch_files: bool = True,
+        inherited: Inherited | None = None,
+        service_manager: ServiceManager | None = None,
+    ) -> None:
         self._log: Final[Any] = structlog.get_logger("frelay.relay").bind(relay=config.relay.name)
         self._watch_files: Final = watch_files
+        self._inherited: Final = inherited or Inherited()
+        self._service_manager: Final = service_manager or ServiceManager()
         self._admission: Final = Admission(config.limits, descriptor_limit=raise_descriptor_limit())
         # Two descriptors a pipe: those that Admission sets aside, so that bulk never takes the place of a newcomer.
         self._forwarding: Final = Forwarding(pipes=PipePool(capacity=self._admission.leg_budget // 2))
         self._tickets: Final = TicketOffice()
         self._draining: Final = trio.Event()
         self._reload_wanted = trio.Event()
+        self._inspection_due = trio.Event()
         self._doors: trio.Nursery | None = None
         self._pairings: trio.Nursery | None = None
         self._retired: Final[set[LiveRoute]] = set()
         """Routes that were removed or replaced and still have pairings."""
         self._was_cut = False
+        self._servers: Servers | None = None
         self._attempted = config
         """The last configuration that could be read; if it was refused for another file, that file is watched, too."""
         self._now = _Running(config=config, trust=None, routes={}, listeners={}, tables={})
+        self._changing: Final = trio.Lock()
+        self.journal: Final = Journal()
+        self.started_at: Final = time.time()
+        """When, in seconds since the epoch, this and what follows."""
+        self.last_reload_at = self.started_at
         self.last_reload_error: ConfigError | None = None
         """Why the last reload was refused; None after one that was taken over."""
 
@@ -105,6 +127,35 @@ class Relay:
     def config(self) -> Config:
         """The configuration in force."""
         return self._now.config
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether it takes nothing new any more."""
+        return self._draining.is_set()
+
+    @property
+    def trust(self) -> OuterTls | None:
+        """The certificates in force; None without ``[tls]``."""
+        return self._now.trust
+
+    @property
+    def openssl(self) -> str:
+        """The version of the OpenSSL that speaks for it."""
+        return openssl_version()
+
+    @property
+    def served(self) -> dict[str, list[str]]:
+        """Where its HTTP servers really listen, by ``admin`` and ``metrics``."""
+        return {} if self._servers is None else self._servers.bound
+
+    def age(self, moment: float) -> float:
+        """Seconds since ``moment`` on the clock that lobbies and pairings go by."""
+        return trio.current_time() - moment
+
+    @property
+    def admission(self) -> Admission:
+        """How many connections there are, and may be."""
+        return self._admission
 
     @property
     def routes(self) -> dict[str, LiveRoute]:
@@ -140,11 +191,16 @@ class Relay:
         try:
             async with trio.open_nursery() as root:
                 root.start_soon(self._forwarding.readiness.run)
+                root.start_soon(self._service_manager.run)
                 await root.start(self._obey_signals)
                 async with trio.open_nursery() as self._pairings, trio.open_nursery() as self._doors:
-                    self._apply(first, trust, plan(None, first))
+                    self._take_over(first, trust, plan(None, first), self._open_missing(first))
+                    self._start_servers(first, root)
+                    self._warn_of_unclaimed_sockets(first)
                     self._log.info("ready", routes=len(first.routes), openssl=openssl_version())
+                    self._service_manager.ready(self._status())
                     root.start_soon(self._reload_when_asked)
+                    root.start_soon(self._inspect_when_due)
                     if self._watch_files:
                         root.start_soon(self._watch, watcher)
                     task_status.started()
@@ -155,9 +211,28 @@ class Relay:
         finally:
             for listener in self._now.listeners.values():
                 listener.close()
+            self._inherited.close()
             self._forwarding.pipes.close()
         self._log.info("stopped", clean=not self._was_cut)
         return 1 if self._was_cut else 0
+
+    def _start_servers(self, config: Config, root: trio.Nursery) -> None:
+        """Bind and start the HTTP servers; they last until the root ends, so that a drain can be watched."""
+        if config.admin is None and config.metrics is None:
+            return
+        # Here, because FastAPI and what it brings take half a second, which a relay without a server need not spend.
+        from frelay.office import RelayOffice
+        from frelay.servers import Servers
+
+        self._servers = Servers(
+            config,
+            RelayOffice(self),
+            running=lambda: self._now.config,
+            trust=lambda: self._now.trust,
+            inherited=self._inherited,
+        )
+        root.start_soon(self._servers.run)
+        self._log.info("serving", **{name: ", ".join(places) for name, places in self._servers.bound.items()})
 
     def _door(self, key: Hashable) -> Callable[[], Door]:
         def door() -> Door:
@@ -170,6 +245,8 @@ class Relay:
                 start_pairing=self._start_pairing,
                 listener=key,
                 tickets=self._tickets,
+                journal=self.journal,
+                admission=self._admission,
             )
 
         return door
@@ -177,15 +254,28 @@ class Relay:
     def _start_pairing(self, pairing: Pairing, route: LiveRoute) -> None:
         if self._pairings is None:
             raise AssertionError("a pairing before the relay runs")
+        legs = pairing.legs
+        self.journal.note(
+            PairingStarted(
+                pairing=pairing.id,
+                route=route.name,
+                func1=legs["func1"].identity,
+                func2=legs["func2"].identity,
+                waited=pairing.waited,
+            )
+        )
         self._pairings.start_soon(self._run_pairing, pairing, route)
 
     async def _run_pairing(self, pairing: Pairing, route: LiveRoute) -> None:
         def report(record: Record) -> None:
             if record.outcome is Outcome.DRAINED:
                 self._was_cut = True
+            self.journal.note(PairingEnded(record=record))
             del route.pairings[pairing.id]
             if not route.pairings:
                 self._retired.discard(route)
+                if route.name not in self._now.routes:
+                    self.journal.forget(route.name)
             for party, leg in pairing.legs.items():
                 route.lobby.note_seen(party)
                 leg.slot.gone()
@@ -194,23 +284,37 @@ class Relay:
 
     # --- changing ----------------------------------------------------------------------------------------------
 
-    def _apply(self, new: Config, trust: OuterTls | None, changes: Plan) -> None:
-        """Put ``new`` in force; raises ConfigError with nothing changed."""
+    def _open_missing(self, new: Config) -> dict[Hashable, Listener]:
+        """Bind what ``new`` needs and nobody has yet; raises ConfigError with nothing bound."""
+        missing: dict[Hashable, list[Route]] = {}
+        for route in new.routes:
+            if listener_key(route) not in self._now.listeners:
+                missing.setdefault(listener_key(route), []).append(route)
+        return self._open(missing)
+
+    def _take_over(self, new: Config, trust: OuterTls | None, changes: Plan, opened: dict[Hashable, Listener]) -> None:
+        """Put ``new`` in force. Nothing in here can fail."""
         now = self._now
-        needed = {listener_key(route): route for route in new.routes}
-        opened = self._open({key: route for key, route in needed.items() if key not in now.listeners})
-        # From here on nothing can fail.
+        needed = {listener_key(route) for route in new.routes}
         old_routes = now.routes
         keep = {kept.route.name for kept in changes.keep}
         now.config, now.trust = new, trust
+        self._inspection_due.set()
+        ends = new.relay.policy_ends_pairings
         now.routes = {}
         now.tables = {key: {} for key in needed}
         for route in new.routes:
             if route.name in keep:
                 live = old_routes[route.name]
-                live.retune(route, new.limits)
+                live.retune(route, new.limits, policy_ends_pairings=ends)
             else:
-                live = LiveRoute(route, new.limits, forwarding=self._forwarding, trust=lambda: self._now.trust)
+                live = LiveRoute(
+                    route,
+                    new.limits,
+                    policy_ends_pairings=ends,
+                    forwarding=self._forwarding,
+                    trust=lambda: self._now.trust,
+                )
             now.routes[route.name] = live
             now.tables[listener_key(route)][route.name] = live
         self._admission.limits = new.limits
@@ -218,24 +322,31 @@ class Relay:
         for name, live in old_routes.items():
             if name not in keep:
                 self._retire(live)
+            if name not in now.routes and not live.pairings:
+                self.journal.forget(name)
         for key in [key for key in now.listeners if key not in needed]:
             now.listeners.pop(key).stop()
 
-    def _open(self, wanted: dict[Hashable, Route]) -> dict[Hashable, Listener]:
-        """Bind all the new addresses or none."""
+    def _open(self, wanted: dict[Hashable, list[Route]]) -> dict[Hashable, Listener]:
+        """Bind all the new addresses or none; each comes with the routes that share it."""
         opened: dict[Hashable, Listener] = {}
         problems = []
-        for key, route in wanted.items():
+        for key, sharers in wanted.items():
+            route = sharers[-1]
+            names = [sharer.name for sharer in sharers]
             try:
-                opened[key] = Listener.open(route.listen)
-            except OSError as error:
-                text = f"cannot listen on {route.listen}: {error.strerror or error}"
+                passed = self._inherited.open(names, route.listen)
+                opened[key] = Listener(route.listen, passed) if passed else Listener.open(route.listen)
+            except (OSError, ValueError) as error:
+                text = f"cannot listen on {route.listen}: {getattr(error, 'strerror', None) or error}"
                 own = next((old for old in self._now.listeners.values() if old.address.overlaps(route.listen)), None)
                 if own is not None:
                     text += (
                         f"; this relay itself has {own.address}: remove that route in one reload, add this in a second"
                     )
-                problems.append(Problem(route.source, text, key=f"route[{route.name}].listen"))
+                elif self._inherited.were_taken(names):
+                    text += "; systemd holds it, since it once passed it for a route that is gone: restart the relay"
+                problems.append(Problem(route.source, text, key=f"route[{route.name}].listen", is_conflict=True))
         if problems:
             for listener in opened.values():
                 listener.close()
@@ -252,15 +363,58 @@ class Relay:
             key = listener_key(route.config)
             if key in opened:
                 self._log.info("listening", route=route.name, address=", ".join(opened[key].bound))
+                if route.name not in RESERVED:
+                    for original in self._inherited.take(route.name):
+                        original.close()  # its duplicate listens
+
+    def _warn_of_unclaimed_sockets(self, config: Config) -> None:
+        for name, places in self._inherited.unclaimed.items():
+            if name in RESERVED and getattr(config, name) is not None:
+                continue
+            self._log.warning(
+                "systemd passed a socket that nothing here uses",
+                name=name,
+                address=", ".join(places),
+                remedy="set FileDescriptorName= in its unit to the name of a route with that listen address, "
+                "or to admin or metrics where the route file has that section",
+            )
+
+    def _status(self) -> str:
+        """How it stands, in one line for systemctl."""
+        routes, addresses = len(self._now.routes), len(self._now.listeners)
+        text = f"{routes} route{'' if routes == 1 else 's'} on {addresses} address{'' if addresses == 1 else 'es'}"
+        if self.last_reload_error is None:
+            return text
+        return f"{text}, as before: the last reload was refused: {self.last_reload_error.problems[0]}"
 
     def _retire(self, live: LiveRoute) -> None:
         if live.pairings:
             self._retired.add(live)
+        settings = self._now.config.relay
+        patience = settings.drain_timeout if settings.policy_ends_pairings else math.inf
         live.close(
             Withdrawn(Refused("route-removed", f"the route {live.name!r} was removed or replaced", retry_after=1.0)),
             outcome=Outcome.ROUTE_REMOVED,
-            cut_at=trio.current_time() + self._now.config.relay.drain_timeout,
+            cut_at=trio.current_time() + patience,
         )
+
+    async def _inspect_when_due(self) -> None:
+        """After each reload: those who are in came in by certificates and lists that may not be the ones in force."""
+        while True:
+            await self._inspection_due.wait()
+            self._inspection_due = trio.Event()
+            now = self._now
+            if now.trust is None:
+                continue
+            try:
+                await judge_again(
+                    [*now.routes.values(), *self._retired],
+                    now.trust,
+                    ends_pairings=now.config.relay.policy_ends_pairings,
+                )
+            except Exception:
+                # As with a reload: what nobody thought of must not end the pairings of everybody.
+                self._log.exception("a bug in frelay ended the inspection after this reload")
 
     def request_reload(self) -> None:
         """Ask for a reload; several requests in a short time make one."""
@@ -268,30 +422,77 @@ class Relay:
 
     async def reload(self) -> Plan:
         """Load the file again and put it in force; raises ConfigError with the old configuration whole."""
-        old = self._now.config
+        # A reload and an edit at one time would each bind for a configuration that the other has just made untrue.
+        async with self._changing:
+            self._service_manager.reloading()
+            try:
+                return await self._change(None)
+            except ConfigError as error:
+                self._note_refused(error)
+                raise
+            finally:
+                self._service_manager.ready(self._status())
+
+    async def edit(self, edit: Callable[[Config], RouteFileEdit]) -> Plan:
+        """Change one file of ``routes_dir`` and put it in force: bound, and on disk, when this returns.
+
+        ``edit`` gets the configuration in force, in which nobody else can change anything meanwhile; what it raises
+        is passed on. Raises ConfigError or, from the disk, OSError: both with the old configuration and the old file
+        whole. A refused edit is the caller's affair and no failed reload.
+        """
+        async with self._changing:
+            changes = await self._change(edit(self._now.config))
+            self._service_manager.status(self._status())
+            return changes
+
+    async def _change(self, edit: RouteFileEdit | None) -> Plan:
+        path = self._now.config.path
+        # Parsing a thousand routes takes a while, in which the bytes of everybody else go on.
+        new = await trio.to_thread.run_sync(partial(load, path, edit=edit))
+        if edit is None:
+            self._attempted = new
+        trust = await trio.to_thread.run_sync(prepare, new)
+        self._forbid_when_draining()
+        changes = plan(self._now.config, new)
+        opened = self._open_missing(new)
         try:
-            # Parsing a thousand routes takes a while, in which the bytes of everybody else go on.
-            new = self._attempted = await trio.to_thread.run_sync(load, old.path)
-            trust = await trio.to_thread.run_sync(prepare, new)
-            if self._draining.is_set():
-                # It began while the files were read. A listener opened now would never be told to stop.
-                raise ConfigError([Problem(old.path, "this relay is draining, and takes nothing over any more")])
-            changes = plan(self._now.config, new)
-            self._apply(new, trust, changes)
-        except ConfigError as error:
-            self.last_reload_error = error
-            for problem in error.problems:
-                self._log.error("reload refused, the old configuration stays", problem=str(problem))
+            if edit is not None:
+                # Last of all that can fail, and before anything is given up.
+                await trio.to_thread.run_sync(edit.commit)
+            self._forbid_when_draining()
+        except BaseException:
+            for listener in opened.values():
+                listener.close()
             raise
-        self.last_reload_error = None
+        self._take_over(new, trust, changes, opened)
+        self.last_reload_at, self.last_reload_error = time.time(), None
+        entry = Reloaded(
+            kept=len(changes.keep),
+            added=tuple(added.route.name for added in changes.add),
+            removed=tuple(removed.route.name for removed in changes.remove),
+            replaced=tuple(replaced.new.name for replaced in changes.replace),
+        )
         self._log.info(
             "reloaded",
-            kept=len(changes.keep),
-            added=[added.route.name for added in changes.add],
-            removed=[removed.route.name for removed in changes.remove],
-            replaced=[replaced.new.name for replaced in changes.replace],
+            kept=entry.kept,
+            added=list(entry.added),
+            removed=list(entry.removed),
+            replaced=list(entry.replaced),
         )
+        self.journal.note(entry)
         return changes
+
+    def _forbid_when_draining(self) -> None:
+        # It may have begun while files were read. A listener opened now would never be told to stop.
+        if self._draining.is_set():
+            text = "this relay is draining, and takes nothing over any more"
+            raise ConfigError([Problem(self._now.config.path, text, is_conflict=True)])
+
+    def _note_refused(self, error: ConfigError) -> None:
+        self.last_reload_at, self.last_reload_error = time.time(), error
+        for problem in error.problems:
+            self._log.error("reload refused, the old configuration stays", problem=str(problem))
+        self.journal.note(ReloadRefused(problems=error.problems))
 
     async def _reload_when_asked(self) -> None:
         while True:
@@ -307,8 +508,9 @@ class Relay:
                 except Exception as error:
                     # A file that nobody thought of must not end the pairings of everybody.
                     text = f"a bug in frelay: {type(error).__name__}: {error}"
-                    self.last_reload_error = ConfigError([Problem(self._now.config.path, text)])
+                    self._note_refused(ConfigError([Problem(self._now.config.path, text)]))
                     self._log.exception("a bug in frelay ended this reload, the old configuration stays")
+                    self._service_manager.status(self._status())
             await trio.sleep(_RELOAD_PAUSE)
 
     async def _watch(self, watcher: Watcher) -> None:
@@ -337,6 +539,8 @@ class Relay:
             return
         timeout = self._now.config.relay.drain_timeout
         self._draining.set()
+        self._service_manager.stopping(f"draining, {len(self.pairings)} pairings are left to end", timeout)
+        self.journal.note(Draining(reason=reason, seconds=timeout))
         refusal = Refused("draining", "this relay is going away", retry_after=_RECONNECT_IN)
         for listener in self._now.listeners.values():
             listener.stop()

@@ -15,37 +15,49 @@ from typing import Final
 
 import trio
 
-from frelay.config.model import Limits, Route
+from frelay.choice import Fit, fits
+from frelay.config.model import Dial, Limits, Route
 from frelay.leg import Leg
 from frelay.lobby import Lobby, Place, Withdrawn, opposite
 from frelay.outcome import Outcome
 from frelay.pairing import Forwarding, Pairing, PairingLimits
-from frelay.protocol.identity import Name, Selector, match
+from frelay.protocol.identity import Name
 from frelay.protocol.messages import PartyName, Refused
 from frelay.tls.context import OuterTls
 
-__all__ = ["Fit", "LiveRoute"]
+__all__ = ["LiveRoute", "Service"]
 
 
 @dataclass(frozen=True, slots=True)
-class Fit:
-    """A party that a certificate may play, and the name that lets it."""
+class Service:
+    """The party of a route that is a place to dial, and how long that may take."""
 
     party: PartyName
-    name: Name
+    target: Dial
+
+    @property
+    def identity(self) -> str:
+        """What its functions and the log are told of it."""
+        return f"dial:{self.target.address}"
 
 
 class LiveRoute:
     """One route of the running configuration."""
 
     def __init__(
-        self, route: Route, limits: Limits, *, forwarding: Forwarding, trust: Callable[[], OuterTls | None]
+        self,
+        route: Route,
+        limits: Limits,
+        *,
+        policy_ends_pairings: bool,
+        forwarding: Forwarding,
+        trust: Callable[[], OuterTls | None],
     ) -> None:
         self.config = route
         self.limits = limits
         self.lobby: Final = Lobby(max_waiting=route.limits.max_waiting_per_party, clock=trio.current_time)
         self.pairings: Final[dict[str, Pairing]] = {}
-        self._pairing_limits = _pairing_limits(route, limits)
+        self._pairing_limits = _pairing_limits(route, limits, policy_ends_pairings)
         self._forwarding: Final = forwarding
         self._trust: Final = trust
 
@@ -54,22 +66,15 @@ class LiveRoute:
         """The route's name."""
         return self.config.name
 
-    def retune(self, route: Route, limits: Limits) -> None:
+    def retune(self, route: Route, limits: Limits, *, policy_ends_pairings: bool) -> None:
         """Take over new limits: for legs and pairings that come from now on."""
         self.config, self.limits = route, limits
-        self._pairing_limits = _pairing_limits(route, limits)
+        self._pairing_limits = _pairing_limits(route, limits, policy_ends_pairings)
         self.lobby.max_waiting = route.limits.max_waiting_per_party
 
     def fits(self, names: tuple[Name, ...]) -> list[Fit]:
         """Which parties of this route a function with these names may play."""
-        found = []
-        sides: tuple[tuple[PartyName, object], ...] = (("func1", self.config.func1), ("func2", self.config.func2))
-        for party, selectors in sides:
-            if isinstance(selectors, tuple):
-                name = match((item for item in selectors if isinstance(item, Selector)), names)
-                if name is not None:
-                    found.append(Fit(party, name))
-        return found
+        return fits(self.config, names)
 
     def admits_address(self, host: str) -> bool:
         """Whether a plain route's ``allow_from`` holds this source address."""
@@ -81,9 +86,20 @@ class LiveRoute:
         """On a plain route the party is a matter of arrival: whoever waits is met by the next, as func2."""
         return "func2" if self.lobby.count("func1") else "func1"
 
+    @property
+    def service(self) -> Service | None:
+        """The party that the relay dials when the other one is here; None where both come by themselves."""
+        sides: tuple[tuple[PartyName, object], ...] = (("func1", self.config.func1), ("func2", self.config.func2))
+        return next((Service(party, target) for party, target in sides if isinstance(target, Dial)), None)
+
     def wait_limit(self, leg: Leg) -> float:
-        """How long ``leg`` may wait here, in seconds: what it said, and at most ``wait_timeout``."""
+        """How long ``leg`` may wait here, in seconds: what it said, and at most ``wait_timeout``.
+
+        Where a service is dialled nobody else will come, so ``connect_timeout`` bounds it as well.
+        """
         limit = self.config.limits.wait_timeout
+        if self.service is not None:
+            limit = min(limit, self.service.target.connect_timeout)
         return limit if leg.wait is None else min(leg.wait, limit)
 
     # --- matching ----------------------------------------------------------------------------------------------
@@ -100,20 +116,41 @@ class LiveRoute:
         rejection = trust.judge(leg.peer)
         return None if rejection is None else Withdrawn(Refused(rejection.code, rejection.reason))
 
+    def judge_again(self, place: Place) -> None:
+        """Look once more at a leg that waits; it is withdrawn if its certificate is not accepted any more."""
+        verdict = self._policy(place.leg)
+        if verdict is not None:
+            self.lobby.withdraw(place, verdict)
+
     def match(self, leg: Leg) -> Pairing | Withdrawn | None:
         """Pair ``leg`` with whoever has waited longest for it; None if nobody has, Withdrawn if it may not."""
-        limits = self.config.limits
         while (place := self.lobby.head(opposite(leg.party))) is not None:
-            if len(self.pairings) >= limits.max_pairings:
-                text = f"the route already has {limits.max_pairings} pairings"
-                return Withdrawn(Refused("limit", text, retry_after=10.0))
-            if place.leg.is_gone():
-                self.lobby.withdraw(place, Withdrawn(Refused("pong-timeout", "the connection has ended")))
-            elif (verdict := self._policy(place.leg)) is not None:
-                self.lobby.withdraw(place, verdict)
-            else:
-                return self._pair(leg, place)
+            met = self.meet(leg, place)
+            if met is not None:
+                return met
         return None
+
+    def meet(self, leg: Leg, place: Place) -> Pairing | Withdrawn | None:
+        """Pair ``leg`` with the one in ``place``; Withdrawn if it may not now.
+
+        None if the other one may not be paired any more: it is withdrawn.
+        """
+        if (verdict := self.lack_of_room()) is not None:
+            return verdict
+        if place.leg.is_gone():
+            self.lobby.withdraw(place, Withdrawn(Refused("pong-timeout", "the connection has ended")))
+        elif (verdict := self._policy(place.leg)) is not None:
+            self.lobby.withdraw(place, verdict)
+        else:
+            return self._pair(leg, place)
+        return None
+
+    def lack_of_room(self) -> Withdrawn | None:
+        """Why nobody can be paired here now, if ``max_pairings`` is reached."""
+        most = self.config.limits.max_pairings
+        if len(self.pairings) < most:
+            return None
+        return Withdrawn(Refused("limit", f"the route already has {most} pairings", retry_after=10.0))
 
     def _pair(self, leg: Leg, place: Place) -> Pairing:
         legs: dict[PartyName, Leg] = {leg.party: leg, place.leg.party: place.leg}
@@ -126,6 +163,7 @@ class LiveRoute:
             limits=self._pairing_limits,
             require_inner_tls=route.require_inner_tls,
             forwarding=self._forwarding,
+            waited=trio.current_time() - place.since,
         )
         leg.is_paired = place.leg.is_paired = True
         self.pairings[pairing.id] = pairing
@@ -142,11 +180,12 @@ class LiveRoute:
             pairing.expire_at(cut_at, outcome, verdict.refusal.reason)
 
 
-def _pairing_limits(route: Route, limits: Limits) -> PairingLimits:
+def _pairing_limits(route: Route, limits: Limits, policy_ends_pairings: bool) -> PairingLimits:
     return PairingLimits(
         handoff_timeout=limits.handoff_timeout,
         half_close_timeout=route.limits.half_close_timeout,
         idle_timeout=route.limits.idle_timeout,
         stall_timeout=route.limits.stall_timeout,
         max_lifetime=limits.max_lifetime,
+        ends_with_certificates=policy_ends_pairings,
     )

@@ -14,9 +14,9 @@ from typing import Any
 
 import trio
 
-from rig import PATIENCE, Site
+from rig import DEMO, FRELAY_RUN, PATIENCE, Site, reserved_port
 
-__all__ = ["Command", "answers", "arguments", "command", "free_port", "running"]
+__all__ = ["Command", "answers", "arguments", "command", "free_port", "relay_logging_to", "running"]
 
 
 def arguments(site: Site, address: str, me: str, other: str, *more: str) -> list[str]:
@@ -102,8 +102,8 @@ async def command(line: list[str], env: Mapping[str, str] | None = None) -> Asyn
 
 
 @asynccontextmanager
-async def running(line: list[str]) -> AsyncIterator[trio.Process]:
-    """A program without input and output; terminated at the end."""
+async def running(line: list[str], *, stderr: int = subprocess.DEVNULL) -> AsyncIterator[trio.Process]:
+    """A program without input and output, its messages to the descriptor ``stderr`` aside; terminated at the end."""
     async with trio.open_nursery() as nursery:
         process: trio.Process = await nursery.start(
             partial(
@@ -111,7 +111,7 @@ async def running(line: list[str]) -> AsyncIterator[trio.Process]:
                 line,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
+                stderr=stderr,
                 check=False,
             )
         )
@@ -120,6 +120,24 @@ async def running(line: list[str]) -> AsyncIterator[trio.Process]:
         finally:
             if process.returncode is None:
                 process.terminate()
+
+
+@asynccontextmanager
+async def relay_logging_to(
+    site: Site, stderr: int, *options: str, shell: str | None = None
+) -> AsyncIterator[tuple[trio.Process, int]]:
+    """A ``frelay run`` that is known by its port only, since its log goes to this descriptor; with that port.
+
+    ``shell`` are redirections, for what a descriptor cannot say.
+    """
+    with reserved_port() as port:
+        config = site.write(DEMO.replace("127.0.0.1:0", f"127.0.0.1:{port}"))
+        line = [*FRELAY_RUN, "-c", str(config), "--log-level", "debug", *options]
+        if shell is not None:
+            line = ["/bin/sh", "-c", f'exec "$@" {shell}', "sh", *line]
+        async with running(line, stderr=stderr) as process:
+            await answers(port)
+            yield process, port
 
 
 def free_port() -> int:

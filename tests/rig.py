@@ -43,6 +43,7 @@ from frelay.relay import Relay
 
 __all__ = [
     "DEMO",
+    "FRELAY_RUN",
     "TLS_HEADER",
     "Party",
     "RelayInProcess",
@@ -71,6 +72,8 @@ func2 = "dns:func2.demo"
 
 PATIENCE: Final = 20.0
 """Seconds after which a wait for an event is a failure; on an idle machine all of them take milliseconds."""
+
+FRELAY_RUN: Final = (sys.executable, "-m", "frelay", "run")
 
 TYPES: Final = {
     "JOIN": 0x01,
@@ -532,10 +535,12 @@ client_ca = "{self.ca_path.name}"
         crl: bool = False,
         options: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
+        launcher: Sequence[str] = (),
+        pass_fds: Sequence[int] = (),
     ) -> AsyncIterator[RelayProcess]:
-        """A ``frelay run`` process, ready; killed at the end if it still runs."""
+        """A ``frelay run`` process, ready; killed at the end if it still runs. ``launcher`` goes before its command."""
         config = self.write(routes, sections=sections, crl=crl)
-        command = [sys.executable, "-m", "frelay", "run", "-c", str(config), "--log-format", "json", *options]
+        command = [*launcher, *FRELAY_RUN, "-c", str(config), "--log-format", "json", *options]
         async with trio.open_nursery() as nursery:
             process: trio.Process = await nursery.start(
                 partial(
@@ -545,6 +550,7 @@ client_ca = "{self.ca_path.name}"
                     stderr=subprocess.PIPE,
                     check=False,
                     env={**os.environ, **(env or {})},
+                    pass_fds=pass_fds,
                 )
             )
             relay = RelayProcess(process)

@@ -42,6 +42,7 @@ _PACKAGES: Final = {
     "ssh-keygen": "openssh-client",
     "sshd": "openssh-server",
     "stunnel": "stunnel4",
+    "systemd-analyze": "systemd",
 }
 
 

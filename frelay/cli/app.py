@@ -13,7 +13,8 @@ from typing import Annotated, Final
 import typer
 
 from frelay import __version__
-from frelay.errors import CertificateError, ConfigError, FrelayError
+from frelay.cli import ca as _ca
+from frelay.errors import CertificateError, ConfigError, FrelayError, printable
 
 __all__ = ["app", "main"]
 
@@ -25,6 +26,8 @@ app: Final = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(_ca.app)
 
 ConfigFile = Annotated[
     Path, typer.Option("--config", "-c", help="The route file.", metavar="FILE", envvar="FRELAY_CONFIG")
@@ -67,18 +70,15 @@ def run(
 
     from frelay.config.load import load
     from frelay.relay import Relay
+    from frelay.systemd import Inherited, ServiceManager
 
     # The relay obeys it as long as it runs. What comes before that, or after, would kill the process, and with it the
     # exit code of a clean drain.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     log.configure("json" if log_format == "json" else "console", log_level)
-    loaded = load(config)
-    code = trio.run(_serve, Relay, loaded, watch)
-    raise typer.Exit(code)
-
-
-async def _serve(relay_type, config, watch):  # type: ignore[no-untyped-def]
-    return await relay_type(config, watch_files=watch).run()
+    inherited, service_manager = Inherited.from_environment(), ServiceManager.from_environment()
+    relay = Relay(load(config), watch_files=watch, inherited=inherited, service_manager=service_manager)
+    raise typer.Exit(trio.run(relay.run))
 
 
 @app.command()
@@ -101,6 +101,25 @@ def init(
     from frelay.cli.init import write_all
 
     write_all(directory, force=force)
+
+
+@app.command()
+def why(
+    certificate: Annotated[
+        Path,
+        typer.Option("--cert", help="The certificate, with its intermediates behind it if it has any.", metavar="FILE"),
+    ],
+    config: ConfigFile = Path("relay.toml"),
+    route: Annotated[str | None, typer.Option(help="Ask for this route only.", metavar="NAME")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the verdict as one JSON object.")] = False,
+) -> None:
+    """Say why a certificate is let in or not: every check in order, without a relay and without the key.
+
+    Exit codes: 0 let in (to the route asked for, or to any), 1 refused, 2 usage.
+    """
+    from frelay.cli.why import explain
+
+    raise typer.Exit(explain(config, certificate, route, as_json=as_json))
 
 
 @app.command()
@@ -172,6 +191,10 @@ def connect(
         str | None,
         typer.Option(help="Join again after failures that may pass: a number, or 'always'.", envvar="FRELAY_RETRY"),
     ] = None,
+    traceparent: Annotated[
+        str | None,
+        typer.Option(help="A W3C trace context, for the relay's log.", envvar="FRELAY_TRACEPARENT"),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Report each step on stderr, a JSON line each.", envvar="FRELAY_JSON")
     ] = False,
@@ -207,6 +230,7 @@ def connect(
         mode=mode,  # type: ignore[typeddict-item]  # checked above
         proxy=proxy,
         retry=None if retry is None else True if retry == "always" else int(retry),
+        traceparent=traceparent,
     )
     try:
         code = connect_command(address, options, Local(listen, to, exec_), as_json=as_json)
@@ -225,7 +249,7 @@ def main() -> None:
             print(f"frelay: {problem}", file=sys.stderr)
         sys.exit(1)
     except (FrelayError, CertificateError) as error:
-        print(f"frelay: {error}", file=sys.stderr)
+        print(f"frelay: {printable(str(error))}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

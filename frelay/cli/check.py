@@ -14,7 +14,7 @@ from frelay.errors import ConfigError, Problem
 from frelay.relay import prepare
 from frelay.tls.context import OuterTls
 
-__all__ = ["check_file"]
+__all__ = ["as_json_object", "check_file"]
 
 
 def check_file(path: Path, *, as_json: bool) -> int:
@@ -24,7 +24,7 @@ def check_file(path: Path, *, as_json: bool) -> int:
         trust = prepare(config)
     except ConfigError as error:
         if as_json:
-            print(json.dumps({"ok": False, "problems": [_as_json(problem) for problem in error.problems]}))
+            print(json.dumps({"ok": False, "problems": [as_json_object(problem) for problem in error.problems]}))
         else:
             for problem in error.problems:
                 print(problem, file=sys.stderr)
@@ -38,7 +38,8 @@ def check_file(path: Path, *, as_json: bool) -> int:
     return 0
 
 
-def _as_json(problem: Problem) -> dict[str, Any]:
+def as_json_object(problem: Problem) -> dict[str, Any]:
+    """One problem as the JSON of every command has it."""
     return {"file": str(problem.file), "line": problem.line, "key": problem.key, "message": problem.message}
 
 

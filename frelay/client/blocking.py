@@ -45,6 +45,7 @@ def connect(
     on_status: Callable[[Message], None] | None = None,
     proxy: str | None = None,
     retry: Retry | bool | int | None = None,
+    traceparent: str | None = None,
 ) -> Wire:
     """Join a route, wait for the other function, and give the wire to it: end-to-end mTLS, ready for use.
 
@@ -69,6 +70,7 @@ def connect(
         proxy: ``http://[user:password@]host:port`` of an HTTP proxy to go through; None takes HTTPS_PROXY and
             NO_PROXY from the environment, ``""`` goes directly.
         retry: join again after a failure that may pass: True, a number of tries, or a :class:`~frelay.Retry`.
+        traceparent: the W3C trace context of the caller, for the relay's log; ignored if it is ill-formed.
 
     Raises:
         RelayUnreachable: no connection, or the relay's certificate is not to be trusted.
@@ -96,6 +98,7 @@ def connect(
         mode=mode,
         proxy=proxy,
         retry=retry,
+        traceparent=traceparent,
     )
     joining = Joining(plan, time.monotonic, meets_on_socket=True)
     shell = _Shell()

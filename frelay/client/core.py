@@ -114,6 +114,7 @@ class Options(TypedDict, total=False):
     on_status: Callable[[Message], None] | None
     proxy: str | None
     retry: Retry | bool | int | None
+    traceparent: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +133,7 @@ class Plan:
     mode: Mode
     proxy: Proxy | None
     retry: Retry | None
+    traceparent: str | None
 
     @classmethod
     def make(
@@ -154,6 +156,7 @@ class Plan:
         on_status: Callable[[Message], None] | None = None,
         proxy: str | None = None,
         retry: Retry | bool | int | None = None,
+        traceparent: str | None = None,
     ) -> Plan:
         """The plan for these arguments of ``connect``; raises ValueError or CertificateError."""
         host, port = split_address(address)
@@ -173,6 +176,7 @@ class Plan:
             mode=mode,
             proxy=choose_proxy(proxy, host, port),
             retry=read_retry(retry),
+            traceparent=None if traceparent is None else messages.read_traceparent(traceparent),
         )
 
 
@@ -354,7 +358,14 @@ class Joining:
     def _join(self, tls: Engine) -> Steps[Paired]:
         plan = self._plan
         session = self._session = PartySession()
-        join = messages.Join(self._attempt, plan.route, plan.party, wait=self._deadline.left(), modes=(plan.mode,))
+        join = messages.Join(
+            self._attempt,
+            plan.route,
+            plan.party,
+            wait=self._deadline.left(),
+            modes=(plan.mode,),
+            traceparent=plan.traceparent,
+        )
         yield from self._tell(tls, session.send(join))
         silence = _PATIENCE
         while True:

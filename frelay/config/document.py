@@ -48,6 +48,7 @@ __all__ = [
     "Document",
     "Place",
     "explain",
+    "parse_document",
     "read_document",
     "shown",
     "unknown_key",
@@ -91,7 +92,7 @@ class Document:
         """The line of ``place``, or of what is next above it in the file."""
         return self._lines.line(place)
 
-    def report(self, place: Place, message: str, *, line_of: Place | None = None) -> None:
+    def report(self, place: Place, message: str, *, line_of: Place | None = None, is_conflict: bool = False) -> None:
         """Add a problem with the key at ``place``; ``line_of`` where the line to show is another key's."""
         self.problems.append(
             Problem(
@@ -99,6 +100,7 @@ class Document:
                 message=_printable(message),
                 key=_printable(self._key(place)) or None,
                 line=self.line(place if line_of is None else line_of),
+                is_conflict=is_conflict,
             )
         )
 
@@ -129,8 +131,8 @@ class Document:
 def read_document(path: Path, problems: list[Problem], *, may_be_gone: bool = False) -> Document | None:
     """Read and parse ``path``; None after a problem, or if it ``may_be_gone`` and is."""
 
-    def refuse(message: str, line: int | None = None) -> None:
-        problems.append(Problem(file=path, message=_printable(message), line=line))
+    def refuse(message: str) -> None:
+        problems.append(Problem(file=path, message=_printable(message)))
 
     try:
         content = _read(path)
@@ -146,24 +148,34 @@ def read_document(path: Path, problems: list[Problem], *, may_be_gone: bool = Fa
     except (OSError, ValueError) as error:
         refuse(f"cannot be read: {(isinstance(error, OSError) and error.strerror) or error}")
     else:
-        if len(content) > MAX_FILE_SIZE:
-            refuse("has more than 1 MiB, which no route file needs; many routes belong into relay.routes_dir")
-            return None
-        try:
-            # With the mark that some editors put first; tomllib would call it an invalid statement.
-            text = content.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            line = content.count(b"\n", 0, error.start) + 1
-            refuse(f"is not UTF-8 (byte 0x{content[error.start]:02x}): save it as UTF-8", line)
-            return None
-        try:
-            return Document(path, text, tomllib.loads(text), problems)
-        except tomllib.TOMLDecodeError as error:
-            refuse(*_syntax(str(error), text))
-        except RecursionError:
-            refuse("is not usable TOML: its values nest too deeply")
-        except ValueError as error:  # an int beyond sys.set_int_max_str_digits, of which tomllib knows nothing
-            refuse(f"is not usable TOML: {error}")
+        return parse_document(path, content, problems)
+    return None
+
+
+def parse_document(path: Path, content: bytes, problems: list[Problem]) -> Document | None:
+    """Parse what stands in ``path``, or is to stand there; None after a problem."""
+
+    def refuse(message: str, line: int | None = None) -> None:
+        problems.append(Problem(file=path, message=_printable(message), line=line))
+
+    if len(content) > MAX_FILE_SIZE:
+        refuse("has more than 1 MiB, which no route file needs; many routes belong into relay.routes_dir")
+        return None
+    try:
+        # With the mark that some editors put first; tomllib would call it an invalid statement.
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        refuse(f"is not UTF-8 (byte 0x{content[error.start]:02x}): save it as UTF-8", line)
+        return None
+    try:
+        return Document(path, text, tomllib.loads(text), problems)
+    except tomllib.TOMLDecodeError as error:
+        refuse(*_syntax(str(error), text))
+    except RecursionError:
+        refuse("is not usable TOML: its values nest too deeply")
+    except ValueError as error:  # an int beyond sys.set_int_max_str_digits, of which tomllib knows nothing
+        refuse(f"is not usable TOML: {error}")
     return None
 
 
@@ -275,7 +287,7 @@ def explain(error: Mapping[str, Any], model: type[Section]) -> str:
         return "is required"
     if kind == "extra_forbidden":
         # The only table inside a table is { dial = "HOST:PORT" }.
-        known = model.model_fields if len(error["loc"]) == 1 else ("dial",)
+        known = model.model_fields if len(error["loc"]) == 1 else ("dial", "connect_timeout")
         return unknown_key(str(error["loc"][-1]), known)
     if kind in _TYPES:
         return f"must be {_TYPES[kind]}, not {shown(value)}"

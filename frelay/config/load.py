@@ -19,7 +19,17 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from frelay.config.document import ARRAYS, SECTIONS, Document, Place, explain, read_document, shown, unknown_key
+from frelay.config.document import (
+    ARRAYS,
+    SECTIONS,
+    Document,
+    Place,
+    explain,
+    parse_document,
+    read_document,
+    shown,
+    unknown_key,
+)
 from frelay.config.model import (
     AdminSection,
     Config,
@@ -43,6 +53,7 @@ from frelay.config.rules import (
     check_stalls,
     check_tls,
 )
+from frelay.config.store import RouteFileEdit
 from frelay.errors import ConfigError, Problem
 from frelay.protocol.identity import Selector
 
@@ -51,15 +62,15 @@ __all__ = ["load", "route_files"]
 SectionType = TypeVar("SectionType", bound=Section)
 
 
-def load(path: Path | str) -> Config:
-    """Read the route file at ``path``, and the files of its ``routes_dir``.
+def load(path: Path | str, *, edit: RouteFileEdit | None = None) -> Config:
+    """Read the route file at ``path``, and the files of its ``routes_dir``: as they would be with ``edit``, if given.
 
     Raises:
         ConfigError: with all problems, in the order of the files and of their lines. Their paths are absolute.
     """
     problems: list[Problem] = []
     main = read_document(Path(path).absolute(), problems)
-    config = None if main is None else _assemble(main, problems)
+    config = None if main is None else _assemble(main, problems, edit)
     if config is None:
         raise ConfigError(problems)
     return config
@@ -77,7 +88,7 @@ def route_files(directory: Path) -> tuple[Path, ...]:
     return tuple(directory / name for name in sorted(names) if name.endswith(".toml") and name[0] != ".")
 
 
-def _assemble(main: Document, problems: list[Problem]) -> Config | None:
+def _assemble(main: Document, problems: list[Problem], edit: RouteFileEdit | None) -> Config | None:
     """The configuration whose route file is ``main``, or None once there are ``problems``."""
     base = main.path.parent
     for key in main.table:
@@ -96,7 +107,7 @@ def _assemble(main: Document, problems: list[Problem]) -> Config | None:
     files = [main.path]
     written = [WrittenRoute(main, place, table) for place, table in _tables(main, "route")]
     routes_dir = _routes_dir(main, relay)
-    written += _routes_of_directory(main, routes_dir, files)
+    written += _routes_of_directory(main, routes_dir, files, edit)
     routes: list[tuple[WrittenRoute, RouteTable]] = []
     for route in written:
         check_keys_together(route)
@@ -207,20 +218,27 @@ def _routes_dir(main: Document, relay: RelaySection | None) -> Path | None:
     return only.routes_dir
 
 
-def _routes_of_directory(main: Document, directory: Path | None, files: list[Path]) -> list[WrittenRoute]:
+def _routes_of_directory(
+    main: Document, directory: Path | None, files: list[Path], edit: RouteFileEdit | None
+) -> list[WrittenRoute]:
     """The routes of ``routes_dir``, one a file; the files go to ``files``, problems to where those of ``main`` go."""
     if directory is None:
         return []
     try:
-        paths = route_files(directory)
+        paths = set(route_files(directory))
     except OSError as error:
         main.report(("relay", "routes_dir"), f"cannot be listed: {error.strerror}: {directory}")
         return []
+    if edit is not None:
+        paths = paths - {edit.path} if edit.content is None else paths | {edit.path}
     routes: list[WrittenRoute] = []
-    for path in paths:
+    for path in sorted(paths):
         files.append(path)
-        # It may be gone: the admin API deletes routes at any time, also between the listing and this.
-        document = read_document(path, main.problems, may_be_gone=True)
+        if edit is not None and path == edit.path and edit.content is not None:
+            document = parse_document(path, edit.content, main.problems)
+        else:
+            # It may be gone: the admin API deletes routes at any time, also between the listing and this.
+            document = read_document(path, main.problems, may_be_gone=True)
         if document is None:
             continue
         if "route" in document.table:

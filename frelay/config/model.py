@@ -82,6 +82,7 @@ class RelaySection(Section):
     name: Name = "relay-1"
     routes_dir: File | None = None
     drain_timeout: Duration = 30
+    policy_ends_pairings: bool = True
     workers: Workers = 1
 
 

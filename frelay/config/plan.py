@@ -3,7 +3,8 @@
 A reload must not touch what did not change, so routes are compared by name, and a difference is one of two kinds.
 *Wiring* (where a route listens, who its parties are, how they are let in and handed off) decides who may meet; legs
 that wait were admitted under the old one, so a route whose wiring changes is replaced. *Limits* only bound what
-happens, so the route is kept, and its new limits hold for new legs and pairings.
+happens, so the route is kept, and its new limits hold for new legs and pairings. A service's address is wiring, the
+time to reach it a limit.
 
 Listening sockets are planned apart from routes, since they outlive them: several routes share one, and a replaced
 route that stays at its address keeps its socket, with whatever callers queue in it. A socket's identity is
@@ -19,7 +20,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from frelay.config.model import Address, Config, Route, RouteLimits, Section
+from frelay.config.model import Address, Config, Dial, Route, RouteLimits, Section
 
 __all__ = ["Add", "Keep", "ListenerKey", "Plan", "Remove", "Replace", "listener_key", "plan"]
 
@@ -154,12 +155,20 @@ def _changed_wiring(old: Route, new: Route) -> tuple[str, ...]:
 
 
 def _meaning(value: object) -> object:
+    if isinstance(value, Dial):
+        return value.address
     return frozenset(value) if isinstance(value, tuple) else value
 
 
 def _changed_limits(old: Route, new: Route) -> tuple[str, ...]:
     limits = _differing(old.limits, new.limits, RouteLimits.model_fields)
-    return (*limits, *_differing(old, new, _TIMINGS))
+    parties = (("func1", old.func1, new.func1), ("func2", old.func2, new.func2))
+    calls = (
+        f"{party}.connect_timeout"
+        for party, was, now in parties
+        if isinstance(was, Dial) and isinstance(now, Dial) and was.connect_timeout != now.connect_timeout
+    )
+    return (*limits, *_differing(old, new, _TIMINGS), *calls)
 
 
 def _changed_settings(old: Config, new: Config) -> tuple[str, ...]:

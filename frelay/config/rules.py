@@ -64,9 +64,9 @@ class WrittenRoute:
         """What ``outer`` says, or its default."""
         return self.table.get("outer", "mtls")
 
-    def report(self, key: str, message: str) -> None:
+    def report(self, key: str, message: str, *, is_conflict: bool = False) -> None:
         """Add a problem with one of its keys."""
-        self.document.report((*self.place, key), message)
+        self.document.report((*self.place, key), message, is_conflict=is_conflict)
 
     def where(self, key: str) -> str:
         """File and line of one of its keys."""
@@ -118,7 +118,8 @@ def check_names(routes: Iterable[WrittenRoute]) -> None:
             continue
         taken = first.setdefault(route.name, route)
         if taken is not route:
-            route.report("name", f'there is a route "{route.name}" already, at {taken.where("name")}')
+            text = f'there is a route "{route.name}" already, at {taken.where("name")}'
+            route.report("name", text, is_conflict=True)
 
 
 def check_addresses(routes: Iterable[WrittenRoute]) -> None:
@@ -144,6 +145,7 @@ def check_addresses(routes: Iterable[WrittenRoute]) -> None:
                     "listen",
                     f"{address} overlaps {taken} of {other}, at {other.where('listen')}: both cannot be bound. Use "
                     "exactly the same address to share it, or another port",
+                    is_conflict=True,
                 )
             if address.is_wide:
                 wide.append(address)
@@ -155,10 +157,12 @@ def _check_sharing(address: Address, sharing: Sequence[WrittenRoute]) -> None:
         other = next(other for other in sharing if other is not route)
         beside = f"{address} is shared with {other}, at {other.where('listen')}"
         if route.outer == "none":
-            route.report("listen", f'{beside}, but with outer = "none" nothing tells their callers apart')
+            text = f'{beside}, but with outer = "none" nothing tells their callers apart'
+            route.report("listen", text, is_conflict=True)
         elif route.table.get("handoff") == "hello":
             # Those clients send no JOIN.route, and the oldest of them no server name either.
-            route.report("listen", f'{beside}, but with handoff = "hello" nothing tells their callers apart')
+            text = f'{beside}, but with handoff = "hello" nothing tells their callers apart'
+            route.report("listen", text, is_conflict=True)
         if route.name is not None:
             like = by_server_name.setdefault(route.name.lower(), route)
             if like.name != route.name:
@@ -166,6 +170,7 @@ def _check_sharing(address: Address, sharing: Sequence[WrittenRoute]) -> None:
                     "name",
                     f'differs from "{like.name}", at {like.where("name")}, in case only, and both share {address}: '
                     "a TLS server name, which chooses between them, has no case",
+                    is_conflict=True,
                 )
 
 
@@ -201,7 +206,8 @@ def check_servers(
         for section, address, what in taken:
             if route.listen is not None and route.listen.overlaps(address):
                 place = main.where((section, "listen"))
-                route.report("listen", f"{route.listen} is in the way of {what} on {address}, at {place}")
+                text = f"{route.listen} is in the way of {what} on {address}, at {place}"
+                route.report("listen", text, is_conflict=True)
 
 
 def check_tls(main: Document, routes: Iterable[WrittenRoute]) -> None:

@@ -54,6 +54,10 @@ __all__ = [
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
 _MAX_UNIX_PATH: Final = 107  # sun_path of unix(7), less its NUL
+_CONNECT_TIMEOUT: Final = 5.0  # seconds
+
+# Seconds. TOML has no duration, and a unit in the text would be a second notation to learn.
+Duration = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +73,20 @@ class Surroundings:
 
 @dataclass(frozen=True, slots=True)
 class Dial:
-    """A party that is a place: the relay calls it when the other party arrives. The port is 1 to 65535."""
+    """A party that is a place: the relay calls it when the other party arrives. The port is 1 to 65535.
+
+    ``connect_timeout`` is in seconds, from the look-up of the name to the finished connection.
+    """
 
     address: Address
+    connect_timeout: float = _CONNECT_TIMEOUT
 
     def __str__(self) -> str:
         return f"dial {self.address}"
+
+    def as_written(self) -> dict[str, object]:
+        """The table that stands for it in a route file."""
+        return {"dial": str(self.address), "connect_timeout": self.connect_timeout}
 
 
 Party = tuple[Selector, ...] | Dial
@@ -134,12 +146,12 @@ def _address(value: object) -> Address:
     return value if isinstance(value, Address) else parse_address(_text(value, "HOST:PORT"))
 
 
-def _dial(value: object) -> Dial:
+def _dial(value: object) -> Address:
     address = parse_address(_text(value, "HOST:PORT"))
     host = ip_of(address.host)
     if address.port == 0 or (host is not None and host.is_unspecified):
         raise ValueError(f"{value!r} cannot be dialled: name one host, and a port from 1 to 65535")
-    return Dial(address)
+    return address
 
 
 # --- parties and networks --------------------------------------------------------------------------------------
@@ -176,7 +188,8 @@ def _flat(value: tuple[tuple[Selector, ...], ...]) -> tuple[Selector, ...]:
 class _DialTable(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    dial: Annotated[Dial, PlainValidator(_dial)]
+    dial: Annotated[Address, PlainValidator(_dial)]
+    connect_timeout: Duration = _CONNECT_TIMEOUT
 
 
 _SELECTORS: Final[TypeAdapter[tuple[Any, ...]]] = TypeAdapter(
@@ -201,7 +214,8 @@ def _party(value: object, info: ValidationInfo) -> Party:
     if isinstance(value, Dial):
         return value
     if isinstance(value, dict):
-        return _DialTable.model_validate(value).dial
+        table = _DialTable.model_validate(value)
+        return Dial(table.dial, table.connect_timeout)
     return _selector_list(value, info)
 
 
@@ -256,8 +270,6 @@ def _triple(value: object) -> object:
 
 # --- the types -------------------------------------------------------------------------------------------------
 
-# Seconds. TOML has no duration, and a unit in the text would be a second notation to learn.
-Duration = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 # The bound only keeps out what no machine has; beyond 4,300 digits Python refuses even to print an int.
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Name = Annotated[str, PlainValidator(_name)]

@@ -34,8 +34,10 @@ __all__ = [
     "crl_file",
     "crl_number",
     "key_pem",
+    "make_directory",
     "read_certificates",
     "read_crl",
+    "read_file",
     "read_private_key",
     "write_crl",
     "write_together",
@@ -94,6 +96,29 @@ def write_together(files: Sequence[PemFile], *, force: bool = False) -> list[Pat
     for directory in {path.parent for path in paths}:
         _sync_directory(directory)
     return paths
+
+
+def make_directory(path: Path, mode: int, undo: ExitStack) -> None:
+    """Make ``path`` and what is missing above it; ``undo`` removes them again, as far as they are empty then.
+
+    Raises :class:`CertificateError`.
+    """
+    missing = [one for one in (path, *path.parents) if not os.path.exists(one)]
+    for one in reversed(missing):
+        try:
+            os.mkdir(one, mode)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise CertificateError(
+                f"{one}: cannot be made ({error.strerror}), nothing was changed; choose another directory"
+            ) from error
+        undo.callback(_remove_directory, one)
+
+
+def _remove_directory(path: Path) -> None:
+    with suppress(OSError):  # somebody else put something into it meanwhile
+        os.rmdir(path)
 
 
 def write_crl(path: Path, crl: x509.CertificateRevocationList, *, force: bool = False) -> Path:
@@ -233,7 +258,7 @@ def crl_file(path: Path, crl: x509.CertificateRevocationList) -> PemFile:
 
 def read_certificates(path: Path) -> list[x509.Certificate]:
     """All certificates of a PEM file, in order; at least one. Raises :class:`CertificateError`."""
-    content = _content(path)
+    content = read_file(path)
     try:
         return x509.load_pem_x509_certificates(content)
     except (ValueError, x509.InvalidVersion) as error:
@@ -244,7 +269,7 @@ def read_certificates(path: Path) -> list[x509.Certificate]:
 
 def read_crl(path: Path) -> x509.CertificateRevocationList:
     """The CRL of a PEM file. Raises :class:`CertificateError`."""
-    content = _content(path)
+    content = read_file(path)
     try:
         return x509.load_pem_x509_crl(content)
     except ValueError as error:
@@ -255,7 +280,7 @@ def read_crl(path: Path) -> x509.CertificateRevocationList:
 
 def read_private_key(path: Path) -> PrivateKeyTypes:
     """The private key of a PEM file that only its owner can read. Raises :class:`CertificateError`."""
-    content = _content(path, secret=True)
+    content = read_file(path, secret=True)
     try:
         return serialization.load_pem_private_key(content, password=None)
     except TypeError:
@@ -268,7 +293,8 @@ def read_private_key(path: Path) -> PrivateKeyTypes:
         raise CertificateError(f"{path}: no readable private key in it; it must be PEM, best PKCS #8") from error
 
 
-def _content(path: Path, *, secret: bool = False) -> bytes:
+def read_file(path: Path, *, secret: bool = False) -> bytes:
+    """All of a file of PEM's size; a ``secret`` one must be its owner's alone. Raises :class:`CertificateError`."""
     try:
         with open(path, "rb", opener=_open_without_waiting) as stream:
             facts = os.fstat(stream.fileno())

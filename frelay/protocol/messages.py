@@ -34,6 +34,7 @@ __all__ = [
     "Waiting",
     "decode",
     "encode",
+    "read_traceparent",
 ]
 
 PartyName = Literal["func1", "func2"]
@@ -59,6 +60,11 @@ REFUSAL_CODES: Final = frozenset(
 )
 
 _UUID: Final = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\Z")
+# https://www.w3.org/TR/trace-context/#traceparent-header: version, trace, parent and flags, of which version ff and
+# zeroes stand for nothing. A later version may have more behind a dash; version 00 has not.
+_TRACEPARENT: Final = re.compile(
+    r"(?P<known>(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2})(?P<more>-.*)?\Z", re.DOTALL
+)
 # Long enough for any route name, identity or sentence of ours; what is longer was not written in good faith.
 _MAX_TEXT: Final = 2100
 
@@ -73,6 +79,7 @@ class Join:
     party: PartyName | None = None
     wait: float | None = None
     modes: tuple[str, ...] = ("handoff",)
+    traceparent: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +149,17 @@ class Draining:
     reconnect_in: float
 
 
+def read_traceparent(text: str) -> str | None:
+    """The part of a W3C ``traceparent`` that version 00 has, or None if it is ill-formed.
+
+    Ill-formed is no error, here as in that specification: who is traced must not be worse off for it.
+    """
+    found = _TRACEPARENT.match(text)
+    if found is None or (found["more"] is not None and text.startswith("00")):
+        return None
+    return found["known"]
+
+
 Message = Join | Pong | Leave | Waiting | Ping | Paired | Refused | Draining
 
 
@@ -184,6 +202,12 @@ def _modes(value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
+def _traceparent(value: Any) -> str | None:
+    if not isinstance(value, str):
+        raise ValueError("a W3C traceparent as text expected")
+    return read_traceparent(value)
+
+
 def _object(value: Any) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("an object expected")
@@ -205,7 +229,14 @@ def _or_null(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 _party: Final = _one_of("func1", "func2")
 _CHECKS: Final[Mapping[type[Message], Mapping[str, Callable[[Any], Any]]]] = {
-    Join: {"attempt": _uuid, "route": _text, "party": _party, "wait": _seconds, "modes": _modes},
+    Join: {
+        "attempt": _uuid,
+        "route": _text,
+        "party": _party,
+        "wait": _seconds,
+        "modes": _modes,
+        "traceparent": _traceparent,
+    },
     Pong: {"n": _counter},
     Leave: {},
     Waiting: {

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Final
+from weakref import WeakValueDictionary
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -32,10 +33,20 @@ from OpenSSL import SSL, crypto
 from frelay.config.model import TlsSection
 from frelay.errors import ConfigError, Problem
 from frelay.sockets import TlsFault
-from frelay.tls.identity import PeerIdentity, distinguished_name, identities
+from frelay.tls.identity import PeerIdentity, describe_unverified, distinguished_name, identities
 from frelay.tls.stream import note_event
 
-__all__ = ["ALPN", "OuterTls", "Rejection", "VerifiedPeer", "load_outer_tls", "openssl_version", "verified_peer"]
+__all__ = [
+    "ALPN",
+    "EXPIRED",
+    "Credential",
+    "OuterTls",
+    "Rejection",
+    "VerifiedPeer",
+    "load_outer_tls",
+    "openssl_version",
+    "verified_peer",
+]
 
 ALPN: Final = b"frelay/1"
 
@@ -60,7 +71,31 @@ class Rejection:
 
     code: str
     reason: str
-    subject: str | None = None
+    certificate: str | None = None
+    """What it says, in one line: subject, names, issuer and serial; and that it is unverified, if it is."""
+    number: int = 0
+    """OpenSSL's X509_V_ERR; 0 where it was not OpenSSL that refused."""
+    depth: int = 0
+    """Where in the chain, 0 being the party's own certificate."""
+
+
+EXPIRED: Final = Rejection("certificate-expired", "the certificate has expired since the handshake")
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True)
+class Credential:
+    """A party's certificate, as little of it as it takes to judge it again: kept for as long as its leg lives."""
+
+    leaf: bytes
+    """In DER: parsed, and with all that a parser keeps at hand, it is ten times that."""
+    intermediates: tuple[bytes, ...]
+    """In DER, and without the anchor: whether that is still trusted is what a later judgement has to find out."""
+    not_after: float
+    """When the first certificate of the chain expires, in seconds since the epoch."""
+
+
+# Many legs show the same certificate, all instances of a function as a rule: each of them is kept once.
+_CREDENTIALS: Final[WeakValueDictionary[tuple[bytes, ...], Credential]] = WeakValueDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +103,7 @@ class VerifiedPeer:
     """A party's certificate as it was verified in the handshake."""
 
     identity: PeerIdentity
-    leaf: bytes
-    """In DER: parsed, and with all that a parser keeps at hand, it is ten times that, for as long as the leg lives."""
-    intermediates: tuple[bytes, ...]
-    not_after: float
-    """When the first certificate of the chain expires, in seconds since the epoch."""
+    credential: Credential
     trust: OuterTls
 
 
@@ -83,9 +114,17 @@ class OuterTls:
     context: SSL.Context
     not_after: float
     """When the relay's own certificate expires, in seconds since the epoch."""
+    authorities_not_after: float
+    """When the first of the CA certificates expires."""
     crl_next_update: float | None
     """When the first of the CRLs expires, in seconds since the epoch; None without ``tls.crl``."""
+    http_context: SSL.Context | None
+    """The same for HTTP instead of frelay/1; None unless it was asked for."""
+    server_names: frozenset[str]
+    """The DNS names that the relay's own certificate shows, in lower case."""
     subject: str
+    authorities: tuple[str, ...]
+    """The subjects of the CA certificates that parties are verified by."""
     _store: crypto.X509Store
 
     def judge(self, peer: VerifiedPeer, now: float | None = None) -> Rejection | None:
@@ -94,27 +133,37 @@ class OuterTls:
         Cheap while nothing was reloaded since its handshake: only clocks can have changed the answer.
         """
         now = time.time() if now is None else now
-        if now > peer.not_after:
-            return Rejection("certificate-expired", "the certificate has expired since the handshake")
-        if self.crl_next_update is not None and now > self.crl_next_update:
+        if now > peer.credential.not_after:
+            return EXPIRED
+        if self.has_expired_list(now):
             return Rejection("not-authorised", "the relay's revocation list has expired")
-        if peer.trust is self:
-            return None
+        return None if peer.trust is self else self.verify(peer.credential)
+
+    def has_expired_list(self, now: float | None = None) -> bool:
+        """Whether the ``nextUpdate`` of a CRL has passed, so that nobody can be let in."""
+        now = time.time() if now is None else now
+        return self.crl_next_update is not None and now > self.crl_next_update
+
+    def verify(self, credential: Credential) -> Rejection | None:
+        """Ask OpenSSL about a certificate that was verified by other files than these; None means it is accepted.
+
+        Costs as much as in a handshake, a fraction of a millisecond.
+        """
         try:
             crypto.X509StoreContext(
                 self._store,
-                crypto.load_certificate(crypto.FILETYPE_ASN1, peer.leaf),
-                [crypto.load_certificate(crypto.FILETYPE_ASN1, certificate) for certificate in peer.intermediates],
+                crypto.load_certificate(crypto.FILETYPE_ASN1, credential.leaf),
+                [crypto.load_certificate(crypto.FILETYPE_ASN1, data) for data in credential.intermediates],
             ).verify_certificate()
         except crypto.X509StoreContextError as error:
-            number = error.errors[0] if error.errors else 0
-            return _rejection(number, str(error), peer.identity.subject)
+            number, depth = error.errors[:2] if error.errors else (0, 0)
+            return _rejection(number, depth, str(error))
         return None
 
 
-def _rejection(number: int, text: str, subject: str | None) -> Rejection:
+def _rejection(number: int, depth: int, text: str, certificate: str | None = None) -> Rejection:
     codes = {_ERR_CERT_HAS_EXPIRED: "certificate-expired", _ERR_CERT_REVOKED: "revoked"}
-    return Rejection(codes.get(number, "not-authorised"), text, subject)
+    return Rejection(codes.get(number, "not-authorised"), text, certificate, number, depth)
 
 
 def verified_peer(connection: SSL.Connection, trust: OuterTls) -> VerifiedPeer:
@@ -123,14 +172,18 @@ def verified_peer(connection: SSL.Connection, trust: OuterTls) -> VerifiedPeer:
     if not chain:
         # Unreachable with FAIL_IF_NO_PEER_CERT; if it ever is reached, nobody is let in on the strength of it.
         raise AssertionError("a handshake without a verified certificate chain")
-    return VerifiedPeer(
-        identity=identities(chain[0]),
-        leaf=chain[0].public_bytes(Encoding.DER),
-        # Without the anchor: whether that is still trusted is what a later judgement has to find out by itself.
-        intermediates=tuple(certificate.public_bytes(Encoding.DER) for certificate in chain[1:-1]),
-        not_after=min(certificate.not_valid_after_utc.timestamp() for certificate in chain),
-        trust=trust,
-    )
+    return VerifiedPeer(identity=identities(chain[0]), credential=_credential(chain), trust=trust)
+
+
+def _credential(chain: Sequence[x509.Certificate]) -> Credential:
+    leaf, *intermediates = (certificate.public_bytes(Encoding.DER) for certificate in chain[:-1] or chain)
+    not_after = min(certificate.not_valid_after_utc.timestamp() for certificate in chain)
+    known = _CREDENTIALS.get((leaf, *intermediates))
+    # The same certificate may come with another anchor, and so end at another time.
+    if known is None or known.not_after != not_after:
+        known = Credential(leaf, tuple(intermediates), not_after)
+        _CREDENTIALS[leaf, *known.intermediates] = known
+    return known
 
 
 # --- what OpenSSL asks us during a handshake --------------------------------------------------------------------
@@ -142,10 +195,9 @@ def _note_rejection(connection: SSL.Connection, certificate: crypto.X509, number
     The return value overrides the verdict, so it must be ``ok`` and nothing else. An exception in here refuses.
     """
     if not ok:
-        # Nobody has vouched for this certificate: its subject may be unreadable, or a book.
-        subject = distinguished_name(lambda: certificate.to_cryptography().subject)[:_SHOWN]
+        described = describe_unverified(certificate.to_cryptography)
         text = _VERIFY_ERRORS.get(number, f"X509 verification error {number}")
-        connection.set_app_data(_rejection(number, f"{text} (at depth {depth} of the chain)", subject))
+        connection.set_app_data(_rejection(number, depth, f"{text} (at depth {depth} of the chain)", described))
     return bool(ok)
 
 
@@ -164,14 +216,25 @@ _VERIFY_ERRORS: Final = {
     21: "unable to verify the first certificate",
     22: "certificate chain too long",
     23: "certificate revoked",
-    24: "invalid CA certificate",
+    24: "issuer certificate has no public key",
     25: "path length constraint exceeded",
     26: "unsuitable certificate purpose",
+    32: "key usage does not include certificate signing",
+    33: "unable to get CRL issuer certificate",
+    34: "unhandled critical extension",
+    35: "key usage does not include CRL signing",
+    41: "invalid or inconsistent certificate extension",
+    44: "different CRL scope",
     47: "permitted subtree violation",
     48: "excluded subtree violation",
     51: "unsupported name constraint type",
+    52: "unsupported or invalid name constraint syntax",
+    53: "unsupported or invalid name syntax",
     66: "EE certificate key too weak",
+    67: "CA certificate key too weak",
     68: "CA signature digest algorithm too weak",
+    79: "invalid CA certificate",
+    94: "public key with explicit curve parameters",
 }
 
 
@@ -187,6 +250,12 @@ def _select_protocol(connection: SSL.Connection, offered: list[bytes]) -> bytes:
         return ALPN
     shown = ", ".join(name.decode("ascii", "backslashreplace") for name in offered)[:_SHOWN]
     raise _ForeignProtocol(f"ALPN offers {shown} and not {ALPN.decode()}")
+
+
+def _select_http(connection: SSL.Connection, offered: list[bytes]) -> bytes:
+    if b"http/1.1" in offered:
+        return b"http/1.1"
+    raise _ForeignProtocol("ALPN offers no http/1.1")
 
 
 # --- loading ------------------------------------------------------------------------------------------------------
@@ -252,10 +321,12 @@ class _Loader:
         return lists
 
 
-def load_outer_tls(section: TlsSection, *, source: Path, now: float | None = None) -> OuterTls:
+def load_outer_tls(
+    section: TlsSection, *, source: Path, now: float | None = None, serves_http: bool = False
+) -> OuterTls:
     """Read and check the files of ``[tls]``; raises ConfigError with every problem, named by file and key.
 
-    ``source`` is the route file, for the messages.
+    ``source`` is the route file, for the messages. With ``serves_http`` there is a second context, for the admin API.
     """
     now = time.time() if now is None else now
     loader = _Loader(source)
@@ -271,16 +342,29 @@ def load_outer_tls(section: TlsSection, *, source: Path, now: float | None = Non
         raise ConfigError(loader.problems)
     assert private_key is not None  # noqa: S101  for the type checker: its absence is a problem above
     try:
-        context, store = _build(chain, private_key, authorities, lists)
+        context, store = _build(chain, private_key, authorities, lists, _select_protocol)
+        http = _build(chain, private_key, authorities, lists, _select_http)[0] if serves_http else None
     except (SSL.Error, crypto.Error, TypeError, ValueError, UnsupportedAlgorithm) as error:
         raise ConfigError([Problem(source, f"OpenSSL does not take these files: {error}", key="tls")]) from error
     return OuterTls(
         context=context,
         not_after=min(certificate.not_valid_after_utc.timestamp() for certificate in chain),
+        authorities_not_after=min(one.not_valid_after_utc.timestamp() for one in authorities),
         crl_next_update=min((_next_update(item) for item in lists), default=None),
+        http_context=http,
+        server_names=_server_names(chain[0]),
         subject=distinguished_name(lambda: chain[0].subject),
+        authorities=tuple(distinguished_name(partial(getattr, one, "subject")) for one in authorities),
         _store=store,
     )
+
+
+def _server_names(leaf: x509.Certificate) -> frozenset[str]:
+    try:
+        alternatives = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (x509.ExtensionNotFound, ValueError):
+        return frozenset()
+    return frozenset(name.lower() for name in alternatives.get_values_for_type(x509.DNSName))
 
 
 def _date(moment: datetime.datetime) -> str:
@@ -376,6 +460,7 @@ def _build(
     private_key: PrivateKeyTypes,
     authorities: Sequence[x509.Certificate],
     lists: Sequence[x509.CertificateRevocationList],
+    select_protocol: Callable[[SSL.Connection, list[bytes]], bytes],
 ) -> tuple[SSL.Context, crypto.X509Store]:
     context = SSL.Context(SSL.TLS_SERVER_METHOD)
     context.set_min_proto_version(SSL.TLS1_3_VERSION)
@@ -400,7 +485,7 @@ def _build(
         # ALL: a revoked intermediate must not vouch for anyone either.
         store.set_flags(crypto.X509StoreFlags.CRL_CHECK | crypto.X509StoreFlags.CRL_CHECK_ALL)
     context.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT, _note_rejection)
-    context.set_alpn_select_callback(_select_protocol)
+    context.set_alpn_select_callback(select_protocol)
     context.set_info_callback(note_event)
     return context, store
 

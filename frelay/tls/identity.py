@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from frelay.protocol.identity import Kind, Name, OddName, dns_name, spki_of_certificate, uri_names
 
-__all__ = ["PeerIdentity", "distinguished_name", "identities"]
+__all__ = ["PeerIdentity", "describe_unverified", "distinguished_name", "identities"]
 
 # Bounds of describe(): a certificate may hold hundreds of names, a log line should not.
 _SHOWN: Final = 8
@@ -80,6 +80,17 @@ def identities(certificate: x509.Certificate) -> PeerIdentity:
         not_before=certificate.not_valid_before_utc.timestamp(),
         not_after=certificate.not_valid_after_utc.timestamp(),
     )
+
+
+def describe_unverified(read: Callable[[], x509.Certificate]) -> str:
+    """:meth:`PeerIdentity.describe` of the certificate that ``read`` gives, for which nobody has vouched; never raises.
+
+    It says who somebody claims to be, for a person who looks for a mistake. Nothing may be decided by it.
+    """
+    try:
+        return f"unverified: {identities(read()).describe()}"
+    except Exception as error:  # a stranger's bytes, in which the very dates may be unreadable
+        return f"unverified: (unreadable: {_reason(error)})"
 
 
 def distinguished_name(read: Callable[[], x509.Name]) -> str:

@@ -13,6 +13,7 @@ from command import arguments, command
 from ends import block
 from rig import DEMO, PATIENCE, Site, eventually, reserved_port
 
+TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 QUESTION, REPLY = block(3_000_000, 1), block(2_000_000, 2)
 
 
@@ -65,10 +66,12 @@ async def test_every_option_may_come_from_the_environment(site: Site) -> None:
             "FRELAY_MODE": "tunnel",
             "FRELAY_ALPN": "test/1",
             "FRELAY_RETRY": "3",
+            "FRELAY_TRACEPARENT": TRACEPARENT,
         }
         line = arguments(site, "x:1", "func1", "func2")[:4]
         async with command(line, env) as one:
             await one.say("waiting")
+            assert relay.logged("waiting", traceparent=TRACEPARENT)
             async with trio.open_nursery() as nursery:
                 heard: list[bytes] = []
 

@@ -8,11 +8,14 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import datetime
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
 import trio
 
+from certs import Credential, TestAuthority, san_der, self_signed
+from frelay.pki.authority import Authority
 from frelay.protocol.messages import REFUSAL_CODES
 from handoffs import relay_has_read
 from rig import DEMO, Party, RelayInProcess, Site, eventually, frame, pair, while_it_lasts
@@ -304,6 +307,61 @@ async def test_a_bare_waiter_is_drained_by_an_orderly_end(site: Site) -> None:
             assert await bare.receive() == b""
 
 
+# --- who it was, in the log ------------------------------------------------------------------------------------------
+
+
+UNVERIFIED: Final[dict[str, tuple[Callable[[Site], Credential], str]]] = {
+    "wrong CA": (
+        lambda site: TestAuthority("other CA").party(dns=["func1.demo"], uris=["spiffe://demo/func1"]),
+        "unable to get local issuer certificate",
+    ),
+    "self-signed": (lambda site: self_signed(dns=["func1.demo"]), "self-signed certificate"),
+    "expired": (lambda site: site.ca.expired(dns=["func1.demo"]), "certificate has expired"),
+    "serverAuth only": (lambda site: site.ca.server_only(dns=["func1.demo"]), "unsuitable certificate purpose"),
+    "revoked": (lambda site: site.credentials["func1"], "certificate revoked"),
+    "no SAN": (lambda site: TestAuthority("other CA").cn_only("func1.demo"), "unable to get local issuer certificate"),
+    "a SAN that cannot be read": (
+        lambda site: TestAuthority("other CA").odd(san_der(dns=[b"\xff\x1b[2J"])),
+        "unable to get local issuer certificate",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", UNVERIFIED)
+async def test_a_refused_handshake_says_whose_certificate_it_was_and_what_is_wrong(site: Site, kind: str) -> None:
+    """Subject, names, issuer, serial, address, and the check: enough to find the function, and to mend it."""
+    make, check = UNVERIFIED[kind]
+    bad = site.add("bad", make(site))
+    site.ca.write_crl(site.directory, site.ca.crl(revoked=[bad] if kind == "revoked" else []))
+    async with site.relay(crl=True) as relay:
+        party = await site.connect(relay, "bad")
+        await party.alert()
+        refused = await relay.log("refused", address=f"127.0.0.1:{party.socket.getsockname()[1]}")
+        assert refused["reason"] == f"{check} (at depth 0 of the chain)"
+        leaf = bad.certificate
+        described = refused["certificate"]
+        assert described.startswith(f"unverified: {leaf.subject.rfc4514_string()}; names ")
+        assert described.endswith(f"; issuer {leaf.issuer.rfc4514_string()}; serial {leaf.serial_number:x}")
+        if kind == "wrong CA":
+            assert "names uri:spiffe://demo/func1, dns:func1.demo; " in described
+        elif "SAN" not in kind:
+            assert "names dns:func1.demo; " in described
+        assert described.isprintable()
+
+
+async def test_a_fault_above_the_leaf_names_the_certificate_that_has_it(tmp_path: Path) -> None:
+    """OpenSSL stops at the first fault, from the root on; it has not come to the leaf yet."""
+    site = Site(tmp_path, TestAuthority.root_for_intermediates())
+    middle = site.ca.party(dns=["middle.demo"])
+    above = (site.ca.authority.certificate,)
+    site.add("bad", TestAuthority(authority=Authority(middle.certificate, middle.private_key, above)).party())
+    async with site.relay() as relay:
+        await (await site.connect(relay, "bad")).alert()
+        refused = await relay.log("refused")
+        assert refused["reason"] == "invalid CA certificate (at depth 1 of the chain)"
+        assert refused["certificate"].startswith("unverified: CN=middle.demo; names dns:middle.demo; ")
+
+
 BAD_JOINS: Final[dict[str, bytes]] = {
     "no attempt": frame("JOIN", {}),
     "attempt null": frame("JOIN", {"attempt": None}),
@@ -321,6 +379,7 @@ BAD_JOINS: Final[dict[str, bytes]] = {
     "modes empty": frame("JOIN", {"attempt": "00000000-0000-0000-0000-000000000000", "modes": []}),
     "modes text": frame("JOIN", {"attempt": "00000000-0000-0000-0000-000000000000", "modes": "handoff"}),
     "modes unknown": frame("JOIN", {"attempt": "00000000-0000-0000-0000-000000000000", "modes": ["carrier-pigeon"]}),
+    "traceparent no text": frame("JOIN", {"attempt": "00000000-0000-0000-0000-000000000000", "traceparent": 1}),
     "a key twice": frame("JOIN", b'{"attempt": "00000000-0000-0000-0000-000000000000", "wait": 1, "wait": 2}'),
     "not JSON": frame("JOIN", b"hello"),
     "not an object": frame("JOIN", b"[]"),

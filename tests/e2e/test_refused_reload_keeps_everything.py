@@ -251,7 +251,7 @@ async def test_a_port_in_use(site: Site) -> None:
 async def test_a_fault_in_loading_is_a_refused_reload_and_no_more(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """TESTPLAN 40: whatever a file may set off in the loader, pairings and routes survive it."""
 
-    def fail(path: Path) -> None:
+    def fail(path: Path, **options: object) -> None:
         raise RuntimeError("nobody thought of this")
 
     async with site.relay() as relay:

@@ -173,7 +173,7 @@ SCALARS = st.one_of(
     st.times(),
     st.datetimes(),
 )
-NAMES = st.sampled_from(KEYS) | st.sampled_from([*SECTIONS, *ARRAYS, "dial"]) | st.text(max_size=5)
+NAMES = st.sampled_from(KEYS) | st.sampled_from([*SECTIONS, *ARRAYS, "dial", "connect_timeout"]) | st.text(max_size=5)
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(NAMES, inner, max_size=4), max_leaves=8
 )

@@ -179,7 +179,12 @@ def _selectors(party: Any) -> tuple[Any, ...]:
 def test_one_party_may_be_a_place_to_dial(written: Written, party: str) -> None:
     other = "func2" if party == "func1" else "func1"
     route = route_of(written, f'{party} = {{ dial = "DB.internal:5432" }}\n{other} = "dns:a.acme"')
-    assert getattr(route, party) == Dial(Address("db.internal", 5432))
+    assert getattr(route, party) == Dial(Address("db.internal", 5432), 5)
+
+
+def test_a_service_may_have_its_own_time_to_be_reached(written: Written) -> None:
+    route = route_of(written, 'func1 = "dns:a.acme"\nfunc2 = { dial = "db:5432", connect_timeout = 1.5 }')
+    assert route.func2 == Dial(Address("db", 5432), 1.5)
 
 
 def test_a_plain_route_has_networks_and_no_parties(written: Written) -> None:
@@ -410,6 +415,18 @@ BROKEN = [
         "route[shuffle].func1.dail",
         8,
         'did you mean "dial"?',
+    ),
+    (
+        f"{TLS}{ROUTE}".replace('["dns:func1.acme"]', '{ dial = "a:1", connect_timeout = 0 }'),
+        "route[shuffle].func1.connect_timeout",
+        8,
+        "must be more than 0, not 0",
+    ),
+    (
+        f"{TLS}{ROUTE}".replace('["dns:func1.acme"]', '{ dial = "a:1", connect_timeout = "5" }'),
+        "route[shuffle].func1.connect_timeout",
+        8,
+        "must be a number",
     ),
     (f"{TLS}{ROUTE}".replace('["dns:func1.acme"]', '{ dial = "a:0" }'), "route[shuffle].func1.dial", 8, "1 to 65535"),
     (

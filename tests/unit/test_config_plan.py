@@ -110,6 +110,11 @@ def test_another_dial_target_replaces_the_route() -> None:
     assert plan(config(old), config(new)).replace == (Replace(old, new, ("func2",)),)
 
 
+def test_more_time_to_reach_a_service_keeps_the_route() -> None:
+    old, new = (route(func2=Dial(Address("h", 1), seconds)) for seconds in (1, 2))
+    assert plan(config(old), config(new)) == Plan(keep=(Keep(new, ("func2.connect_timeout",)),))
+
+
 def test_a_replacement_names_its_limits_as_well() -> None:
     old, new = route(), route(func1=(C,), limits=RouteLimits(idle_timeout=7))
     assert plan(config(old), config(new)).replace == (Replace(old, new, ("func1", "idle_timeout")),)

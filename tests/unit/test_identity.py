@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from certs import ODD_DNS, ODD_SPIFFE, SPIFFE_ID, Credential, TestAuthority, der, san_der
 from frelay.protocol.identity import Kind, Name, match, parse_selector, spki_of_certificate
-from frelay.tls.identity import PeerIdentity, distinguished_name, identities
+from frelay.tls.identity import PeerIdentity, describe_unverified, distinguished_name, identities
 
 FUNC1 = [parse_selector("dns:func1.demo")]
 JOB1 = [parse_selector(f"uri:{SPIFFE_ID}")]
@@ -249,6 +249,22 @@ def test_describe_tells_subject_names_issuer_and_serial(ca: TestAuthority) -> No
         r"ignored DNS name 'f1\x00.evil' has the label 'f1\x00', which no selector may match; "
         f"issuer CN=test CA; serial {one.certificate.serial_number:x}"
     )
+
+
+def test_what_is_not_verified_is_described_and_says_so(ca: TestAuthority) -> None:
+    one = ca.odd(san_der(dns=[b"func1.demo"]), common_name="function one")
+    assert describe_unverified(lambda: one.certificate) == (
+        "unverified: CN=function one; names dns:func1.demo; "
+        f"issuer CN=test CA; serial {one.certificate.serial_number:x}"
+    )
+
+
+def test_what_is_not_verified_may_be_no_certificate_at_all() -> None:
+    def read() -> x509.Certificate:
+        return x509.load_der_x509_certificate(b"\x1b[2J")
+
+    assert describe_unverified(read).startswith("unverified: (unreadable: ValueError: ")
+    assert describe_unverified(read).isprintable()
 
 
 def test_a_subject_cannot_forge_a_log_line(ca: TestAuthority) -> None:

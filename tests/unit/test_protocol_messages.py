@@ -22,15 +22,24 @@ from frelay.protocol.messages import (
     Waiting,
     decode,
     encode,
+    read_traceparent,
 )
 
 ATTEMPT = "0f8fad5b-d9cb-469f-a165-70867728950e"
+TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 # One payload a type that says everything, and the message that it is.
 FULL: dict[FrameType, tuple[dict[str, Any], Message]] = {
     FrameType.JOIN: (
-        {"attempt": ATTEMPT, "route": "shuffle", "party": "func2", "wait": 2.5, "modes": ["ticket", "tunnel"]},
-        Join(ATTEMPT, "shuffle", "func2", 2.5, ("ticket", "tunnel")),
+        {
+            "attempt": ATTEMPT,
+            "route": "shuffle",
+            "party": "func2",
+            "wait": 2.5,
+            "modes": ["ticket", "tunnel"],
+            "traceparent": TRACEPARENT,
+        },
+        Join(ATTEMPT, "shuffle", "func2", 2.5, ("ticket", "tunnel"), TRACEPARENT),
     ),
     FrameType.PONG: ({"n": 3}, Pong(3)),
     FrameType.LEAVE: ({}, Leave()),
@@ -91,6 +100,7 @@ WRONG: dict[str, list[Any]] = {
     "JOIN.party": CHOICE,
     "JOIN.wait": [None, *SECONDS],
     "JOIN.modes": [None, True, 1, "handoff", {}, [], ["handoff", 1], [None], [["handoff"]]],
+    "JOIN.traceparent": [None, True, 1, 1.5, [], {}],
     "PONG.n": COUNTER,
     "WAITING.route": ANY_TEXT,
     "WAITING.party": CHOICE,
@@ -187,6 +197,39 @@ def test_an_attempt_is_compared_without_case() -> None:
 def test_modes_of_a_later_version_are_read() -> None:
     message = decode(Frame(FrameType.JOIN, {"attempt": ATTEMPT, "modes": ["quantum", "tunnel"]}))
     assert message == Join(ATTEMPT, modes=("quantum", "tunnel"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [TRACEPARENT, TRACEPARENT.replace("-01", "-00"), "cc" + TRACEPARENT[2:], TRACEPARENT.replace("-01", "-ff")],
+)
+def test_a_traceparent_is_read_as_it_stands(text: str) -> None:
+    assert read_traceparent(text) == text
+
+
+def test_of_a_later_traceparent_what_is_known_is_read() -> None:
+    """W3C Trace Context, 4.3: later versions may add something, behind a dash."""
+    assert read_traceparent("cc" + TRACEPARENT[2:] + "-what the future brings\n") == "cc" + TRACEPARENT[2:]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "x", TRACEPARENT[:-1], TRACEPARENT + "0", TRACEPARENT + "\n", " " + TRACEPARENT, TRACEPARENT.upper()),
+        *(
+            "ff" + TRACEPARENT[2:],
+            TRACEPARENT + "-more",
+            "cc" + TRACEPARENT[2:] + "more",
+            TRACEPARENT.replace("-", "_"),
+        ),
+        f"00-{'0' * 32}-00f067aa0ba902b7-01",
+        f"00-4bf92f3577b34da6a3ce929d0e0e4736-{'0' * 16}-01",
+        TRACEPARENT.replace("4bf", "\u0664bf"),
+    ],
+)
+def test_an_ill_formed_traceparent_is_ignored_and_no_error(text: str) -> None:
+    assert read_traceparent(text) is None
+    assert decode(Frame(FrameType.JOIN, {"attempt": ATTEMPT, "traceparent": text})) == Join(ATTEMPT)
 
 
 def test_a_code_of_a_later_version_reaches_the_person() -> None:

@@ -1,0 +1,114 @@
+"""The office: what the servers in this room may ask of a relay, and nothing more of it.
+
+The relay stands above this room and is not known here. It gives the servers an :class:`Office`, and the tests give them
+another one.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from typing import Any
+
+from frelay.admin.model import (
+    PairingsView,
+    ProblemView,
+    ReloadedView,
+    RoutesView,
+    RouteView,
+    StatusView,
+    TrafficView,
+)
+from frelay.journal import Journal
+
+__all__ = ["Conflict", "Invalid", "Office", "OfficeError", "PreconditionFailed", "Stopping", "Unknown", "Unwritable"]
+
+
+class OfficeError(Exception):
+    """Something that was asked for and not done; nothing has changed."""
+
+    def __init__(self, message: str, problems: list[ProblemView] | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.problems = problems or []
+
+
+class Unknown(OfficeError):
+    """There is no such route."""
+
+
+class Invalid(OfficeError):
+    """What was asked for can never be done: its values are wrong in themselves."""
+
+
+class Conflict(OfficeError):
+    """What was asked for cannot be done beside what is there."""
+
+
+class PreconditionFailed(OfficeError):
+    """The route is no longer as the caller believes, or there is one where the caller wants a new one."""
+
+
+class Unwritable(OfficeError):
+    """The disk did not take it."""
+
+
+class Stopping(OfficeError):
+    """The relay drains, and takes nothing over any more."""
+
+
+class Office(abc.ABC):
+    """What may be asked of a relay. Looks are synchronous and cheap; changes raise :class:`OfficeError`."""
+
+    journal: Journal
+
+    @property
+    @abc.abstractmethod
+    def is_ready(self) -> bool:
+        """Whether new functions should be sent here: it runs, does not drain, and its last reload was accepted."""
+
+    @property
+    @abc.abstractmethod
+    def is_draining(self) -> bool:
+        """Whether the relay takes nothing new any more."""
+
+    @abc.abstractmethod
+    def status(self) -> StatusView:
+        """The relay as a whole."""
+
+    @abc.abstractmethod
+    def routes(self) -> RoutesView:
+        """All routes in force."""
+
+    @abc.abstractmethod
+    def route(self, name: str) -> RouteView:
+        """One route in force; raises Unknown."""
+
+    @abc.abstractmethod
+    def traffic(self) -> TrafficView:
+        """What goes on at all routes; much cheaper than :meth:`routes`."""
+
+    @abc.abstractmethod
+    def pairings(self) -> PairingsView:
+        """All pairings that run."""
+
+    @abc.abstractmethod
+    def configuration(self) -> dict[str, Any]:
+        """The configuration in force, in the shape of a route file: sections, groups, and all routes."""
+
+    @abc.abstractmethod
+    async def put_route(
+        self, name: str, table: Mapping[str, Any], *, if_match: frozenset[str] | None, must_be_new: bool
+    ) -> tuple[RouteView, bool]:
+        """Add or replace a route: it listens, and is on disk, when this returns. Whether it is new, as the second.
+
+        ``table`` are the keys of its file. With ``if_match`` it is only done if the route has one of these etags.
+        """
+
+    @abc.abstractmethod
+    async def delete_route(self, name: str, *, if_match: frozenset[str] | None) -> None:
+        """Remove a route: nothing listens for it any more, and its file is gone, when this returns."""
+
+    @abc.abstractmethod
+    async def reload(self) -> ReloadedView:
+        """Read the files again."""

@@ -1,0 +1,52 @@
+"""The inspection: after a reload everybody who is in is judged again, by the certificates and lists in force now.
+
+A handshake asks once, and what it found holds for as long as nothing is loaded. So this is not done by the clock: a new
+CA bundle or CRL is the only thing that can make a certificate unacceptable, but for its own end, and everybody has a
+deadline for that already. Who waits is refused with the code that a handshake would have given; a pairing ends with
+outcome ``revoked``, unless ``policy_ends_pairings`` is off.
+
+Thousands of pairings take seconds of OpenSSL's time, in which the bytes of everybody else go on: there is a checkpoint
+after each, and a certificate that many legs share is verified once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import trio
+
+from frelay.outcome import Outcome
+from frelay.route import LiveRoute
+from frelay.tls.context import Credential, OuterTls, Rejection
+
+__all__ = ["judge_again"]
+
+
+async def judge_again(routes: Sequence[LiveRoute], trust: OuterTls, *, ends_pairings: bool) -> None:
+    """Judge all legs of ``routes`` again by ``trust``; those of pairings only if ``ends_pairings``."""
+    for route in routes:
+        for place in (*route.lobby.waiting("func1"), *route.lobby.waiting("func2")):
+            if place.verdict is None:
+                route.judge_again(place)
+            await trio.lowlevel.checkpoint()
+    if ends_pairings:
+        await _judge_pairings(routes, trust)
+
+
+async def _judge_pairings(routes: Sequence[LiveRoute], trust: OuterTls) -> None:
+    known: dict[Credential, Rejection | None] = {}
+    for pairing in [pairing for route in routes for pairing in route.pairings.values()]:
+        # For those that began while policy_ends_pairings was off; it is nothing new to all others.
+        pairing.end_with_certificates()
+        for party, leg in pairing.legs.items():
+            credential = leg.credential
+            if credential is None:
+                continue
+            if credential not in known:
+                known[credential] = trust.verify(credential)
+            rejection = known[credential]
+            # Once a list has expired OpenSSL accepts nobody; that lets nobody in, and is no reason to end what runs.
+            if rejection is not None and not trust.has_expired_list():
+                text = f"the certificate of {party} is no longer accepted: {rejection.reason}"
+                pairing.expire_at(trio.current_time(), Outcome.REVOKED, text)
+            await trio.lowlevel.checkpoint()

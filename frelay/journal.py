@@ -1,0 +1,189 @@
+"""The journal of a relay: what happened, told once, to everyone who wants to know.
+
+The log is for reading afterwards; metrics, the event stream of the admin API and the dashboard want the same facts as
+data, at once. So each fact is noted here as a typed entry, by whoever makes it true, and the journal passes it on to
+its listeners, keeps the last refusals, and adds up what must never be lost between two looks: the totals of each route.
+
+Standard library only, synchronous, and never an error for the one who notes: a listener that raises is dropped, because
+a broken view of the traffic must not end the traffic.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import ClassVar, Final
+
+from frelay.errors import Problem
+from frelay.outcome import Record
+from frelay.protocol.messages import PartyName
+
+__all__ = [
+    "Draining",
+    "Entry",
+    "HandshakeDone",
+    "Journal",
+    "LegRefused",
+    "LegWaits",
+    "PairingEnded",
+    "PairingStarted",
+    "ReloadRefused",
+    "Reloaded",
+    "RouteTotals",
+]
+
+# Enough for a person to see what is going on; whoever wants all of them reads the log or the event stream.
+_REFUSALS_KEPT: Final = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """Something that happened; ``at`` is in seconds since the epoch, ``kind`` its name in the event stream."""
+
+    kind: ClassVar[str]
+    at: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandshakeDone(Entry):
+    """A party's outer TLS handshake was finished, ``seconds`` after its connection was accepted."""
+
+    kind: ClassVar[str] = "handshake"
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LegWaits(Entry):
+    """A leg was admitted and waits in the lobby of ``route``."""
+
+    kind: ClassVar[str] = "waiting"
+    route: str
+    party: PartyName
+    identity: str
+    address: str
+    mode: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LegRefused(Entry):
+    """A connection was refused: with ``code`` where it could be told, and for ``reason`` in any case.
+
+    ``route``, ``party`` and ``identity`` are None as far as they were not known yet; ``certificate`` is one line about
+    the certificate that was shown, escaped, or None.
+    """
+
+    kind: ClassVar[str] = "refused"
+    code: str
+    reason: str
+    address: str
+    route: str | None = None
+    party: PartyName | None = None
+    identity: str | None = None
+    certificate: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairingStarted(Entry):
+    """Two legs were matched; ``waited`` is how long the first of them had waited, in seconds."""
+
+    kind: ClassVar[str] = "paired"
+    pairing: str
+    route: str
+    func1: str
+    func2: str
+    waited: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairingEnded(Entry):
+    """A pairing is over, and this is its record."""
+
+    kind: ClassVar[str] = "ended"
+    record: Record
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reloaded(Entry):
+    """A configuration was put in force; ``kept`` counts routes, the others are their names."""
+
+    kind: ClassVar[str] = "reloaded"
+    kept: int
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    replaced: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReloadRefused(Entry):
+    """A configuration was not put in force, and the one before it stays."""
+
+    kind: ClassVar[str] = "reload-refused"
+    problems: tuple[Problem, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draining(Entry):
+    """The relay takes nothing new any more, and ends within ``seconds``."""
+
+    kind: ClassVar[str] = "draining"
+    reason: str
+    seconds: float
+
+
+@dataclass(slots=True)
+class RouteTotals:
+    """What has been on one route since it is there. Bytes are those of pairings that have ended."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    refusals: Counter[str] = field(default_factory=Counter)
+    bytes_func1_to_func2: int = 0
+    bytes_func2_to_func1: int = 0
+
+
+class Journal:
+    """What happened in one relay. Note with :meth:`note`, follow with :meth:`listen`."""
+
+    def __init__(self) -> None:
+        self.refusals: Final[deque[LegRefused]] = deque(maxlen=_REFUSALS_KEPT)
+        """The last ones, oldest first."""
+        self.totals: Final[dict[str, RouteTotals]] = {}
+        """By the name of the route; ``""`` holds the refusals of those who had not come as far as to a route."""
+        self._listeners: Final[list[Callable[[Entry], None]]] = []
+
+    def note(self, entry: Entry) -> None:
+        """Add ``entry`` to the totals and tell the listeners."""
+        if isinstance(entry, LegRefused):
+            self.refusals.append(entry)
+            self.totals_of(entry.route or "").refusals[entry.code] += 1
+        elif isinstance(entry, PairingEnded):
+            record = entry.record
+            totals = self.totals_of(record.route)
+            totals.outcomes[record.outcome.value] += 1
+            totals.bytes_func1_to_func2 += record.bytes_func1_to_func2
+            totals.bytes_func2_to_func1 += record.bytes_func2_to_func1
+        for listener in tuple(self._listeners):
+            try:
+                listener(entry)
+            except Exception:
+                self._listeners.remove(listener)
+
+    def totals_of(self, route: str) -> RouteTotals:
+        """The totals of a route, from now on kept."""
+        return self.totals.setdefault(route, RouteTotals())
+
+    def forget(self, route: str) -> None:
+        """The route is gone, and its last pairing too: routes come and go by the API, and their names would pile up."""
+        self.totals.pop(route, None)
+
+    @contextmanager
+    def listen(self, listener: Callable[[Entry], None]) -> Iterator[None]:
+        """Have ``listener`` called with each entry, synchronously, as long as the context is open."""
+        self._listeners.append(listener)
+        try:
+            yield
+        finally:
+            if listener in self._listeners:
+                self._listeners.remove(listener)

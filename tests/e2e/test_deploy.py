@@ -1,0 +1,167 @@
+"""The units in ``deploy/`` are sound: little is allowed, and all that the relay needs is."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+import pytest
+import trio
+
+from admin import ADMIN, ROUTE, admin
+from frelay.config.load import load
+from manager import Manager
+from rig import DEMO, FRELAY_RUN, PATIENCE, TLS_HEADER, Site, pair
+from tools import tool
+
+ROOT: Final = Path(__file__).parents[2]
+DEPLOY: Final = ROOT / "deploy"
+
+# linux/prctl.h; from Linux 6.3 on.
+_PR_SET_MDWE: Final = 65
+_PR_GET_MDWE: Final = 66
+_PR_MDWE_REFUSE_EXEC_GAIN: Final = 1
+_DENY_WRITE_EXECUTE: Final = f"""
+import ctypes, os, sys
+if ctypes.CDLL(None).prctl({_PR_SET_MDWE}, {_PR_MDWE_REFUSE_EXEC_GAIN}, 0, 0, 0):
+    sys.exit("no MDWE")
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+def analyze(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [tool("systemd-analyze"), *map(str, arguments)], capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+
+
+def options(unit: str, section: str) -> dict[str, list[str]]:
+    """The options of one section of a unit, each with all that was assigned to it."""
+    found: dict[str, list[str]] = {}
+    here = ""
+    for line in (DEPLOY / unit).read_text().splitlines():
+        if line.startswith("["):
+            here = line.strip("[]")
+        elif here == section and "=" in line and not line.startswith("#"):
+            key, _, value = line.partition("=")
+            found.setdefault(key, []).append(value)
+    return found
+
+
+# --- what systemd thinks of them --------------------------------------------------------------------------------------
+
+
+def test_the_exposure_is_low() -> None:
+    """systemd's own measure: 0 may do nothing, 10 everything, and a service with no protection has 9.6."""
+    done = analyze("security", "--offline=true", "--threshold=20", "--no-pager", DEPLOY / "frelay.service")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Overall exposure level for frelay.service" in done.stdout
+
+
+@pytest.mark.parametrize("unit", ["frelay.service", "frelay.socket"])
+def test_every_line_means_something_to_systemd(tmp_path: Path, unit: str) -> None:
+    """A key that is misspelt, or in the wrong section, protects nobody, and systemd goes on without it."""
+    for name in ("frelay.service", "frelay.socket"):
+        text = (DEPLOY / name).read_text()
+        # It must be there for verify; what it is does not matter.
+        (tmp_path / name).write_text(text.replace("/opt/frelay/bin/frelay", sys.executable))
+    version = int(re.findall(r"systemd (\d+)", analyze("--version").stdout)[0])
+    done = analyze("verify", "--man=false", tmp_path / unit)
+    complaints = [line for line in done.stderr.splitlines() if str(tmp_path) in line]
+    if version < 253:
+        complaints = [line for line in complaints if "service type, ignoring: notify-reload" not in line]
+    assert complaints == []
+
+
+def test_the_example_socket_is_that_of_the_example_route() -> None:
+    socket = options("frelay.socket", "Socket")
+    route = load(ROOT / "config/relay.toml").routes_by_name[socket["FileDescriptorName"][0]]
+    assert socket["ListenStream"] == [str(route.listen)]
+
+
+# --- what the relay needs ---------------------------------------------------------------------------------------------
+
+
+def allowed_calls() -> frozenset[str]:
+    """The system calls that the unit's filter lets through."""
+
+    def members(name: str) -> set[str]:
+        lines = analyze("syscall-filter", name).stdout.splitlines()[1:]
+        words = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
+        return {call for word in words for call in (members(word) if word.startswith("@") else {word})}
+
+    allowed: set[str] = set()
+    for entry in options("frelay.service", "Service")["SystemCallFilter"]:
+        for name in entry.lstrip("~").split():
+            allowed = allowed - members(name) if entry.startswith("~") else allowed | members(name)
+    return frozenset(allowed)
+
+
+async def test_the_relay_makes_no_call_that_the_filter_forbids(site: Site, tmp_path: Path) -> None:
+    """From its start to its end, with all that a relay does in between: the HTTP servers, too."""
+    trace = tmp_path / "trace"
+    strace = [tool("strace"), "-f", "-qq", "-e", "signal=none", "-e", "trace=all", "-o", str(trace)]
+    if (await trio.run_process([*strace, "true"], capture_stderr=True, check=False)).returncode:
+        pytest.skip("this machine lets nobody trace")
+    site.add("stranger", site.ca.party(dns=["stranger.demo"]))
+    with Manager(str(tmp_path / "notify")) as manager:
+        env = {"NOTIFY_SOCKET": manager.address, "WATCHDOG_USEC": "1000000"}
+        sections = ADMIN + '[metrics]\nlisten = "127.0.0.1:0"\n'
+        async with site.process(sections=sections, launcher=strace, env=env) as relay, admin(site) as api:
+            one, two = await site.party(relay, "func1"), await site.party(relay, "func2")
+            await pair(one, two)
+            await one.hand_off()
+            await two.hand_off()
+            bulk = TLS_HEADER + bytes(8 << 20)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(one.send_raw, bulk)
+                assert await two.receive_exactly(len(bulk)) == bulk
+            one.close()
+            two.close()
+            one, two = await site.party(relay, "func1"), await site.party(relay, "func2")
+            await pair(one, two, modes=["tunnel"])
+            await one.send(b"hello")
+            assert await two.receive_exactly(5, raw=False) == b"hello"
+            one.close()
+            two.close()
+            stranger = await site.party(relay, "stranger")
+            await stranger.join()
+            await stranger.refusal()
+            assert (await api.put("/v1/routes/by-api", json=ROUTE)).is_success
+            assert (await api.get("/v1/status")).is_success
+            assert (await api.delete("/v1/routes/by-api")).is_success
+            relay_pid = int(trace.read_text().split()[0])
+            site.write(DEMO + DEMO.replace('"demo"', '"other"'), sections=sections)
+            await relay.log("reloaded", added=["other"])
+            os.kill(relay_pid, signal.SIGTERM)  # strace itself is deaf to it
+            await relay.exit_code()
+    text = trace.read_text()
+    made = set(re.findall(r"^\d+ +(?:<\.\.\. )?([a-z_0-9]+)[( ]", text, re.MULTILINE))
+    assert {"splice", "epoll_wait", "accept4"} <= made, "this is no trace of a relay"
+    assert made - allowed_calls() == set()
+    families = set(re.findall(r"\bsocket(?:pair)?\((AF_[A-Z0-9]+)", text))
+    permitted = set(options("frelay.service", "Service")["RestrictAddressFamilies"][0].split())
+    # glibc asks netlink which families there are, and does without an answer.
+    assert families - {"AF_NETLINK"} <= permitted
+
+
+def test_why_memory_may_be_writable_and_executable(site: Site) -> None:
+    """If it fails since the relay runs, MemoryDenyWriteExecute=yes has become possible, and belongs into the unit."""
+    if ctypes.CDLL(None).prctl(_PR_GET_MDWE, 0, 0, 0, 0) < 0:
+        pytest.skip("this kernel has no MDWE (Linux 6.3)")
+    assert "MemoryDenyWriteExecute" not in options("frelay.service", "Service")
+    done = subprocess.run(
+        [sys.executable, "-c", _DENY_WRITE_EXECUTE, *FRELAY_RUN, "-c", site.write()],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "MemoryError: Cannot allocate write+execute memory for ffi.callback()" in done.stderr
