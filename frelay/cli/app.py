@@ -14,6 +14,7 @@ import typer
 
 from frelay import __version__
 from frelay.cli import ca as _ca
+from frelay.cli import operate as _operate
 from frelay.errors import CertificateError, ConfigError, FrelayError, printable
 
 __all__ = ["app", "main"]
@@ -26,8 +27,8 @@ app: Final = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
 app.add_typer(_ca.app)
+app.add_typer(_operate.app)
 
 ConfigFile = Annotated[
     Path, typer.Option("--config", "-c", help="The route file.", metavar="FILE", envvar="FRELAY_CONFIG")
