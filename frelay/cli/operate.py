@@ -188,6 +188,30 @@ def reload(asked: Asked, as_json: Json = False) -> int:
     return reload(asked.remote(), as_json=as_json)
 
 
+@app.command()
+@_asks_relay("The new route file, relay.toml by default; its [admin] leads to the relay.")
+def plan(
+    asked: Asked,
+    running: Annotated[
+        Path | None,
+        typer.Option("--running", help="Compare with this file instead of asking a relay.", metavar="FILE"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as one JSON object.")] = False,
+) -> int:
+    """Say what a reload with a new route file would change, and whom it would hit. Changes nothing.
+
+    Paths in a route file start from its directory, so keep the new one beside the one that is running.
+    Exit codes: 0 a relay would take it over, 1 it would refuse, 2 usage.
+
+    --json prints ok, problems (as `check --json`), changes (whether there are any), running (where from), keep, add,
+    remove, replace (routes: name, listen, and as far as known pairings, waiting, changed), bind, close (addresses),
+    clashes (bind, close), settings, restart_only (key, from, to). `changed` lists key, from, to.
+    """
+    from frelay.cli.plan import plan
+
+    return plan(asked, running=running, as_json=as_json)
+
+
 # --- routes -----------------------------------------------------------------------------------------------------------
 
 
