@@ -212,6 +212,30 @@ def plan(
     return plan(asked, running=running, as_json=as_json)
 
 
+@app.command()
+@_asks_relay()
+def top(
+    asked: Asked,
+    interval: Annotated[float, typer.Option(help="Seconds between two looks.", metavar="SECONDS", min=0.1)] = 1.0,
+    looks: Annotated[
+        int | None, typer.Option("--count", help="Print this many snapshots, and end.", metavar="NUMBER", min=1)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print each snapshot as one JSON object a line.")] = False,
+) -> int:
+    """Watch a running relay: routes, who waits, pairings and their bytes a second, who was refused. `?` is help.
+
+    Where stdout is no terminal, or with --count or --json, it prints snapshots (one by default) and ends. The first
+    comes after one interval, since rates need two looks.
+
+    --json prints at (seconds since the epoch) and error, which is null or why there was no answer; in the first case
+    also status, routes and pairings as the API tells them, and rates: routes by name and pairings by id, each with
+    func1_to_func2 and func2_to_func1 in bytes a second.
+    """
+    from frelay.cli.top import top
+
+    return top(asked.remote(timeout=5.0), interval=interval, count=looks, as_json=as_json)
+
+
 # --- routes -----------------------------------------------------------------------------------------------------------
 
 

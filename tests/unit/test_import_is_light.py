@@ -76,7 +76,7 @@ def test_asking_for_help_does_not_load_the_relay() -> None:
     assert not loaded_after(code) & {"trio", "OpenSSL", "cryptography", "pydantic", "fastapi", "frelay.relay"}
 
 
-@pytest.mark.parametrize("command", ["status", "reload", "route list"])
+@pytest.mark.parametrize("command", ["status", "reload", "top", "route list"])
 def test_asking_a_running_relay_loads_no_relay(command: str) -> None:
     """A status in a script or on a prompt is asked for often; HTTP and TLS are all that it needs."""
     code = "from typer.testing import CliRunner\nfrom frelay.cli.app import app\n"
