@@ -6,6 +6,7 @@ they need inside, so that ``frelay --help`` does not load a relay.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Final
@@ -242,6 +243,9 @@ def connect(
 
 def main() -> None:
     """The console script: errors of ours become one message a problem and exit code 1, never a traceback."""
+    # The completion scripts of --show-completion and --install-completion for the shell that is named, as a package's
+    # build needs them, and not for the one that happens to be among our parents. Typer has no other switch for it.
+    os.environ.setdefault("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
     try:
         # By name: under `python -m` it would introduce itself by whatever was started.
         app(prog_name="frelay")
