@@ -88,7 +88,11 @@ def check(
     config: ConfigFile = Path("relay.toml"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
-    """Say whether a route file is good, with everything that is wrong in it. Binds nothing."""
+    """Say whether a route file is good, with everything that is wrong in it. Binds nothing.
+
+    --json prints ok, problems (file, line, key, message) and, if ok, routes (names), addresses, certificate_not_after
+    and crl_next_update (times as text, or null).
+    """
     from frelay.cli.check import check_file
 
     raise typer.Exit(check_file(config, as_json=as_json))

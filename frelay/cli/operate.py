@@ -156,8 +156,8 @@ IfMatch = Annotated[
     str | None,
     typer.Option("--if-match", help="Only if its etag, as `route show` tells it, is still this one.", metavar="ETAG"),
 ]
-Seconds = Annotated[float | None, typer.Option(metavar="SECONDS")]
-Number = Annotated[int | None, typer.Option(metavar="NUMBER")]
+Seconds = Annotated[float | None, typer.Option(metavar="SECONDS", help="As in a [[route]].")]
+Number = Annotated[int | None, typer.Option(metavar="NUMBER", help="As in a [[route]].")]
 
 
 # --- the relay as a whole -------------------------------------------------------------------------------------------

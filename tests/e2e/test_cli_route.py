@@ -70,6 +70,20 @@ async def test_every_option_is_written(site: Site) -> None:
     assert mesh["allow_from"] == ["10.0.0.0/8", "127.0.0.1/32"]
 
 
+async def test_a_party_may_be_a_place_to_dial(site: Site) -> None:
+    one = ("--listen", "127.0.0.1:0", "--func1", "dns:func1.demo")
+    async with site.process(DEMO, sections=ADMIN):
+        for name, place in (("a", ("--func2", "dial:127.0.0.1:5432")), ("b", ("--func2-dial", "127.0.0.1:5432"))):
+            said = await route(site, "add", name, *one, *place, "--dial-timeout", "2")
+            assert said.code == 0, said.stderr
+            written = tomllib.loads((site.directory / "routes.d" / f"{name}.toml").read_text())
+            assert written["func2"] == {"dial": "127.0.0.1:5432", "connect_timeout": 2}
+        listed = await route(site, "list")
+        planned = await ask("plan", "-c", site.config)
+    assert listed.stdout.count("  dial:127.0.0.1:5432  ") == 2
+    assert planned.stdout.startswith("no changes against ")
+
+
 async def test_a_list_for_a_person_and_for_a_program(site: Site) -> None:
     async with site.process(DEMO, sections=ADMIN) as relay:
         assert (await add(site, "a-longer-name")).code == 0
