@@ -108,6 +108,7 @@ class RouteLimits(Section):
     stall_timeout: Duration = 120
     max_waiting_per_party: Count = 16
     max_pairings: Count = 1024
+    max_bytes_per_second: Count | None = None
 
 
 class Limits(RouteLimits):
