@@ -67,10 +67,11 @@ class PairingLimits:
 
 @dataclass(slots=True)
 class Forwarding:
-    """What all pairings of a relay share to move bytes."""
+    """What all pairings of a relay share to move bytes, and how many they are."""
 
     readiness: ReadinessSet = field(default_factory=ReadinessSet)
     pipes: PipePool = field(default_factory=PipePool)
+    pairings: int = 0
 
 
 def _logger(route: str, pairing: str) -> Any:

@@ -158,11 +158,15 @@ class LiveRoute:
         return None
 
     def lack_of_room(self) -> Withdrawn | None:
-        """Why nobody can be paired here now, if ``max_pairings`` is reached."""
-        most = self.config.limits.max_pairings
-        if len(self.pairings) < most:
+        """Why nobody can be paired here now, if ``max_pairings`` or ``max_pairings_in_all`` is reached."""
+        most, most_in_all = self.config.limits.max_pairings, self.limits.max_pairings_in_all
+        if len(self.pairings) >= most:
+            text = f"the route already has {most} pairings"
+        elif self._forwarding.pairings >= most_in_all:
+            text = f"this relay already has {most_in_all} pairings"
+        else:
             return None
-        return Withdrawn(Refused("limit", f"the route already has {most} pairings", retry_after=10.0))
+        return Withdrawn(Refused("limit", text, retry_after=10.0))
 
     def _pair(self, leg: Leg, place: Place) -> Pairing:
         legs: dict[PartyName, Leg] = {leg.party: leg, place.leg.party: place.leg}
@@ -180,9 +184,17 @@ class LiveRoute:
         )
         leg.is_paired = place.leg.is_paired = True
         self.pairings[pairing.id] = pairing
+        self._forwarding.pairings += 1
         self.lobby.note_seen(leg.party)
         self.lobby.take(place, pairing)
         return pairing
+
+    def unpair(self, pairing: Pairing) -> None:
+        """The pairing has ended."""
+        del self.pairings[pairing.id]
+        self._forwarding.pairings -= 1
+        for party in pairing.legs:
+            self.lobby.note_seen(party)
 
     # --- the end -----------------------------------------------------------------------------------------------
 
