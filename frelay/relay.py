@@ -271,12 +271,11 @@ class Relay:
             if record.outcome is Outcome.DRAINED:
                 self._was_cut = True
             self.journal.note(PairingEnded(record=record))
-            del route.pairings[pairing.id]
+            route.unpair(pairing)
             if not route.pairings:
                 self._retired.discard(route)
                 self._forget_if_gone(route.name)
-            for party, leg in pairing.legs.items():
-                route.lobby.note_seen(party)
+            for leg in pairing.legs.values():
                 leg.slot.gone()
 
         await pairing.run(report)

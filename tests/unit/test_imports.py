@@ -68,9 +68,12 @@ HOUSE: Final = (
     Room("frameless", f"{LEAVES} admission sockets tls leg", "trio", "legs that speak no frames"),
     Room("lobby", "errors protocol", "trio", "who waits; it only holds legs, and knows nothing of how they work"),
     Room("readiness", "", "trio", "steps pumps without knowing what a pairing is"),
-    Room("pump", "errors outcome tcp readiness sockets", "trio", "one direction, whatever the two ends are"),
-    Room("pairing", f"{LEAVES} leg pump readiness sockets", "trio structlog", "two legs, and how they ended"),
-    Room("route", f"{LEAVES} config choice tls leg lobby pairing", "trio", "the one decision: who meets whom"),
+    Room("bandwidth", "", "trio", "a budget, whoever spends it"),
+    Room("pump", "errors outcome tcp bandwidth readiness sockets", "trio", "one direction, whatever the two ends are"),
+    Room("pairing", f"{LEAVES} leg bandwidth pump readiness sockets", "trio structlog", "two legs, and how they ended"),
+    Room(
+        "route", f"{LEAVES} config choice tls leg lobby bandwidth pairing", "trio", "the one decision: who meets whom"
+    ),
     Room(
         "dial",
         f"{LEAVES} journal config admission sockets leg frameless lobby pairing route",
