@@ -27,6 +27,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from datetime import datetime
@@ -52,6 +53,7 @@ __all__ = [
     "RelayProcess",
     "Site",
     "at_any_pace",
+    "descriptor_kinds",
     "eventually",
     "open_descriptors",
     "pair",
@@ -388,6 +390,12 @@ def open_descriptors(pid: int | str = "self") -> dict[int, str]:
         except FileNotFoundError:
             continue  # the descriptor of listdir itself
     return found
+
+
+def descriptor_kinds() -> Counter[str]:
+    """How many descriptors of each kind that a relay opens this process has."""
+    kinds = Counter(link.partition("[")[0] for link in open_descriptors().values())
+    return Counter({kind: kinds[kind] for kind in ("socket:", "pipe:", "anon_inode:")})
 
 
 # --- relays ---------------------------------------------------------------------------------------------------------
