@@ -34,7 +34,7 @@ from frelay.config.plan import Plan, listener_key, plan
 from frelay.config.store import RouteFileEdit
 from frelay.config.watch import Watcher
 from frelay.errors import ConfigError, Problem
-from frelay.inspection import judge_again
+from frelay.inspection import follow_clock, judge_again
 from frelay.journal import Draining, Journal, PairingEnded, PairingStarted, Reloaded, ReloadRefused
 from frelay.listener import Listener
 from frelay.lobby import Withdrawn
@@ -212,6 +212,7 @@ class Relay:
                     self._service_manager.ready(self._status())
                     root.start_soon(self._reload_when_asked)
                     root.start_soon(self._inspect_when_due)
+                    root.start_soon(follow_clock, lambda: (*self._now.routes.values(), *self._retired))
                     if self._watch_files:
                         root.start_soon(self._watch, watcher)
                     task_status.started()

@@ -84,7 +84,7 @@ HOUSE: Final = (
         "trio structlog",
         "from accept to paired or gone",
     ),
-    Room("inspection", "outcome tls route", "trio", "judges again who is in, whatever they are doing"),
+    Room("inspection", "outcome tls route", "trio structlog", "judges again who is in, whatever they are doing"),
     Room("listener", f"{LEAVES} config admission sockets reception", "trio structlog", "one address"),
     Room(
         "admin",
