@@ -39,6 +39,7 @@ __all__ = [
     "bare_tunnel",
     "cannot_be_looked_at",
     "installed",
+    "library",
     "needs_root",
     "tool",
 ]
@@ -66,6 +67,14 @@ def tool(name: str) -> str:
     path = shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin")
     if path is None:
         cannot_be_looked_at(f"{name} is not installed; on Debian: apt-get install {_PACKAGES.get(name, name)}")
+    return path
+
+
+def library(name: str, package: str) -> str:
+    """The path of a shared library that is preloaded; without it the test is skipped, or fails where ``CI`` is set."""
+    path = next((str(path) for path in Path("/usr/lib").glob(f"*/**/{name}")), None)
+    if path is None:
+        cannot_be_looked_at(f"{name} is not installed; on Debian: apt-get install {package}")
     return path
 
 
