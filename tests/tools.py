@@ -51,6 +51,7 @@ _PACKAGES: Final = {
     "ip": "iproute2",
     "nft": "nftables",
     "node": "nodejs",
+    "promtool": "prometheus",
     "redis-cli": "redis-tools",
     "ssh": "openssh-client",
     "ssh-keygen": "openssh-client",
