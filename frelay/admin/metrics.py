@@ -105,7 +105,8 @@ class Metrics:
     async def expose(self, accept: str) -> tuple[bytes, str]:
         """Everything as it is now, and its content type: OpenMetrics if the ``Accept`` header wants that, else text."""
         async with self._places:
-            scrape = _Scrape(self._office.counts(), self._observed(), max(self._lags, default=0.0))
+            tasks = trio.lowlevel.current_statistics().tasks_living
+            scrape = _Scrape(self._office.counts(), self._observed(), max(self._lags, default=0.0), tasks)
             encode: Callable[[Collector], bytes] = generate_latest
             content_type = f"{_TEXT}; version=0.0.4; charset=utf-8"
             if _wants_openmetrics(accept):
@@ -124,10 +125,11 @@ class Metrics:
 class _Scrape(Collector):
     """All that one scrape tells. Safe in a thread: it has copies, and asks nobody but the kernel."""
 
-    def __init__(self, counts: Counts, observed: Sequence[Metric], loop_lag: float) -> None:
+    def __init__(self, counts: Counts, observed: Sequence[Metric], loop_lag: float, tasks: int) -> None:
         self._counts: Final = counts
         self._observed: Final = observed
         self._loop_lag: Final = loop_lag
+        self._tasks: Final = tasks
 
     def collect(self) -> Iterator[Metric]:
         counts = self._counts
@@ -152,6 +154,11 @@ class _Scrape(Collector):
             "frelay_loop_lag_seconds",
             f"The most that the event loop was late to wake a sleeping task in the last {_LAG_MEMORY:g} s.",
             value=self._loop_lag,
+        )
+        yield GaugeMetricFamily(
+            "frelay_tasks",
+            "Tasks in the event loop: a few for the relay, one a connection that waits, three a pairing.",
+            value=self._tasks,
         )
         # Under the names that every dashboard knows: processor time, memory, the limit of descriptors.
         yield from ProcessCollector(registry=None).collect()

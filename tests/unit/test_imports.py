@@ -58,6 +58,7 @@ HOUSE: Final = (
     ),
     Room("choice", "protocol config", "", "the relay and `frelay why` must never choose differently"),
     Room("config.watch", "errors protocol config", "trio watchfiles", "the one part of it that waits"),
+    Room("names", "", "trio", "whoever looks a name up waits for nobody else's"),
     Room("admission", "config", "trio", "limits, whoever the connection belongs to"),
     Room("sockets", "errors tcp config", "trio", "the border to the kernel: its errors end here"),
     Room("systemd", "config sockets", "trio structlog sdnotify", "who started us, wherever that is systemd"),
@@ -86,7 +87,7 @@ HOUSE: Final = (
         "trio structlog",
         "from accept to paired or gone",
     ),
-    Room("inspection", "outcome tls route", "trio", "judges again who is in, whatever they are doing"),
+    Room("inspection", "outcome tls route", "trio structlog", "judges again who is in, whatever they are doing"),
     Room("listener", f"{LEAVES} config admission sockets reception", "trio structlog", "one address"),
     Room(
         "admin",
@@ -103,8 +104,8 @@ HOUSE: Final = (
     ),
     Room(
         "relay",
-        f"{LEAVES} journal config config.store config.watch admission tls tickets lobby pump pairing route reception "
-        "inspection listener systemd office servers",
+        f"{LEAVES} journal config config.store config.watch names admission sockets tls tickets lobby pump pairing "
+        "route reception inspection listener systemd office servers",
         "trio structlog",
         "the nursery tree",
     ),
