@@ -28,9 +28,11 @@ __all__ = [
     "ReloadView",
     "ReloadedView",
     "RouteBody",
+    "RouteTrafficView",
     "RouteView",
     "RoutesView",
     "StatusView",
+    "TrafficView",
     "WaitingView",
 ]
 
@@ -79,6 +81,7 @@ class RouteBody(_Body):
     stall_timeout: float | None = None
     max_waiting_per_party: _Whole | None = None
     max_pairings: _Whole | None = None
+    max_bytes_per_second: _Whole | None = None
 
     def table(self, name: str) -> dict[str, Any]:
         """The keys that were given, as they go into the route's file."""
@@ -105,7 +108,7 @@ class WaitingView(_View):
 
 
 class PartyLimits(_View):
-    """The limits in force for a route."""
+    """The limits in force for a route; ``max_bytes_per_second`` is null where there is none."""
 
     wait_timeout: float
     half_close_timeout: float
@@ -113,6 +116,7 @@ class PartyLimits(_View):
     stall_timeout: float
     max_waiting_per_party: int
     max_pairings: int
+    max_bytes_per_second: int | None
 
 
 class RouteView(_View):
@@ -150,6 +154,29 @@ class RoutesView(_View):
     """All routes in force, in the order of the configuration."""
 
     routes: list[RouteView]
+
+
+class RouteTrafficView(_View):
+    """What goes on at one route: the part of RouteView that changes by itself, under the same names."""
+
+    name: str
+    waiting: WaitingView
+    pairings: int
+    outcomes: dict[str, int]
+    refusals: dict[str, int]
+    bytes_func1_to_func2: int
+    bytes_func2_to_func1: int
+
+
+class TrafficView(_View):
+    """What goes on at all routes ``now``, to be asked for every other second: a rate is a difference of two of these.
+
+    ``last_reload_at`` changes whenever the rest of ``/v1/routes`` may have.
+    """
+
+    now: float
+    last_reload_at: float
+    routes: list[RouteTrafficView]
 
 
 # --- pairings --------------------------------------------------------------------------------------------------

@@ -108,6 +108,7 @@ class RouteLimits(Section):
     stall_timeout: Duration = 120
     max_waiting_per_party: Count = 16
     max_pairings: Count = 1024
+    max_bytes_per_second: Count | None = None
 
 
 class Limits(RouteLimits):
@@ -119,6 +120,8 @@ class Limits(RouteLimits):
     ping_interval: Duration = 15
     pong_timeout: Duration = 10
     max_lifetime: Duration = 86400
+    # An idle pairing is 16 KiB of memory where both legs are raw, and some 150 KiB where both are tunnels.
+    max_pairings_in_all: Count = 16384
     max_pre_auth: Count = 256
     max_pre_auth_per_ip: Count = 32
     fd_budget: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.8

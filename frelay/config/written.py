@@ -63,7 +63,7 @@ def load_written(table: Mapping[str, Any]) -> Config:
     def section(name: str, model: type[Section]) -> Any:
         if table[name] is None:
             return None
-        # An empty list stands for a key that is not there, such as who may call an admin API on a Unix socket.
+        # An empty list stands for a key that was not there, as admin.allow beside a Unix socket; a file cannot say so.
         return model.model_validate({key: value for key, value in table[name].items() if value != []})
 
     try:
@@ -83,7 +83,7 @@ def load_written(table: Mapping[str, Any]) -> Config:
                 for route in table["routes"]
             ),
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(f"this is no configuration as frelay writes it: {error!r}") from error
 
 

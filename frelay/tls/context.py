@@ -53,6 +53,8 @@ ALPN: Final = b"frelay/1"
 # X509_V_ERR_* of OpenSSL's x509_vfy.h, where our protocol has a word for them.
 _ERR_CERT_HAS_EXPIRED: Final = 10
 _ERR_CERT_REVOKED: Final = 23
+# X509_V_FLAG_NO_CHECK_TIME of the same file, which pyOpenSSL does not name.
+_NO_CHECK_TIME: Final = 0x200000
 
 # How much of a stranger's text one log line takes.
 _SHOWN: Final = 256
@@ -128,7 +130,8 @@ class OuterTls:
     subject: str
     authorities: tuple[str, ...]
     """The subjects of the CA certificates that parties are verified by."""
-    _store: crypto.X509Store
+    _judgement: crypto.X509Store
+    """What :meth:`verify` goes by: the same anchors and lists, and no clock."""
 
     def judge(self, peer: VerifiedPeer, now: float | None = None) -> Rejection | None:
         """Whether ``peer``, verified some time ago, would still be let in; None means yes.
@@ -150,11 +153,15 @@ class OuterTls:
     def verify(self, credential: Credential) -> Rejection | None:
         """Ask OpenSSL about a certificate that was verified by other files than these; None means it is accepted.
 
+        It is not asked about dates, which no file can change: the end of each certificate and each list is a matter
+        of its own (:attr:`Credential.not_after`, :meth:`has_expired_list`), and one that was valid at its handshake can
+        only be "not yet valid" because the clock was set back. Nobody is thrown out for that.
+
         Costs as much as in a handshake, a fraction of a millisecond.
         """
         try:
             crypto.X509StoreContext(
-                self._store,
+                self._judgement,
                 crypto.load_certificate(crypto.FILETYPE_ASN1, credential.leaf),
                 [crypto.load_certificate(crypto.FILETYPE_ASN1, data) for data in credential.intermediates],
             ).verify_certificate()
@@ -358,8 +365,10 @@ def load_outer_tls(
         raise ConfigError(loader.problems)
     assert private_key is not None  # noqa: S101  for the type checker: its absence is a problem above
     try:
-        context, store = _build(chain, private_key, authorities, lists, _select_protocol)
-        http = _build(chain, private_key, authorities, lists, _select_http)[0] if serves_http else None
+        context = _build(chain, private_key, authorities, lists, _select_protocol)
+        http = _build(chain, private_key, authorities, lists, _select_http) if serves_http else None
+        judgement = crypto.X509Store()
+        _fill(judgement, authorities, lists, _NO_CHECK_TIME)
     except (SSL.Error, crypto.Error, TypeError, ValueError, UnsupportedAlgorithm) as error:
         raise ConfigError([Problem(source, f"OpenSSL does not take these files: {error}", key="tls")]) from error
     return OuterTls(
@@ -371,7 +380,7 @@ def load_outer_tls(
         server_names=_server_names(chain[0]),
         subject=distinguished_name(lambda: chain[0].subject),
         authorities=tuple(distinguished_name(partial(getattr, one, "subject")) for one in authorities),
-        _store=store,
+        _judgement=judgement,
     )
 
 
@@ -477,7 +486,7 @@ def _build(
     authorities: Sequence[x509.Certificate],
     lists: Sequence[x509.CertificateRevocationList],
     select_protocol: Callable[[SSL.Connection, list[bytes]], bytes],
-) -> tuple[SSL.Context, crypto.X509Store]:
+) -> SSL.Context:
     context = SSL.Context(SSL.TLS_SERVER_METHOD)
     context.set_min_proto_version(SSL.TLS1_3_VERSION)
     # A resumed session would skip expiry and revocation. Neither call is enough alone: without OP_NO_TICKET there
@@ -494,18 +503,24 @@ def _build(
     store = context.get_cert_store()
     if store is None:
         raise AssertionError("a new context without a certificate store")
-    _fill(store.add_cert, authorities)
-    if lists:
-        for crl in lists:
-            store.add_crl(crl)
-        # ALL: a revoked intermediate must not vouch for anyone either.
-        store.set_flags(crypto.X509StoreFlags.CRL_CHECK | crypto.X509StoreFlags.CRL_CHECK_ALL)
+    _fill(store, authorities, lists)
     context.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT, _note_rejection)
     context.set_alpn_select_callback(select_protocol)
     context.set_info_callback(note_event)
-    return context, store
+    return context
 
 
-def _fill(add: Callable[[crypto.X509], None], authorities: Sequence[x509.Certificate]) -> None:
+def _fill(
+    store: crypto.X509Store,
+    authorities: Sequence[x509.Certificate],
+    lists: Sequence[x509.CertificateRevocationList],
+    flags: int = 0,
+) -> None:
     for certificate in authorities:
-        add(crypto.X509.from_cryptography(certificate))
+        store.add_cert(crypto.X509.from_cryptography(certificate))
+    for crl in lists:
+        store.add_crl(crl)
+    if lists:
+        # ALL: a revoked intermediate must not vouch for anyone either.
+        flags |= crypto.X509StoreFlags.CRL_CHECK | crypto.X509StoreFlags.CRL_CHECK_ALL
+    store.set_flags(flags)

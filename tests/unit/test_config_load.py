@@ -732,6 +732,6 @@ def _uncommented(text: str, sections: tuple[str, ...]) -> str:
         if header := _HEADER.match(line):
             section = header["name"]
         is_code = _HEADER.match(line) or _KEY.match(line)
-        is_choice = line.startswith(('# outer = "mtls"', "# crl"))
+        is_choice = line.startswith(('# outer = "mtls"', "# crl", "# max_bytes_per_second"))
         lines.append(line.removeprefix("# ") if is_code and section in sections and not is_choice else line)
     return "\n".join(lines)
