@@ -32,7 +32,14 @@ import structlog
 import trio
 from hypothesis import HealthCheck, note, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from ends import End, block
 from frelay import listener
@@ -759,6 +766,11 @@ class RelayMachine(RuleBasedStateMachine):
     @invariant()
     def relay_and_model_agree(self) -> None:
         trio.from_thread.run(self.world.agree)
+
+    @initialize(waiting=st.sampled_from([1, 2, 16, 16]), pairings=st.sampled_from([1, 2, 1024, 1024]))
+    def begin(self, waiting: int, pairings: int) -> None:
+        """With limits from the start in half of all examples: few would come by themselves to where these hold."""
+        self.do(self.world.set_limits, waiting, pairings)
 
     # --- who can do something --------------------------------------------------------------------------------------
 
