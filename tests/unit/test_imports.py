@@ -92,7 +92,12 @@ HOUSE: Final = (
         "what an operator sees and changes; it asks an Office, and does not know whose",
     ),
     Room("office", "admin config config.store errors journal lobby protocol", "", "the relay's side of that"),
-    Room("servers", "admin config errors sockets systemd tls", "trio", "loaded only where a route file asks for them"),
+    Room(
+        "servers",
+        "admin config errors protocol sockets systemd tls",
+        "trio",
+        "loaded only where a route file asks for them",
+    ),
     Room(
         "relay",
         f"{LEAVES} journal config config.store config.watch admission tls tickets lobby pump pairing route reception "
