@@ -40,6 +40,7 @@ from frelay.listener import Listener
 from frelay.lobby import Withdrawn
 from frelay.outcome import Outcome, Record
 from frelay.pairing import Forwarding, Pairing
+from frelay.privileges import find_account
 from frelay.protocol.messages import Refused
 from frelay.pump import PipePool
 from frelay.reception import Door
@@ -61,6 +62,7 @@ _RELOAD_PAUSE: Final = 0.1
 
 def prepare(config: Config) -> OuterTls | None:
     """Load what the configuration refers to; raises ConfigError. This and loading the file is `frelay check`."""
+    find_account(config)
     if config.tls is None:
         return None
     serves_http = config.admin is not None and config.admin.address is not None
