@@ -130,11 +130,11 @@ class Pairing:
         "_poke",
         "_pumps",
         "_pumps_done",
+        "_released",
         "_require_inner_tls",
         "id",
         "legs",
         "limits",
-        "released",
         "route",
         "since",
         "waited",
@@ -159,8 +159,8 @@ class Pairing:
         self.since: Final = time.time()
         self.waited: Final = waited
         """How long the first of the two had waited for the second, in seconds."""
-        self.released: Final = trio.Event()
-        """Set once the task that attended the waiting leg has let go of it."""
+        self._released: trio.Event | None = trio.Event()
+        """Set once the task that attended the waiting leg has let go of it; of no use after that."""
         self._require_inner_tls: Final = require_inner_tls
         self._forwarding: Final = forwarding
         self._ending: Final = Ending()
@@ -206,6 +206,11 @@ class Pairing:
                 self._bound.deadline = min(self._bound.deadline, when)
             self._poke.set()
 
+    def release(self) -> None:
+        """The task that attended the waiting leg has let go of it."""
+        if self._released is not None:
+            self._released.set()
+
     def end_with_certificates(self) -> None:
         """End the pairing when the first certificate of its parties expires. Idempotent."""
         for party, leg in self.legs.items():
@@ -219,9 +224,11 @@ class Pairing:
         ending = self._ending
         try:
             with trio.CancelScope(deadline=self._expiry[0]) as self._bound:
-                with trio.move_on_after(self.limits.handoff_timeout):
-                    # The task that attended the waiting leg only has to run once more to let go.
-                    await self.released.wait()
+                if self._released is not None:
+                    with trio.move_on_after(self.limits.handoff_timeout):
+                        # The task that attended the waiting leg only has to run once more to let go.
+                        await self._released.wait()
+                    self._released = None
                 await self._hand_off()
             if self._bound.cancelled_caught:
                 _, outcome, detail = self._expiry

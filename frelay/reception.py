@@ -300,7 +300,7 @@ class _Guest:
             finally:
                 route.lobby.leave(seat)
                 if isinstance(seat.verdict, Taken):
-                    seat.verdict.pairing.released.set()
+                    seat.verdict.pairing.release()
         if isinstance(seat.verdict, Taken):
             return
         if isinstance(seat.verdict, Withdrawn):

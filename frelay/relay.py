@@ -276,13 +276,18 @@ class Relay:
             del route.pairings[pairing.id]
             if not route.pairings:
                 self._retired.discard(route)
-                if route.name not in self._now.routes:
-                    self.journal.forget(route.name)
+                self._forget_if_gone(route.name)
             for party, leg in pairing.legs.items():
                 route.lobby.note_seen(party)
                 leg.slot.gone()
 
         await pairing.run(report)
+
+    def _forget_if_gone(self, name: str) -> None:
+        """Give up the totals of a route that is not in force, once no pairing of that name runs any more."""
+        # A name that was removed, added and removed again may have retired twice.
+        if name not in self._now.routes and all(live.name != name for live in self._retired):
+            self.journal.forget(name)
 
     # --- changing ----------------------------------------------------------------------------------------------
 
@@ -318,14 +323,14 @@ class Relay:
                     trust=lambda: self._now.trust,
                 )
             now.routes[route.name] = live
+            self.journal.keep(route.name)
             now.tables[listener_key(route)][route.name] = live
         self._admission.limits = new.limits
         self._start(opened)
         for name, live in old_routes.items():
             if name not in keep:
                 self._retire(live)
-            if name not in now.routes and not live.pairings:
-                self.journal.forget(name)
+                self._forget_if_gone(name)
         for key in [key for key in now.listeners if key not in needed]:
             now.listeners.pop(key).stop()
 

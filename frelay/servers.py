@@ -16,7 +16,7 @@ import trio
 
 from frelay.admin.api import EventStream, api, is_local_host
 from frelay.admin.door import TlsDoor
-from frelay.admin.metrics import metrics_app
+from frelay.admin.metrics import Metrics, metrics_app
 from frelay.admin.office import Office
 from frelay.admin.server import Admit, bind_unix, let_in, serve, unlinked_at_end
 from frelay.config.model import Config
@@ -101,8 +101,9 @@ class Servers:
 
     async def run(self) -> None:
         """Serve until cancelled."""
-        events = EventStream()
-        with self._cleaning, self._office.journal.listen(events.note):
+        events, metrics = EventStream(), Metrics(self._office)
+        journal = self._office.journal
+        with self._cleaning, journal.listen(events.note), journal.listen(metrics.note):
             async with trio.open_nursery() as nursery:
                 if self._admin:
                     is_own_host = is_local_host if self._is_local else self._is_own_host
@@ -110,7 +111,8 @@ class Servers:
                     admit: Admit = let_in if self._is_local else TlsDoor(self._needed_trust, self._allow)
                     nursery.start_soon(partial(serve, app, self._admin, admit, read_timeout=None))
                 if self._metrics:
-                    app = metrics_app(self._office)
+                    nursery.start_soon(metrics.watch_loop)
+                    app = metrics_app(self._office, metrics)
                     nursery.start_soon(partial(serve, app, self._metrics, let_in, read_timeout=_METRICS_PATIENCE))
 
     def close(self) -> None:

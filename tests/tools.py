@@ -37,6 +37,7 @@ _PACKAGES: Final = {
     "go": "golang-go",
     "gofmt": "golang-go",
     "node": "nodejs",
+    "promtool": "prometheus",
     "redis-cli": "redis-tools",
     "ssh": "openssh-client",
     "ssh-keygen": "openssh-client",

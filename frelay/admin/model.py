@@ -28,9 +28,11 @@ __all__ = [
     "ReloadView",
     "ReloadedView",
     "RouteBody",
+    "RouteTrafficView",
     "RouteView",
     "RoutesView",
     "StatusView",
+    "TrafficView",
     "WaitingView",
 ]
 
@@ -150,6 +152,29 @@ class RoutesView(_View):
     """All routes in force, in the order of the configuration."""
 
     routes: list[RouteView]
+
+
+class RouteTrafficView(_View):
+    """What goes on at one route: the part of RouteView that changes by itself, under the same names."""
+
+    name: str
+    waiting: WaitingView
+    pairings: int
+    outcomes: dict[str, int]
+    refusals: dict[str, int]
+    bytes_func1_to_func2: int
+    bytes_func2_to_func1: int
+
+
+class TrafficView(_View):
+    """What goes on at all routes ``now``, to be asked for every other second: a rate is a difference of two of these.
+
+    ``last_reload_at`` changes whenever the rest of ``/v1/routes`` may have.
+    """
+
+    now: float
+    last_reload_at: float
+    routes: list[RouteTrafficView]
 
 
 # --- pairings --------------------------------------------------------------------------------------------------

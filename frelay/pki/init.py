@@ -36,11 +36,25 @@ private_key = "certs/relay.key"     # mode 0600, or the relay refuses it
 client_ca = "certs/ca.pem"          # whoever shows a certificate of this authority may knock ...
 crl = "certs/crl.pem"               # ... unless it is revoked here; out of date, nobody is let in
 
+ADMIN
 [[route]]
 name = "demo"
 listen = "127.0.0.1:9001"           # "0.0.0.0:9001" for functions on other machines
 func1 = "dns:func1.demo"            # ... but only these two are let in: one function for each party,
 func2 = "dns:func2.demo"            # known by the names in its certificate
+"""
+
+
+_LONGEST_SOCKET_PATH: Final = 107  # sun_path of unix(7), less its NUL
+
+_ADMIN: Final = """\
+[admin]                             # what frelay status, top and route talk to; for this user alone
+listen = "unix:frelay.sock"
+"""
+
+_NO_ADMIN: Final = """\
+# [admin]                           # what frelay status, top and route talk to; commented out, because the path of a
+# listen = "unix:frelay.sock"       # Unix socket has at most 107 bytes and this directory's is too long for it
 """
 
 
@@ -78,7 +92,7 @@ def initialise(
         party = authority.issue(common_name=f"{who}.demo", dns=[f"{who}.demo"], usage="party", algorithm=algorithm)
         files += party.files(*pairs[who])
     files.append(crl_file(crl, authority.revocation_list(number=1, days=_DAYS)))
-    files.append(PemFile(config, _RELAY_TOML.encode()))
+    files.append(PemFile(config, _RELAY_TOML.replace("ADMIN\n", _admin(directory)).encode()))
 
     with ExitStack() as undo:
         for made, mode in ((directory, 0o777), (certs, 0o700)):
@@ -86,6 +100,11 @@ def initialise(
         written = write_together(files, force=force)
         undo.pop_all()
     return written
+
+
+def _admin(directory: Path) -> str:
+    socket_path = str(directory.absolute() / "frelay.sock")
+    return _ADMIN if len(os.fsencode(socket_path)) <= _LONGEST_SOCKET_PATH else _NO_ADMIN
 
 
 def summary(written: list[Path]) -> str:

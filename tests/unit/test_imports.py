@@ -88,8 +88,8 @@ HOUSE: Final = (
     Room("listener", f"{LEAVES} config admission sockets reception", "trio structlog", "one address"),
     Room(
         "admin",
-        "errors protocol journal sockets tls",
-        "fastapi starlette hypercorn pydantic trio structlog",
+        "errors outcome protocol journal sockets tls",
+        "fastapi starlette hypercorn pydantic prometheus_client trio structlog",
         "what an operator sees and changes; it asks an Office, and does not know whose",
     ),
     Room("office", "admin config config.store errors journal lobby protocol", "", "the relay's side of that"),
@@ -116,7 +116,7 @@ HOUSE: Final = (
 BY_NAME: Final = {room.name: room for room in HOUSE}
 
 # What the names on PyPI are called in an import statement.
-DISTRIBUTIONS: Final = {"pyopenssl": "OpenSSL", "tomli-w": "tomli_w"}
+DISTRIBUTIONS: Final = {"prometheus-client": "prometheus_client", "pyopenssl": "OpenSSL", "tomli-w": "tomli_w"}
 
 
 @dataclass(frozen=True)

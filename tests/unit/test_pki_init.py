@@ -73,7 +73,7 @@ def test_the_route_file_runs_with_what_lies_beside_it(tmp_path: Path) -> None:
     """Each path of it leads to a file, and each party of the route is one of the certificates."""
     initialise(tmp_path)
     config: dict[str, Any] = tomllib.loads((tmp_path / "relay.toml").read_text())
-    assert set(config) == {"relay", "tls", "route"}
+    assert set(config) == {"relay", "tls", "admin", "route"}
     assert set(config["tls"]) == {"certificate", "private_key", "client_ca", "crl"}
     for path in config["tls"].values():
         assert (tmp_path / path).is_file()
@@ -260,3 +260,17 @@ def test_the_summary_names_every_file_and_the_next_step(tmp_path: Path) -> None:
     assert [line.split()[0] for line in lines[1:11]] == NAMES
     assert all(len(line.split()) > 1 for line in lines[1:11])
     assert lines[-1] == f"next: frelay run -c '{target}/relay.toml'"
+
+
+@pytest.mark.parametrize("length", [60, 200])
+def test_a_directory_too_deep_for_a_socket_has_no_admin_section(tmp_path: Path, length: int) -> None:
+    """A Unix socket's path has at most 107 bytes; the route file runs all the same, and says why there is none."""
+    directory = tmp_path
+    while len(str(directory)) < length:
+        directory = directory / "a-long-name"
+    directory.mkdir(parents=True, exist_ok=True)
+    initialise(directory)
+    fits = len(str(directory / "frelay.sock")) <= 107
+    assert ("admin" in tomllib.loads((directory / "relay.toml").read_text())) is fits
+    assert load(directory / "relay.toml").admin is not None or not fits
+    assert fits is (length == 60)
