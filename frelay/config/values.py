@@ -30,6 +30,7 @@ from pydantic import (
 )
 
 from frelay.config.address import Address, Network, ip_of, parse_address, parse_network
+from frelay.errors import holds_pem
 from frelay.protocol.identity import Selector, parse_selector
 
 __all__ = [
@@ -133,8 +134,7 @@ def _path(value: object, info: ValidationInfo) -> Path:
     if isinstance(value, Path):
         return value
     text = _text(value, "a path, from the directory of this file on")
-    if "-----BEGIN" in text:
-        # Whoever pastes a key must not find it again in an error message or a log.
+    if holds_pem(text):
         raise ValueError("is PEM text: put it into a file of its own and name that file here")
     if not text or "\0" in text or "\n" in text:
         raise ValueError("is not a path")

@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from cryptography.hazmat.backends.openssl.backend import backend
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from rig import Site
 
 ROOT: Final = Path(__file__).parents[2]
 LISTS: Final = ("ci.txt", "run.txt")
@@ -101,6 +104,14 @@ def test_ci_tests_with_what_is_pinned() -> None:
     others = {name: version for name, version in installed.items() if name not in pinned and name != "frelay"}
     assert not others, "installed, and not pinned"
     assert {name: pin.version for name, pin in pinned.items()}.items() <= installed.items()
+
+
+async def test_the_relay_says_which_openssl_speaks_for_it(site: Site) -> None:
+    """The one that cryptography brings along, and not the machine's: no list of the machine's packages has it."""
+    async with site.relay() as relay:
+        ready = await relay.log("ready")
+        assert ready["openssl"] == relay.relay.openssl == backend.openssl_version_text()
+        assert ready["openssl"].startswith("OpenSSL ")
 
 
 # --- the audit --------------------------------------------------------------------------------------------------------
