@@ -180,6 +180,14 @@ class _Relay:
             if name in ("frelay_tasks",)
         }
 
+    async def settled(self) -> dict[str, int]:
+        """What it holds once that stays so: the connection that asked last may still be closing."""
+        found, before = await self.at_rest(), None
+        while found != before:
+            await trio.sleep(0.3)
+            found, before = await self.at_rest(), found
+        return found
+
     async def at_rest(self) -> dict[str, int]:
         """What it holds that must come back to the same number."""
         directory = f"/proc/{self.process.pid}/fd"
@@ -277,8 +285,7 @@ async def run(options: argparse.Namespace, directory: Path) -> Result:
         ground.pid = process.pid
         nursery.start_soon(relay.read_log)
         await relay.wait_ready()
-        await relay.at_rest()  # what is made once, for the first caller, is no leak
-        before = await relay.at_rest()
+        before = await relay.settled()  # what is made once, for the first caller, is no leak
         cast = actors(ground, options.seed)
         samples = await _traffic(ground, relay, cast, options.seconds, troubles)
         _show("coming to rest")
