@@ -215,6 +215,11 @@ async def _echo(stream: trio.SSLStream[trio.SocketStream]) -> None:
         pass  # its caller is one of those that go without a word
 
 
+async def _kill(process: trio.Process) -> None:
+    # Its drain would be waited for in vain.
+    process.kill()
+
+
 async def _probe(ground: Ground, found: list[tuple[float, float]]) -> None:
     command = [sys.executable, str(checkout_root() / "bench" / "probe.py"), str(ground.ports["probe"])]
     async with trio.open_nursery() as nursery:
@@ -279,6 +284,7 @@ async def run(options: argparse.Namespace, directory: Path) -> Result:
                 check=False,
                 # Out of the terminal's reach: Ctrl-C is for us, and we end it.
                 process_group=0,
+                deliver_cancel=_kill,
             )
         )
         relay = _Relay(process, ground)
