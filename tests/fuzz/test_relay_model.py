@@ -32,7 +32,14 @@ import structlog
 import trio
 from hypothesis import HealthCheck, note, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from ends import End, block
 from frelay import listener
@@ -46,7 +53,7 @@ from frelay.relay import Relay
 from frelay.route import LiveRoute
 from rig import PATIENCE, Party, Site, descriptor_kinds
 
-EXAMPLES: Final = int(os.environ.get("FRELAY_EXAMPLES", "25"))
+EXAMPLES: Final = int(os.environ.get("FRELAY_EXAMPLES", "50"))
 STEPS: Final = 40
 
 # --- who and where -------------------------------------------------------------------------------------------------
@@ -760,6 +767,11 @@ class RelayMachine(RuleBasedStateMachine):
     def relay_and_model_agree(self) -> None:
         trio.from_thread.run(self.world.agree)
 
+    @initialize(waiting=st.sampled_from([1, 2, 16, 16]), pairings=st.sampled_from([1, 2, 1024, 1024]))
+    def begin(self, waiting: int, pairings: int) -> None:
+        """With limits from the start in half of all examples: few would come by themselves to where these hold."""
+        self.do(self.world.set_limits, waiting, pairings)
+
     # --- who can do something --------------------------------------------------------------------------------------
 
     def there_is_room(self, for_so_many: int = 1) -> bool:
@@ -811,10 +823,21 @@ class RelayMachine(RuleBasedStateMachine):
     @rule(certificate=st.sampled_from(KNOWN), which=picks, side=sides, mode=st.sampled_from(["handoff", "tunnel"]))
     def come(self, certificate: str, which: int, side: PartyName, mode: Mode) -> None:
         """Knock and join in one, since most of what follows needs somebody who is in."""
+        self._come(certificate, pick(self.world.routes.values(), which), side, mode, None)
+
+    @precondition(lambda self: self.there_is_room() and self.world.waiting())
+    @rule(which=picks, certificate=st.none() | st.sampled_from(KNOWN), side=sides)
+    def come_again(self, which: int, certificate: str | None, side: PartyName) -> None:
+        """Somebody who waits comes with the same attempt on a new connection; or somebody else says so."""
+        guest: Guest = pick(self.world.waiting(), which)
+        self._come(certificate or guest.certificate, guest.route, side, "handoff", guest.attempt)
+
+    def _come(self, certificate: str, route: Route, side: PartyName, mode: Mode, attempt: str | None) -> None:
         world, before = self.world, len(self.world.joining)
-        self.do(world.knock, certificate, pick(world.routes.values(), which))
+        self.do(world.knock, certificate, route)
         for guest in world.joining[before:]:
-            self.do(world.join, guest, side if certificate == "both" else None, mode, guest.attempt)
+            asked = side if certificate == "both" else None
+            self.do(world.join, guest, asked, mode, attempt or guest.attempt)
 
     @precondition(lambda self: self.there_is_room(6) and self.world.most_waiting > 2 and self.world.most_pairings > 2)
     @rule(which=picks, certificates=st.lists(st.sampled_from(["left", "right", "twin"]), min_size=2, max_size=6))
