@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -35,7 +36,16 @@ from frelay.admin.model import (
     TrafficView,
     WaitingView,
 )
-from frelay.admin.office import Conflict, Invalid, Office, PreconditionFailed, Stopping, Unknown, Unwritable
+from frelay.admin.office import (
+    Conflict,
+    Counts,
+    Invalid,
+    Office,
+    PreconditionFailed,
+    Stopping,
+    Unknown,
+    Unwritable,
+)
 from frelay.config.model import Config
 from frelay.config.store import RouteFileEdit, route_file, route_file_content
 from frelay.config.written import config_as_written, route_as_written
@@ -66,12 +76,41 @@ class RelayOffice(Office):
     # --- looks -----------------------------------------------------------------------------------------------------
 
     @property
-    def is_ready(self) -> bool:
-        return not self.is_draining
+    def why_not_ready(self) -> str | None:
+        trust, now = self._relay.trust, time.time()
+        if self.is_draining:
+            return "draining: it takes nothing new any more"
+        if trust is not None and now > trust.not_after:
+            return "tls.certificate has expired: no function will trust it"
+        if trust is not None and trust.crl_next_update is not None and now > trust.crl_next_update:
+            return "tls.crl has run out: nobody is let in"
+        return None
 
     @property
     def is_draining(self) -> bool:
         return self._relay.is_draining
+
+    def counts(self) -> Counts:
+        relay, routes, totals = self._relay, self._relay.routes, self.journal.totals
+        running = Counter(dict.fromkeys(routes, 0))
+        moved: Counter[tuple[str, PartyName]] = Counter()
+        for pairing in relay.pairings:
+            running[pairing.route] += 1
+            for party, count in pairing.bytes_moved.items():
+                moved[pairing.route, party] += count
+        for name in running:
+            moved[name, "func1"] += totals[name].bytes_func1_to_func2
+            moved[name, "func2"] += totals[name].bytes_func2_to_func1
+        return Counts(
+            pairings=running,
+            waiting={(name, party): live.lobby.count(party) for name, live in routes.items() for party in _PARTIES},
+            bytes_moved=moved,
+            outcomes={(name, word): count for name in running for word, count in totals[name].outcomes.items()},
+            refusals={(name, code): count for name in ("", *running) for code, count in totals[name].refusals.items()},
+            reloaded_at=relay.last_reload_at,
+            reload_was_accepted=relay.last_reload_error is None,
+            certificates=tuple(self._certificates()),
+        )
 
     def status(self) -> StatusView:
         relay = self._relay

@@ -81,6 +81,7 @@ class RouteBody(_Body):
     stall_timeout: float | None = None
     max_waiting_per_party: _Whole | None = None
     max_pairings: _Whole | None = None
+    max_bytes_per_second: _Whole | None = None
 
     def table(self, name: str) -> dict[str, Any]:
         """The keys that were given, as they go into the route's file."""
@@ -107,7 +108,7 @@ class WaitingView(_View):
 
 
 class PartyLimits(_View):
-    """The limits in force for a route."""
+    """The limits in force for a route; ``max_bytes_per_second`` is null where there is none."""
 
     wait_timeout: float
     half_close_timeout: float
@@ -115,6 +116,7 @@ class PartyLimits(_View):
     stall_timeout: float
     max_waiting_per_party: int
     max_pairings: int
+    max_bytes_per_second: int | None
 
 
 class RouteView(_View):
