@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from frelay.errors import without_pem
 
 __all__ = [
     "CertificateView",
@@ -214,11 +216,15 @@ class PairingsView(_View):
 # --- the relay as a whole --------------------------------------------------------------------------------------
 
 
+# A caller's own text comes back in these; a key that was put into the wrong place must not.
+_Told = Annotated[str, AfterValidator(without_pem)]
+
+
 class ProblemView(_View):
     """One thing that is wrong: where it is, what it is, and how to mend it."""
 
-    message: str
-    key: str | None = None
+    message: _Told
+    key: _Told | None = None
     file: str | None = None
     line: int | None = None
 
@@ -231,7 +237,7 @@ class Problems(_View):
     """
 
     error: str
-    message: str
+    message: _Told
     problems: list[ProblemView] = []
 
 

@@ -70,6 +70,7 @@ def run(
 
     import trio
 
+    from frelay import privileges
     from frelay.config.load import load
     from frelay.relay import Relay
     from frelay.systemd import Inherited, ServiceManager
@@ -77,9 +78,11 @@ def run(
     # The relay obeys it as long as it runs. What comes before that, or after, would kill the process, and with it the
     # exit code of a clean drain.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    first = load(config)
+    privileges.give_up(first)  # before the log, which has a thread
     log.configure("json" if log_format == "json" else "console", log_level)
     inherited, service_manager = Inherited.from_environment(), ServiceManager.from_environment()
-    relay = Relay(load(config), watch_files=watch, inherited=inherited, service_manager=service_manager)
+    relay = Relay(first, watch_files=watch, inherited=inherited, service_manager=service_manager)
     raise typer.Exit(trio.run(relay.run))
 
 
