@@ -758,6 +758,7 @@ def _toml(value: object) -> str:
 
 picks = st.integers(0, 99)
 sides = st.sampled_from(SIDES)
+pairs_of_modes = st.tuples(*[st.sampled_from(["handoff", "handoff", "tunnel", "ticket"])] * 2)
 
 
 class RelayMachine(RuleBasedStateMachine):
@@ -784,10 +785,16 @@ class RelayMachine(RuleBasedStateMachine):
     def relay_and_model_agree(self) -> None:
         trio.from_thread.run(self.world.agree)
 
-    @initialize(waiting=st.sampled_from([1, 2, 16, 16]), pairings=st.sampled_from([1, 2, 1024, 1024]))
-    def begin(self, waiting: int, pairings: int) -> None:
-        """With limits from the start in half of all examples: few would come by themselves to where these hold."""
+    @initialize(
+        waiting=st.sampled_from([1, 2, 16, 16]),
+        pairings=st.sampled_from([1, 2, 1024, 1024]),
+        modes=st.lists(pairs_of_modes, max_size=2),
+    )
+    def begin(self, waiting: int, pairings: int, modes: list[tuple[Mode, Mode]]) -> None:
+        """With limits and pairings from the start in many examples: few would get by themselves to where these tell."""
         self.do(self.world.set_limits, waiting, pairings)
+        for pair in modes:
+            self._introduce(self.world.routes["a"], pair)
 
     # --- who can do something --------------------------------------------------------------------------------------
 
@@ -843,10 +850,12 @@ class RelayMachine(RuleBasedStateMachine):
         self._come(certificate, pick(self.world.routes.values(), which), side, mode, None)
 
     @precondition(lambda self: self.there_is_room(2))
-    @rule(which=picks, modes=st.tuples(*[st.sampled_from(["handoff", "handoff", "tunnel", "ticket"])] * 2))
+    @rule(which=picks, modes=pairs_of_modes)
     def introduce(self, which: int, modes: tuple[Mode, Mode]) -> None:
         """Two come, and whoever is paired by now does its part of the hand-off: the way to most pairings that talk."""
-        route = pick(self.world.routes.values(), which)
+        self._introduce(pick(self.world.routes.values(), which), modes)
+
+    def _introduce(self, route: Route, modes: tuple[Mode, Mode]) -> None:
         for certificate, mode in zip(("left", "right"), modes, strict=True):
             self._come(certificate, route, "func1", mode, None)
         for guest in self.not_handed_off():
@@ -906,14 +915,21 @@ class RelayMachine(RuleBasedStateMachine):
         self.do(self.world.bulk, pick(self.both(), which))
 
     @precondition(lambda self: self.speakers())
-    @rule(which=picks)
-    def end(self, which: int) -> None:
-        self.do(self.world.end, pick(self.speakers(), which))
+    @rule(which=picks, answered=st.booleans())
+    def end(self, which: int, answered: bool) -> None:
+        guest: Guest = pick(self.speakers(), which)
+        self.do(self.world.end, guest)
+        if answered and guest.meeting is not None and guest.other in self.speakers():
+            self.do(self.world.end, guest.other)
 
     @precondition(lambda self: self.breakers())
-    @rule(which=picks)
-    def reset(self, which: int) -> None:
-        self.do(self.world.reset, pick(self.breakers(), which))
+    @rule(which=picks, having_ended=st.booleans())
+    def reset(self, which: int, having_ended: bool) -> None:
+        guest: Guest = pick(self.breakers(), which)
+        if having_ended and guest in self.both() and not guest.other.has_ended:
+            self.do(self.world.end, guest)
+            self.do(self.world.agree)
+        self.do(self.world.reset, guest)
 
     # --- operators -------------------------------------------------------------------------------------------------
 
