@@ -20,7 +20,15 @@ COUNT = int(os.environ.get("FRELAY_BURST", "300"))
 # The functions come from as many addresses as it takes to stay below max_pre_auth_per_ip; that one closes unheard.
 A_SOURCE = 30
 # All deadlines are far away: with every handshake made by this process it may take a while.
-LIMITS = "[limits]\nhandshake_timeout = 600\njoin_timeout = 600\nwait_timeout = 600\nhandoff_timeout = 600\n"
+LIMITS = """
+[limits]
+handshake_timeout = 600
+join_timeout = 600
+wait_timeout = 600
+pong_timeout = 600
+handoff_timeout = 600
+half_close_timeout = 600
+"""
 
 
 async def come(site: Site, relay: RelayProcess, number: int, context: ssl.SSLContext, told: Counter[str]) -> None:
