@@ -149,18 +149,19 @@ class Journal:
     def __init__(self) -> None:
         self.refusals: Final[deque[LegRefused]] = deque(maxlen=_REFUSALS_KEPT)
         """The last ones, oldest first."""
-        self.totals: Final[dict[str, RouteTotals]] = {}
-        """By the name of the route; ``""`` holds the refusals of those who had not come as far as to a route."""
+        self.totals: Final[dict[str, RouteTotals]] = {"": RouteTotals()}
+        """By the name of a route that is there; ``""`` holds the refusals that belong to none: of those who had not
+        come as far as to a route, or whose route was gone by then."""
         self._listeners: Final[list[Callable[[Entry], None]]] = []
 
     def note(self, entry: Entry) -> None:
         """Add ``entry`` to the totals and tell the listeners."""
         if isinstance(entry, LegRefused):
             self.refusals.append(entry)
-            self.totals_of(entry.route or "").refusals[entry.code] += 1
+            self._totals_of(entry.route).refusals[entry.code] += 1
         elif isinstance(entry, PairingEnded):
             record = entry.record
-            totals = self.totals_of(record.route)
+            totals = self._totals_of(record.route)
             totals.outcomes[record.outcome.value] += 1
             totals.bytes_func1_to_func2 += record.bytes_func1_to_func2
             totals.bytes_func2_to_func1 += record.bytes_func2_to_func1
@@ -170,9 +171,13 @@ class Journal:
             except Exception:
                 self._listeners.remove(listener)
 
-    def totals_of(self, route: str) -> RouteTotals:
-        """The totals of a route, from now on kept."""
-        return self.totals.setdefault(route, RouteTotals())
+    def _totals_of(self, route: str | None) -> RouteTotals:
+        # A removed route tells its waiting legs after it is forgotten; an entry made for them would never go again.
+        return self.totals.get(route or "", self.totals[""])
+
+    def keep(self, route: str) -> None:
+        """There is such a route: add up what happens on it, from now on or further."""
+        self.totals.setdefault(route, RouteTotals())
 
     def forget(self, route: str) -> None:
         """The route is gone, and its last pairing too: routes come and go by the API, and their names would pile up."""

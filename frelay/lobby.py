@@ -55,14 +55,16 @@ class Withdrawn:
 class Place:
     """One leg's place in a queue."""
 
-    __slots__ = ("_wake", "leg", "since", "verdict")
+    __slots__ = ("_wake", "leg", "reckon_expiry", "since", "verdict")
 
-    def __init__(self, leg: Leg, wake: Callable[[], None], since: float) -> None:
+    def __init__(self, leg: Leg, wake: Callable[[], None], since: float, reckon_expiry: Callable[[], None]) -> None:
         self.leg = leg
         self.since = since
         """When the leg entered, on the clock of ``time.monotonic``."""
         self.verdict: Taken | Withdrawn | None = None
         self._wake = wake
+        self.reckon_expiry: Final = reckon_expiry
+        """To be called when the clock was set: reckons again when the leg's certificate ends its wait."""
 
     def decide(self, verdict: Taken | Withdrawn) -> None:
         """Settle what becomes of the leg, once, and wake its task."""
@@ -136,13 +138,13 @@ class Lobby:
         if stale is not None:
             self.withdraw(stale, Withdrawn(Refused("replaced", "the same attempt came in on a newer connection")))
 
-    def enter(self, leg: Leg, wake: Callable[[], None]) -> Place:
+    def enter(self, leg: Leg, wake: Callable[[], None], *, reckon_expiry: Callable[[], None] = lambda: None) -> Place:
         """Queue ``leg``, which has met no objection; ``wake`` is called, once, when a verdict about it falls."""
         spare = self._find_spare(leg) if self._is_full(leg.party) else None
         if spare is not None:
             text = "the queue is full, and a function with fewer places in it came"
             self.withdraw(spare, Withdrawn(Refused("queue-full", text, retry_after=5.0)))
-        place = Place(leg, wake, self._clock())
+        place = Place(leg, wake, self._clock(), reckon_expiry)
         self._queues[leg.party][place] = None
         return place
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -29,11 +30,22 @@ from frelay.admin.model import (
     ReloadedView,
     ReloadView,
     RoutesView,
+    RouteTrafficView,
     RouteView,
     StatusView,
+    TrafficView,
     WaitingView,
 )
-from frelay.admin.office import Conflict, Invalid, Office, PreconditionFailed, Stopping, Unknown, Unwritable
+from frelay.admin.office import (
+    Conflict,
+    Counts,
+    Invalid,
+    Office,
+    PreconditionFailed,
+    Stopping,
+    Unknown,
+    Unwritable,
+)
 from frelay.config.model import Config
 from frelay.config.store import RouteFileEdit, route_file, route_file_content
 from frelay.config.written import config_as_written, route_as_written
@@ -50,6 +62,9 @@ if TYPE_CHECKING:
 
 __all__ = ["RelayOffice"]
 
+_PARTIES: Final[tuple[PartyName, PartyName]] = ("func1", "func2")
+_NOBODY: Final = WaitingView(func1=[], func2=[])
+
 
 class RelayOffice(Office):
     """The office of one relay."""
@@ -61,12 +76,41 @@ class RelayOffice(Office):
     # --- looks -----------------------------------------------------------------------------------------------------
 
     @property
-    def is_ready(self) -> bool:
-        return not self.is_draining
+    def why_not_ready(self) -> str | None:
+        trust, now = self._relay.trust, time.time()
+        if self.is_draining:
+            return "draining: it takes nothing new any more"
+        if trust is not None and now > trust.not_after:
+            return "tls.certificate has expired: no function will trust it"
+        if trust is not None and trust.crl_next_update is not None and now > trust.crl_next_update:
+            return "tls.crl has run out: nobody is let in"
+        return None
 
     @property
     def is_draining(self) -> bool:
         return self._relay.is_draining
+
+    def counts(self) -> Counts:
+        relay, routes, totals = self._relay, self._relay.routes, self.journal.totals
+        running = Counter(dict.fromkeys(routes, 0))
+        moved: Counter[tuple[str, PartyName]] = Counter()
+        for pairing in relay.pairings:
+            running[pairing.route] += 1
+            for party, count in pairing.bytes_moved.items():
+                moved[pairing.route, party] += count
+        for name in running:
+            moved[name, "func1"] += totals[name].bytes_func1_to_func2
+            moved[name, "func2"] += totals[name].bytes_func2_to_func1
+        return Counts(
+            pairings=running,
+            waiting={(name, party): live.lobby.count(party) for name, live in routes.items() for party in _PARTIES},
+            bytes_moved=moved,
+            outcomes={(name, word): count for name in running for word, count in totals[name].outcomes.items()},
+            refusals={(name, code): count for name in ("", *running) for code, count in totals[name].refusals.items()},
+            reloaded_at=relay.last_reload_at,
+            reload_was_accepted=relay.last_reload_error is None,
+            certificates=tuple(self._certificates()),
+        )
 
     def status(self) -> StatusView:
         relay = self._relay
@@ -148,25 +192,46 @@ class RelayOffice(Office):
 
     def _view(self, route: LiveRoute, under_way: Mapping[str, Mapping[PartyName, int]]) -> RouteView:
         config = route.config
-        totals = self.journal.totals.get(route.name) or RouteTotals()
-        moved = under_way.get(route.name) or {"func1": 0, "func2": 0}
         written = route_as_written(config)
+        traffic = self._traffic(route, under_way)
         return RouteView(
             **written,
             bound=self._relay.bound(route.name),
             file=str(config.source),
             is_editable=config.source != self._relay.config.path,
             etag=_etag(written),
-            waiting=WaitingView(
-                func1=[self._leg(place) for place in route.lobby.waiting("func1")],
-                func2=[self._leg(place) for place in route.lobby.waiting("func2")],
-            ),
+            waiting=traffic.waiting,
+            pairings=traffic.pairings,
+            outcomes=traffic.outcomes,
+            refusals=traffic.refusals,
+            bytes_func1_to_func2=traffic.bytes_func1_to_func2,
+            bytes_func2_to_func1=traffic.bytes_func2_to_func1,
+        )
+
+    def traffic(self) -> TrafficView:
+        under_way = self._bytes_under_way()
+        return TrafficView(
+            now=time.time(),
+            last_reload_at=self._relay.last_reload_at,
+            routes=[self._traffic(route, under_way) for route in self._relay.routes.values()],
+        )
+
+    def _traffic(self, route: LiveRoute, under_way: Mapping[str, Mapping[PartyName, int]]) -> RouteTrafficView:
+        totals = self.journal.totals.get(route.name) or RouteTotals()
+        moved = under_way.get(route.name) or {"func1": 0, "func2": 0}
+        return RouteTrafficView(
+            name=route.name,
+            waiting=self._waiting(route),
             pairings=len(route.pairings),
             outcomes=dict(totals.outcomes),
             refusals=dict(totals.refusals),
             bytes_func1_to_func2=totals.bytes_func1_to_func2 + moved["func1"],
             bytes_func2_to_func1=totals.bytes_func2_to_func1 + moved["func2"],
         )
+
+    def _waiting(self, route: LiveRoute) -> WaitingView:
+        func1, func2 = ([self._leg(place) for place in route.lobby.waiting(party)] for party in _PARTIES)
+        return WaitingView(func1=func1, func2=func2) if func1 or func2 else _NOBODY
 
     def _leg(self, place: Place) -> LegView:
         leg = place.leg

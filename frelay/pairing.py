@@ -121,11 +121,16 @@ class _Sample:
         self.blocked_since = (self.blocked_since or now) if is_pending else None
 
 
+_Expiry = tuple[float, Outcome, str]
+"""When a pairing has to end, on Trio's clock, and the outcome and detail of its record then."""
+
+
 class Pairing:
     """Two legs joined. Made by whoever matched them; :meth:`run` is its life."""
 
     __slots__ = (
         "_bound",
+        "_certificates_end",
         "_ending",
         "_expiry",
         "_forwarding",
@@ -174,11 +179,13 @@ class Pairing:
         """By the party whose bytes they carry."""
         self._pumps_done: frozenset[PartyName] = frozenset()
         lifetime = limits.max_lifetime
-        self._expiry = (
+        self._expiry: _Expiry = (
             trio.current_time() + lifetime,
             Outcome.MAX_LIFETIME,
             f"max_lifetime of {lifetime:g} s reached",
         )
+        self._certificates_end: _Expiry | None = None
+        """Apart from the other, because it is a date: when the clock is set it moves, and may move away."""
         self._bound: trio.CancelScope | None = None
         """What holds the expiry while no bytes flow: in the hand-off, and after the end. In between the watch does."""
         if limits.ends_with_certificates:
@@ -207,9 +214,7 @@ class Pairing:
         """End the pairing at ``when`` (Trio's clock) at the latest."""
         if when < self._expiry[0]:
             self._expiry = (when, outcome, detail)
-            if self._bound is not None:
-                self._bound.deadline = min(self._bound.deadline, when)
-            self._poke.set()
+            self._obey_expiry()
 
     def release(self) -> None:
         """The task that attended the waiting leg has let go of it."""
@@ -218,8 +223,25 @@ class Pairing:
 
     def end_with_certificates(self) -> None:
         """End the pairing when the first certificate of its parties expires. Idempotent."""
-        for party, leg in self.legs.items():
-            self.expire_at(leg.expires_at(), Outcome.CERTIFICATE_EXPIRED, f"the certificate of {party} has expired")
+        when, party = min((leg.expires_at(), party) for party, leg in self.legs.items())
+        self._certificates_end = (when, Outcome.CERTIFICATE_EXPIRED, f"the certificate of {party} has expired")
+        self._obey_expiry()
+
+    def reckon_expiry(self) -> None:
+        """The clock was set: reckon again when certificates end the pairing, if they do."""
+        if self._certificates_end is not None:
+            self.end_with_certificates()
+
+    @property
+    def _end(self) -> _Expiry:
+        """When the pairing has to end, and what it is to be told as."""
+        other = self._certificates_end
+        return self._expiry if other is None or self._expiry[0] <= other[0] else other
+
+    def _obey_expiry(self) -> None:
+        if self._bound is not None:
+            self._bound.deadline = self._end[0]
+        self._poke.set()
 
     # --- its life ----------------------------------------------------------------------------------------------
 
@@ -228,7 +250,7 @@ class Pairing:
         started = trio.current_time()
         ending = self._ending
         try:
-            with trio.CancelScope(deadline=self._expiry[0]) as self._bound:
+            with trio.CancelScope(deadline=self._end[0]) as self._bound:
                 if self._released is not None:
                     with trio.move_on_after(self.limits.handoff_timeout):
                         # The task that attended the waiting leg only has to run once more to let go.
@@ -236,7 +258,7 @@ class Pairing:
                     self._released = None
                 await self._hand_off()
             if self._bound.cancelled_caught:
-                _, outcome, detail = self._expiry
+                _, outcome, detail = self._end
                 ending.decide(outcome, "relay", detail)
             self._bound = None
             if ending.outcome is None:
@@ -268,7 +290,7 @@ class Pairing:
                 gone.cut()
             finally:
                 # The end of what ``gone`` sent may still be under way to the other; an RST would destroy it.
-                with trio.CancelScope(deadline=self._expiry[0]) as self._bound:
+                with trio.CancelScope(deadline=self._end[0]) as self._bound:
                     await other.close_after_delivery(self.limits.stall_timeout)
         else:
             try:
@@ -401,12 +423,12 @@ class Pairing:
             if self._ending.outcome is not None:
                 return
             self._poke = trio.Event()
-            with trio.move_on_at(min(now + interval, self._expiry[0])):
+            with trio.move_on_at(min(now + interval, self._end[0])):
                 await self._poke.wait()
 
     def _judge(self, now: float, samples: dict[PartyName, _Sample], half_closed_at: float) -> None:
         limits, ending = self.limits, self._ending
-        when, outcome, detail = self._expiry
+        when, outcome, detail = self._end
         if now >= when:
             ending.decide(outcome, "relay", detail)
         for party, sample in samples.items():

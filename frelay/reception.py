@@ -294,9 +294,17 @@ class _Guest:
         )
         # A call to a service ends by itself at the same limit, and can say why it came to nothing.
         patience = math.inf if route.service else trio.current_time() + limit
-        expiry = leg.expires_at()
-        with trio.CancelScope(deadline=min(patience, expiry)) as scope:
-            seat = route.lobby.enter(leg, lambda: scope.cancel(reason="a verdict about this leg has fallen"))
+        with trio.CancelScope() as scope:
+
+            def reckon_expiry() -> None:
+                scope.deadline = min(patience, leg.expires_at())
+
+            reckon_expiry()
+            seat = route.lobby.enter(
+                leg,
+                lambda: scope.cancel(reason="a verdict about this leg has fallen"),
+                reckon_expiry=reckon_expiry,
+            )
             try:
                 departure = await self._attend(seat, route, limit)
             finally:
@@ -307,7 +315,7 @@ class _Guest:
             return
         if isinstance(seat.verdict, Withdrawn):
             await self._withdraw(leg, seat.verdict)
-        elif departure is None and expiry < patience:
+        elif departure is None and scope.deadline < patience:
             await self._refuse(leg, Refused(EXPIRED.code, EXPIRED.reason), EXPIRED.reason)
         elif departure is None:
             text = f"nobody came within {limit:g} s"

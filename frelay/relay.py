@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -29,21 +29,24 @@ import trio
 
 from frelay.admission import Admission, raise_descriptor_limit
 from frelay.config.load import load
-from frelay.config.model import Config, Route
+from frelay.config.model import Address, Config, Route
 from frelay.config.plan import Plan, listener_key, plan
 from frelay.config.store import RouteFileEdit
 from frelay.config.watch import Watcher
 from frelay.errors import ConfigError, Problem
-from frelay.inspection import judge_again
+from frelay.inspection import follow_clock, judge_again
 from frelay.journal import Draining, Journal, PairingEnded, PairingStarted, Reloaded, ReloadRefused
 from frelay.listener import Listener
 from frelay.lobby import Withdrawn
+from frelay.names import Names
 from frelay.outcome import Outcome, Record
 from frelay.pairing import Forwarding, Pairing
+from frelay.privileges import find_account
 from frelay.protocol.messages import Refused
 from frelay.pump import PipePool
 from frelay.reception import Door
 from frelay.route import LiveRoute
+from frelay.sockets import look_up
 from frelay.systemd import RESERVED, Inherited, ServiceManager
 from frelay.tickets import TicketOffice
 from frelay.tls.context import OuterTls, load_outer_tls, openssl_version
@@ -59,8 +62,13 @@ _RECONNECT_IN: Final = 1.0
 _RELOAD_PAUSE: Final = 0.1
 
 
+_Places = tuple[Address, ...] | OSError
+"""What the name of an address stands for, or why nobody knows."""
+
+
 def prepare(config: Config) -> OuterTls | None:
     """Load what the configuration refers to; raises ConfigError. This and loading the file is `frelay check`."""
+    find_account(config)
     if config.tls is None:
         return None
     serves_http = config.admin is not None and config.admin.address is not None
@@ -101,6 +109,9 @@ class Relay:
         # Two descriptors a pipe: those that Admission sets aside, so that bulk never takes the place of a newcomer.
         self._forwarding: Final = Forwarding(pipes=PipePool(capacity=self._admission.leg_budget // 2))
         self._tickets: Final = TicketOffice()
+        self._names: Final = Names()
+        # Of its own: a reload must not stand in a queue behind whatever else waits in threads.
+        self._reading: Final = trio.CapacityLimiter(1)
         self._draining: Final = trio.Event()
         self._reload_wanted = trio.Event()
         self._inspection_due = trio.Event()
@@ -186,21 +197,24 @@ class Relay:
         if self._watch_files:
             # What changed between the caller's load and this mark would otherwise never be noticed.
             await watcher.mark()
-            first = await trio.to_thread.run_sync(load, first.path)
-        trust = await trio.to_thread.run_sync(prepare, first)
+            first = await trio.to_thread.run_sync(load, first.path, limiter=self._reading)
+        trust = await trio.to_thread.run_sync(prepare, first, limiter=self._reading)
         try:
             async with trio.open_nursery() as root:
                 root.start_soon(self._forwarding.readiness.run)
                 root.start_soon(self._service_manager.run)
                 await root.start(self._obey_signals)
+                await root.start(self._names.run)
+                places = await self._look_up_missing(first)
                 async with trio.open_nursery() as self._pairings, trio.open_nursery() as self._doors:
-                    self._take_over(first, trust, plan(None, first), self._open_missing(first))
+                    self._take_over(first, trust, plan(None, first), self._open_missing(first, places))
                     self._start_servers(first, root)
                     self._warn_of_unclaimed_sockets(first)
                     self._log.info("ready", routes=len(first.routes), openssl=openssl_version())
                     self._service_manager.ready(self._status())
                     root.start_soon(self._reload_when_asked)
                     root.start_soon(self._inspect_when_due)
+                    root.start_soon(follow_clock, lambda: (*self._now.routes.values(), *self._retired))
                     if self._watch_files:
                         root.start_soon(self._watch, watcher)
                     task_status.started()
@@ -274,22 +288,46 @@ class Relay:
             route.unpair(pairing)
             if not route.pairings:
                 self._retired.discard(route)
-                if route.name not in self._now.routes:
-                    self.journal.forget(route.name)
+                self._forget_if_gone(route.name)
             for leg in pairing.legs.values():
                 leg.slot.gone()
 
         await pairing.run(report)
 
+    def _forget_if_gone(self, name: str) -> None:
+        """Give up the totals of a route that is not in force, once no pairing of that name runs any more."""
+        # A name that was removed, added and removed again may have retired twice.
+        if name not in self._now.routes and all(live.name != name for live in self._retired):
+            self.journal.forget(name)
+
     # --- changing ----------------------------------------------------------------------------------------------
 
-    def _open_missing(self, new: Config) -> dict[Hashable, Listener]:
-        """Bind what ``new`` needs and nobody has yet; raises ConfigError with nothing bound."""
+    def _missing(self, new: Config) -> dict[Hashable, list[Route]]:
+        """What ``new`` needs and nobody has bound yet: the routes that share each."""
         missing: dict[Hashable, list[Route]] = {}
         for route in new.routes:
             if listener_key(route) not in self._now.listeners:
                 missing.setdefault(listener_key(route), []).append(route)
-        return self._open(missing)
+        return missing
+
+    async def _look_up_missing(self, new: Config) -> dict[Address, _Places]:
+        """The IP addresses that are to be bound for ``new``. A name server may let us wait, while all else goes on."""
+        found: dict[Address, _Places] = {}
+
+        async def look(address: Address) -> None:
+            try:
+                found[address] = await look_up(address)
+            except OSError as error:
+                found[address] = error
+
+        async with trio.open_nursery() as nursery:
+            for address in {sharers[-1].listen for sharers in self._missing(new).values()}:
+                nursery.start_soon(look, address)
+        return found
+
+    def _open_missing(self, new: Config, places: Mapping[Address, _Places]) -> dict[Hashable, Listener]:
+        """Bind what ``new`` needs and nobody has yet, at ``places``; raises ConfigError with nothing bound."""
+        return self._open(self._missing(new), places)
 
     def _take_over(self, new: Config, trust: OuterTls | None, changes: Plan, opened: dict[Hashable, Listener]) -> None:
         """Put ``new`` in force. Nothing in here can fail."""
@@ -315,18 +353,18 @@ class Relay:
                     trust=lambda: self._now.trust,
                 )
             now.routes[route.name] = live
+            self.journal.keep(route.name)
             now.tables[listener_key(route)][route.name] = live
         self._admission.limits = new.limits
         self._start(opened)
         for name, live in old_routes.items():
             if name not in keep:
                 self._retire(live)
-            if name not in now.routes and not live.pairings:
-                self.journal.forget(name)
+                self._forget_if_gone(name)
         for key in [key for key in now.listeners if key not in needed]:
             now.listeners.pop(key).stop()
 
-    def _open(self, wanted: dict[Hashable, list[Route]]) -> dict[Hashable, Listener]:
+    def _open(self, wanted: dict[Hashable, list[Route]], places: Mapping[Address, _Places]) -> dict[Hashable, Listener]:
         """Bind all the new addresses or none; each comes with the routes that share it."""
         opened: dict[Hashable, Listener] = {}
         problems = []
@@ -334,8 +372,11 @@ class Relay:
             route = sharers[-1]
             names = [sharer.name for sharer in sharers]
             try:
-                passed = self._inherited.open(names, route.listen)
-                opened[key] = Listener(route.listen, passed) if passed else Listener.open(route.listen)
+                found = places[route.listen]
+                if isinstance(found, OSError):
+                    raise found
+                passed = self._inherited.open(names, route.listen, found)
+                opened[key] = Listener(route.listen, passed) if passed else Listener.open(route.listen, found)
             except (OSError, ValueError) as error:
                 text = f"cannot listen on {route.listen}: {getattr(error, 'strerror', None) or error}"
                 own = next((old for old in self._now.listeners.values() if old.address.overlaps(route.listen)), None)
@@ -447,17 +488,18 @@ class Relay:
     async def _change(self, edit: RouteFileEdit | None) -> Plan:
         path = self._now.config.path
         # Parsing a thousand routes takes a while, in which the bytes of everybody else go on.
-        new = await trio.to_thread.run_sync(partial(load, path, edit=edit))
+        new = await trio.to_thread.run_sync(partial(load, path, edit=edit), limiter=self._reading)
         if edit is None:
             self._attempted = new
-        trust = await trio.to_thread.run_sync(prepare, new)
+        trust = await trio.to_thread.run_sync(prepare, new, limiter=self._reading)
+        places = await self._look_up_missing(new)
         self._forbid_when_draining()
         changes = plan(self._now.config, new)
-        opened = self._open_missing(new)
+        opened = self._open_missing(new, places)
         try:
             if edit is not None:
                 # Last of all that can fail, and before anything is given up.
-                await trio.to_thread.run_sync(edit.commit)
+                await trio.to_thread.run_sync(edit.commit, limiter=self._reading)
             self._forbid_when_draining()
         except BaseException:
             for listener in opened.values():

@@ -6,17 +6,19 @@ brings take half a second to load and 30 MB to hold.
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Final
 
 import trio
 
 from frelay.admin.api import EventStream, api, is_local_host
 from frelay.admin.door import TlsDoor
-from frelay.admin.metrics import metrics_app
+from frelay.admin.metrics import Metrics, metrics_app
 from frelay.admin.office import Office
 from frelay.admin.server import Admit, bind_unix, let_in, serve, unlinked_at_end
 from frelay.config.model import Config
@@ -101,8 +103,9 @@ class Servers:
 
     async def run(self) -> None:
         """Serve until cancelled."""
-        events = EventStream()
-        with self._cleaning, self._office.journal.listen(events.note):
+        events, metrics = EventStream(), Metrics(self._office)
+        journal = self._office.journal
+        with self._cleaning, journal.listen(events.note), journal.listen(metrics.note):
             async with trio.open_nursery() as nursery:
                 if self._admin:
                     is_own_host = is_local_host if self._is_local else self._is_own_host
@@ -110,7 +113,8 @@ class Servers:
                     admit: Admit = let_in if self._is_local else TlsDoor(self._needed_trust, self._allow)
                     nursery.start_soon(partial(serve, app, self._admin, admit, read_timeout=None))
                 if self._metrics:
-                    app = metrics_app(self._office)
+                    nursery.start_soon(metrics.watch_loop)
+                    app = metrics_app(self._office, metrics)
                     nursery.start_soon(partial(serve, app, self._metrics, let_in, read_timeout=_METRICS_PATIENCE))
 
     def close(self) -> None:
@@ -152,5 +156,16 @@ def _place(sock: socket.socket) -> str:
 
 def _problem(config: Config, section: str, error: OSError | ValueError) -> Problem:
     listen = getattr(config, section).listen
-    text = f"cannot listen on {listen}: {getattr(error, 'strerror', None) or error}"
+    text = f"cannot listen on {listen}: {_reason(str(listen), error)}"
     return Problem(config.path, text, key=f"{section}.listen", is_conflict=True)
+
+
+def _reason(listen: str, error: OSError | ValueError) -> str:
+    number = getattr(error, "errno", None)
+    if number == errno.EADDRINUSE and listen.startswith("unix:"):
+        if not Path(listen.removeprefix("unix:")).is_socket():
+            return "there is a file of that name, and it is no socket: remove it, or choose another path"
+        return "another process answers there; if that is a relay with this file, it runs already: see frelay status"
+    if number == errno.ENOENT and listen.startswith("unix:"):
+        return "its directory does not exist"
+    return str(getattr(error, "strerror", None) or error)

@@ -27,6 +27,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from datetime import datetime
@@ -34,6 +35,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+import pytest
 import structlog
 import trio
 
@@ -52,6 +54,8 @@ __all__ = [
     "RelayProcess",
     "Site",
     "at_any_pace",
+    "descriptor_kinds",
+    "direct",
     "eventually",
     "open_descriptors",
     "pair",
@@ -74,6 +78,9 @@ func2 = "dns:func2.demo"
 
 THROUGH_FAULTS: Final = os.environ.get("FRELAY_THROUGH_FAULTS", "")
 """A seed: then all parties of all tests reach their relay through a network that splits and merges segments by it."""
+
+direct: Final = pytest.mark.skipif(THROUGH_FAULTS != "", reason="about the one connection between party and relay")
+"""Marks a test that would be about the network between them: addresses, segments, what waits where in the kernel."""
 
 PATIENCE: Final = 20.0
 """Seconds after which a wait for an event is a failure; on an idle machine all of them take milliseconds."""
@@ -388,6 +395,12 @@ def open_descriptors(pid: int | str = "self") -> dict[int, str]:
         except FileNotFoundError:
             continue  # the descriptor of listdir itself
     return found
+
+
+def descriptor_kinds() -> Counter[str]:
+    """How many descriptors of each kind that a relay opens this process has."""
+    kinds = Counter(link.partition("[")[0] for link in open_descriptors().values())
+    return Counter({kind: kinds[kind] for kind in ("socket:", "pipe:", "anon_inode:")})
 
 
 # --- relays ---------------------------------------------------------------------------------------------------------

@@ -18,11 +18,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import count
 from typing import Annotated, Any, Final
 
 import trio
-from fastapi import FastAPI, Header, Path, Request, Response
+from fastapi import FastAPI, Header, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
@@ -31,6 +30,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from frelay import __version__
 from frelay.admin import office as desk
+from frelay.admin.dashboard import add_dashboard
 from frelay.admin.model import (
     DialBody,
     EventView,
@@ -42,12 +42,14 @@ from frelay.admin.model import (
     RoutesView,
     RouteView,
     StatusView,
+    TrafficView,
 )
 from frelay.journal import Entry, HandshakeDone, PairingEnded, ReloadRefused
 
 __all__ = ["EventStream", "api", "is_local_host"]
 
 _MAX_BODY: Final = 64 * 1024
+_MAX_DISCARDED: Final = 16 * _MAX_BODY
 _BODY_TIME: Final = 10.0
 # A proxy or a NAT in between forgets silent connections; a comment a few times a minute keeps them.
 _HEARTBEAT: Final = 15.0
@@ -95,7 +97,7 @@ class EventStream:
     """The journal as events with numbers, for any number of readers; a slow one is cut, and never slows the relay."""
 
     def __init__(self) -> None:
-        self._numbers: Final = count(1)
+        self._last = 0
         self._kept: Final[deque[EventView]] = deque(maxlen=_EVENTS_KEPT)
         self._readers: Final[set[_Reader]] = set()
 
@@ -103,7 +105,8 @@ class EventStream:
         """The journal's listener."""
         if isinstance(entry, HandshakeDone):
             return  # for the metrics; nobody can tell whose it was
-        event = EventView(id=next(self._numbers), kind=entry.kind, at=entry.at, data=_event_data(entry))
+        self._last += 1
+        event = EventView(id=self._last, kind=entry.kind, at=entry.at, data=_event_data(entry))
         self._kept.append(event)
         for reader in self._readers:
             reader.tell(event)
@@ -113,6 +116,8 @@ class EventStream:
         """A reader of what comes from now on; with ``after``, an event's number, of what came since as far as kept."""
         reader = _Reader()
         if after is not None:
+            if after > self._last:
+                after = 0  # a number of the relay before this one: all that there is came since
             for event in self._kept:
                 if event.id > after:
                     reader.tell(event)
@@ -200,7 +205,7 @@ class _Guard:
         if scope["type"] != "http":
             return  # websockets: there are none here, and the server answers for a handler that says nothing
         headers = [(name.lower(), value.decode("latin-1")) for name, value in scope["headers"]]
-        objection = self._objection(headers)
+        objection = self._objection(scope["method"], headers)
         if objection is not None:
             await _problem(403, "forbidden", objection)(scope, receive, send)
             return
@@ -213,14 +218,18 @@ class _Guard:
             return
         await self._app(scope, _replayed(body, receive), send)
 
-    def _objection(self, headers: list[tuple[bytes, str]]) -> str | None:
+    def _objection(self, method: str, headers: list[tuple[bytes, str]]) -> str | None:
+        # Somebody followed a link to the dashboard, from a wiki say: the other page gets to see nothing of it.
+        is_a_visit = method == "GET" and {(b"sec-fetch-mode", "navigate"), (b"sec-fetch-dest", "document")} <= {
+            *headers
+        }
         hosts = [value for name, value in headers if name == b"host"]
         if len(hosts) != 1 or not self._is_own_host(_without_port(hosts[0].lower())):
             return "this relay is not called by that Host; use an address of its own, or localhost"
         for name, value in headers:
             if name == b"origin" and value.lower().partition("://")[2] != hosts[0].lower():
                 return "a page from another origin may not use this API"
-            if name == b"sec-fetch-site" and value == "cross-site":
+            if name == b"sec-fetch-site" and value == "cross-site" and not is_a_visit:
                 return "a page from another site may not use this API"
         return None
 
@@ -231,14 +240,16 @@ def _without_port(host: str) -> str:
 
 async def _read(receive: Receive) -> bytes | None:
     """The whole body, or None if it is larger than any may be."""
-    body = b""
-    while True:
+    body, size = b"", 0
+    while size <= _MAX_DISCARDED:
         message = await receive()
-        body += bytes(message.get("body", b""))
-        if len(body) > _MAX_BODY:
-            return None
+        piece = bytes(message.get("body", b""))
+        size += len(piece)
+        # Read on, and let go of it: a client that is still sending would take an early answer for a reset.
+        body = body + piece if size <= _MAX_BODY else b""
         if not message.get("more_body"):
-            return body
+            return body if size <= _MAX_BODY else None
+    return None
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
@@ -308,6 +319,7 @@ def api(office: desk.Office, events: EventStream, *, is_own_host: Callable[[str]
     _add_error_handlers(app)
     _add_looks(app, office, events)
     _add_changes(app, office)
+    add_dashboard(app)
     return _Guard(app, is_own_host)
 
 
@@ -372,6 +384,10 @@ def _add_looks(app: FastAPI, office: desk.Office, events: EventStream) -> None:
         response.headers["etag"] = view.etag
         return view
 
+    @app.get("/v1/traffic", summary="What goes on at all routes: cheap, for whoever asks again and again")
+    async def traffic() -> TrafficView:
+        return office.traffic()
+
     @app.get("/v1/pairings", summary="All pairings that run")
     async def pairings() -> PairingsView:
         return office.pairings()
@@ -384,9 +400,13 @@ def _add_looks(app: FastAPI, office: desk.Office, events: EventStream) -> None:
     )
     async def event_stream(
         last_event_id: Annotated[str | None, Header(description="The last event that the caller has.")] = None,
+        after: Annotated[
+            int | None, Query(ge=0, lt=2**63, description="The same for a first request, where a browser sends none.")
+        ] = None,
     ) -> Response:
         known = last_event_id is not None and last_event_id.isascii() and last_event_id.isdigit()
-        after = int(last_event_id[:18]) if known and last_event_id is not None else None
+        if known and last_event_id is not None:
+            after = int(last_event_id[:18])
         return _EventResponse(events, after)
 
 

@@ -1,26 +1,281 @@
-"""Health and metrics over plain HTTP: ``/healthz``, ``/readyz`` and ``/metrics``."""
+"""Health and metrics over plain HTTP: ``/healthz``, ``/readyz`` and ``/metrics``.
+
+A scrape must be exact, and no function may feel it. So what is live (routes, who waits, bytes under way) is copied out
+of the office in one synchronous look: no pairing can end in the middle of it, and be counted twice or not at all. The
+thousands of lines are then made of that copy in another thread. What is over by the time of a scrape, such as how long
+a handshake took, comes from the journal as it happens.
+
+The names and labels are a contract, which docs/metrics.md explains and ``deploy/`` builds on. A label never holds what
+a stranger can choose, nor an identity or an address: each new value would be a series more, for ever, and a metrics
+store is read by more people than a log.
+"""
 
 from __future__ import annotations
 
+import os
+import platform
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Final
+
+import trio
+from prometheus_client import Histogram, Metric, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
+from prometheus_client.openmetrics import exposition as openmetrics
+from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from frelay.admin.office import Office
+from frelay import __version__
+from frelay.admin.model import CertificateView
+from frelay.admin.office import Counts, Office
+from frelay.journal import Entry, HandshakeDone, PairingEnded, PairingStarted
+from frelay.outcome import Outcome
+from frelay.protocol.messages import PartyName
+from frelay.tls.context import openssl_version
 
-__all__ = ["metrics_app"]
+__all__ = ["Metrics", "metrics_app"]
+
+# From a local party to the default handshake_timeout; from a partner that is there already to beyond wait_timeout; from
+# one answered question to max_lifetime.
+_HANDSHAKE_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_WAIT_BUCKETS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+_PAIRING_BUCKETS: Final = (0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 14400, 86400)
+
+# A loop that stands still for longer than this is always noticed; four wake-ups a second cost nothing.
+_PROBE_INTERVAL: Final = 0.25
+# Longer than the usual time between two scrapes, and the same for every scraper if there are several.
+_LAG_MEMORY: Final = 60.0
+
+_DIRECTIONS: Final[dict[PartyName, str]] = {"func1": "func1_to_func2", "func2": "func2_to_func1"}
+
+_TEXT: Final = "text/plain"
+_OPENMETRICS: Final = "application/openmetrics-text"
 
 
-def metrics_app(office: Office) -> ASGIApp:
-    """The ASGI application of ``[metrics]``."""
+class Metrics:
+    """The metrics of one relay. :meth:`note` must be a listener of the office's journal, :meth:`watch_loop` run."""
 
-    async def healthz(request: Request) -> PlainTextResponse:
+    def __init__(self, office: Office) -> None:
+        self._office: Final = office
+        # Without a registry: the library's own is one a process, and there may be two relays in it.
+        self._handshake: Final = Histogram(
+            "frelay_handshake_seconds",
+            "From a connection's accept to the end of its outer TLS handshake, of those that succeeded.",
+            buckets=_HANDSHAKE_BUCKETS,
+            registry=None,
+        )
+        self._wait: Final = Histogram(
+            "frelay_wait_seconds",
+            "How long the first party of a pairing had waited for the second when they were matched.",
+            buckets=_WAIT_BUCKETS,
+            registry=None,
+        )
+        self._pairing: Final = Histogram(
+            "frelay_pairing_seconds",
+            "From the match of two parties to the close of both, of pairings that have ended.",
+            buckets=_PAIRING_BUCKETS,
+            registry=None,
+        )
+        self._lags: Final[deque[float]] = deque(maxlen=round(_LAG_MEMORY / _PROBE_INTERVAL))
+        # One at a time: two would only take the interpreter's lock from each other, and a reload needs threads too.
+        self._places: Final = trio.CapacityLimiter(1)
+
+    def note(self, entry: Entry) -> None:
+        """The journal's listener."""
+        if isinstance(entry, HandshakeDone):
+            self._handshake.observe(entry.seconds)
+        elif isinstance(entry, PairingStarted):
+            self._wait.observe(entry.waited)
+        elif isinstance(entry, PairingEnded):
+            self._pairing.observe(entry.record.duration)
+
+    async def watch_loop(self) -> None:
+        """Measure how late the loop is, until cancelled."""
+        while True:
+            due = trio.current_time() + _PROBE_INTERVAL
+            await trio.sleep_until(due)
+            self._lags.append(trio.current_time() - due)
+
+    async def expose(self, accept: str) -> tuple[bytes, str]:
+        """Everything as it is now, and its content type: OpenMetrics if the ``Accept`` header wants that, else text."""
+        async with self._places:
+            tasks = trio.lowlevel.current_statistics().tasks_living
+            scrape = _Scrape(self._office.counts(), self._observed(), max(self._lags, default=0.0), tasks)
+            encode: Callable[[Collector], bytes] = generate_latest
+            content_type = f"{_TEXT}; version=0.0.4; charset=utf-8"
+            if _wants_openmetrics(accept):
+                encode, content_type = openmetrics.generate_latest, openmetrics.CONTENT_TYPE_LATEST
+            return await trio.to_thread.run_sync(encode, scrape, abandon_on_cancel=True), content_type
+
+    def _observed(self) -> list[Metric]:
+        """Copies of the histograms."""
+        families = [family for one in (self._handshake, self._wait, self._pairing) for family in one.collect()]
+        for family in families:
+            # In the text format it would be a metric of its own, and one that nobody has asked for.
+            family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
+        return families
+
+
+class _Scrape(Collector):
+    """All that one scrape tells. Safe in a thread: it has copies, and asks nobody but the kernel."""
+
+    def __init__(self, counts: Counts, observed: Sequence[Metric], loop_lag: float, tasks: int) -> None:
+        self._counts: Final = counts
+        self._observed: Final = observed
+        self._loop_lag: Final = loop_lag
+        self._tasks: Final = tasks
+
+    def collect(self) -> Iterator[Metric]:
+        counts = self._counts
+        yield _build_info()
+        yield from _route_families(counts)
+        yield from self._observed
+        yield GaugeMetricFamily(
+            "frelay_config_last_reload_successful",
+            "1 if the last configuration was put in force, 0 if it was refused and the one before it stays.",
+            value=float(counts.reload_was_accepted),
+        )
+        yield GaugeMetricFamily(
+            "frelay_config_last_reload_timestamp_seconds",
+            "When a configuration was last put in force or refused.",
+            value=counts.reloaded_at,
+        )
+        yield from _certificate_families(counts.certificates)
+        yield GaugeMetricFamily(
+            "frelay_open_fds", "Open file descriptors; process_max_fds is the limit.", value=_open_descriptors()
+        )
+        yield GaugeMetricFamily(
+            "frelay_loop_lag_seconds",
+            f"The most that the event loop was late to wake a sleeping task in the last {_LAG_MEMORY:g} s.",
+            value=self._loop_lag,
+        )
+        yield GaugeMetricFamily(
+            "frelay_tasks",
+            "Tasks in the event loop: a few for the relay, one a connection that waits, three a pairing.",
+            value=self._tasks,
+        )
+        # Under the names that every dashboard knows: processor time, memory, the limit of descriptors.
+        yield from ProcessCollector(registry=None).collect()
+
+
+def _build_info() -> Metric:
+    return InfoMetricFamily(
+        "frelay_build",
+        "What runs here; always 1.",
+        value={
+            "version": __version__,
+            "python": platform.python_version(),
+            "openssl": openssl_version(),
+            "trio": trio.__version__,
+        },
+    )
+
+
+def _route_families(counts: Counts) -> Iterator[Metric]:
+    # The usual end from the start on: of a counter that begins at 1, no rate would ever see the first.
+    ordinary = dict.fromkeys(((route, Outcome.CLOSED.value) for route in counts.pairings), 0)
+    yield _family(
+        CounterMetricFamily("frelay_pairings", "Pairings that have ended, by how they ended."),
+        ("route", "outcome"),
+        {**ordinary, **counts.outcomes}.items(),
+    )
+    yield _family(
+        GaugeMetricFamily("frelay_pairings_active", "Pairings that run."),
+        ("route",),
+        (((route,), count) for route, count in counts.pairings.items()),
+    )
+    yield _family(
+        GaugeMetricFamily("frelay_legs_waiting", "Connections that wait for their other party."),
+        ("route", "party"),
+        counts.waiting.items(),
+    )
+    yield _family(
+        CounterMetricFamily("frelay_bytes", "Bytes delivered to the receiving party, as they are delivered."),
+        ("route", "direction"),
+        (((route, _DIRECTIONS[party]), count) for (route, party), count in counts.bytes_moved.items()),
+    )
+    yield _family(
+        CounterMetricFamily(
+            "frelay_refused", "Connections that were refused, by code; without a route if there was or is none."
+        ),
+        ("route", "code"),
+        counts.refusals.items(),
+    )
+
+
+def _family(family: Metric, labels: Sequence[str], series: Iterable[tuple[tuple[str, ...], int]]) -> Metric:
+    """``family`` with a sample for each of ``series``: what its ``labels`` are, and how many."""
+    name = f"{family.name}_total" if family.type == "counter" else family.name
+    # Made while they are written, once, and gone with their line: ten thousand at a time, scrape after scrape, would
+    # have the garbage collector go through everything, and that stops the loop for longer than all else in here.
+    family.samples = (  # type: ignore[assignment]
+        Sample(name, dict(zip(labels, key, strict=True)), value) for key, value in series
+    )
+    return family
+
+
+def _certificate_families(certificates: Sequence[CertificateView]) -> Iterator[Metric]:
+    crl = [one.not_after for one in certificates if one.what == "crl"]
+    # One file may be both; a series that stands there twice would cost the scraper the whole answer.
+    others: dict[str, float] = {}
+    for one in certificates:
+        if one.what != "crl":
+            others[one.file] = min(one.not_after, others.get(one.file, one.not_after))
+    family = GaugeMetricFamily(
+        "frelay_certificate_not_after_timestamp_seconds",
+        "When the first certificate in a file of [tls] expires.",
+        labels=("file",),
+    )
+    for file, not_after in others.items():
+        # The bytes of a path need not be UTF-8, and those of an answer must be.
+        family.add_metric((file.encode("utf-8", "backslashreplace").decode("utf-8"),), not_after)
+    yield family
+    if crl:
+        yield GaugeMetricFamily(
+            "frelay_crl_next_update_timestamp_seconds",
+            "When the revocation list runs out; from then on nobody is let in.",
+            value=min(crl),
+        )
+
+
+def _open_descriptors() -> int:
+    # One of them is that of the listing itself.
+    return len(os.listdir("/proc/self/fd")) - 1
+
+
+# --- HTTP --------------------------------------------------------------------------------------------------------
+
+
+def _wants_openmetrics(accept: str) -> bool:
+    """Whether it is asked for by its name, and not less than text; ``*/*`` gets text, as any tool can read that."""
+    weights = {_OPENMETRICS: 0.0, _TEXT: 0.0}
+    for item in accept.lower().split(","):
+        kind = item.partition(";")[0].strip()
+        quality = re.search(r";\s*q\s*=\s*([01](?:\.\d*)?)", item)
+        if kind in weights:
+            weights[kind] = max(weights[kind], float(quality[1]) if quality else 1.0)
+    return weights[_OPENMETRICS] > 0 and weights[_OPENMETRICS] >= weights[_TEXT]
+
+
+def metrics_app(office: Office, metrics: Metrics) -> ASGIApp:
+    """The ASGI application of ``[metrics]``. It answers GET and HEAD, and nothing else."""
+
+    async def healthz(request: Request) -> Response:
+        # That somebody answers is the news: a loop that hangs does not.
         return PlainTextResponse("ok\n")
 
-    async def readyz(request: Request) -> PlainTextResponse:
-        ready = office.is_ready
-        return PlainTextResponse("ready\n" if ready else "draining\n", 200 if ready else 503)
+    async def readyz(request: Request) -> Response:
+        objection = office.why_not_ready
+        return PlainTextResponse("ready\n") if objection is None else PlainTextResponse(f"{objection}\n", 503)
 
-    return Starlette(routes=[Route("/healthz", healthz), Route("/readyz", readyz)])
+    async def expose(request: Request) -> Response:
+        content, content_type = await metrics.expose(",".join(request.headers.getlist("accept")))
+        return Response(content, headers={"content-type": content_type, "vary": "accept"})
+
+    return Starlette(routes=[Route("/healthz", healthz), Route("/readyz", readyz), Route("/metrics", expose)])

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from frelay.errors import without_pem
 
 __all__ = [
     "CertificateView",
@@ -28,9 +30,11 @@ __all__ = [
     "ReloadView",
     "ReloadedView",
     "RouteBody",
+    "RouteTrafficView",
     "RouteView",
     "RoutesView",
     "StatusView",
+    "TrafficView",
     "WaitingView",
 ]
 
@@ -154,6 +158,29 @@ class RoutesView(_View):
     routes: list[RouteView]
 
 
+class RouteTrafficView(_View):
+    """What goes on at one route: the part of RouteView that changes by itself, under the same names."""
+
+    name: str
+    waiting: WaitingView
+    pairings: int
+    outcomes: dict[str, int]
+    refusals: dict[str, int]
+    bytes_func1_to_func2: int
+    bytes_func2_to_func1: int
+
+
+class TrafficView(_View):
+    """What goes on at all routes ``now``, to be asked for every other second: a rate is a difference of two of these.
+
+    ``last_reload_at`` changes whenever the rest of ``/v1/routes`` may have.
+    """
+
+    now: float
+    last_reload_at: float
+    routes: list[RouteTrafficView]
+
+
 # --- pairings --------------------------------------------------------------------------------------------------
 
 
@@ -189,11 +216,15 @@ class PairingsView(_View):
 # --- the relay as a whole --------------------------------------------------------------------------------------
 
 
+# A caller's own text comes back in these; a key that was put into the wrong place must not.
+_Told = Annotated[str, AfterValidator(without_pem)]
+
+
 class ProblemView(_View):
     """One thing that is wrong: where it is, what it is, and how to mend it."""
 
-    message: str
-    key: str | None = None
+    message: _Told
+    key: _Told | None = None
     file: str | None = None
     line: int | None = None
 
@@ -206,7 +237,7 @@ class Problems(_View):
     """
 
     error: str
-    message: str
+    message: _Told
     problems: list[ProblemView] = []
 
 

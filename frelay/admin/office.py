@@ -8,19 +8,33 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from frelay.admin.model import (
+    CertificateView,
     PairingsView,
     ProblemView,
     ReloadedView,
     RoutesView,
     RouteView,
     StatusView,
+    TrafficView,
 )
 from frelay.journal import Journal
+from frelay.protocol.messages import PartyName
 
-__all__ = ["Conflict", "Invalid", "Office", "OfficeError", "PreconditionFailed", "Stopping", "Unknown", "Unwritable"]
+__all__ = [
+    "Conflict",
+    "Counts",
+    "Invalid",
+    "Office",
+    "OfficeError",
+    "PreconditionFailed",
+    "Stopping",
+    "Unknown",
+    "Unwritable",
+]
 
 
 class OfficeError(Exception):
@@ -56,6 +70,30 @@ class Stopping(OfficeError):
     """The relay drains, and takes nothing over any more."""
 
 
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """The relay in numbers, all of one moment, and nobody's to change: it may be read in another thread.
+
+    Routes are those in force, and the removed ones that still have pairings. By columns and not by routes, because a
+    thousand small objects at each look are a thousand for the garbage collector.
+    """
+
+    pairings: Mapping[str, int]
+    """How many run, by route."""
+    waiting: Mapping[tuple[str, PartyName], int]
+    """By route and party."""
+    bytes_moved: Mapping[tuple[str, PartyName], int]
+    """All that was delivered, the bytes of running pairings included, by route and sender."""
+    outcomes: Mapping[tuple[str, str], int]
+    """Pairings that have ended, by route and outcome."""
+    refusals: Mapping[tuple[str, str], int]
+    """By route, which is ``""`` where there is none (:attr:`frelay.journal.Journal.totals`), and code."""
+    reloaded_at: float
+    """When a configuration was last put in force or refused, in seconds since the epoch."""
+    reload_was_accepted: bool
+    certificates: tuple[CertificateView, ...]
+
+
 class Office(abc.ABC):
     """What may be asked of a relay. Looks are synchronous and cheap; changes raise :class:`OfficeError`."""
 
@@ -63,13 +101,20 @@ class Office(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def is_ready(self) -> bool:
-        """Whether new functions should be sent here: it runs, does not drain, and its last reload was accepted."""
+    def why_not_ready(self) -> str | None:
+        """Why no function should be sent here now, in one line; None if the relay is there for them.
+
+        A refused reload is no reason: the configuration before it is whole, and serves.
+        """
 
     @property
     @abc.abstractmethod
     def is_draining(self) -> bool:
         """Whether the relay takes nothing new any more."""
+
+    @abc.abstractmethod
+    def counts(self) -> Counts:
+        """The relay in numbers: cheaper than any view, for whoever asks every few seconds."""
 
     @abc.abstractmethod
     def status(self) -> StatusView:
@@ -82,6 +127,10 @@ class Office(abc.ABC):
     @abc.abstractmethod
     def route(self, name: str) -> RouteView:
         """One route in force; raises Unknown."""
+
+    @abc.abstractmethod
+    def traffic(self) -> TrafficView:
+        """What goes on at all routes; much cheaper than :meth:`routes`."""
 
     @abc.abstractmethod
     def pairings(self) -> PairingsView:

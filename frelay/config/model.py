@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
 from frelay.config.address import Address, Network, parse_address, parse_network
 from frelay.config.values import (
+    Account,
     Count,
     Dial,
     Duration,
@@ -77,12 +78,16 @@ class Section(BaseModel):
 
 
 class RelaySection(Section):
-    """``[relay]``; ``drain_timeout`` in seconds, ``routes_dir`` absolute (by default ``routes.d`` beside the file)."""
+    """``[relay]``; ``drain_timeout`` in seconds, ``routes_dir`` absolute (by default ``routes.d`` beside the file).
+
+    ``user`` is whom a relay that root started becomes; whether there is such a user is judged where it does so.
+    """
 
     name: Name = "relay-1"
     routes_dir: File | None = None
     drain_timeout: Duration = 30
     policy_ends_pairings: bool = True
+    user: Account | None = None
     workers: Workers = 1
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 
-import httpx
 import pytest
 import trio
 
@@ -103,11 +102,7 @@ async def test_a_body_too_large_is_not_read(site: Site) -> None:
             for start in range(0, len(large), 16384):
                 yield large[start : start + 16384]
 
-        try:
-            answer = await api.put("/v1/routes/two", content=pieces())
-            assert answer.status_code == 413
-        except httpx.TransportError:
-            pass  # it was cut while it was still sending, which is as good
+        assert (await api.put("/v1/routes/two", content=pieces())).status_code == 413
         assert (await api.get("/v1/status")).status_code == 200
 
 

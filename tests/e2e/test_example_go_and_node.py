@@ -1,7 +1,7 @@
 """The functions in Go and Node.js that people copy from ``examples/`` meet each other and Python's, both ways.
 
-They run as processes, against a relay that is one, and carry more than the socket buffers hold in both directions at
-once; each direction is ended by itself.
+They run as processes, and carry more than the socket buffers hold in both directions at once; each direction is ended
+by itself.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from ends import block
 from frelay.protocol.identity import spki_of_certificate
-from rig import DEMO, PATIENCE, RelayProcess, Site, frame
+from rig import DEMO, PATIENCE, RelayInProcess, Site, frame
 from tools import tool
 
 # The first build may have to compile Go's standard library.
@@ -104,7 +104,7 @@ class Functions:
     async def run(
         self,
         runtime: Runtime,
-        relay: RelayProcess,
+        relay: RelayInProcess,
         name: str,
         data: bytes = b"",
         *,
@@ -132,7 +132,7 @@ def functions(site: Site, request: pytest.FixtureRequest) -> Functions:
 
 
 async def meet(
-    functions: Functions, relay: RelayProcess, one: tuple[Runtime, HandOff], two: tuple[Runtime, HandOff]
+    functions: Functions, relay: RelayInProcess, one: tuple[Runtime, HandOff], two: tuple[Runtime, HandOff]
 ) -> None:
     """Pair func1 and func2, and find all bytes of both at the other's."""
     sent = {"func1": block(ANY_SIZE, 1), "func2": block(ANY_SIZE + 4, 2)}
@@ -155,7 +155,7 @@ async def meet(
 @pytest.mark.parametrize("one", OURS)
 async def test_all_bytes_cross(functions: Functions, one: Runtime, two: Runtime, hand_off: HandOff) -> None:
     """``one`` is the client of the inner TLS, ``two`` its server."""
-    async with functions.site.process() as relay:
+    async with functions.site.relay() as relay:
         await meet(functions, relay, (one, hand_off), (two, hand_off))
         assert (await relay.log("pairing ended"))["outcome"] == "closed"
         modes = await relay.log("handed off")
@@ -167,7 +167,7 @@ async def test_all_bytes_cross(functions: Functions, one: Runtime, two: Runtime,
 async def test_all_bytes_cross_with_python_as_the_tls_client(
     functions: Functions, two: Runtime, hand_off: HandOff
 ) -> None:
-    async with functions.site.process() as relay:
+    async with functions.site.relay() as relay:
         await meet(functions, relay, ("python", hand_off), (two, hand_off))
         assert (await relay.log("pairing ended"))["outcome"] == "closed"
 
@@ -175,7 +175,7 @@ async def test_all_bytes_cross_with_python_as_the_tls_client(
 @pytest.mark.parametrize("two", OURS)
 @pytest.mark.parametrize("one", OURS)
 async def test_hand_off_and_ticket_meet(functions: Functions, one: Runtime, two: Runtime) -> None:
-    async with functions.site.process() as relay:
+    async with functions.site.relay() as relay:
         await meet(functions, relay, (one, "handoff"), (two, "ticket"))
         modes = await relay.log("handed off")
         assert (modes["func1_mode"], modes["func2_mode"]) == ("handoff", "ticket")
@@ -197,7 +197,7 @@ with frelay.connect(address, cert=cert, key=key, ca=ca, peer=peer, wait=60) as w
     wire.sendall(sys.stdin.buffer.read())
 """
     site = functions.site
-    async with site.process() as relay:
+    async with site.relay() as relay:
         cert, key = site.paths["func2"]
         arguments = [f"localhost:{relay.port()}", str(cert), str(key), str(site.ca_path), "dns:func1.demo"]
         with trio.fail_after(PATIENCE * 3):
@@ -214,7 +214,7 @@ with frelay.connect(address, cert=cert, key=key, ca=ca, peer=peer, wait=60) as w
 @pytest.mark.parametrize("one", OURS)
 async def test_somebody_else_gets_nothing(functions: Functions, one: Runtime, two: Runtime) -> None:
     """The relay vouches for func2, but the function expects func3: it sends nothing, and both learn it at once."""
-    async with functions.site.process() as relay:
+    async with functions.site.relay() as relay:
         ended: dict[str, subprocess.CompletedProcess[bytes]] = {}
 
         async def run(name: str, runtime: Runtime, peer: str) -> None:
@@ -237,7 +237,7 @@ async def test_a_certificate_of_another_kind_is_not_the_name(functions: Function
     site.add("func2", site.ca.text_elsewhere("func2.demo"))
     pin = spki_of_certificate(site.credentials["func2"].certificate.public_bytes(Encoding.DER))
     routes = DEMO.replace("dns:func2.demo", str(pin))
-    async with site.process(routes) as relay:
+    async with site.relay(routes) as relay:
         ended: dict[str, subprocess.CompletedProcess[bytes]] = {}
 
         async def run(name: str) -> None:
@@ -259,7 +259,7 @@ async def test_a_peer_with_a_spiffe_id_is_known_by_it(functions: Functions, runt
         site.add(name, site.ca.party(uris=[f"spiffe://acme/jobs/{name}"]))
     routes = DEMO.replace("dns:func1.demo", "uri:spiffe://acme/jobs/func1")
     routes = routes.replace("dns:func2.demo", "uri:spiffe://acme/jobs/func2")
-    async with site.process(routes) as relay:
+    async with site.relay(routes) as relay:
         ended: dict[str, subprocess.CompletedProcess[bytes]] = {}
 
         async def run(name: str, other: str) -> None:
@@ -278,7 +278,7 @@ async def test_a_peer_with_a_spiffe_id_is_known_by_it(functions: Functions, runt
 @pytest.mark.parametrize("runtime", OURS)
 async def test_a_refusal_says_why(functions: Functions, runtime: Runtime) -> None:
     functions.site.add("func3", functions.site.ca.party(dns=["func3.demo"]))
-    async with functions.site.process() as relay:
+    async with functions.site.relay() as relay:
         with trio.fail_after(PATIENCE):
             ended = await functions.run(runtime, relay, "func3")
         assert (ended.returncode, b"not-authorised" in ended.stderr) == (3, True), ended.stderr
@@ -286,7 +286,7 @@ async def test_a_refusal_says_why(functions: Functions, runtime: Runtime) -> Non
 
 @pytest.mark.parametrize("runtime", OURS)
 async def test_its_own_limit_ends_the_waiting(functions: Functions, runtime: Runtime) -> None:
-    async with functions.site.process() as relay:
+    async with functions.site.relay() as relay:
         began = time.monotonic()
         with trio.fail_after(PATIENCE):
             ended = await functions.run(runtime, relay, "func1", wait=1)
@@ -300,7 +300,7 @@ async def test_a_stranger_is_told_by_the_alert(functions: Functions, runtime: Ru
     """TESTPLAN 1: in TLS 1.3 the alert comes after the client's handshake, so it must not be taken for an end."""
     site = functions.site
     site.add("stranger", type(site.ca)("other CA").party(dns=["func1.demo"]))
-    async with site.process() as relay:
+    async with site.relay() as relay:
         with trio.fail_after(PATIENCE):
             ended = await functions.run(runtime, relay, "stranger")
         assert ended.returncode == 1
@@ -311,7 +311,7 @@ async def test_a_stranger_is_told_by_the_alert(functions: Functions, runtime: Ru
 async def test_pings_are_answered_while_it_waits(functions: Functions, runtime: Runtime) -> None:
     """Its place is kept through several PINGs, and it is paired after them."""
     limits = "[limits]\nping_interval = 0.1\npong_timeout = 5\n"
-    async with functions.site.process(sections=limits) as relay:
+    async with functions.site.relay(sections=limits) as relay:
         ended: dict[str, subprocess.CompletedProcess[bytes]] = {}
 
         async def run(name: str) -> None:

@@ -272,16 +272,17 @@ async def test_a_change_before_the_watches_are_in_place_is_not_lost(
 async def test_a_half_written_file_is_one_change(bench: Bench) -> None:
     """TESTPLAN 41: a quick writer in several steps is reported when it is done.
 
-    It only shows something if this process was not held up for as long as the settling takes; else it tries again.
+    It only shows something if this process was not held up for as long as the settling takes; else it tries again, with
+    more time for everything.
     """
-    bench.watcher = Watcher(lambda: bench.paths, settle=1)
     seen: list[str] = []
 
     async def wait() -> None:
         assert await bench.next_change() == {bench.file}
         seen.append(bench.file.read_text())
 
-    for attempt in range(10):
+    for settle in (0.7, 1.4, 2.8, 5.6, 11.2):
+        bench.watcher = Watcher(lambda: bench.paths, settle=settle)
         await bench.watcher.mark()
         seen.clear()
         longest = 0.0
@@ -291,18 +292,18 @@ async def test_a_half_written_file_is_one_change(bench: Bench) -> None:
             with bench.file.open("w") as file:
                 last = trio.current_time()
                 for part in range(10):
-                    file.write(f"{attempt}-{part}\n")
+                    file.write(f"{settle}-{part}\n")
                     file.flush()
-                    await trio.sleep(0.15)
+                    await trio.sleep(0.15 * settle)
                     longest = max(longest, trio.current_time() - last)
                     last = trio.current_time()
-                assert seen == [] or longest > 0.5
+                assert seen == [] or longest > 0.5 * settle
                 file.write("end")
-        if longest < 0.5:
+        if longest < 0.5 * settle:
             assert seen[0].endswith("end")
             await bench.expect_nothing_but_the_sentinel()
             return
-    pytest.skip("this machine stalls for half a second and more, all the time")
+    raise AssertionError("this machine stalls for five seconds and more, all the time")
 
 
 # --- what is no change -----------------------------------------------------------------------------------------

@@ -58,7 +58,9 @@ HOUSE: Final = (
     ),
     Room("choice", "protocol config", "", "the relay and `frelay why` must never choose differently"),
     Room("config.watch", "errors protocol config", "trio watchfiles", "the one part of it that waits"),
+    Room("names", "", "trio", "whoever looks a name up waits for nobody else's"),
     Room("admission", "config", "trio", "limits, whoever the connection belongs to"),
+    Room("privileges", "errors config", "", "what a process may do is settled before it is a relay"),
     Room("sockets", "errors tcp config", "trio", "the border to the kernel: its errors end here"),
     Room("systemd", "config sockets", "trio structlog sdnotify", "who started us, wherever that is systemd"),
     Room("tls", "errors tcp protocol config sockets", "trio OpenSSL cryptography", "the border to OpenSSL"),
@@ -86,26 +88,31 @@ HOUSE: Final = (
         "trio structlog",
         "from accept to paired or gone",
     ),
-    Room("inspection", "outcome tls route", "trio", "judges again who is in, whatever they are doing"),
+    Room("inspection", "outcome tls route", "trio structlog", "judges again who is in, whatever they are doing"),
     Room("listener", f"{LEAVES} config admission sockets reception", "trio structlog", "one address"),
     Room(
         "admin",
-        "errors protocol journal sockets tls",
-        "fastapi starlette hypercorn pydantic trio structlog",
+        "errors outcome protocol journal sockets tls",
+        "fastapi starlette hypercorn pydantic prometheus_client trio structlog",
         "what an operator sees and changes; it asks an Office, and does not know whose",
     ),
     Room("office", "admin config config.store errors journal lobby protocol", "", "the relay's side of that"),
-    Room("servers", "admin config errors sockets systemd tls", "trio", "loaded only where a route file asks for them"),
+    Room(
+        "servers",
+        "admin config errors protocol sockets systemd tls",
+        "trio",
+        "loaded only where a route file asks for them",
+    ),
     Room(
         "relay",
-        f"{LEAVES} journal config config.store config.watch admission tls tickets lobby pump pairing route reception "
-        "inspection listener systemd office servers",
+        f"{LEAVES} journal config config.store config.watch names admission privileges sockets tls tickets lobby pump "
+        "pairing route reception inspection listener systemd office servers",
         "trio structlog",
         "the nursery tree",
     ),
     Room(
         "cli",
-        f"{LEAVES} client client.trio pki log config systemd tls verdict relay",
+        f"{LEAVES} client client.trio pki log config privileges systemd tls verdict relay",
         "typer trio",
         "nothing below knows that it was typed",
     ),
@@ -113,7 +120,7 @@ HOUSE: Final = (
 BY_NAME: Final = {room.name: room for room in HOUSE}
 
 # What the names on PyPI are called in an import statement.
-DISTRIBUTIONS: Final = {"pyopenssl": "OpenSSL", "tomli-w": "tomli_w"}
+DISTRIBUTIONS: Final = {"prometheus-client": "prometheus_client", "pyopenssl": "OpenSSL", "tomli-w": "tomli_w"}
 
 
 @dataclass(frozen=True)
