@@ -191,6 +191,8 @@ def _size(chance: random.Random, passed: int) -> int:
 
 
 def _is_dead(stream: trio.SocketStream) -> bool:
+    if stream.socket.fileno() == -1:
+        return True  # see FaultyNetwork.go_down
     return stream.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE
 
 
