@@ -35,6 +35,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+import pytest
 import structlog
 import trio
 
@@ -54,6 +55,7 @@ __all__ = [
     "Site",
     "at_any_pace",
     "descriptor_kinds",
+    "direct",
     "eventually",
     "open_descriptors",
     "pair",
@@ -76,6 +78,9 @@ func2 = "dns:func2.demo"
 
 THROUGH_FAULTS: Final = os.environ.get("FRELAY_THROUGH_FAULTS", "")
 """A seed: then all parties of all tests reach their relay through a network that splits and merges segments by it."""
+
+direct: Final = pytest.mark.skipif(THROUGH_FAULTS != "", reason="about the one connection between party and relay")
+"""Marks a test that would be about the network between them: addresses, segments, what waits where in the kernel."""
 
 PATIENCE: Final = 20.0
 """Seconds after which a wait for an event is a failure; on an idle machine all of them take milliseconds."""
