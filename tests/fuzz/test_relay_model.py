@@ -825,6 +825,16 @@ class RelayMachine(RuleBasedStateMachine):
         """Knock and join in one, since most of what follows needs somebody who is in."""
         self._come(certificate, pick(self.world.routes.values(), which), side, mode, None)
 
+    @precondition(lambda self: self.there_is_room(2))
+    @rule(which=picks, modes=st.tuples(*[st.sampled_from(["handoff", "handoff", "tunnel", "ticket"])] * 2))
+    def introduce(self, which: int, modes: tuple[Mode, Mode]) -> None:
+        """Two come, and whoever is paired by now does its part of the hand-off: the way to most pairings that talk."""
+        route = pick(self.world.routes.values(), which)
+        for certificate, mode in zip(("left", "right"), modes, strict=True):
+            self._come(certificate, route, "func1", mode, None)
+        for guest in self.not_handed_off():
+            self.do(self.world.hand_off, guest, 0)
+
     @precondition(lambda self: self.there_is_room() and self.world.waiting())
     @rule(which=picks, certificate=st.none() | st.sampled_from(KNOWN), side=sides)
     def come_again(self, which: int, certificate: str | None, side: PartyName) -> None:
