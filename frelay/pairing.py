@@ -22,6 +22,7 @@ from typing import Any, Final, Literal
 import structlog
 import trio
 
+from frelay.bandwidth import Bandwidth, Share
 from frelay.errors import ConnectionBroken, RemoteProtocolError
 from frelay.leg import Leg
 from frelay.outcome import Ending, Outcome, Record, Side
@@ -66,10 +67,11 @@ class PairingLimits:
 
 @dataclass(slots=True)
 class Forwarding:
-    """What all pairings of a relay share to move bytes."""
+    """What all pairings of a relay share to move bytes, and how many they are."""
 
     readiness: ReadinessSet = field(default_factory=ReadinessSet)
     pipes: PipePool = field(default_factory=PipePool)
+    pairings: int = 0
 
 
 def _logger(route: str, pairing: str) -> Any:
@@ -109,7 +111,7 @@ class _Sample:
         # The pump alone cannot tell a slow reader from a stalled one: Linux says "writable" again only once a third of
         # the send buffer, megabytes of it, is free. Nor does it know of bytes that wait there after it has finished.
         moved, in_kernel = self.pump.moved, unacknowledged(self.sink)
-        if moved != self.moved or in_kernel != self._in_kernel:
+        if moved != self.moved or in_kernel != self._in_kernel or self.pump.is_held_back:
             self.moved, self._in_kernel = moved, in_kernel
             self.changed_at, self.blocked_since = now, None
         else:
@@ -137,6 +139,7 @@ class Pairing:
         "_pumps_done",
         "_released",
         "_require_inner_tls",
+        "_share",
         "id",
         "legs",
         "limits",
@@ -155,6 +158,7 @@ class Pairing:
         limits: PairingLimits,
         require_inner_tls: bool | Literal["always"],
         forwarding: Forwarding,
+        bandwidth: Bandwidth | None = None,
         waited: float = 0.0,
     ) -> None:
         self.id: Final = pairing_id
@@ -168,6 +172,7 @@ class Pairing:
         """Set once the task that attended the waiting leg has let go of it; of no use after that."""
         self._require_inner_tls: Final = require_inner_tls
         self._forwarding: Final = forwarding
+        self._share: Final = None if bandwidth is None else Share(bandwidth)
         self._ending: Final = Ending()
         self._poke = trio.Event()
         self._pumps: dict[PartyName, Pump] = {}
@@ -356,7 +361,8 @@ class Pairing:
         one, two = self.legs["func1"].stream(), self.legs["func2"].stream()
         forth: tuple[Side, Side] = ("func1", "func2")
         back: tuple[Side, Side] = ("func2", "func1")
-        if isinstance(one, RawStream) and isinstance(two, RawStream):
+        share = self._share
+        if share is None and isinstance(one, RawStream) and isinstance(two, RawStream):
             wire1, wire2 = Wire(one.sock), Wire(two.sock)
             readiness, pipes = self._forwarding.readiness, self._forwarding.pipes
             return {
@@ -368,8 +374,8 @@ class Pairing:
                 ),
             }
         return {
-            "func1": StreamPump(one, two, sides=forth, probe=self._probe("func1")),
-            "func2": StreamPump(two, one, sides=back, probe=self._probe("func2")),
+            "func1": StreamPump(one, two, sides=forth, probe=self._probe("func1"), share=share, source_socket=one.sock),
+            "func2": StreamPump(two, one, sides=back, probe=self._probe("func2"), share=share, source_socket=two.sock),
         }
 
     async def _forward(self) -> None:

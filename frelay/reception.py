@@ -251,12 +251,14 @@ class _Guest:
     async def _stay(self, leg: Leg, route: LiveRoute) -> None:
         """Wait in the lobby, or pair at once."""
         self.leg, leg.slot, self._route = leg, self._slot, route
-        self._slot.admitted()
         self.log = self.log.bind(route=route.name, party=leg.party, identity=leg.identity)
         objection = route.objection(leg)
         if objection is not None:
+            # Still in its stranger's slot: a function that is refused by the thousand must not hold thousands of
+            # descriptors while it takes its time to hear it.
             await self._withdraw(leg, objection)
             return
+        self._slot.admitted()
         limit = route.wait_limit(leg)
         with trio.move_on_after(self._door.limits.join_timeout) as patience:
             await leg.welcome(

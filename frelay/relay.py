@@ -41,6 +41,7 @@ from frelay.lobby import Withdrawn
 from frelay.names import Names
 from frelay.outcome import Outcome, Record
 from frelay.pairing import Forwarding, Pairing
+from frelay.privileges import find_account
 from frelay.protocol.messages import Refused
 from frelay.pump import PipePool
 from frelay.reception import Door
@@ -67,6 +68,7 @@ _Places = tuple[Address, ...] | OSError
 
 def prepare(config: Config) -> OuterTls | None:
     """Load what the configuration refers to; raises ConfigError. This and loading the file is `frelay check`."""
+    find_account(config)
     if config.tls is None:
         return None
     serves_http = config.admin is not None and config.admin.address is not None
@@ -283,12 +285,11 @@ class Relay:
             if record.outcome is Outcome.DRAINED:
                 self._was_cut = True
             self.journal.note(PairingEnded(record=record))
-            del route.pairings[pairing.id]
+            route.unpair(pairing)
             if not route.pairings:
                 self._retired.discard(route)
                 self._forget_if_gone(route.name)
-            for party, leg in pairing.legs.items():
-                route.lobby.note_seen(party)
+            for leg in pairing.legs.values():
                 leg.slot.gone()
 
         await pairing.run(report)

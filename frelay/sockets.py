@@ -44,6 +44,9 @@ __all__ = [
     "tune",
 ]
 
+# How many connections may linger at a time. Who is refused decides how long that takes, up to its limit, and can be
+# refused again meanwhile; beyond this many they are closed without.
+_MOST_LINGER: Final = 256
 # What one linger may read and throw away; a peer that sends more than this after a refusal gets its RST.
 _LINGER_BYTES: Final = 256 * 1024
 # How often close_after_delivery asks the kernel, in seconds, and how much it drops each time (4 MiB).
@@ -162,6 +165,9 @@ def tune(sock: socket.socket, tcp: TcpSection) -> None:
 # --- closing ---------------------------------------------------------------------------------------------------
 
 
+_lingering: Final[set[socket.socket]] = set()
+
+
 def close(sock: socket.socket) -> None:
     """Close in order: FIN, once everything written has left. Idempotent."""
     if sock.fileno() != -1:
@@ -181,6 +187,10 @@ async def close_after_linger(sock: socket.socket, seconds: float) -> None:
 
     Closing at once with unread input would send RST, and an RST makes many kernels throw away what we wrote last.
     """
+    if len(_lingering) >= _MOST_LINGER:
+        close(sock)
+        return
+    _lingering.add(sock)
     try:
         with trio.move_on_after(seconds):
             sock.shutdown(socket.SHUT_WR)
@@ -197,6 +207,7 @@ async def close_after_linger(sock: socket.socket, seconds: float) -> None:
     except OSError:
         pass  # already reset or disconnected: nothing is under way that could be saved
     finally:
+        _lingering.discard(sock)
         close(sock)
 
 

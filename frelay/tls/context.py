@@ -33,7 +33,7 @@ from OpenSSL import SSL, crypto
 from frelay.config.model import TlsSection
 from frelay.errors import ConfigError, Problem
 from frelay.sockets import TlsFault
-from frelay.tls.identity import PeerIdentity, describe_unverified, distinguished_name, identities
+from frelay.tls.identity import PeerIdentity, describe_unverified, distinguished_name, identities, nobody
 from frelay.tls.stream import note_event
 
 __all__ = [
@@ -58,6 +58,9 @@ _NO_CHECK_TIME: Final = 0x200000
 
 # How much of a stranger's text one log line takes.
 _SHOWN: Final = 256
+
+# What ``cryptography`` raises for a certificate or a list that it cannot make sense of; not all of it is a ValueError.
+_UNREADABLE: Final = (ValueError, x509.InvalidVersion, x509.DuplicateExtension, x509.UnsupportedGeneralNameType)
 
 _CRL_BLOCK: Final = re.compile(rb"-----BEGIN X509 CRL-----.+?-----END X509 CRL-----", re.DOTALL)
 
@@ -175,11 +178,17 @@ def _rejection(number: int, depth: int, text: str, certificate: str | None = Non
 
 def verified_peer(connection: SSL.Connection, trust: OuterTls) -> VerifiedPeer:
     """What the finished handshake of ``connection`` verified about the party."""
-    chain = connection.get_verified_chain(as_cryptography=True)
-    if not chain:
+    try:
+        chain = connection.get_verified_chain(as_cryptography=True)
+        credential = _credential(chain) if chain else None
+    except Exception as error:
+        # OpenSSL takes what ``cryptography`` cannot read, such as a version or a date that there is not. It was signed
+        # by one of ours, so this is no attack and no bug; but who it is nobody can say, and nobody is let in.
+        return VerifiedPeer(identity=nobody(error), credential=Credential(b"", (), 0.0), trust=trust)
+    if not chain or credential is None:
         # Unreachable with FAIL_IF_NO_PEER_CERT; if it ever is reached, nobody is let in on the strength of it.
         raise AssertionError("a handshake without a verified certificate chain")
-    return VerifiedPeer(identity=identities(chain[0]), credential=_credential(chain), trust=trust)
+    return VerifiedPeer(identity=identities(chain[0]), credential=credential, trust=trust)
 
 
 def _credential(chain: Sequence[x509.Certificate]) -> Credential:
@@ -217,6 +226,8 @@ _VERIFY_ERRORS: Final = {
     10: "certificate has expired",
     11: "CRL is not yet valid",
     12: "CRL has expired",
+    13: "format error in the certificate's notBefore",
+    14: "format error in the certificate's notAfter",
     18: "self-signed certificate",
     19: "self-signed certificate in certificate chain",
     20: "unable to get local issuer certificate",
@@ -292,8 +303,11 @@ class _Loader:
         if data is None:
             return []
         try:
-            return x509.load_pem_x509_certificates(data)
-        except ValueError as error:
+            found = x509.load_pem_x509_certificates(data)
+            for one in found:
+                one.not_valid_before_utc, one.not_valid_after_utc  # noqa: B018  read only when asked for, and maybe not then
+            return found
+        except _UNREADABLE as error:
             self.complain(key, f"{path} holds no readable PEM certificate ({error})")
             return []
 
@@ -322,8 +336,10 @@ class _Loader:
         lists = []
         for block in blocks:
             try:
-                lists.append(x509.load_pem_x509_crl(block))
-            except ValueError as error:
+                crl = x509.load_pem_x509_crl(block)
+                crl.issuer, crl.last_update_utc, crl.next_update_utc  # noqa: B018  see above
+                lists.append(crl)
+            except _UNREADABLE as error:
                 self.complain("crl", f"{path} holds a revocation list that cannot be read ({error})")
         return lists
 
@@ -371,7 +387,7 @@ def load_outer_tls(
 def _server_names(leaf: x509.Certificate) -> frozenset[str]:
     try:
         alternatives = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except (x509.ExtensionNotFound, ValueError):
+    except (x509.ExtensionNotFound, *_UNREADABLE):
         return frozenset()
     return frozenset(name.lower() for name in alternatives.get_values_for_type(x509.DNSName))
 
@@ -392,7 +408,7 @@ def _check_own(
         usage = leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
     except x509.ExtensionNotFound:
         usage = None
-    except ValueError as error:
+    except _UNREADABLE as error:
         loader.complain("certificate", f"{path} has extensions that cannot be read ({error})")
         usage = None
     if usage is not None and not {ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE} & set(
@@ -421,7 +437,7 @@ def _check_authorities(
         try:
             constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
             is_authority = constraints.ca
-        except (x509.ExtensionNotFound, ValueError):
+        except (x509.ExtensionNotFound, *_UNREADABLE):
             is_authority = False
         if not is_authority:
             loader.complain("client_ca", f"{path}: {subject} is not a CA certificate")
@@ -456,9 +472,9 @@ def _check_lists(
 
 
 def _is_signed_by(crl: x509.CertificateRevocationList, authority: x509.Certificate) -> bool:
-    if crl.issuer != authority.subject:
-        return False
     try:
+        if crl.issuer != authority.subject:
+            return False
         return crl.is_signature_valid(authority.public_key())  # type: ignore[arg-type]
     except (TypeError, InvalidSignature, ValueError, UnsupportedAlgorithm):
         return False
