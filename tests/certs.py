@@ -242,11 +242,12 @@ class TestAuthority:
         purposes: Sequence[x509.ObjectIdentifier] = _CLIENT_AND_SERVER,
         extra: Sequence[x509.ExtensionType] = (),
         ca: bool = False,
+        usages: Sequence[str] = (),
     ) -> Credential:
         """A party's certificate in which anything may be strange.
 
         ``san`` is a list of GeneralNames, the DER of the whole extension value (:func:`san_der`), or None for no SAN.
-        ``extra`` extensions are added as they are, not critical.
+        ``extra`` extensions are added as they are, not critical; ``usages`` are key usages that a leaf has not.
         """
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = _sign(
@@ -260,6 +261,7 @@ class TestAuthority:
             purposes=purposes,
             extra=extra,
             ca=ca,
+            usages=usages,
         )
         return Credential(name, certificate, key, (certificate, *self._chain()))
 
@@ -428,6 +430,7 @@ def _sign(
     not_after: datetime | None = None,
     extra: Sequence[x509.ExtensionType] = (),
     critical: Sequence[x509.ExtensionType] = (),
+    usages: Sequence[str] = (),
 ) -> x509.Certificate:
     """Sign with nothing checked; ``issuer`` None makes it self-signed."""
     now = datetime.now(UTC)
@@ -448,8 +451,8 @@ def _sign(
                 key_encipherment=False,
                 data_encipherment=False,
                 key_agreement=False,
-                key_cert_sign=ca,
-                crl_sign=ca,
+                key_cert_sign=ca or "key_cert_sign" in usages,
+                crl_sign=ca or "crl_sign" in usages,
                 encipher_only=False,
                 decipher_only=False,
             ),
