@@ -77,6 +77,8 @@ class FaultyNetwork:
         self._ways: dict[int, int] = {}
         self._count = 0
         self._open: set[trio.SocketStream] = set()
+        self.port_beyond: Final[dict[int, int]] = {}
+        """Under which port the other side sees a connection, by the port that it really comes from."""
         chance = random.Random(f"fault {weather.seed}")
         self._victim = (chance.randrange(weather.connections), chance.choice(("forth", "back")))
         self._at = chance.randrange(weather.fault_within)
@@ -106,6 +108,10 @@ class FaultyNetwork:
 
     async def _connect(self, number: int, near: trio.SocketStream, far: trio.SocketStream) -> None:
         connection = _Connection(number)
+        try:
+            self.port_beyond[near.socket.getpeername()[1]] = far.socket.getsockname()[1]
+        except OSError:
+            pass  # it has gone before it was here
         self._open |= {near, far}
         try:
             async with trio.open_nursery() as both:

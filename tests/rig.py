@@ -53,6 +53,7 @@ __all__ = [
     "RelayInProcess",
     "RelayProcess",
     "Site",
+    "address_seen",
     "at_any_pace",
     "descriptor_kinds",
     "direct",
@@ -373,6 +374,12 @@ async def at_any_pace(test: Callable[[float], Awaitable[None]], limit: float) ->
         else:
             return
         limit *= 4
+
+
+def address_seen(relay: RelayInProcess | RelayProcess, party: Party) -> str:
+    """The address of ``party`` as ``relay`` sees it."""
+    port = party.socket.getsockname()[1]
+    return f"127.0.0.1:{port if relay.network is None else relay.network.port_beyond[port]}"
 
 
 @contextmanager
