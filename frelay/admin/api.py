@@ -148,8 +148,9 @@ class _EventResponse(Response):
                 pass
             nursery.cancel_scope.cancel(reason="the reader of this event stream has gone")
 
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         with self._events.reader(self._after) as reader:
+            # Only now: whoever has read the head of this answer must miss nothing that happens from there on.
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(wait_gone)
                 await self._tell(reader, send)
