@@ -238,7 +238,7 @@ async def test_no_look_sees_bytes_twice_or_not_at_all(site: Site) -> None:
 
         async def look() -> None:
             while True:
-                looks.append(office.counts().bytes_moved["demo", "func1"])
+                looks.append((await office.counts()).bytes_moved["demo", "func1"])
                 await trio.lowlevel.checkpoint()
 
         async with trio.open_nursery() as nursery:

@@ -48,6 +48,7 @@ HOUSE: Final = (
     Room("pki", "errors protocol", "cryptography", "makes certificates; a relay only reads them"),
     Room("log", "", "structlog", "only whoever starts a process says how it logs"),
     Room("journal", "errors outcome protocol", "", "the log, the metrics and the API learn the same facts"),
+    Room("lag", "", "trio", "how late a loop is, whatever runs in it"),
     # The way of one connection, from its last station to its first.
     Room("config.store", "", "tomli_w", "what the admin API writes, and no reader of a route file needs to"),
     Room(
@@ -87,7 +88,7 @@ HOUSE: Final = (
     Room("listener", f"{LEAVES} config admission sockets reception", "trio structlog", "one address"),
     Room(
         "admin",
-        "errors outcome protocol journal sockets tls",
+        "errors outcome protocol journal lag sockets tls",
         "fastapi starlette hypercorn pydantic prometheus_client trio structlog",
         "what an operator sees and changes; it asks an Office, and does not know whose",
     ),
