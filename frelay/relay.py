@@ -12,6 +12,9 @@ until ``drain_timeout``, and then the root goes.
 A configuration is applied in two halves. First everything that can fail: load and check the file, load the
 certificates, bind the new addresses. Only when all of that has succeeded comes the half that cannot fail: swap the
 references, stop what is gone. So a bad file changes nothing at all.
+
+With ``workers`` above 1 this class is still what the outside sees, and others serve the routes (:mod:`frelay.workers`):
+what differs there is in the methods that a comment names.
 """
 
 from __future__ import annotations
@@ -19,9 +22,10 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Awaitable, Callable, Hashable, MutableMapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
@@ -49,9 +53,10 @@ from frelay.tickets import TicketOffice
 from frelay.tls.context import OuterTls, load_outer_tls, openssl_version
 
 if TYPE_CHECKING:
+    from frelay.admin.office import Office
     from frelay.servers import Servers
 
-__all__ = ["Relay", "prepare"]
+__all__ = ["Relay", "Staged", "prepare"]
 
 # What a function that was waiting is told to wait before it dials again, while this relay goes away.
 _RECONNECT_IN: Final = 1.0
@@ -59,12 +64,26 @@ _RECONNECT_IN: Final = 1.0
 _RELOAD_PAUSE: Final = 0.1
 
 
-def prepare(config: Config) -> OuterTls | None:
-    """Load what the configuration refers to; raises ConfigError. This and loading the file is `frelay check`."""
+def prepare(
+    config: Config, *, contents: MutableMapping[Path, bytes] | None = None, now: float | None = None
+) -> OuterTls | None:
+    """Load what the configuration refers to; raises ConfigError. This and loading the file is `frelay check`.
+
+    ``contents`` and ``now`` are those of :func:`~frelay.tls.context.load_outer_tls`.
+    """
     if config.tls is None:
         return None
     serves_http = config.admin is not None and config.admin.address is not None
-    return load_outer_tls(config.tls, source=config.path, serves_http=serves_http)
+    return load_outer_tls(config.tls, source=config.path, serves_http=serves_http, contents=contents, now=now)
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A configuration for which all that can fail has been done. One of the two must follow; neither can fail."""
+
+    changes: Plan
+    put_in_force: Callable[[], Awaitable[None]]
+    abandon: Callable[[], Awaitable[None]]
 
 
 @dataclass(slots=True)
@@ -82,7 +101,8 @@ class _Running:
 class Relay:
     """One relay process. Make it from a loaded configuration, and :meth:`run` it.
 
-    ``inherited`` are sockets to use before any are bound, ``service_manager`` is who is told how it goes.
+    ``inherited`` are sockets to use before any are bound, ``service_manager`` is who is told how it goes, and ``log``
+    who is told everything else, in place of its own logger.
     """
 
     def __init__(
@@ -92,8 +112,9 @@ class Relay:
         watch_files: bool = True,
         inherited: Inherited | None = None,
         service_manager: ServiceManager | None = None,
+        log: Any = None,
     ) -> None:
-        self._log: Final[Any] = structlog.get_logger("frelay.relay").bind(relay=config.relay.name)
+        self._log: Final[Any] = (log or structlog.get_logger("frelay.relay")).bind(relay=config.relay.name)
         self._watch_files: Final = watch_files
         self._inherited: Final = inherited or Inherited()
         self._service_manager: Final = service_manager or ServiceManager()
@@ -171,7 +192,7 @@ class Relay:
 
     def bound(self, route: str) -> list[str]:
         """The addresses on which ``route`` really listens, ``host:port``."""
-        return self._now.listeners[listener_key(self._now.routes[route].config)].bound
+        return self._now.listeners[listener_key(self._now.config.routes_by_name[route])].bound
 
     # --- the tree ----------------------------------------------------------------------------------------------
 
@@ -187,14 +208,14 @@ class Relay:
             # What changed between the caller's load and this mark would otherwise never be noticed.
             await watcher.mark()
             first = await trio.to_thread.run_sync(load, first.path)
-        trust = await trio.to_thread.run_sync(prepare, first)
+        trust = await self._prepare(first)
         try:
             async with trio.open_nursery() as root:
                 root.start_soon(self._forwarding.readiness.run)
                 root.start_soon(self._service_manager.run)
                 await root.start(self._obey_signals)
                 async with trio.open_nursery() as self._pairings, trio.open_nursery() as self._doors:
-                    self._take_over(first, trust, plan(None, first), self._open_missing(first))
+                    await (await self.stage(first, trust, instead_of=None)).put_in_force()
                     self._start_servers(first, root)
                     self._warn_of_unclaimed_sockets(first)
                     self._log.info("ready", routes=len(first.routes), openssl=openssl_version())
@@ -221,18 +242,23 @@ class Relay:
         if config.admin is None and config.metrics is None:
             return
         # Here, because FastAPI and what it brings take half a second, which a relay without a server need not spend.
-        from frelay.office import RelayOffice
         from frelay.servers import Servers
 
         self._servers = Servers(
             config,
-            RelayOffice(self),
+            self._new_office(),
             running=lambda: self._now.config,
             trust=lambda: self._now.trust,
             inherited=self._inherited,
         )
         root.start_soon(self._servers.run)
         self._log.info("serving", **{name: ", ".join(places) for name, places in self._servers.bound.items()})
+
+    def _new_office(self) -> Office:
+        """Who answers for this relay; a supervisor has another."""
+        from frelay.office import RelayOffice
+
+        return RelayOffice(self)
 
     def _door(self, key: Hashable) -> Callable[[], Door]:
         def door() -> Door:
@@ -288,6 +314,24 @@ class Relay:
             self.journal.forget(name)
 
     # --- changing ----------------------------------------------------------------------------------------------
+
+    async def _prepare(self, config: Config) -> OuterTls | None:
+        """:func:`prepare`, for which a supervisor keeps what was read."""
+        return await trio.to_thread.run_sync(prepare, config)
+
+    async def stage(self, new: Config, trust: OuterTls | None, *, instead_of: Config | None) -> Staged:
+        """Do for ``new`` all that can fail: bind, and in a supervisor ask the workers. Raises ConfigError."""
+        changes = plan(instead_of, new)
+        opened = self._open_missing(new)
+
+        async def put_in_force() -> None:
+            self._take_over(new, trust, changes, opened)
+
+        async def abandon() -> None:
+            for listener in opened.values():
+                listener.close()
+
+        return Staged(changes, put_in_force, abandon)
 
     def _open_missing(self, new: Config) -> dict[Hashable, Listener]:
         """Bind what ``new`` needs and nobody has yet; raises ConfigError with nothing bound."""
@@ -364,8 +408,11 @@ class Relay:
         for key, listener in opened.items():
             self._now.listeners[key] = listener
             self._doors.start_soon(listener.serve, self._door(key), self._admission)
-        for route in self._now.routes.values():
-            key = listener_key(route.config)
+        self._announce(opened)
+
+    def _announce(self, opened: dict[Hashable, Listener]) -> None:
+        for route in self._now.config.routes:
+            key = listener_key(route)
             if key in opened:
                 self._log.info("listening", route=route.name, address=", ".join(opened[key].bound))
                 if route.name not in RESERVED:
@@ -386,7 +433,7 @@ class Relay:
 
     def _status(self) -> str:
         """How it stands, in one line for systemctl."""
-        routes, addresses = len(self._now.routes), len(self._now.listeners)
+        routes, addresses = len(self._now.config.routes), len(self._now.listeners)
         text = f"{routes} route{'' if routes == 1 else 's'} on {addresses} address{'' if addresses == 1 else 'es'}"
         if self.last_reload_error is None:
             return text
@@ -456,20 +503,19 @@ class Relay:
         new = await trio.to_thread.run_sync(partial(load, path, edit=edit))
         if edit is None:
             self._attempted = new
-        trust = await trio.to_thread.run_sync(prepare, new)
+        trust = await self._prepare(new)
         self._forbid_when_draining()
-        changes = plan(self._now.config, new)
-        opened = self._open_missing(new)
+        staged = await self.stage(new, trust, instead_of=self._now.config)
         try:
             if edit is not None:
                 # Last of all that can fail, and before anything is given up.
                 await trio.to_thread.run_sync(edit.commit)
             self._forbid_when_draining()
         except BaseException:
-            for listener in opened.values():
-                listener.close()
+            await staged.abandon()
             raise
-        self._take_over(new, trust, changes, opened)
+        await staged.put_in_force()
+        changes = staged.changes
         self.last_reload_at, self.last_reload_error = time.time(), None
         entry = Reloaded(
             kept=len(changes.keep),
