@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from frelay.relay import Relay
     from frelay.route import LiveRoute
 
-__all__ = ["RelayOffice"]
+__all__ = ["RelayOffice", "etag_of"]
 
 _PARTIES: Final[tuple[PartyName, PartyName]] = ("func1", "func2")
 _NOBODY: Final = WaitingView(func1=[], func2=[])
@@ -200,7 +200,7 @@ class RelayOffice(Office):
             bound=self._relay.bound(route.name),
             file=str(config.source),
             is_editable=config.source != self._relay.config.path,
-            etag=_etag(written),
+            etag=etag_of(written),
             waiting=traffic.waiting,
             pairings=traffic.pairings,
             outcomes=traffic.outcomes,
@@ -288,7 +288,7 @@ class RelayOffice(Office):
                 f"the route {name!r} stands in {route.source}, which frelay never writes: change it there, or remove "
                 f"it there to have it in {path}"
             )
-        if route is not None and if_match is not None and not if_match & {"*", _etag(route_as_written(route))}:
+        if route is not None and if_match is not None and not if_match & {"*", etag_of(route_as_written(route))}:
             raise PreconditionFailed(f"the route {name!r} has changed meanwhile: read it again")
         return path
 
@@ -342,7 +342,8 @@ def _views(problems: tuple[Problem, ...]) -> list[ProblemView]:
     return [problem_view(problem) for problem in problems]
 
 
-def _etag(written: Mapping[str, Any]) -> str:
+def etag_of(written: Mapping[str, Any]) -> str:
+    """The ETag of a route, from :func:`~frelay.config.written.route_as_written`."""
     text = json.dumps(written, sort_keys=True)
     return f'"{hashlib.sha256(text.encode()).hexdigest()[:32]}"'
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Awaitable, Callable, Hashable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ import trio
 from frelay.admission import Admission, raise_descriptor_limit
 from frelay.config.load import load
 from frelay.config.model import Config, Route
-from frelay.config.plan import Plan, listener_key, plan
+from frelay.config.plan import ListenerKey, Plan, listener_key, plan
 from frelay.config.store import RouteFileEdit
 from frelay.config.watch import Watcher
 from frelay.errors import ConfigError, Problem
@@ -93,8 +93,8 @@ class _Running:
     config: Config
     trust: OuterTls | None
     routes: dict[str, LiveRoute]
-    listeners: dict[Hashable, Listener]
-    tables: dict[Hashable, dict[str, LiveRoute]]
+    listeners: dict[ListenerKey, Listener]
+    tables: dict[ListenerKey, dict[str, LiveRoute]]
     """The routes behind each listener."""
 
 
@@ -260,7 +260,7 @@ class Relay:
 
         return RelayOffice(self)
 
-    def _door(self, key: Hashable) -> Callable[[], Door]:
+    def _door(self, key: ListenerKey) -> Callable[[], Door]:
         def door() -> Door:
             now = self._now
             return Door(
@@ -333,15 +333,17 @@ class Relay:
 
         return Staged(changes, put_in_force, abandon)
 
-    def _open_missing(self, new: Config) -> dict[Hashable, Listener]:
+    def _open_missing(self, new: Config) -> dict[ListenerKey, Listener]:
         """Bind what ``new`` needs and nobody has yet; raises ConfigError with nothing bound."""
-        missing: dict[Hashable, list[Route]] = {}
+        missing: dict[ListenerKey, list[Route]] = {}
         for route in new.routes:
             if listener_key(route) not in self._now.listeners:
                 missing.setdefault(listener_key(route), []).append(route)
         return self._open(missing)
 
-    def _take_over(self, new: Config, trust: OuterTls | None, changes: Plan, opened: dict[Hashable, Listener]) -> None:
+    def _take_over(
+        self, new: Config, trust: OuterTls | None, changes: Plan, opened: dict[ListenerKey, Listener]
+    ) -> None:
         """Put ``new`` in force. Nothing in here can fail."""
         now = self._now
         needed = {listener_key(route) for route in new.routes}
@@ -376,9 +378,9 @@ class Relay:
         for key in [key for key in now.listeners if key not in needed]:
             now.listeners.pop(key).stop()
 
-    def _open(self, wanted: dict[Hashable, list[Route]]) -> dict[Hashable, Listener]:
+    def _open(self, wanted: dict[ListenerKey, list[Route]]) -> dict[ListenerKey, Listener]:
         """Bind all the new addresses or none; each comes with the routes that share it."""
-        opened: dict[Hashable, Listener] = {}
+        opened: dict[ListenerKey, Listener] = {}
         problems = []
         for key, sharers in wanted.items():
             route = sharers[-1]
@@ -402,7 +404,7 @@ class Relay:
             raise ConfigError(problems)
         return opened
 
-    def _start(self, opened: dict[Hashable, Listener]) -> None:
+    def _start(self, opened: dict[ListenerKey, Listener]) -> None:
         if self._doors is None:
             raise AssertionError("listeners before the relay runs")
         for key, listener in opened.items():
@@ -410,7 +412,7 @@ class Relay:
             self._doors.start_soon(listener.serve, self._door(key), self._admission)
         self._announce(opened)
 
-    def _announce(self, opened: dict[Hashable, Listener]) -> None:
+    def _announce(self, opened: dict[ListenerKey, Listener]) -> None:
         for route in self._now.config.routes:
             key = listener_key(route)
             if key in opened:

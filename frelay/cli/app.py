@@ -69,7 +69,6 @@ def run(
     import trio
 
     from frelay.config.load import load
-    from frelay.relay import Relay
     from frelay.systemd import Inherited, ServiceManager
 
     # The relay obeys it as long as it runs. What comes before that, or after, would kill the process, and with it the
@@ -77,7 +76,23 @@ def run(
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     log.configure("json" if log_format == "json" else "console", log_level)
     inherited, service_manager = Inherited.from_environment(), ServiceManager.from_environment()
-    relay = Relay(load(config), watch_files=watch, inherited=inherited, service_manager=service_manager)
+    loaded = load(config)
+    if loaded.relay.worker_count == 1:
+        from frelay.relay import Relay
+
+        relay = Relay(loaded, watch_files=watch, inherited=inherited, service_manager=service_manager)
+    else:
+        from frelay.workers.supervisor import Supervisor
+
+        # Whoever this process is by now, its workers are as well: privileges are given up before this.
+        relay = Supervisor(
+            loaded,
+            watch_files=watch,
+            inherited=inherited,
+            service_manager=service_manager,
+            log_format=log_format,
+            log_level=log_level,
+        )
     raise typer.Exit(trio.run(relay.run))
 
 

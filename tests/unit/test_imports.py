@@ -107,8 +107,14 @@ HOUSE: Final = (
         "the nursery tree",
     ),
     Room(
+        "workers",
+        "admin config errors journal lag listener log office outcome relay systemd tls",
+        "trio structlog",
+        "loaded only by a relay with several processes; it divides a relay, and knows nothing of a connection",
+    ),
+    Room(
         "cli",
-        f"{LEAVES} client client.trio pki log config systemd tls verdict relay",
+        f"{LEAVES} client client.trio pki log config systemd tls verdict relay workers",
         "typer trio",
         "nothing below knows that it was typed",
     ),
