@@ -326,8 +326,8 @@ class Supervisor(Relay):
         async def ask(post: Post, worker: WorkerProcess) -> None:
             try:
                 answers[post.number] = await worker.ask("look", patience=_LOOK_PATIENCE, at=at)
-            except WorkerLost:
-                pass  # it is down, and the caller sees who is missing
+            except (WorkerLost, ConfigError):
+                pass  # it is down, or has logged why; the caller sees who is missing
 
         wanted = self.posts if posts is None else posts
         await _of_each([(post, post.process) for post in wanted if post.process is not None], ask)
@@ -357,16 +357,15 @@ class Supervisor(Relay):
 
     async def _pass_on_the_end(self) -> None:
         await self._draining.wait()
-        left = 0
+        left: list[int] = []
 
         async def drain(post: Post, worker: WorkerProcess) -> None:
-            nonlocal left
-            left += await self._tell_to_drain(post, worker)
+            left.append(await self._tell_to_drain(post, worker))
 
         await _of_each(self._serving(), drain)
         # Only now: who reads this and starts a successor must find the addresses free.
         timeout = self._now.config.relay.drain_timeout
-        self._log.info("draining", reason=self._drain_reason, pairings=left, seconds=timeout)
+        self._log.info("draining", reason=self._drain_reason, pairings=sum(left), seconds=timeout)
         await self._stopping.wait()
         await _of_each(self._serving(), self._tell_to_stop)
 

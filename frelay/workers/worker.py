@@ -303,6 +303,14 @@ class _Worker:
     # --- telling -----------------------------------------------------------------------------------------------
 
     async def _look(self, message: Mapping[str, Any]) -> None:
+        try:
+            await self._answer_look(message)
+        except Exception as error:
+            # Whoever looks must not end those whom he looks at.
+            self._log.exception("a bug in frelay ended this look")
+            self._refuse(message["number"], [Problem(self._relay.config.path, f"a bug in frelay: {error!r}")])
+
+    async def _answer_look(self, message: Mapping[str, Any]) -> None:
         office = self._office
         match message["at"]:
             case "counts":
