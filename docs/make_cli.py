@@ -24,8 +24,8 @@ Made from the commands themselves by `python docs/make_cli.py`; each says the sa
 
 Data goes to stdout, messages to stderr. Exit codes: 0 done, 1 failed or an invalid configuration, 2 wrong usage;
 `frelay connect` has two more, below. `NO_COLOR` is honoured. Every option with a variable behind it can be set by that
-variable instead. `frelay --show-completion` prints the completion script of your shell, `--install-completion` installs
-it.
+variable instead. `frelay --show-completion bash` (or zsh, fish) prints the completion script of that shell, and
+`--install-completion` installs it.
 """
 
 

@@ -2,8 +2,8 @@
 
 A connection costs the relay nothing until it is accepted, and a stranger's connection must never cost a known
 function its place. So a slot is taken *before* ``accept``: when all are in use, newcomers wait in the kernel's backlog,
-for free. A slot is given back once the leg is admitted (its certificate verified, its JOIN read) or has gone, and
-handshake_timeout + join_timeout bound how long that can take.
+for free. A slot is given back once the leg is admitted (its certificate verified, its JOIN read, and room for it in the
+lobby) or has gone, and handshake_timeout + join_timeout bound how long that can take.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 __all__ = [
     "CertificateError",
@@ -26,13 +27,29 @@ __all__ = [
     "RelayUnreachable",
     "RemoteProtocolError",
     "Truncated",
+    "holds_pem",
     "printable",
+    "without_pem",
 ]
 
 
 def printable(text: str) -> str:
     """``text`` as it is, or escaped if it could forge a line or move a cursor, as a file's name may."""
     return text if text.isprintable() else text.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+_PEM: Final = "-----BEGIN"
+
+
+def holds_pem(value: object) -> bool:
+    """Whether ``value``, a text or a list of them, holds PEM: a key, as likely as not."""
+    return _PEM in str(value)
+
+
+def without_pem(text: str) -> str:
+    """``text`` up to where PEM begins in it: whoever pastes a key must not find it again in a message or a log."""
+    before, begin, _ = text.partition(_PEM)
+    return f"{before}(PEM text, which is not shown)" if begin else text
 
 
 class FrelayError(Exception):

@@ -5,21 +5,32 @@ CA bundle or CRL is the only thing that can make a certificate unacceptable, but
 deadline for that already. Who waits is refused with the code that a handshake would have given; a pairing ends with
 outcome ``revoked``, unless ``policy_ends_pairings`` is off.
 
+That deadline is a date, though, and Trio's clock knows no dates. So one task watches the two clocks side by side, and
+when somebody sets the one with the date (or the machine sleeps, in which the other stands still), it has all those
+deadlines reckoned again: :func:`follow_clock`.
+
 Thousands of pairings take seconds of OpenSSL's time, in which the bytes of everybody else go on: there is a checkpoint
 after each, and a certificate that many legs share is verified once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final
 
+import structlog
 import trio
 
 from frelay.outcome import Outcome
 from frelay.route import LiveRoute
 from frelay.tls.context import Credential, OuterTls, Rejection
 
-__all__ = ["judge_again"]
+__all__ = ["follow_clock", "judge_again"]
+
+# Seconds. notAfter counts whole ones, and a clock that NTP slews takes half an hour to get this far off.
+_CLOCK_LOOK: Final = 1.0
+_CLOCK_TOLERANCE: Final = 1.0
 
 
 async def judge_again(routes: Sequence[LiveRoute], trust: OuterTls, *, ends_pairings: bool) -> None:
@@ -45,8 +56,30 @@ async def _judge_pairings(routes: Sequence[LiveRoute], trust: OuterTls) -> None:
             if credential not in known:
                 known[credential] = trust.verify(credential)
             rejection = known[credential]
-            # Once a list has expired OpenSSL accepts nobody; that lets nobody in, and is no reason to end what runs.
-            if rejection is not None and not trust.has_expired_list():
+            if rejection is not None:
                 text = f"the certificate of {party} is no longer accepted: {rejection.reason}"
                 pairing.expire_at(trio.current_time(), Outcome.REVOKED, text)
             await trio.lowlevel.checkpoint()
+
+
+async def follow_clock(routes: Callable[[], Iterable[LiveRoute]]) -> None:
+    """Have the ends of all certificates in ``routes`` reckoned again whenever the clock was set."""
+    log = structlog.get_logger("frelay.inspection")
+    reckoned_by = _ahead()
+    while True:
+        await trio.sleep(_CLOCK_LOOK)
+        step = _ahead() - reckoned_by
+        if abs(step) < _CLOCK_TOLERANCE:
+            continue
+        reckoned_by += step
+        log.warning("the clock was set", seconds=round(step, 3))
+        for route in routes():
+            for place in (*route.lobby.waiting("func1"), *route.lobby.waiting("func2")):
+                place.reckon_expiry()
+            for pairing in route.pairings.values():
+                pairing.reckon_expiry()
+
+
+def _ahead() -> float:
+    """How far the clock with the date is ahead of Trio's, which nobody can set."""
+    return time.time() - trio.current_time()

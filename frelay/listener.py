@@ -55,9 +55,9 @@ class Listener:
         self._log: Any = structlog.get_logger("frelay.listener").bind(listen=str(address))
 
     @classmethod
-    def open(cls, address: Address) -> Listener:
-        """Bind and listen; raises OSError with nothing left behind."""
-        return cls(address, bind(address))
+    def open(cls, address: Address, places: Sequence[Address]) -> Listener:
+        """Bind and listen at ``places``, which are what ``address`` stands for; raises OSError with nothing bound."""
+        return cls(address, bind(*places))
 
     @property
     def sockets(self) -> tuple[socket.socket, ...]:

@@ -9,13 +9,16 @@ Rules:
 1. A leg is paired with the leg of the other party that has waited longest.
 2. A leg with the identity and the ``attempt`` of one that waits, on either side, replaces it: the function lost its
    connection and came back. So a function never meets itself through a retry.
-3. A queue holds at most ``max_waiting_per_party`` legs; a replacement needs no room.
+3. A queue holds at most ``max_waiting_per_party`` legs; a replacement needs no room. A full one is shared: a function
+   comes in all the same if another holds two places more than it does, and that one gives up its latest. So whoever
+   opens connections without end takes places from itself, and one function alone may have them all.
 4. A closed lobby takes nobody in, and says why.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -52,14 +55,16 @@ class Withdrawn:
 class Place:
     """One leg's place in a queue."""
 
-    __slots__ = ("_wake", "leg", "since", "verdict")
+    __slots__ = ("_wake", "leg", "reckon_expiry", "since", "verdict")
 
-    def __init__(self, leg: Leg, wake: Callable[[], None], since: float) -> None:
+    def __init__(self, leg: Leg, wake: Callable[[], None], since: float, reckon_expiry: Callable[[], None]) -> None:
         self.leg = leg
         self.since = since
         """When the leg entered, on the clock of ``time.monotonic``."""
         self.verdict: Taken | Withdrawn | None = None
         self._wake = wake
+        self.reckon_expiry: Final = reckon_expiry
+        """To be called when the clock was set: reckons again when the leg's certificate ends its wait."""
 
     def decide(self, verdict: Taken | Withdrawn) -> None:
         """Settle what becomes of the leg, once, and wake its task."""
@@ -104,11 +109,23 @@ class Lobby:
         """Why ``leg`` cannot come in now, or None if it can."""
         if self._closed is not None:
             return self._closed
-        if self._find_stale(leg) is None and self.count(leg.party) >= self.max_waiting:
+        if self._is_full(leg.party) and self._find_stale(leg) is None and self._find_spare(leg) is None:
             return Withdrawn(
                 Refused("queue-full", f"{self.max_waiting} legs of this party are waiting already", retry_after=5.0)
             )
         return None
+
+    def _is_full(self, party: PartyName) -> bool:
+        return self.count(party) >= self.max_waiting
+
+    def _find_spare(self, leg: Leg) -> Place | None:
+        """The place in a full queue that ``leg`` has a better right to, if there is one."""
+        queue = self._queues[leg.party]
+        held = Counter(place.leg.identity for place in queue)
+        greediest, most = max(held.items(), key=lambda item: item[1])
+        if held[leg.identity] + 2 > most:
+            return None
+        return next(place for place in reversed(queue) if place.leg.identity == greediest)
 
     def _find_stale(self, leg: Leg) -> Place | None:
         if leg.attempt is None:
@@ -121,9 +138,13 @@ class Lobby:
         if stale is not None:
             self.withdraw(stale, Withdrawn(Refused("replaced", "the same attempt came in on a newer connection")))
 
-    def enter(self, leg: Leg, wake: Callable[[], None]) -> Place:
-        """Queue ``leg``; ``wake`` is called, once, when a verdict about it falls."""
-        place = Place(leg, wake, self._clock())
+    def enter(self, leg: Leg, wake: Callable[[], None], *, reckon_expiry: Callable[[], None] = lambda: None) -> Place:
+        """Queue ``leg``, which has met no objection; ``wake`` is called, once, when a verdict about it falls."""
+        spare = self._find_spare(leg) if self._is_full(leg.party) else None
+        if spare is not None:
+            text = "the queue is full, and a function with fewer places in it came"
+            self.withdraw(spare, Withdrawn(Refused("queue-full", text, retry_after=5.0)))
+        place = Place(leg, wake, self._clock(), reckon_expiry)
         self._queues[leg.party][place] = None
         return place
 

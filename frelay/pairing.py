@@ -22,6 +22,7 @@ from typing import Any, Final, Literal
 import structlog
 import trio
 
+from frelay.bandwidth import Bandwidth, Share
 from frelay.errors import ConnectionBroken, RemoteProtocolError
 from frelay.leg import Leg
 from frelay.outcome import Ending, Outcome, Record, Side
@@ -66,10 +67,11 @@ class PairingLimits:
 
 @dataclass(slots=True)
 class Forwarding:
-    """What all pairings of a relay share to move bytes."""
+    """What all pairings of a relay share to move bytes, and how many they are."""
 
     readiness: ReadinessSet = field(default_factory=ReadinessSet)
     pipes: PipePool = field(default_factory=PipePool)
+    pairings: int = 0
 
 
 def _logger(route: str, pairing: str) -> Any:
@@ -109,7 +111,7 @@ class _Sample:
         # The pump alone cannot tell a slow reader from a stalled one: Linux says "writable" again only once a third of
         # the send buffer, megabytes of it, is free. Nor does it know of bytes that wait there after it has finished.
         moved, in_kernel = self.pump.moved, unacknowledged(self.sink)
-        if moved != self.moved or in_kernel != self._in_kernel:
+        if moved != self.moved or in_kernel != self._in_kernel or self.pump.is_held_back:
             self.moved, self._in_kernel = moved, in_kernel
             self.changed_at, self.blocked_since = now, None
         else:
@@ -119,11 +121,16 @@ class _Sample:
         self.blocked_since = (self.blocked_since or now) if is_pending else None
 
 
+_Expiry = tuple[float, Outcome, str]
+"""When a pairing has to end, on Trio's clock, and the outcome and detail of its record then."""
+
+
 class Pairing:
     """Two legs joined. Made by whoever matched them; :meth:`run` is its life."""
 
     __slots__ = (
         "_bound",
+        "_certificates_end",
         "_ending",
         "_expiry",
         "_forwarding",
@@ -132,6 +139,7 @@ class Pairing:
         "_pumps_done",
         "_released",
         "_require_inner_tls",
+        "_share",
         "id",
         "legs",
         "limits",
@@ -150,6 +158,7 @@ class Pairing:
         limits: PairingLimits,
         require_inner_tls: bool | Literal["always"],
         forwarding: Forwarding,
+        bandwidth: Bandwidth | None = None,
         waited: float = 0.0,
     ) -> None:
         self.id: Final = pairing_id
@@ -163,17 +172,20 @@ class Pairing:
         """Set once the task that attended the waiting leg has let go of it; of no use after that."""
         self._require_inner_tls: Final = require_inner_tls
         self._forwarding: Final = forwarding
+        self._share: Final = None if bandwidth is None else Share(bandwidth)
         self._ending: Final = Ending()
         self._poke = trio.Event()
         self._pumps: dict[PartyName, Pump] = {}
         """By the party whose bytes they carry."""
         self._pumps_done: frozenset[PartyName] = frozenset()
         lifetime = limits.max_lifetime
-        self._expiry = (
+        self._expiry: _Expiry = (
             trio.current_time() + lifetime,
             Outcome.MAX_LIFETIME,
             f"max_lifetime of {lifetime:g} s reached",
         )
+        self._certificates_end: _Expiry | None = None
+        """Apart from the other, because it is a date: when the clock is set it moves, and may move away."""
         self._bound: trio.CancelScope | None = None
         """What holds the expiry while no bytes flow: in the hand-off, and after the end. In between the watch does."""
         if limits.ends_with_certificates:
@@ -202,9 +214,7 @@ class Pairing:
         """End the pairing at ``when`` (Trio's clock) at the latest."""
         if when < self._expiry[0]:
             self._expiry = (when, outcome, detail)
-            if self._bound is not None:
-                self._bound.deadline = min(self._bound.deadline, when)
-            self._poke.set()
+            self._obey_expiry()
 
     def release(self) -> None:
         """The task that attended the waiting leg has let go of it."""
@@ -213,8 +223,25 @@ class Pairing:
 
     def end_with_certificates(self) -> None:
         """End the pairing when the first certificate of its parties expires. Idempotent."""
-        for party, leg in self.legs.items():
-            self.expire_at(leg.expires_at(), Outcome.CERTIFICATE_EXPIRED, f"the certificate of {party} has expired")
+        when, party = min((leg.expires_at(), party) for party, leg in self.legs.items())
+        self._certificates_end = (when, Outcome.CERTIFICATE_EXPIRED, f"the certificate of {party} has expired")
+        self._obey_expiry()
+
+    def reckon_expiry(self) -> None:
+        """The clock was set: reckon again when certificates end the pairing, if they do."""
+        if self._certificates_end is not None:
+            self.end_with_certificates()
+
+    @property
+    def _end(self) -> _Expiry:
+        """When the pairing has to end, and what it is to be told as."""
+        other = self._certificates_end
+        return self._expiry if other is None or self._expiry[0] <= other[0] else other
+
+    def _obey_expiry(self) -> None:
+        if self._bound is not None:
+            self._bound.deadline = self._end[0]
+        self._poke.set()
 
     # --- its life ----------------------------------------------------------------------------------------------
 
@@ -223,7 +250,7 @@ class Pairing:
         started = trio.current_time()
         ending = self._ending
         try:
-            with trio.CancelScope(deadline=self._expiry[0]) as self._bound:
+            with trio.CancelScope(deadline=self._end[0]) as self._bound:
                 if self._released is not None:
                     with trio.move_on_after(self.limits.handoff_timeout):
                         # The task that attended the waiting leg only has to run once more to let go.
@@ -231,7 +258,7 @@ class Pairing:
                     self._released = None
                 await self._hand_off()
             if self._bound.cancelled_caught:
-                _, outcome, detail = self._expiry
+                _, outcome, detail = self._end
                 ending.decide(outcome, "relay", detail)
             self._bound = None
             if ending.outcome is None:
@@ -263,7 +290,7 @@ class Pairing:
                 gone.cut()
             finally:
                 # The end of what ``gone`` sent may still be under way to the other; an RST would destroy it.
-                with trio.CancelScope(deadline=self._expiry[0]) as self._bound:
+                with trio.CancelScope(deadline=self._end[0]) as self._bound:
                     await other.close_after_delivery(self.limits.stall_timeout)
         else:
             try:
@@ -334,7 +361,8 @@ class Pairing:
         one, two = self.legs["func1"].stream(), self.legs["func2"].stream()
         forth: tuple[Side, Side] = ("func1", "func2")
         back: tuple[Side, Side] = ("func2", "func1")
-        if isinstance(one, RawStream) and isinstance(two, RawStream):
+        share = self._share
+        if share is None and isinstance(one, RawStream) and isinstance(two, RawStream):
             wire1, wire2 = Wire(one.sock), Wire(two.sock)
             readiness, pipes = self._forwarding.readiness, self._forwarding.pipes
             return {
@@ -346,8 +374,8 @@ class Pairing:
                 ),
             }
         return {
-            "func1": StreamPump(one, two, sides=forth, probe=self._probe("func1")),
-            "func2": StreamPump(two, one, sides=back, probe=self._probe("func2")),
+            "func1": StreamPump(one, two, sides=forth, probe=self._probe("func1"), share=share, source_socket=one.sock),
+            "func2": StreamPump(two, one, sides=back, probe=self._probe("func2"), share=share, source_socket=two.sock),
         }
 
     async def _forward(self) -> None:
@@ -395,12 +423,12 @@ class Pairing:
             if self._ending.outcome is not None:
                 return
             self._poke = trio.Event()
-            with trio.move_on_at(min(now + interval, self._expiry[0])):
+            with trio.move_on_at(min(now + interval, self._end[0])):
                 await self._poke.wait()
 
     def _judge(self, now: float, samples: dict[PartyName, _Sample], half_closed_at: float) -> None:
         limits, ending = self.limits, self._ending
-        when, outcome, detail = self._expiry
+        when, outcome, detail = self._end
         if now >= when:
             ending.decide(outcome, "relay", detail)
         for party, sample in samples.items():

@@ -17,8 +17,9 @@ fills, its window closes, its sender waits. It also makes the famous trap of spl
 rather than bytes, so EAGAIN can mean "pipe full" although the source is readable; a pump whose pipe is empty whenever
 it reads cannot meet it.
 
-:class:`StreamPump` joins two Trio streams, at least one of them in TLS, where the bytes must pass through the process
-anyway: receive, send, repeat.
+:class:`StreamPump` joins two Trio streams, where the bytes must pass through the process anyway: receive, send, repeat.
+At least one of the two is in TLS, or the route has a budget of bytes a second (:mod:`frelay.bandwidth`), which what
+goes through the kernel alone could not be held to.
 
 Both end a direction the same way: the source's end is passed on as the sink's end (FIN or close_notify), after all
 bytes. Both check a leg's first bytes where ``require_inner_tls`` holds. Both keep ``moved`` and ``is_blocked`` readable
@@ -38,6 +39,7 @@ from typing import Final, Protocol
 
 import trio
 
+from frelay.bandwidth import Share
 from frelay.errors import ConnectionBroken, RemoteProtocolError, Truncated
 from frelay.outcome import Outcome, Side
 from frelay.readiness import ReadinessSet, Want, Wire
@@ -93,6 +95,10 @@ class Pump(Protocol):
     @property
     def is_blocked(self) -> bool:
         """Whether bytes are held that the sink has not accepted."""
+
+    @property
+    def is_held_back(self) -> bool:
+        """Whether bytes are held until the route's budget allows them: that is the relay's doing, and no silence."""
 
     async def run(self) -> None:
         """Carry the direction to its end; raises Cut."""
@@ -246,6 +252,11 @@ class RawPump:
     def is_blocked(self) -> bool:
         """Whether bytes are held that the sink has not accepted."""
         return self.wants is Want.SINK_WRITABLE
+
+    @property
+    def is_held_back(self) -> bool:
+        """Never: a route with a budget has no such pumps."""
+        return False
 
     @property
     def has_finished(self) -> bool:
@@ -431,13 +442,13 @@ class RawPump:
         self._want(Want.NOTHING)
 
 
-# --- at least one side in TLS ---------------------------------------------------------------------------------------
+# --- through the process --------------------------------------------------------------------------------------------
 
 
 class StreamPump:
     """Carries bytes from one Trio stream to another."""
 
-    __slots__ = ("_probe", "_sides", "_sink", "_source", "is_blocked", "moved")
+    __slots__ = ("_probe", "_share", "_sides", "_sink", "_socket", "_source", "is_blocked", "is_held_back", "moved")
 
     def __init__(
         self,
@@ -446,20 +457,25 @@ class StreamPump:
         *,
         sides: tuple[Side, Side],
         probe: TlsProbe | None = None,
+        share: Share | None = None,
+        source_socket: socket.socket | None = None,
     ) -> None:
         self._source = source
         self._sink = sink
         self._sides = sides
         self._probe = probe
+        self._share = share
+        self._socket = source_socket
         self.moved = 0
         self.is_blocked = False
+        self.is_held_back = False
 
     async def run(self) -> None:
         """Receive and send until the source ends; raises Cut."""
-        held = b""
+        held, share = b"", self._share
         while True:
             try:
-                data = await self._source.receive_some(_STREAM_CHUNK)
+                data = await self._source.receive_some(_STREAM_CHUNK if share is None else share.portion)
             except (ConnectionBroken, RemoteProtocolError) as error:
                 raise _cut(error, self._sides[0]) from None
             if self._probe is not None:
@@ -469,6 +485,11 @@ class StreamPump:
                 if data and self._probe.check(held) is None:
                     continue
                 data, held, self._probe = held, b"", None
+            if data and share is not None:
+                self.is_held_back = True
+                await share.spend(len(data))
+                self.is_held_back = False
+                self._check_source()
             try:
                 if not data:
                     await self._sink.send_eof()
@@ -480,6 +501,13 @@ class StreamPump:
                 raise _cut(error, self._sides[1]) from None
             self.moved += len(data)
             data = b""  # the next may be an hour away
+
+    def _check_source(self) -> None:
+        # The kernel gives what came before a reset first, and at the rate of a budget that may last for minutes. As
+        # with back-pressure, the other party is to know at once.
+        number = 0 if self._socket is None else self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if number:
+            raise Cut(Outcome.RESET, self._sides[0], str(broken(OSError(number, os.strerror(number)))))
 
     def rest(self) -> None:
         """There is nothing to give up."""

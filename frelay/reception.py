@@ -251,12 +251,14 @@ class _Guest:
     async def _stay(self, leg: Leg, route: LiveRoute) -> None:
         """Wait in the lobby, or pair at once."""
         self.leg, leg.slot, self._route = leg, self._slot, route
-        self._slot.admitted()
         self.log = self.log.bind(route=route.name, party=leg.party, identity=leg.identity)
         objection = route.objection(leg)
         if objection is not None:
+            # Still in its stranger's slot: a function that is refused by the thousand must not hold thousands of
+            # descriptors while it takes its time to hear it.
             await self._withdraw(leg, objection)
             return
+        self._slot.admitted()
         limit = route.wait_limit(leg)
         with trio.move_on_after(self._door.limits.join_timeout) as patience:
             await leg.welcome(
@@ -292,9 +294,17 @@ class _Guest:
         )
         # A call to a service ends by itself at the same limit, and can say why it came to nothing.
         patience = math.inf if route.service else trio.current_time() + limit
-        expiry = leg.expires_at()
-        with trio.CancelScope(deadline=min(patience, expiry)) as scope:
-            seat = route.lobby.enter(leg, lambda: scope.cancel(reason="a verdict about this leg has fallen"))
+        with trio.CancelScope() as scope:
+
+            def reckon_expiry() -> None:
+                scope.deadline = min(patience, leg.expires_at())
+
+            reckon_expiry()
+            seat = route.lobby.enter(
+                leg,
+                lambda: scope.cancel(reason="a verdict about this leg has fallen"),
+                reckon_expiry=reckon_expiry,
+            )
             try:
                 departure = await self._attend(seat, route, limit)
             finally:
@@ -305,7 +315,7 @@ class _Guest:
             return
         if isinstance(seat.verdict, Withdrawn):
             await self._withdraw(leg, seat.verdict)
-        elif departure is None and expiry < patience:
+        elif departure is None and scope.deadline < patience:
             await self._refuse(leg, Refused(EXPIRED.code, EXPIRED.reason), EXPIRED.reason)
         elif departure is None:
             text = f"nobody came within {limit:g} s"

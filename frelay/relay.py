@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,21 +33,24 @@ import trio
 
 from frelay.admission import Admission, raise_descriptor_limit
 from frelay.config.load import load
-from frelay.config.model import Config, Route
+from frelay.config.model import Address, Config, Route
 from frelay.config.plan import ListenerKey, Plan, listener_key, plan
 from frelay.config.store import RouteFileEdit
 from frelay.config.watch import Watcher
 from frelay.errors import ConfigError, Problem
-from frelay.inspection import judge_again
+from frelay.inspection import follow_clock, judge_again
 from frelay.journal import Draining, Journal, PairingEnded, PairingStarted, Reloaded, ReloadRefused
 from frelay.listener import Listener
 from frelay.lobby import Withdrawn
+from frelay.names import Names
 from frelay.outcome import Outcome, Record
 from frelay.pairing import Forwarding, Pairing
+from frelay.privileges import find_account
 from frelay.protocol.messages import Refused
 from frelay.pump import PipePool
 from frelay.reception import Door
 from frelay.route import LiveRoute
+from frelay.sockets import look_up
 from frelay.systemd import RESERVED, Inherited, ServiceManager
 from frelay.tickets import TicketOffice
 from frelay.tls.context import OuterTls, load_outer_tls, openssl_version
@@ -56,12 +59,16 @@ if TYPE_CHECKING:
     from frelay.admin.office import Office
     from frelay.servers import Servers
 
-__all__ = ["Relay", "Staged", "prepare"]
+__all__ = ["Places", "Relay", "Staged", "prepare"]
 
 # What a function that was waiting is told to wait before it dials again, while this relay goes away.
 _RECONNECT_IN: Final = 1.0
 # SIGHUPs and file events closer together than this make one reload: a deployment often touches ten files.
 _RELOAD_PAUSE: Final = 0.1
+
+
+Places = tuple[Address, ...] | OSError
+"""What the name of an address stands for, or why nobody knows."""
 
 
 def prepare(
@@ -71,6 +78,7 @@ def prepare(
 
     ``contents`` and ``now`` are those of :func:`~frelay.tls.context.load_outer_tls`.
     """
+    find_account(config)
     if config.tls is None:
         return None
     serves_http = config.admin is not None and config.admin.address is not None
@@ -122,6 +130,9 @@ class Relay:
         # Two descriptors a pipe: those that Admission sets aside, so that bulk never takes the place of a newcomer.
         self._forwarding: Final = Forwarding(pipes=PipePool(capacity=self._admission.leg_budget // 2))
         self._tickets: Final = TicketOffice()
+        self._names: Final = Names()
+        # Of its own: a reload must not stand in a queue behind whatever else waits in threads.
+        self._reading: Final = trio.CapacityLimiter(1)
         self._draining: Final = trio.Event()
         self._reload_wanted = trio.Event()
         self._inspection_due = trio.Event()
@@ -207,13 +218,14 @@ class Relay:
         if self._watch_files:
             # What changed between the caller's load and this mark would otherwise never be noticed.
             await watcher.mark()
-            first = await trio.to_thread.run_sync(load, first.path)
+            first = await trio.to_thread.run_sync(load, first.path, limiter=self._reading)
         trust = await self._prepare(first)
         try:
             async with trio.open_nursery() as root:
                 root.start_soon(self._forwarding.readiness.run)
                 root.start_soon(self._service_manager.run)
                 await root.start(self._obey_signals)
+                await root.start(self._names.run)
                 async with trio.open_nursery() as self._pairings, trio.open_nursery() as self._doors:
                     await (await self.stage(first, trust, instead_of=None)).put_in_force()
                     self._start_servers(first, root)
@@ -222,6 +234,7 @@ class Relay:
                     self._service_manager.ready(self._status())
                     root.start_soon(self._reload_when_asked)
                     root.start_soon(self._inspect_when_due)
+                    root.start_soon(follow_clock, lambda: (*self._now.routes.values(), *self._retired))
                     if self._watch_files:
                         root.start_soon(self._watch, watcher)
                     task_status.started()
@@ -297,12 +310,11 @@ class Relay:
             if record.outcome is Outcome.DRAINED:
                 self._was_cut = True
             self.journal.note(PairingEnded(record=record))
-            del route.pairings[pairing.id]
+            route.unpair(pairing)
             if not route.pairings:
                 self._retired.discard(route)
                 self._forget_if_gone(route.name)
-            for party, leg in pairing.legs.items():
-                route.lobby.note_seen(party)
+            for leg in pairing.legs.values():
                 leg.slot.gone()
 
         await pairing.run(report)
@@ -317,12 +329,12 @@ class Relay:
 
     async def _prepare(self, config: Config) -> OuterTls | None:
         """:func:`prepare`, for which a supervisor keeps what was read."""
-        return await trio.to_thread.run_sync(prepare, config)
+        return await trio.to_thread.run_sync(prepare, config, limiter=self._reading)
 
     async def stage(self, new: Config, trust: OuterTls | None, *, instead_of: Config | None) -> Staged:
         """Do for ``new`` all that can fail: bind, and in a supervisor ask the workers. Raises ConfigError."""
         changes = plan(instead_of, new)
-        opened = self._open_missing(new)
+        opened = self._open_missing(new, await self._look_up_missing(new))
 
         async def put_in_force() -> None:
             self._take_over(new, trust, changes, opened)
@@ -333,13 +345,32 @@ class Relay:
 
         return Staged(changes, put_in_force, abandon)
 
-    def _open_missing(self, new: Config) -> dict[ListenerKey, Listener]:
-        """Bind what ``new`` needs and nobody has yet; raises ConfigError with nothing bound."""
+    def _missing(self, new: Config) -> dict[ListenerKey, list[Route]]:
+        """What ``new`` needs and nobody has bound yet: the routes that share each."""
         missing: dict[ListenerKey, list[Route]] = {}
         for route in new.routes:
             if listener_key(route) not in self._now.listeners:
                 missing.setdefault(listener_key(route), []).append(route)
-        return self._open(missing)
+        return missing
+
+    async def _look_up_missing(self, new: Config) -> Mapping[Address, Places]:
+        """The IP addresses that are to be bound for ``new``. A name server may let us wait, while all else goes on."""
+        found: dict[Address, Places] = {}
+
+        async def look(address: Address) -> None:
+            try:
+                found[address] = await look_up(address)
+            except OSError as error:
+                found[address] = error
+
+        async with trio.open_nursery() as nursery:
+            for address in {sharers[-1].listen for sharers in self._missing(new).values()}:
+                nursery.start_soon(look, address)
+        return found
+
+    def _open_missing(self, new: Config, places: Mapping[Address, Places]) -> dict[ListenerKey, Listener]:
+        """Bind what ``new`` needs and nobody has yet, at ``places``; raises ConfigError with nothing bound."""
+        return self._open(self._missing(new), places)
 
     def _take_over(
         self, new: Config, trust: OuterTls | None, changes: Plan, opened: dict[ListenerKey, Listener]
@@ -378,7 +409,9 @@ class Relay:
         for key in [key for key in now.listeners if key not in needed]:
             now.listeners.pop(key).stop()
 
-    def _open(self, wanted: dict[ListenerKey, list[Route]]) -> dict[ListenerKey, Listener]:
+    def _open(
+        self, wanted: dict[ListenerKey, list[Route]], places: Mapping[Address, Places]
+    ) -> dict[ListenerKey, Listener]:
         """Bind all the new addresses or none; each comes with the routes that share it."""
         opened: dict[ListenerKey, Listener] = {}
         problems = []
@@ -386,8 +419,11 @@ class Relay:
             route = sharers[-1]
             names = [sharer.name for sharer in sharers]
             try:
-                passed = self._inherited.open(names, route.listen)
-                opened[key] = Listener(route.listen, passed) if passed else Listener.open(route.listen)
+                found = places[route.listen]
+                if isinstance(found, OSError):
+                    raise found
+                passed = self._inherited.open(names, route.listen, found)
+                opened[key] = Listener(route.listen, passed) if passed else Listener.open(route.listen, found)
             except (OSError, ValueError) as error:
                 text = f"cannot listen on {route.listen}: {getattr(error, 'strerror', None) or error}"
                 own = next((old for old in self._now.listeners.values() if old.address.overlaps(route.listen)), None)
@@ -502,7 +538,7 @@ class Relay:
     async def _change(self, edit: RouteFileEdit | None) -> Plan:
         path = self._now.config.path
         # Parsing a thousand routes takes a while, in which the bytes of everybody else go on.
-        new = await trio.to_thread.run_sync(partial(load, path, edit=edit))
+        new = await trio.to_thread.run_sync(partial(load, path, edit=edit), limiter=self._reading)
         if edit is None:
             self._attempted = new
         trust = await self._prepare(new)
@@ -511,7 +547,7 @@ class Relay:
         try:
             if edit is not None:
                 # Last of all that can fail, and before anything is given up.
-                await trio.to_thread.run_sync(edit.commit)
+                await trio.to_thread.run_sync(edit.commit, limiter=self._reading)
             self._forbid_when_draining()
         except BaseException:
             await staged.abandon()

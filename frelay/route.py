@@ -15,6 +15,7 @@ from typing import Final
 
 import trio
 
+from frelay.bandwidth import Bandwidth
 from frelay.choice import Fit, fits
 from frelay.config.model import Dial, Limits, Route
 from frelay.leg import Leg
@@ -58,6 +59,8 @@ class LiveRoute:
         self.lobby: Final = Lobby(max_waiting=route.limits.max_waiting_per_party, clock=trio.current_time)
         self.pairings: Final[dict[str, Pairing]] = {}
         self._pairing_limits = _pairing_limits(route, limits, policy_ends_pairings)
+        self._bandwidth: Bandwidth | None = None
+        self._set_rate(route.limits.max_bytes_per_second)
         self._forwarding: Final = forwarding
         self._trust: Final = trust
 
@@ -71,6 +74,15 @@ class LiveRoute:
         self.config, self.limits = route, limits
         self._pairing_limits = _pairing_limits(route, limits, policy_ends_pairings)
         self.lobby.max_waiting = route.limits.max_waiting_per_party
+        self._set_rate(route.limits.max_bytes_per_second)
+
+    def _set_rate(self, rate: int | None) -> None:
+        # The budget is the route's, so those who share it already share the new one, too. Pairings that began without
+        # one have pumps that cannot be held to it, and stay without.
+        if self._bandwidth is not None:
+            self._bandwidth.rate = rate
+        elif rate is not None:
+            self._bandwidth = Bandwidth(rate)
 
     def fits(self, names: tuple[Name, ...]) -> list[Fit]:
         """Which parties of this route a function with these names may play."""
@@ -146,11 +158,15 @@ class LiveRoute:
         return None
 
     def lack_of_room(self) -> Withdrawn | None:
-        """Why nobody can be paired here now, if ``max_pairings`` is reached."""
-        most = self.config.limits.max_pairings
-        if len(self.pairings) < most:
+        """Why nobody can be paired here now, if ``max_pairings`` or ``max_pairings_in_all`` is reached."""
+        most, most_in_all = self.config.limits.max_pairings, self.limits.max_pairings_in_all
+        if len(self.pairings) >= most:
+            text = f"the route already has {most} pairings"
+        elif self._forwarding.pairings >= most_in_all:
+            text = f"this relay already has {most_in_all} pairings"
+        else:
             return None
-        return Withdrawn(Refused("limit", f"the route already has {most} pairings", retry_after=10.0))
+        return Withdrawn(Refused("limit", text, retry_after=10.0))
 
     def _pair(self, leg: Leg, place: Place) -> Pairing:
         legs: dict[PartyName, Leg] = {leg.party: leg, place.leg.party: place.leg}
@@ -163,13 +179,22 @@ class LiveRoute:
             limits=self._pairing_limits,
             require_inner_tls=route.require_inner_tls,
             forwarding=self._forwarding,
+            bandwidth=None if route.limits.max_bytes_per_second is None else self._bandwidth,
             waited=trio.current_time() - place.since,
         )
         leg.is_paired = place.leg.is_paired = True
         self.pairings[pairing.id] = pairing
+        self._forwarding.pairings += 1
         self.lobby.note_seen(leg.party)
         self.lobby.take(place, pairing)
         return pairing
+
+    def unpair(self, pairing: Pairing) -> None:
+        """The pairing has ended."""
+        del self.pairings[pairing.id]
+        self._forwarding.pairings -= 1
+        for party in pairing.legs:
+            self.lobby.note_seen(party)
 
     # --- the end -----------------------------------------------------------------------------------------------
 

@@ -6,10 +6,12 @@ brings take half a second to load and 30 MB to hold.
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Final
 
 import trio
@@ -154,5 +156,16 @@ def _place(sock: socket.socket) -> str:
 
 def _problem(config: Config, section: str, error: OSError | ValueError) -> Problem:
     listen = getattr(config, section).listen
-    text = f"cannot listen on {listen}: {getattr(error, 'strerror', None) or error}"
+    text = f"cannot listen on {listen}: {_reason(str(listen), error)}"
     return Problem(config.path, text, key=f"{section}.listen", is_conflict=True)
+
+
+def _reason(listen: str, error: OSError | ValueError) -> str:
+    number = getattr(error, "errno", None)
+    if number == errno.EADDRINUSE and listen.startswith("unix:"):
+        if not Path(listen.removeprefix("unix:")).is_socket():
+            return "there is a file of that name, and it is no socket: remove it, or choose another path"
+        return "another process answers there; if that is a relay with this file, it runs already: see frelay status"
+    if number == errno.ENOENT and listen.startswith("unix:"):
+        return "its directory does not exist"
+    return str(getattr(error, "strerror", None) or error)

@@ -40,9 +40,13 @@ __all__ = [
     "close_after_linger",
     "close_with_reset",
     "format_address",
+    "look_up",
     "tune",
 ]
 
+# How many connections may linger at a time. Who is refused decides how long that takes, up to its limit, and can be
+# refused again meanwhile; beyond this many they are closed without.
+_MOST_LINGER: Final = 256
 # What one linger may read and throw away; a peer that sends more than this after a refusal gets its RST.
 _LINGER_BYTES: Final = 256 * 1024
 # How often close_after_delivery asks the kernel, in seconds, and how much it drops each time (4 MiB).
@@ -50,6 +54,7 @@ _DELIVERY_LOOK: Final = 0.02
 _DROPS_PER_LOOK: Final = 64
 # Linux caps it at net.core.somaxconn anyway; a burst of 5,000 connects must find room in the kernel, not in us.
 _BACKLOG: Final = 4096
+_TO_BIND: Final = socket.AI_PASSIVE | socket.AI_NUMERICSERV
 
 
 class BrokenStream(ConnectionBroken, trio.BrokenResourceError):
@@ -93,26 +98,32 @@ class OneAtATime:
 # --- listening -------------------------------------------------------------------------------------------------
 
 
-def bind(address: Address) -> list[socket.socket]:
-    """Bind and listen on every address that ``address`` resolves to; raises OSError with nothing left bound.
+async def look_up(address: Address) -> tuple[Address, ...]:
+    """What ``address`` stands for, with IP addresses as hosts; raises OSError. Waits only where its host is a name."""
+    found = await trio.socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=_TO_BIND)
+    hosts = [f"{host}%{scope[1]}" if any(scope[1:]) else str(host) for *_, (host, _, *scope) in found]
+    return tuple(Address(host, address.port) for host in dict.fromkeys(hosts))
 
-    Blocking only where the host is a name rather than a literal.
+
+def bind(*addresses: Address) -> list[socket.socket]:
+    """Bind and listen on all of ``addresses``; raises OSError with nothing left bound.
+
+    Where a host is a name rather than an IP address this blocks for as long as it takes to :func:`look_up`.
     """
-    found = socket.getaddrinfo(
-        address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE | socket.AI_NUMERICSERV
-    )
     bound: list[socket.socket] = []
     try:
-        for family, kind, protocol, _, place in dict.fromkeys(found):
-            sock = socket.socket(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, protocol)
-            bound.append(sock)
-            # Without it a restart would wait for the TIME_WAIT of the connections before it.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                # [::] must not take 0.0.0.0 with it: a route file says what it means.
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            sock.bind(place)
-            sock.listen(_BACKLOG)
+        for address in addresses:
+            found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=_TO_BIND)
+            for family, kind, protocol, _, place in dict.fromkeys(found):
+                sock = socket.socket(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, protocol)
+                bound.append(sock)
+                # Without it a restart would wait for the TIME_WAIT of the connections before it.
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    # [::] must not take 0.0.0.0 with it: a route file says what it means.
+                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                sock.bind(place)
+                sock.listen(_BACKLOG)
     except BaseException:
         for sock in bound:
             sock.close()
@@ -154,6 +165,9 @@ def tune(sock: socket.socket, tcp: TcpSection) -> None:
 # --- closing ---------------------------------------------------------------------------------------------------
 
 
+_lingering: Final[set[socket.socket]] = set()
+
+
 def close(sock: socket.socket) -> None:
     """Close in order: FIN, once everything written has left. Idempotent."""
     if sock.fileno() != -1:
@@ -173,6 +187,10 @@ async def close_after_linger(sock: socket.socket, seconds: float) -> None:
 
     Closing at once with unread input would send RST, and an RST makes many kernels throw away what we wrote last.
     """
+    if len(_lingering) >= _MOST_LINGER:
+        close(sock)
+        return
+    _lingering.add(sock)
     try:
         with trio.move_on_after(seconds):
             sock.shutdown(socket.SHUT_WR)
@@ -189,6 +207,7 @@ async def close_after_linger(sock: socket.socket, seconds: float) -> None:
     except OSError:
         pass  # already reset or disconnected: nothing is under way that could be saved
     finally:
+        _lingering.discard(sock)
         close(sock)
 
 

@@ -17,7 +17,7 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -207,8 +207,10 @@ class Inherited:
         """Whether there was a socket of one of these names, and somebody took it. systemd keeps its own hold on it."""
         return not self._taken.isdisjoint(names)
 
-    def open(self, names: Iterable[str], listen: Address) -> list[socket.socket]:
+    def open(self, names: Iterable[str], listen: Address, places: Sequence[Address] = ()) -> list[socket.socket]:
         """Duplicates of the sockets of the routes ``names``, which share ``listen``; none if there are none.
+
+        ``places`` are the IP addresses that ``listen`` stands for; without them its name is looked up, which blocks.
 
         Duplicates, so that a reload that fails in the end can close what it opened; one that succeeds closes the
         originals with :meth:`take`. Raises ValueError, with nothing opened, for a socket that is bound elsewhere, or
@@ -216,7 +218,7 @@ class Inherited:
         """
         mine = [(name, sock) for name in names if name not in RESERVED for sock in self._sockets.get(name, [])]
         for name, sock in mine:
-            _check_place(name, sock, listen)
+            _check_place(name, sock, listen, places)
         opened: list[socket.socket] = []
         try:
             for _, sock in mine:
@@ -260,18 +262,21 @@ def _check_path(name: str, sock: socket.socket, path: Path) -> None:
         raise ValueError(f"{what} ({path}) lets everybody in: write SocketMode=0600 into its unit")
 
 
-def _check_place(name: str, sock: socket.socket, listen: Address) -> None:
+def _check_place(name: str, sock: socket.socket, listen: Address, places: Sequence[Address] = ()) -> None:
     """Raise ValueError unless ``sock`` is what binding ``listen`` would have given."""
     what = f"the socket {name!r} that systemd passed"
     is_internet = sock.family in (socket.AF_INET, socket.AF_INET6) and sock.type == socket.SOCK_STREAM
     if not is_internet or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         raise ValueError(f"{what} ({_place(sock)}) is no listening TCP socket: write ListenStream={listen} for it")
-    wanted = socket.getaddrinfo(
-        listen.host, listen.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE | socket.AI_NUMERICSERV
-    )
+    flags = socket.AI_PASSIVE | socket.AI_NUMERICSERV
+    wanted = [
+        found
+        for place in places or (listen,)
+        for *_, found in socket.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM, flags=flags)
+    ]
     bound = sock.getsockname()
     # Port 0 says "any free one", and systemd has chosen.
-    if not any(place == (*bound[:1], place[1], *bound[2:]) and place[1] in (0, bound[1]) for *_, place in wanted):
+    if not any(place == (*bound[:1], place[1], *bound[2:]) and place[1] in (0, bound[1]) for place in wanted):
         raise ValueError(
             f"{what} is bound to {_place(sock)}, and not to {listen}: make ListenStream= there and listen here agree"
         )

@@ -1,8 +1,8 @@
 """Certificates for tests: good ones, and every bad one that the relay must not let in.
 
-All keys are P-256, so a whole set costs a few milliseconds; nothing is cached or shared between tests. Good
-certificates come from :mod:`frelay.pki` as users get them, odd ones straight from ``cryptography``, down to the DER
-of the subjectAltName where ``cryptography`` would refuse to write it::
+Keys are P-256 unless a test says otherwise, so a whole set costs a few milliseconds; nothing is cached or shared
+between tests. Good certificates come from :mod:`frelay.pki` as users get them, odd ones straight from ``cryptography``,
+down to the DER of the subjectAltName where ``cryptography`` would refuse to write it::
 
     from certs import TestAuthority, self_signed
 
@@ -27,19 +27,21 @@ Every certificate is a :class:`Credential` with ``cert_pem``, ``key_pem`` and ``
 ``ca.cn_only(text)``                       the name in the CN, no SAN
 ``ca.text_elsewhere(text)``                the text as e-mail, otherName, directory name and URI, not as DNS name
 ``ca.odd(san)``                            any subjectAltName: GeneralNames, or DER made by :func:`san_der`
+``ca.rework(one, edit)``                   any octets at all, under a right signature
 ``self_signed(...)``                       its own issuer
 ``ca.intermediate(...)``                   an authority below ``ca``, with name constraints if wanted
 ``ca.crl(...)``                            fresh; ``revoked=`` somebody; ``ca.expired_crl()``
 =========================================  ==========================================================================
 
-:data:`ODD_DNS` and :data:`ODD_SPIFFE` are the names that must never match ``dns:func1.demo`` and
-``uri:spiffe://acme/jobs/func1``; parametrise over them.
+:data:`ODD_DNS`, :data:`ODD_SPIFFE` and :data:`ODD_URIS` are the names that must never match ``dns:func1.demo``,
+``uri:spiffe://acme/jobs/func1`` and ``uri:https://acme/jobs/func1``; parametrise over them.
 """
 
 from __future__ import annotations
 
+import base64
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -56,10 +58,14 @@ from frelay.pki.files import certificates_pem, key_pem
 __all__ = [
     "ODD_DNS",
     "ODD_SPIFFE",
+    "ODD_URIS",
     "SPIFFE_ID",
     "Credential",
     "TestAuthority",
+    "content",
     "der",
+    "elements",
+    "pem",
     "san_der",
     "self_signed",
 ]
@@ -124,6 +130,32 @@ ODD_SPIFFE: Final[dict[str, tuple[str, ...]]] = {
     "too long": ("spiffe://acme/jobs/func1/" + "x" * 2048,),
 }
 
+# TESTPLAN 5, beyond SPIFFE: proper URIs, each of somebody else than ``https://acme/jobs/func1``, which whoever
+# "normalises" URIs takes for it.
+ODD_URIS: Final[dict[str, str]] = {
+    "userinfo": "https://user@acme/jobs/func1",
+    "userinfo look-alike": "https://acme@evil/jobs/func1",
+    "port": "https://acme:443/jobs/func1",
+    "query": "https://acme/jobs/func1?x=1",
+    "empty query": "https://acme/jobs/func1?",
+    "fragment": "https://acme/jobs/func1#x",
+    "escaped slash": "https://acme/jobs%2Ffunc1",
+    "escaped letter": "https://acme/jobs/%66unc1",
+    "dot dot": "https://acme/other/../jobs/func1",
+    "dot dot at the end": "https://acme/jobs/func1/..",
+    "dot": "https://acme/./jobs/func1",
+    "escaped dot dot": "https://acme/jobs/%2e%2e",
+    "doubled slash": "https://acme//jobs/func1",
+    "trailing slash": "https://acme/jobs/func1/",
+    "scheme in capitals": "HTTPS://acme/jobs/func1",
+    "host in capitals": "https://ACME/jobs/func1",
+    "case of the path": "https://acme/Jobs/func1",
+    "trailing dot": "https://acme./jobs/func1",
+    "A-label": "https://xn--acm-dma/jobs/func1",
+    "no host": "https:///jobs/func1",
+    "path alone": "https:/jobs/func1",
+}
+
 _CLIENT_AND_SERVER: Final = (ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH)
 _DAY: Final = timedelta(days=1)
 
@@ -134,7 +166,7 @@ class Credential:
 
     name: str
     certificate: x509.Certificate
-    private_key: ec.EllipticCurvePrivateKey = field(repr=False)
+    private_key: SigningKey = field(repr=False)
     chain: tuple[x509.Certificate, ...] = field(repr=False)
     """What the TLS peer is sent: the leaf, then the intermediates, never the root."""
 
@@ -241,14 +273,16 @@ class TestAuthority:
         not_after: datetime | None = None,
         purposes: Sequence[x509.ObjectIdentifier] = _CLIENT_AND_SERVER,
         extra: Sequence[x509.ExtensionType] = (),
+        critical: Sequence[x509.ExtensionType] = (),
         ca: bool = False,
+        key: SigningKey | None = None,
     ) -> Credential:
         """A party's certificate in which anything may be strange.
 
         ``san`` is a list of GeneralNames, the DER of the whole extension value (:func:`san_der`), or None for no SAN.
-        ``extra`` extensions are added as they are, not critical.
+        ``extra`` and ``critical`` extensions are added as they are. ``key`` is the party's own, instead of a P-256 one.
         """
-        key = ec.generate_private_key(ec.SECP256R1())
+        key = key or ec.generate_private_key(ec.SECP256R1())
         certificate = _sign(
             subject=_name(common_name or name),
             key=key,
@@ -259,9 +293,37 @@ class TestAuthority:
             not_after=not_after,
             purposes=purposes,
             extra=extra,
+            critical=critical,
             ca=ca,
         )
         return Credential(name, certificate, key, (certificate, *self._chain()))
+
+    def rework(
+        self, credential: Credential, edit: Callable[[list[bytes]], None], *, digest: hashes.HashAlgorithm | None = None
+    ) -> bytes:
+        """The DER of ``credential`` with its signed part edited and signed anew: what no builder would make.
+
+        ``edit`` is given the DER elements of the TBSCertificate: version, serial number, signature algorithm, issuer,
+        validity, subject, public key, extensions.
+        """
+        octets = credential.certificate.public_bytes(serialization.Encoding.DER)
+        return self.rework_der(octets, edit, algorithm=2, digest=digest)
+
+    def rework_der(
+        self,
+        octets: bytes,
+        edit: Callable[[list[bytes]], None],
+        *,
+        algorithm: int,
+        digest: hashes.HashAlgorithm | None = None,
+    ) -> bytes:
+        """:meth:`rework` for anything that is signed; ``algorithm`` is where its signature algorithm stands."""
+        parts = elements(content(elements(content(octets))[0]))
+        edit(parts)
+        signed = der(0x30, b"".join(parts))
+        assert isinstance(self.authority.private_key, ec.EllipticCurvePrivateKey)
+        signature = self.authority.private_key.sign(signed, ec.ECDSA(digest or hashes.SHA256()))
+        return der(0x30, signed + parts[algorithm] + der(0x03, b"\0" + signature))
 
     # --- authorities below this one ---
 
@@ -271,13 +333,17 @@ class TestAuthority:
         *,
         permitted: Sequence[x509.GeneralName] | None = None,
         excluded: Sequence[x509.GeneralName] | None = None,
+        path_length: int | None = None,
+        key: ec.EllipticCurvePrivateKey | None = None,
     ) -> TestAuthority:
         """An authority signed by this one; ``permitted`` and ``excluded`` are its name constraints.
+
+        With the ``key`` and the name of an authority that somebody else has signed, it is cross-signed.
 
         ``ca.intermediate(permitted=[x509.DNSName("acme")]).party(dns=["func1.demo"])`` violates them. The root needs
         room below it, so make it with :meth:`root_for_intermediates`.
         """
-        key = ec.generate_private_key(ec.SECP256R1())
+        key = key or ec.generate_private_key(ec.SECP256R1())
         constraints = [x509.NameConstraints(permitted, excluded)] if permitted or excluded else []
         certificate = _sign(
             subject=_name(common_name),
@@ -288,6 +354,7 @@ class TestAuthority:
             purposes=(),
             critical=constraints,
             ca=True,
+            path_length=path_length,
         )
         above = (self.authority.certificate, *self.authority.above)
         return TestAuthority(authority=Authority(certificate, key, above))
@@ -325,6 +392,7 @@ class TestAuthority:
         number: int = 1,
         last_update: datetime | None = None,
         next_update: datetime | None = None,
+        critical: Sequence[x509.ExtensionType] = (),
     ) -> bytes:
         """A CRL in PEM, fresh unless the dates say otherwise. For a chain, join those of all its authorities."""
         now = datetime.now(UTC)
@@ -336,6 +404,8 @@ class TestAuthority:
             .add_extension(x509.CRLNumber(number), critical=False)
             .add_extension(_authority_key_identifier(self.authority.certificate), critical=False)
         )
+        for extension in critical:
+            builder = builder.add_extension(extension, critical=True)
         for one in revoked:
             builder = builder.add_revoked_certificate(
                 x509.RevokedCertificateBuilder()
@@ -382,6 +452,38 @@ def der(tag: int, content: bytes) -> bytes:
     return bytes([tag, 0x80 | len(length)]) + length + content
 
 
+def pem(octets: bytes, label: str = "CERTIFICATE") -> bytes:
+    """DER as PEM."""
+    return f"-----BEGIN {label}-----\n{base64.encodebytes(octets).decode()}-----END {label}-----\n".encode()
+
+
+def elements(octets: bytes) -> list[bytes]:
+    """The DER elements of which ``octets`` consist."""
+    found = []
+    while octets:
+        end = len(octets) - len(_behind(octets))
+        found.append(octets[:end])
+        octets = octets[end:]
+    return found
+
+
+def content(element: bytes) -> bytes:
+    """What stands in one DER element."""
+    return element[_header(element)[0] :]
+
+
+def _header(element: bytes) -> tuple[int, int]:
+    """The length of the header, and of what follows it."""
+    if element[1] < 0x80:
+        return 2, element[1]
+    octets = element[1] - 0x80
+    return 2 + octets, int.from_bytes(element[2 : 2 + octets], "big")
+
+
+def _behind(octets: bytes) -> bytes:
+    return octets[sum(_header(octets)) :]
+
+
 def san_der(
     *, dns: Iterable[bytes] = (), uris: Iterable[bytes] = (), emails: Iterable[bytes] = (), raw: bytes = b""
 ) -> bytes:
@@ -394,7 +496,6 @@ def san_der(
 
 
 def _credential(issued: Issued, name: str) -> Credential:
-    assert isinstance(issued.private_key, ec.EllipticCurvePrivateKey)
     return Credential(name, issued.certificate, issued.private_key, issued.chain)
 
 
@@ -418,11 +519,12 @@ def _authority_key_identifier(issuer: x509.Certificate) -> x509.AuthorityKeyIden
 def _sign(
     *,
     subject: x509.Name,
-    key: ec.EllipticCurvePrivateKey,
+    key: SigningKey,
     issuer: x509.Certificate | None,
     issuer_key: SigningKey,
     san: Iterable[x509.GeneralName] | bytes | None,
     ca: bool,
+    path_length: int | None = None,
     purposes: Sequence[x509.ObjectIdentifier] = _CLIENT_AND_SERVER,
     not_before: datetime | None = None,
     not_after: datetime | None = None,
@@ -440,7 +542,7 @@ def _sign(
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - timedelta(minutes=5) if not_before is None else not_before)
         .not_valid_after(now + 2 * _DAY if not_after is None else not_after)
-        .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
+        .add_extension(x509.BasicConstraints(ca=ca, path_length=path_length), critical=True)
         .add_extension(
             x509.KeyUsage(
                 digital_signature=not ca,
@@ -473,10 +575,10 @@ def _sign(
     return builder.sign(issuer_key, hashes.SHA256())
 
 
-def _write(path: Path, content: bytes, mode: int) -> None:
+def _write(path: Path, octets: bytes, mode: int) -> None:
     # By rename, and with its mode from the start: a relay that is watching the directory never sees half a file.
     temporary = path.with_name(f".{path.name}.writing")
     temporary.unlink(missing_ok=True)
     with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as stream:
-        stream.write(content)
+        stream.write(octets)
     temporary.replace(path)

@@ -7,10 +7,13 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
-__all__ = ["FRELAY", "Said", "frelay_command", "session_processes"]
+import trio
+
+__all__ = ["FRELAY", "Said", "ask", "frelay_command", "session_processes"]
 
 FRELAY: Final = (sys.executable, "-m", "frelay")
 # A command that fails does so within a second or two; a machine may be fifty times as slow.
@@ -47,6 +50,11 @@ def frelay_command(
         check=False,
     )
     return Said(done.returncode, done.stdout, done.stderr)
+
+
+async def ask(*arguments: str | Path, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Said:
+    """As :func:`frelay_command`, for a test whose own parties must go on answering meanwhile."""
+    return await trio.to_thread.run_sync(partial(frelay_command, *arguments, cwd=cwd, env=env))
 
 
 def session_processes(session: int) -> list[str]:

@@ -18,7 +18,7 @@ from ends import End, block
 from frelay.tcp import unacknowledged
 from rig import PATIENCE, RelayProcess, eventually
 
-__all__ = ["Queues", "fill", "has_arrived", "relays_queues", "rests"]
+__all__ = ["Queues", "fill", "has_arrived", "relays_queues", "resident", "rests"]
 
 # Less than what a fresh TCP window of Linux takes (64 KiB): so what the relay leaves unread never closes the window,
 # and a FIN can follow it. And more than the relay copies at once (16 KiB): so it turns to splice.
@@ -59,6 +59,12 @@ def _sleep_of(relay: RelayProcess) -> tuple[int, ...] | None:
         return None
     lines = (directory / "status").read_text().splitlines()
     return tuple(int(line.split()[1]) for line in lines if "ctxt_switches" in line)
+
+
+def resident(relay: RelayProcess) -> int:
+    """The resident memory of the relay, in KiB."""
+    status = Path(f"/proc/{relay.process.pid}/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0])
 
 
 async def has_arrived(end: End) -> None:

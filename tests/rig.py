@@ -27,6 +27,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from datetime import datetime
@@ -38,18 +39,21 @@ import structlog
 import trio
 
 from certs import Credential, TestAuthority
+from faults import FaultyNetwork, Weather, a_network
 from frelay.config.load import load
 from frelay.relay import Relay
 
 __all__ = [
     "DEMO",
     "FRELAY_RUN",
+    "THROUGH_FAULTS",
     "TLS_HEADER",
     "Party",
     "RelayInProcess",
     "RelayProcess",
     "Site",
     "at_any_pace",
+    "descriptor_kinds",
     "eventually",
     "open_descriptors",
     "pair",
@@ -69,6 +73,9 @@ listen = "127.0.0.1:0"
 func1 = "dns:func1.demo"
 func2 = "dns:func2.demo"
 """
+
+THROUGH_FAULTS: Final = os.environ.get("FRELAY_THROUGH_FAULTS", "")
+"""A seed: then all parties of all tests reach their relay through a network that splits and merges segments by it."""
 
 PATIENCE: Final = 20.0
 """Seconds after which a wait for an event is a failure; on an idle machine all of them take milliseconds."""
@@ -385,6 +392,12 @@ def open_descriptors(pid: int | str = "self") -> dict[int, str]:
     return found
 
 
+def descriptor_kinds() -> Counter[str]:
+    """How many descriptors of each kind that a relay opens this process has."""
+    kinds = Counter(link.partition("[")[0] for link in open_descriptors().values())
+    return Counter({kind: kinds[kind] for kind in ("socket:", "pipe:", "anon_inode:")})
+
+
 # --- relays ---------------------------------------------------------------------------------------------------------
 
 
@@ -394,9 +407,13 @@ class RelayInProcess:
     def __init__(self, relay: Relay, events: list[MutableMapping[str, Any]]) -> None:
         self.relay = relay
         self.events = events
+        self.network: FaultyNetwork | None = None
+        """What lies between the parties and the relay; None: nothing."""
 
     def port(self, route: str = "demo") -> int:
-        return int(self.relay.bound(route)[0].rpartition(":")[2])
+        """Where parties find ``route``."""
+        port = int(self.relay.bound(route)[0].rpartition(":")[2])
+        return port if self.network is None else self.network.way_to(port)
 
     def logged(self, event: str, **fields: Any) -> list[MutableMapping[str, Any]]:
         """The log entries of this name with these fields, so far."""
@@ -427,6 +444,7 @@ class RelayProcess:
 
     def __init__(self, process: trio.Process) -> None:
         self.process = process
+        self.network: FaultyNetwork | None = None
         self.events: list[dict[str, Any]] = []
         self.stderr = ""
         self._more = trio.Condition()
@@ -462,7 +480,8 @@ class RelayProcess:
         return found[count - 1]
 
     def port(self, route: str = "demo") -> int:
-        return int(self.logged("listening", route=route)[-1]["address"].rpartition(":")[2])
+        port = int(self.logged("listening", route=route)[-1]["address"].rpartition(":")[2])
+        return port if self.network is None else self.network.way_to(port)
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
@@ -474,6 +493,15 @@ class RelayProcess:
     async def exit_code(self) -> int:
         with trio.fail_after(PATIENCE * 3):
             return await self.process.wait()
+
+
+@asynccontextmanager
+async def _weather_of_the_day(relay: RelayInProcess | RelayProcess) -> AsyncIterator[None]:
+    if not THROUGH_FAULTS:
+        yield
+        return
+    async with a_network(Weather(int(THROUGH_FAULTS), delays=False)) as relay.network:
+        yield
 
 
 class Site:
@@ -527,8 +555,10 @@ client_ca = "{self.ca_path.name}"
         with structlog.testing.capture_logs() as events:
             async with trio.open_nursery() as nursery:
                 await nursery.start(relay.run)
+                found = RelayInProcess(relay, events)
                 try:
-                    yield RelayInProcess(relay, events)
+                    async with _weather_of_the_day(found):
+                        yield found
                 finally:
                     relay.drain(reason="the test is over")
                     relay.stop_now()
@@ -572,7 +602,8 @@ client_ca = "{self.ca_path.name}"
             nursery.start_soon(relay._read)
             try:
                 await relay.log("ready")
-                yield relay
+                async with _weather_of_the_day(relay):
+                    yield relay
             finally:
                 self.hang_up()
                 if process.returncode is None:

@@ -23,19 +23,33 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, NoReturn
 
 import pytest
 import trio
 
 from rig import PATIENCE, Site
 
-__all__ = ["KINDS", "BareTunnel", "Kind", "PlainSslSocket", "Program", "bare_tunnel", "installed", "tool"]
+__all__ = [
+    "KINDS",
+    "BareTunnel",
+    "Kind",
+    "PlainSslSocket",
+    "Program",
+    "bare_tunnel",
+    "cannot_be_looked_at",
+    "installed",
+    "library",
+    "needs_root",
+    "tool",
+]
 
 # What Debian calls the package, where it is not the program's own name.
 _PACKAGES: Final = {
     "go": "golang-go",
     "gofmt": "golang-go",
+    "ip": "iproute2",
+    "nft": "nftables",
     "node": "nodejs",
     "promtool": "prometheus",
     "redis-cli": "redis-tools",
@@ -44,6 +58,7 @@ _PACKAGES: Final = {
     "sshd": "openssh-server",
     "stunnel": "stunnel4",
     "systemd-analyze": "systemd",
+    "unshare": "util-linux",
 }
 
 
@@ -52,11 +67,29 @@ def tool(name: str) -> str:
     # Servers are in a directory that is not on everybody's PATH.
     path = shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin")
     if path is None:
-        text = f"{name} is not installed; on Debian: apt-get install {_PACKAGES.get(name, name)}"
-        if os.environ.get("CI"):
-            pytest.fail(text)
-        pytest.skip(text)
+        cannot_be_looked_at(f"{name} is not installed; on Debian: apt-get install {_PACKAGES.get(name, name)}")
     return path
+
+
+def library(name: str, package: str) -> str:
+    """The path of a shared library that is preloaded; without it the test is skipped, or fails where ``CI`` is set."""
+    path = next((str(path) for path in Path("/usr/lib").glob(f"*/**/{name}")), None)
+    if path is None:
+        cannot_be_looked_at(f"{name} is not installed; on Debian: apt-get install {package}")
+    return path
+
+
+def needs_root(what: str) -> None:
+    """Skip the test, or fail it where ``CI`` is set, unless it runs as root, which it needs for ``what``."""
+    if os.geteuid() != 0:
+        cannot_be_looked_at(f"{what} takes root")
+
+
+def cannot_be_looked_at(text: str) -> NoReturn:
+    """Skip the test for this reason, or fail it where ``CI`` is set."""
+    if os.environ.get("CI"):
+        pytest.fail(text)
+    pytest.skip(text)
 
 
 # --- bare tunnels ---------------------------------------------------------------------------------------------------

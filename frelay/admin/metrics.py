@@ -76,7 +76,8 @@ class Metrics:
     async def expose(self, accept: str) -> tuple[bytes, str]:
         """Everything as it is now, and its content type: OpenMetrics if the ``Accept`` header wants that, else text."""
         async with self._places:
-            scrape = _Scrape(await self._office.counts(), self._lag.worst)
+            tasks = trio.lowlevel.current_statistics().tasks_living
+            scrape = _Scrape(await self._office.counts(), self._lag.worst, tasks)
             encode: Callable[[Collector], bytes] = generate_latest
             content_type = f"{_TEXT}; version=0.0.4; charset=utf-8"
             if _wants_openmetrics(accept):
@@ -87,9 +88,10 @@ class Metrics:
 class _Scrape(Collector):
     """All that one scrape tells. Safe in a thread: it has copies, and asks nobody but the kernel."""
 
-    def __init__(self, counts: Counts, loop_lag: float) -> None:
+    def __init__(self, counts: Counts, loop_lag: float, tasks: int) -> None:
         self._counts: Final = counts
         self._loop_lag: Final = loop_lag
+        self._tasks: Final = tasks
 
     def collect(self) -> Iterator[Metric]:
         counts = self._counts
@@ -112,6 +114,11 @@ class _Scrape(Collector):
             "frelay_loop_lag_seconds",
             f"The most that the event loop was late to wake a sleeping task in the last {LAG_MEMORY:g} s.",
             value=max(self._loop_lag, counts.loop_lag),
+        )
+        yield GaugeMetricFamily(
+            "frelay_tasks",
+            "Tasks in the event loop: a few for the relay, one a connection that waits, three a pairing.",
+            value=self._tasks + counts.tasks,
         )
         if counts.restarts is not None:
             restarts = CounterMetricFamily(

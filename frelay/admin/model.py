@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from frelay.errors import Problem
+from frelay.errors import Problem, without_pem
 
 __all__ = [
     "CertificateView",
@@ -85,6 +85,7 @@ class RouteBody(_Body):
     stall_timeout: float | None = None
     max_waiting_per_party: _Whole | None = None
     max_pairings: _Whole | None = None
+    max_bytes_per_second: _Whole | None = None
 
     def table(self, name: str) -> dict[str, Any]:
         """The keys that were given, as they go into the route's file."""
@@ -111,7 +112,7 @@ class WaitingView(_View):
 
 
 class PartyLimits(_View):
-    """The limits in force for a route."""
+    """The limits in force for a route; ``max_bytes_per_second`` is null where there is none."""
 
     wait_timeout: float
     half_close_timeout: float
@@ -119,6 +120,7 @@ class PartyLimits(_View):
     stall_timeout: float
     max_waiting_per_party: int
     max_pairings: int
+    max_bytes_per_second: int | None
 
 
 class RouteView(_View):
@@ -216,11 +218,15 @@ class PairingsView(_View):
 # --- the relay as a whole --------------------------------------------------------------------------------------
 
 
+# A caller's own text comes back in these; a key that was put into the wrong place must not.
+_Told = Annotated[str, AfterValidator(without_pem)]
+
+
 class ProblemView(_View):
     """One thing that is wrong: where it is, what it is, and how to mend it."""
 
-    message: str
-    key: str | None = None
+    message: _Told
+    key: _Told | None = None
     file: str | None = None
     line: int | None = None
 
@@ -238,7 +244,7 @@ class Problems(_View):
     """
 
     error: str
-    message: str
+    message: _Told
     problems: list[ProblemView] = []
 
 

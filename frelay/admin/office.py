@@ -96,6 +96,8 @@ class Counts:
     """As :attr:`frelay.journal.Journal.durations`."""
     loop_lag: float = 0.0
     """The most that the loops of other processes than this one were late, in seconds."""
+    tasks: int = 0
+    """Those in the loops of other processes."""
     workers: tuple[int, ...] = ()
     """The process numbers of the workers that run, where there are any."""
     restarts: Mapping[int, int] | None = None

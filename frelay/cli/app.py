@@ -6,6 +6,7 @@ they need inside, so that ``frelay --help`` does not load a relay.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Final
@@ -14,6 +15,7 @@ import typer
 
 from frelay import __version__
 from frelay.cli import ca as _ca
+from frelay.cli import operate as _operate
 from frelay.errors import CertificateError, ConfigError, FrelayError, printable
 
 __all__ = ["app", "main"]
@@ -26,8 +28,8 @@ app: Final = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
 app.add_typer(_ca.app)
+app.add_typer(_operate.app)
 
 ConfigFile = Annotated[
     Path, typer.Option("--config", "-c", help="The route file.", metavar="FILE", envvar="FRELAY_CONFIG")
@@ -68,25 +70,26 @@ def run(
 
     import trio
 
+    from frelay import privileges
     from frelay.config.load import load
     from frelay.systemd import Inherited, ServiceManager
 
     # The relay obeys it as long as it runs. What comes before that, or after, would kill the process, and with it the
     # exit code of a clean drain.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    first = load(config)
+    privileges.give_up(first)  # before the log, which has a thread
     log.configure("json" if log_format == "json" else "console", log_level)
     inherited, service_manager = Inherited.from_environment(), ServiceManager.from_environment()
-    loaded = load(config)
-    if loaded.relay.worker_count == 1:
+    if first.relay.worker_count == 1:
         from frelay.relay import Relay
 
-        relay = Relay(loaded, watch_files=watch, inherited=inherited, service_manager=service_manager)
+        relay = Relay(first, watch_files=watch, inherited=inherited, service_manager=service_manager)
     else:
         from frelay.workers.supervisor import Supervisor
 
-        # Whoever this process is by now, its workers are as well: privileges are given up before this.
         relay = Supervisor(
-            loaded,
+            first,
             watch_files=watch,
             inherited=inherited,
             service_manager=service_manager,
@@ -101,7 +104,11 @@ def check(
     config: ConfigFile = Path("relay.toml"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
-    """Say whether a route file is good, with everything that is wrong in it. Binds nothing."""
+    """Say whether a route file is good, with everything that is wrong in it. Binds nothing.
+
+    --json prints ok, problems (file, line, key, message) and, if ok, routes (names), addresses, certificate_not_after
+    and crl_next_update (times as text, or null).
+    """
     from frelay.cli.check import check_file
 
     raise typer.Exit(check_file(config, as_json=as_json))
@@ -256,6 +263,9 @@ def connect(
 
 def main() -> None:
     """The console script: errors of ours become one message a problem and exit code 1, never a traceback."""
+    # The completion scripts of --show-completion and --install-completion for the shell that is named, as a package's
+    # build needs them, and not for the one that happens to be among our parents. Typer has no other switch for it.
+    os.environ.setdefault("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
     try:
         # By name: under `python -m` it would introduce itself by whatever was started.
         app(prog_name="frelay")

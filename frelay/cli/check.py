@@ -14,7 +14,7 @@ from frelay.errors import ConfigError, Problem
 from frelay.relay import prepare
 from frelay.tls.context import OuterTls
 
-__all__ = ["as_json_object", "check_file"]
+__all__ = ["as_json_object", "check_file", "report_problems"]
 
 
 def check_file(path: Path, *, as_json: bool) -> int:
@@ -23,19 +23,24 @@ def check_file(path: Path, *, as_json: bool) -> int:
         config = load(path)
         trust = prepare(config)
     except ConfigError as error:
-        if as_json:
-            print(json.dumps({"ok": False, "problems": [as_json_object(problem) for problem in error.problems]}))
-        else:
-            for problem in error.problems:
-                print(problem, file=sys.stderr)
-            count = len(error.problems)
-            print(f"{path}: {count} problem{'s' if count > 1 else ''}", file=sys.stderr)
-        return 1
+        return report_problems(path, error, as_json=as_json)
     if as_json:
         print(json.dumps({"ok": True, "problems": [], **_facts(config, trust)}))
     else:
         print(f"{path}: ok, {_summary(config, trust)}")
     return 0
+
+
+def report_problems(path: Path, error: ConfigError, *, as_json: bool) -> int:
+    """Print all that is wrong with the route file at ``path``; gives the exit code."""
+    if as_json:
+        print(json.dumps({"ok": False, "problems": [as_json_object(problem) for problem in error.problems]}))
+        return 1
+    for problem in error.problems:
+        print(problem, file=sys.stderr)
+    count = len(error.problems)
+    print(f"{path}: {count} problem{'s' if count > 1 else ''}", file=sys.stderr)
+    return 1
 
 
 def as_json_object(problem: Problem) -> dict[str, Any]:

@@ -61,6 +61,7 @@ from frelay.errors import (
     RelayUnreachable,
     RemoteProtocolError,
     Truncated,
+    holds_pem,
 )
 from frelay.protocol import messages
 from frelay.protocol.identity import Selector
@@ -159,6 +160,9 @@ class Plan:
         traceparent: str | None = None,
     ) -> Plan:
         """The plan for these arguments of ``connect``; raises ValueError or CertificateError."""
+        _forbid_pem(address=address, peer=peer, mode=mode, route=route, party=party, server_name=server_name)
+        _forbid_pem(cert=cert, key=key, ca=ca, inner_cert=inner_cert, inner_key=inner_key, inner_ca=inner_ca)
+        _forbid_pem(proxy=proxy, alpn=alpn)
         host, port = split_address(address)
         if mode not in MODES:
             raise ValueError(f"mode={mode!r} is not one: write {', '.join(MODES)}")
@@ -178,6 +182,13 @@ class Plan:
             retry=read_retry(retry),
             traceparent=None if traceparent is None else messages.read_traceparent(traceparent),
         )
+
+
+def _forbid_pem(**arguments: object) -> None:
+    """Raise ValueError for an argument that holds a key instead of naming its file, before anybody repeats it."""
+    for name, value in arguments.items():
+        if holds_pem(value):
+            raise ValueError(f"{name}: this is PEM text; write it into a file, and name that file here")
 
 
 class _TimeIsUp(Exception):

@@ -39,7 +39,15 @@ from frelay.protocol.identity import (
 from frelay.protocol.messages import Role
 from frelay.tcp import is_dead, unacknowledged
 
-__all__ = ["Wire", "check_peer", "inner_context", "outer_context", "read_peer", "read_selectors"]
+__all__ = [
+    "Wire",
+    "check_peer",
+    "inner_context",
+    "load_credentials",
+    "outer_context",
+    "read_peer",
+    "read_selectors",
+]
 
 StrPath = str | Path
 
@@ -212,7 +220,8 @@ def read_selectors(peer: str | Sequence[str]) -> tuple[Selector, ...]:
     return tuple(parse_selector(text) for text in texts)
 
 
-def _load(context: ssl.SSLContext, cert: StrPath, key: StrPath | None, ca: StrPath) -> None:
+def load_credentials(context: ssl.SSLContext, cert: StrPath, key: StrPath | None, ca: StrPath) -> None:
+    """Put certificate, key and CA into ``context``; raises CertificateError with the file that is wrong."""
     for what, path in (("ca", ca), ("cert", cert), ("key", key)):
         if path is not None:
             try:
@@ -224,8 +233,8 @@ def _load(context: ssl.SSLContext, cert: StrPath, key: StrPath | None, ca: StrPa
                 raise CertificateError(f"{what}: {path} cannot be read: {error.strerror}") from None
 
     def ask_passphrase() -> str:
-        # Without this OpenSSL would ask on the terminal, and a function without one would hang or fail in the dark.
-        raise CertificateError(f"key: {key or cert} is encrypted, and a function has nobody to ask for its passphrase")
+        # Without this OpenSSL would ask on the terminal, and a program without one would hang or fail in the dark.
+        raise CertificateError(f"key: {key or cert} is encrypted, and there is nobody to ask for its passphrase")
 
     try:
         context.load_verify_locations(ca)
@@ -248,7 +257,7 @@ def outer_context(cert: StrPath, key: StrPath | None, ca: StrPath) -> ssl.SSLCon
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.set_alpn_protocols([ALPN])
-    _load(context, cert, key, ca)
+    load_credentials(context, cert, key, ca)
     return context
 
 
@@ -265,7 +274,7 @@ def inner_context(
         context.num_tickets = 0
     if alpn:
         context.set_alpn_protocols(list(alpn))
-    _load(context, cert, key, ca)
+    load_credentials(context, cert, key, ca)
     return context
 
 

@@ -39,7 +39,7 @@ from frelay.config.model import (
     TlsSection,
     is_name,
 )
-from frelay.errors import Problem
+from frelay.errors import Problem, without_pem
 
 __all__ = [
     "ARRAYS",
@@ -207,7 +207,8 @@ def _syntax(error: str, text: str) -> tuple[str, int]:
 
 
 def _printable(text: str) -> str:
-    """``text`` without anything that could forge a log line or steer a terminal, and not longer than needed."""
+    """``text`` without what could forge a log line, steer a terminal, or be a key, and not longer than needed."""
+    text = without_pem(text)
     if len(text) > _MAX_MESSAGE:
         text = f"{text[:_MAX_MESSAGE]}..."
     return "".join(

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
 from frelay.config.address import Address, Network, parse_address, parse_network
 from frelay.config.values import (
+    Account,
     Count,
     Dial,
     Duration,
@@ -78,12 +79,16 @@ class Section(BaseModel):
 
 
 class RelaySection(Section):
-    """``[relay]``; ``drain_timeout`` in seconds, ``routes_dir`` absolute (by default ``routes.d`` beside the file)."""
+    """``[relay]``; ``drain_timeout`` in seconds, ``routes_dir`` absolute (by default ``routes.d`` beside the file).
+
+    ``user`` is whom a relay that root started becomes; whether there is such a user is judged where it does so.
+    """
 
     name: Name = "relay-1"
     routes_dir: File | None = None
     drain_timeout: Duration = 30
     policy_ends_pairings: bool = True
+    user: Account | None = None
     workers: Workers = 1
 
     @property
@@ -114,6 +119,7 @@ class RouteLimits(Section):
     stall_timeout: Duration = 120
     max_waiting_per_party: Count = 16
     max_pairings: Count = 1024
+    max_bytes_per_second: Count | None = None
 
 
 class Limits(RouteLimits):
@@ -125,6 +131,8 @@ class Limits(RouteLimits):
     ping_interval: Duration = 15
     pong_timeout: Duration = 10
     max_lifetime: Duration = 86400
+    # An idle pairing is 16 KiB of memory where both legs are raw, and some 150 KiB where both are tunnels.
+    max_pairings_in_all: Count = 16384
     max_pre_auth: Count = 256
     max_pre_auth_per_ip: Count = 32
     fd_budget: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.8

@@ -27,8 +27,11 @@ __all__ = ["Add", "Keep", "ListenerKey", "Plan", "Remove", "Replace", "listener_
 _WIRING: Final = ("listen", "func1", "func2", "outer", "allow_from", "handoff", "require_inner_tls")
 _TIMINGS: Final = ("hello_settle", "ticket_timeout")
 
-# The relay's name is in every bound logger, processes are started once, and so are the two HTTP servers.
-_RESTART_ONLY: Final = frozenset({"relay.name", "relay.workers", "admin", "admin.listen", "metrics", "metrics.listen"})
+# The relay's name is in every bound logger, processes are started once, and so are the two HTTP servers; and who is not
+# root any more can become nobody else.
+_RESTART_ONLY: Final = frozenset(
+    {"relay.name", "relay.user", "relay.workers", "admin", "admin.listen", "metrics", "metrics.listen"}
+)
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -30,9 +30,11 @@ from pydantic import (
 )
 
 from frelay.config.address import Address, Network, ip_of, parse_address, parse_network
+from frelay.errors import holds_pem
 from frelay.protocol.identity import Selector, parse_selector
 
 __all__ = [
+    "Account",
     "Count",
     "Dial",
     "Duration",
@@ -53,6 +55,8 @@ __all__ = [
 ]
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
+# What useradd(8) takes, and the capitals and dots of other directories.
+_ACCOUNT: Final = re.compile(r"[A-Za-z_][A-Za-z0-9._-]{0,31}\Z")
 _MAX_UNIX_PATH: Final = 107  # sun_path of unix(7), less its NUL
 _CONNECT_TIMEOUT: Final = 5.0  # seconds
 
@@ -119,12 +123,18 @@ def _name(value: object) -> str:
     return value
 
 
+def _account(value: object) -> str:
+    text = _text(value, "the name of a user of this machine")
+    if _ACCOUNT.match(text) is None:
+        raise ValueError("is not the name of a user: letters, digits, '.', '_' and '-', at most 32 of them")
+    return text
+
+
 def _path(value: object, info: ValidationInfo) -> Path:
     if isinstance(value, Path):
         return value
     text = _text(value, "a path, from the directory of this file on")
-    if "-----BEGIN" in text:
-        # Whoever pastes a key must not find it again in an error message or a log.
+    if holds_pem(text):
         raise ValueError("is PEM text: put it into a file of its own and name that file here")
     if not text or "\0" in text or "\n" in text:
         raise ValueError("is not a path")
@@ -277,6 +287,7 @@ def _triple(value: object) -> object:
 # The bound only keeps out what no machine has; beyond 4,300 digits Python refuses even to print an int.
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Name = Annotated[str, PlainValidator(_name)]
+Account = Annotated[str, PlainValidator(_account)]
 File = Annotated[Path, PlainValidator(_path)]
 Listen = Annotated[Address, PlainValidator(_address)]
 SelectorList = Annotated[tuple[Selector, ...], PlainValidator(_selector_list)]

@@ -61,7 +61,10 @@ def load_written(table: Mapping[str, Any]) -> Config:
     """
 
     def section(name: str, model: type[Section]) -> Any:
-        return None if table[name] is None else model.model_validate(table[name])
+        if table[name] is None:
+            return None
+        # An empty list stands for a key that was not there, as admin.allow beside a Unix socket; a file cannot say so.
+        return model.model_validate({key: value for key, value in table[name].items() if value != []})
 
     try:
         return Config(

@@ -1,9 +1,9 @@
 """The outer TLS: contexts, streams and identities. With ``pki/`` the only rooms that know OpenSSL.
 
-OpenSSL reads its configuration once, when it is first loaded, and one setting can be made nowhere else: that no session
-tickets are sent (``openssl.cnf`` beside this file says why it matters). So it is loaded here, before anything in this
-room, with that file named in the environment for just that moment. An operator's own ``OPENSSL_CONF`` has the last
-word; then that file must say ``NumTickets = 0`` itself.
+OpenSSL reads its configuration once, when it is first loaded, and two settings can be made nowhere else: that no
+session tickets are sent, and which key exchanges there are (``openssl.cnf`` beside this file says why it matters). So
+it is loaded here, before anything in this room, with that file named in the environment for just that moment. An
+operator's own ``OPENSSL_CONF`` has the last word; then that file must say both, ``NumTickets = 0`` above all.
 """
 
 from __future__ import annotations

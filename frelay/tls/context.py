@@ -33,7 +33,7 @@ from OpenSSL import SSL, crypto
 from frelay.config.model import TlsSection
 from frelay.errors import ConfigError, Problem
 from frelay.sockets import TlsFault
-from frelay.tls.identity import PeerIdentity, describe_unverified, distinguished_name, identities
+from frelay.tls.identity import PeerIdentity, describe_unverified, distinguished_name, identities, nobody
 from frelay.tls.stream import note_event
 
 __all__ = [
@@ -53,9 +53,14 @@ ALPN: Final = b"frelay/1"
 # X509_V_ERR_* of OpenSSL's x509_vfy.h, where our protocol has a word for them.
 _ERR_CERT_HAS_EXPIRED: Final = 10
 _ERR_CERT_REVOKED: Final = 23
+# X509_V_FLAG_NO_CHECK_TIME of the same file, which pyOpenSSL does not name.
+_NO_CHECK_TIME: Final = 0x200000
 
 # How much of a stranger's text one log line takes.
 _SHOWN: Final = 256
+
+# What ``cryptography`` raises for a certificate or a list that it cannot make sense of; not all of it is a ValueError.
+_UNREADABLE: Final = (ValueError, x509.InvalidVersion, x509.DuplicateExtension, x509.UnsupportedGeneralNameType)
 
 _CRL_BLOCK: Final = re.compile(rb"-----BEGIN X509 CRL-----.+?-----END X509 CRL-----", re.DOTALL)
 
@@ -125,7 +130,8 @@ class OuterTls:
     subject: str
     authorities: tuple[str, ...]
     """The subjects of the CA certificates that parties are verified by."""
-    _store: crypto.X509Store
+    _judgement: crypto.X509Store
+    """What :meth:`verify` goes by: the same anchors and lists, and no clock."""
 
     def judge(self, peer: VerifiedPeer, now: float | None = None) -> Rejection | None:
         """Whether ``peer``, verified some time ago, would still be let in; None means yes.
@@ -147,11 +153,15 @@ class OuterTls:
     def verify(self, credential: Credential) -> Rejection | None:
         """Ask OpenSSL about a certificate that was verified by other files than these; None means it is accepted.
 
+        It is not asked about dates, which no file can change: the end of each certificate and each list is a matter
+        of its own (:attr:`Credential.not_after`, :meth:`has_expired_list`), and one that was valid at its handshake can
+        only be "not yet valid" because the clock was set back. Nobody is thrown out for that.
+
         Costs as much as in a handshake, a fraction of a millisecond.
         """
         try:
             crypto.X509StoreContext(
-                self._store,
+                self._judgement,
                 crypto.load_certificate(crypto.FILETYPE_ASN1, credential.leaf),
                 [crypto.load_certificate(crypto.FILETYPE_ASN1, data) for data in credential.intermediates],
             ).verify_certificate()
@@ -168,11 +178,17 @@ def _rejection(number: int, depth: int, text: str, certificate: str | None = Non
 
 def verified_peer(connection: SSL.Connection, trust: OuterTls) -> VerifiedPeer:
     """What the finished handshake of ``connection`` verified about the party."""
-    chain = connection.get_verified_chain(as_cryptography=True)
-    if not chain:
+    try:
+        chain = connection.get_verified_chain(as_cryptography=True)
+        credential = _credential(chain) if chain else None
+    except Exception as error:
+        # OpenSSL takes what ``cryptography`` cannot read, such as a version or a date that there is not. It was signed
+        # by one of ours, so this is no attack and no bug; but who it is nobody can say, and nobody is let in.
+        return VerifiedPeer(identity=nobody(error), credential=Credential(b"", (), 0.0), trust=trust)
+    if not chain or credential is None:
         # Unreachable with FAIL_IF_NO_PEER_CERT; if it ever is reached, nobody is let in on the strength of it.
         raise AssertionError("a handshake without a verified certificate chain")
-    return VerifiedPeer(identity=identities(chain[0]), credential=_credential(chain), trust=trust)
+    return VerifiedPeer(identity=identities(chain[0]), credential=credential, trust=trust)
 
 
 def _credential(chain: Sequence[x509.Certificate]) -> Credential:
@@ -210,6 +226,8 @@ _VERIFY_ERRORS: Final = {
     10: "certificate has expired",
     11: "CRL is not yet valid",
     12: "CRL has expired",
+    13: "format error in the certificate's notBefore",
+    14: "format error in the certificate's notAfter",
     18: "self-signed certificate",
     19: "self-signed certificate in certificate chain",
     20: "unable to get local issuer certificate",
@@ -291,8 +309,11 @@ class _Loader:
         if data is None:
             return []
         try:
-            return x509.load_pem_x509_certificates(data)
-        except ValueError as error:
+            found = x509.load_pem_x509_certificates(data)
+            for one in found:
+                one.not_valid_before_utc, one.not_valid_after_utc  # noqa: B018  read only when asked for, and maybe not then
+            return found
+        except _UNREADABLE as error:
             self.complain(key, f"{path} holds no readable PEM certificate ({error})")
             return []
 
@@ -322,8 +343,10 @@ class _Loader:
         lists = []
         for block in blocks:
             try:
-                lists.append(x509.load_pem_x509_crl(block))
-            except ValueError as error:
+                crl = x509.load_pem_x509_crl(block)
+                crl.issuer, crl.last_update_utc, crl.next_update_utc  # noqa: B018  see above
+                lists.append(crl)
+            except _UNREADABLE as error:
                 self.complain("crl", f"{path} holds a revocation list that cannot be read ({error})")
         return lists
 
@@ -356,8 +379,10 @@ def load_outer_tls(
         raise ConfigError(loader.problems)
     assert private_key is not None  # noqa: S101  for the type checker: its absence is a problem above
     try:
-        context, store = _build(chain, private_key, authorities, lists, _select_protocol)
-        http = _build(chain, private_key, authorities, lists, _select_http)[0] if serves_http else None
+        context = _build(chain, private_key, authorities, lists, _select_protocol)
+        http = _build(chain, private_key, authorities, lists, _select_http) if serves_http else None
+        judgement = crypto.X509Store()
+        _fill(judgement, authorities, lists, _NO_CHECK_TIME)
     except (SSL.Error, crypto.Error, TypeError, ValueError, UnsupportedAlgorithm) as error:
         raise ConfigError([Problem(source, f"OpenSSL does not take these files: {error}", key="tls")]) from error
     return OuterTls(
@@ -369,14 +394,14 @@ def load_outer_tls(
         server_names=_server_names(chain[0]),
         subject=distinguished_name(lambda: chain[0].subject),
         authorities=tuple(distinguished_name(partial(getattr, one, "subject")) for one in authorities),
-        _store=store,
+        _judgement=judgement,
     )
 
 
 def _server_names(leaf: x509.Certificate) -> frozenset[str]:
     try:
         alternatives = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except (x509.ExtensionNotFound, ValueError):
+    except (x509.ExtensionNotFound, *_UNREADABLE):
         return frozenset()
     return frozenset(name.lower() for name in alternatives.get_values_for_type(x509.DNSName))
 
@@ -397,7 +422,7 @@ def _check_own(
         usage = leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
     except x509.ExtensionNotFound:
         usage = None
-    except ValueError as error:
+    except _UNREADABLE as error:
         loader.complain("certificate", f"{path} has extensions that cannot be read ({error})")
         usage = None
     if usage is not None and not {ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE} & set(
@@ -426,7 +451,7 @@ def _check_authorities(
         try:
             constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
             is_authority = constraints.ca
-        except (x509.ExtensionNotFound, ValueError):
+        except (x509.ExtensionNotFound, *_UNREADABLE):
             is_authority = False
         if not is_authority:
             loader.complain("client_ca", f"{path}: {subject} is not a CA certificate")
@@ -461,9 +486,9 @@ def _check_lists(
 
 
 def _is_signed_by(crl: x509.CertificateRevocationList, authority: x509.Certificate) -> bool:
-    if crl.issuer != authority.subject:
-        return False
     try:
+        if crl.issuer != authority.subject:
+            return False
         return crl.is_signature_valid(authority.public_key())  # type: ignore[arg-type]
     except (TypeError, InvalidSignature, ValueError, UnsupportedAlgorithm):
         return False
@@ -475,7 +500,7 @@ def _build(
     authorities: Sequence[x509.Certificate],
     lists: Sequence[x509.CertificateRevocationList],
     select_protocol: Callable[[SSL.Connection, list[bytes]], bytes],
-) -> tuple[SSL.Context, crypto.X509Store]:
+) -> SSL.Context:
     context = SSL.Context(SSL.TLS_SERVER_METHOD)
     context.set_min_proto_version(SSL.TLS1_3_VERSION)
     # A resumed session would skip expiry and revocation. Neither call is enough alone: without OP_NO_TICKET there
@@ -492,18 +517,24 @@ def _build(
     store = context.get_cert_store()
     if store is None:
         raise AssertionError("a new context without a certificate store")
-    _fill(store.add_cert, authorities)
-    if lists:
-        for crl in lists:
-            store.add_crl(crl)
-        # ALL: a revoked intermediate must not vouch for anyone either.
-        store.set_flags(crypto.X509StoreFlags.CRL_CHECK | crypto.X509StoreFlags.CRL_CHECK_ALL)
+    _fill(store, authorities, lists)
     context.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT, _note_rejection)
     context.set_alpn_select_callback(select_protocol)
     context.set_info_callback(note_event)
-    return context, store
+    return context
 
 
-def _fill(add: Callable[[crypto.X509], None], authorities: Sequence[x509.Certificate]) -> None:
+def _fill(
+    store: crypto.X509Store,
+    authorities: Sequence[x509.Certificate],
+    lists: Sequence[x509.CertificateRevocationList],
+    flags: int = 0,
+) -> None:
     for certificate in authorities:
-        add(crypto.X509.from_cryptography(certificate))
+        store.add_cert(crypto.X509.from_cryptography(certificate))
+    for crl in lists:
+        store.add_crl(crl)
+    if lists:
+        # ALL: a revoked intermediate must not vouch for anyone either.
+        flags |= crypto.X509StoreFlags.CRL_CHECK | crypto.X509StoreFlags.CRL_CHECK_ALL
+    store.set_flags(flags)

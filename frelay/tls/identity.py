@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from frelay.protocol.identity import Kind, Name, OddName, dns_name, spki_of_certificate, uri_names
 
-__all__ = ["PeerIdentity", "describe_unverified", "distinguished_name", "identities"]
+__all__ = ["PeerIdentity", "describe_unverified", "distinguished_name", "identities", "nobody"]
 
 # Bounds of describe(): a certificate may hold hundreds of names, a log line should not.
 _SHOWN: Final = 8
@@ -68,9 +68,34 @@ class PeerIdentity:
 def identities(certificate: x509.Certificate) -> PeerIdentity:
     """Read the names of ``certificate``, which must be verified already; never raises for what is in it."""
     try:
+        return _read(certificate)
+    except Exception as error:  # a date before our era, or another value that only OpenSSL takes
+        return nobody(error)
+
+
+def nobody(error: Exception) -> PeerIdentity:
+    """The identity of a certificate that OpenSSL has verified, and that ``error`` keeps from being read: none."""
+    unreadable = f"(unreadable: {_reason(error)})"
+    return PeerIdentity(
+        names=(),
+        ignored=(_unparsed(error),),
+        subject=unreadable,
+        issuer=unreadable,
+        serial=0,
+        not_before=0.0,
+        not_after=0.0,
+    )
+
+
+def _unparsed(error: Exception) -> str:
+    return f"all names, because the certificate cannot be parsed: {_reason(error)}"
+
+
+def _read(certificate: x509.Certificate) -> PeerIdentity:
+    try:
         names, ignored = _names(certificate)
     except Exception as error:  # whatever a parser makes of foreign bytes, the answer is "nobody"
-        names, ignored = [], [f"all names, because the certificate cannot be parsed: {_reason(error)}"]
+        names, ignored = [], [_unparsed(error)]
     return PeerIdentity(
         names=tuple(names),
         ignored=tuple(ignored),

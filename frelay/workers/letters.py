@@ -82,6 +82,7 @@ def counts_to_json(counts: Counts) -> dict[str, Any]:
         **{name: [[*key, count] for key, count in getattr(counts, name).items()] for name in _PAIRS},
         "durations": {name: [found.bounds, found.counts, found.total] for name, found in counts.durations.items()},
         "loop_lag": counts.loop_lag,
+        "tasks": counts.tasks,
     }
 
 
@@ -99,6 +100,7 @@ def counts_from_json(table: Mapping[str, Any]) -> Counts:
             for name, (bounds, counts, total) in table["durations"].items()
         },
         loop_lag=table["loop_lag"],
+        tasks=table["tasks"],
     )
 
 

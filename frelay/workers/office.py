@@ -71,6 +71,7 @@ class SupervisorOffice(RelayOffice):
             certificates=tuple(self._certificates()),
             durations=_all_durations([one.durations for one in found]),
             loop_lag=max((one.loop_lag for one in found), default=0.0),
+            tasks=sum(one.tasks for one in found),
             workers=tuple(post.process.pid for post in supervisor.posts if post.process is not None),
             restarts={post.number: post.restarts for post in supervisor.posts},
         )

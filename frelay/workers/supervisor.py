@@ -132,7 +132,7 @@ class Supervisor(Relay):
     async def stage(self, new: Config, trust: OuterTls | None, *, instead_of: Config | None) -> Staged:
         """As in a relay; and each worker has staged its share."""
         changes, papers = plan(instead_of, new), self._read
-        opened = self._open_missing(new)
+        opened = self._open_missing(new, await self._look_up_missing(new))
         placed = spread(map(listener_key, new.routes), (post.number for post in self.posts), self._placed)
         asked: list[tuple[Post, WorkerProcess]] = []
 

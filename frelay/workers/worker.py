@@ -28,7 +28,7 @@ import trio
 
 from frelay import log
 from frelay.admin.office import Counts
-from frelay.config.model import Config
+from frelay.config.model import Address, Config
 from frelay.config.plan import ListenerKey, listener_key
 from frelay.config.written import load_written
 from frelay.errors import ConfigError, Problem
@@ -36,7 +36,7 @@ from frelay.journal import Entry, Journal, RouteTotals
 from frelay.lag import LoopLag
 from frelay.listener import Listener
 from frelay.office import RelayOffice
-from frelay.relay import Relay, Staged, prepare
+from frelay.relay import Places, Relay, Staged, prepare
 from frelay.tls.context import OuterTls
 from frelay.workers.channel import Channel, ChannelEnded, Received
 from frelay.workers.letters import (
@@ -76,7 +76,10 @@ class _WorkerRelay(Relay):
     async def _obey_signals(self, *, task_status: trio.TaskStatus[None]) -> None:
         task_status.started()  # they are the supervisor's
 
-    def _open_missing(self, new: Config) -> dict[ListenerKey, Listener]:
+    async def _look_up_missing(self, new: Config) -> Mapping[Address, Places]:
+        return {}  # what is bound was looked up by whoever bound it
+
+    def _open_missing(self, new: Config, places: Mapping[Address, Places]) -> dict[ListenerKey, Listener]:
         missing = {listener_key(route): route.listen for route in new.routes}
         return {
             key: Listener(address, self.handed.pop(key))
@@ -328,7 +331,8 @@ class _Worker:
 
     async def _report_once(self) -> None:
         table = counts_to_json(await self._office.counts())
-        self._outbox.report({**table, "loop_lag": self._lag.worst})
+        tasks = trio.lowlevel.current_statistics().tasks_living
+        self._outbox.report({**table, "loop_lag": self._lag.worst, "tasks": tasks})
 
     async def _report(self) -> None:
         while True:

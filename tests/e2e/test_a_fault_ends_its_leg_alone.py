@@ -1,6 +1,6 @@
 """TESTPLAN 9: whatever raises while one connection is judged, that leg dies, is not let in, and the relay lives.
 
-The faults are put into frelay's own functions, at every step from OpenSSL's callbacks to the lobby.
+The faults are put into frelay's own functions, at every step from OpenSSL's callbacks to the lobby, and beyond it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
 import frelay.leg
+import frelay.pairing
+import frelay.pump
 import frelay.reception
 import frelay.route
 import frelay.tls.context
 from certs import Credential, TestAuthority, self_signed
+from ends import join_ends
 from rig import Party, RelayInProcess, Site, eventually, pair
 
 
@@ -32,7 +35,7 @@ STEPS: Final[dict[str, tuple[object, str]]] = {
     "ALPN callback": (frelay.tls.context, "_select_protocol"),
     "reading the chain": (frelay.reception, "verified_peer"),
     "reading the names": (frelay.tls.context, "identities"),
-    "choosing the route": (frelay.reception._Guest, "_choose"),
+    "choosing the route": (frelay.reception, "choose"),
     "policy": (frelay.tls.context.OuterTls, "judge"),
     "matching": (frelay.route.LiveRoute, "match"),
     "WAITING": (frelay.leg.FramedLeg, "welcome"),
@@ -101,6 +104,40 @@ async def test_a_fault_at_any_step_ends_that_leg_alone(site: Site, armed: list[b
         assert len(forgive_bugs(relay)) == 4
 
 
+@pytest.mark.parametrize("step", ["hand-off", "pumps", "watch"])
+async def test_a_fault_in_a_pairing_ends_that_pairing_alone(
+    site: Site, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Outcome ``internal-error``: both functions are cut, the record says whose fault it was, and others go on."""
+    owner, name = {
+        "hand-off": (frelay.leg.FramedLeg, "begin"),
+        "pumps": (frelay.pump.RawPump, "run"),
+        "watch": (frelay.pairing.Pairing, "_watch"),
+    }[step]
+
+    async def fault(*args: Any, **kwargs: Any) -> None:
+        raise Fault(f"in {name}")
+
+    async with site.relay() as relay:
+        keeper1, keeper2 = await join_ends(site, relay)
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fault)
+            one, two = await site.party(relay, "func1"), await site.party(relay, "func2")
+            for party in (one, two):
+                await party.join()
+                await party.expect("WAITING")
+            if step != "hand-off":
+                for party in (one, two):
+                    await party.expect("PAIRED")
+                    await party.hand_off()
+            record = await relay.outcome()
+            assert (record["outcome"], record["side"]) == ("internal-error", "relay")
+            assert await one.ended() == await two.ended() == "reset"
+        await keeper1.send(b"\x16\x03\x01unharmed")
+        assert await keeper2.receive_exactly(11) == b"\x16\x03\x01unharmed"
+        assert forgive_bugs(relay) == ["a bug in frelay ended this pairing"]
+
+
 async def test_a_foreign_protocol_is_not_taken_for_a_bug(site: Site) -> None:
     """The exception in the ALPN callback is how its alert is made; no log line may cry wolf over it."""
     async with site.relay() as relay:
@@ -157,7 +194,8 @@ async def test_what_a_stranger_writes_into_a_certificate_is_harmless(site: Site,
         assert not forgive_bugs(relay)
         refused = await relay.log("refused", code="not-authorised")
         assert str(refused["certificate"]).isprintable()
-        assert len(refused["certificate"]) < 300
+        # Subject, issuer and up to eight names: 256 characters of each.
+        assert len(refused["certificate"]) < 1000
 
 
 async def test_the_verify_callback_never_turns_a_failure_into_a_success(

@@ -15,8 +15,9 @@ import structlog
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
+from admin import ADMIN
 from certs import TestAuthority
-from commands import Said, frelay_command
+from commands import Said, ask, frelay_command
 from frelay.cli.app import main
 from rig import DEMO, Site
 
@@ -219,6 +220,36 @@ def test_an_address_of_another_machine(site: Site) -> None:
     """192.0.2.0/24 is for documentation (RFC 5737): no machine has it."""
     message = only_message(run(site.write(DEMO.replace("127.0.0.1:0", "192.0.2.1:0"))))
     assert "route[demo].listen: cannot listen on 192.0.2.1:0: " in message
+
+
+async def test_an_admin_socket_in_use(site: Site) -> None:
+    """Two relays with one file: the second says so, and the first still answers."""
+    async with site.process(DEMO, sections=ADMIN):
+        said = await ask("run", "-c", site.config)
+        assert (await ask("status", "-c", site.config)).code == 0
+    message = said.messages[-1]
+    assert said.code == 1
+    assert message == (
+        f"frelay: {site.config}: admin.listen: cannot listen on unix:{site.directory}/a.sock: another process answers "
+        "there; if that is a relay with this file, it runs already: see frelay status"
+    )
+
+
+def test_an_admin_socket_where_a_file_is(site: Site) -> None:
+    """It is somebody's, and stays as it is."""
+    config = site.write(sections=ADMIN)
+    (site.directory / "a.sock").write_text("mine")
+    said = run(config)
+    assert said.code == 1
+    assert "cannot listen on unix:" in said.messages[-1]
+    assert "there is a file of that name, and it is no socket" in said.messages[-1]
+    assert (site.directory / "a.sock").read_text() == "mine"
+
+
+def test_an_admin_socket_without_its_directory(site: Site) -> None:
+    said = run(site.write(sections='[admin]\nlisten = "unix:no/a.sock"\n'))
+    assert said.code == 1
+    assert said.messages[-1].endswith(f"cannot listen on unix:{site.directory}/no/a.sock: its directory does not exist")
 
 
 # --- usage ------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -170,6 +171,26 @@ async def test_the_same_content_again_is_no_change(site: Site) -> None:
         assert await reloaded(relay, 1) == ["a", "demo"]
         assert relay.logged("reloaded")[0]["added"] == ["a"]
         await nothing_more(relay, 1)
+
+
+async def test_a_busy_neighbour_does_not_hold_it_up(site: Site) -> None:
+    """TESTPLAN 41: a file beside it that is written all the time, a log say, is an event all the time and no change."""
+    over = threading.Event()
+
+    def write_all_the_time() -> None:
+        with (site.directory / "noise.log").open("ab", buffering=0) as log:
+            while not over.wait(0.001):
+                log.write(b"line\n")
+
+    async with site.relay(watch=True) as relay, trio.open_nursery() as nursery:
+        nursery.start_soon(trio.to_thread.run_sync, write_all_the_time)
+        try:
+            for count, name in enumerate(("a", "b"), start=1):
+                await change(rename_over, site.config, text_with(site, DEMO + route(name)))
+                assert await reloaded(relay, count) == [name, "demo"]
+            await nothing_more(relay, 2)
+        finally:
+            over.set()
 
 
 # --- symlinks, as Kubernetes sets them ----------------------------------------------------------------------------

@@ -8,24 +8,18 @@ For the figure with more of them::
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import pytest
 import trio
 
 from ends import OPEN, churn, join_ends
-from rig import RelayProcess, Site
+from kernel import resident
+from rig import Site
 
 COUNT = int(os.environ.get("FRELAY_IDLE", "200"))
 # KiB. The goal is 16, and FRELAY_IDLE=500 measures it; the few pairings of a usual run share less of what is paid once.
 BOUND = 18
 ROUTES = OPEN + "max_waiting_per_party = 5000\nmax_pairings = 5000\n"
-
-
-def rss(relay: RelayProcess) -> int:
-    """The resident memory of the relay, in KiB."""
-    status = Path(f"/proc/{relay.process.pid}/status").read_text()
-    return int(status.partition("VmRSS:")[2].split()[0])
 
 
 def say(capsys: pytest.CaptureFixture[str], text: str) -> None:
@@ -39,11 +33,11 @@ async def test_an_idle_pairing(site: Site, capsys: pytest.CaptureFixture[str]) -
     """The tasks, the pumps and what is kept of two certificates; no TLS state and no pipe."""
     async with site.process(ROUTES, options=["--no-watch"]) as relay:
         await churn(site, relay, 30, seed=1)
-        before = rss(relay)
+        before = resident(relay)
         for _ in range(COUNT):
             await join_ends(site, relay)
             relay.events[:] = relay.logged("listening")
         await trio.sleep(0.5)
-        each = (rss(relay) - before) / COUNT
+        each = (resident(relay) - before) / COUNT
     say(capsys, f"{COUNT} idle handed-off pairings: {each:.1f} KiB each")
     assert each <= BOUND

@@ -48,6 +48,7 @@ CONTRACT: Final[Mapping[str, tuple[str, frozenset[str]]]] = {
     "frelay_crl_next_update_timestamp_seconds": ("gauge", frozenset()),
     "frelay_open_fds": ("gauge", frozenset()),
     "frelay_loop_lag_seconds": ("gauge", frozenset()),
+    "frelay_tasks": ("gauge", frozenset()),
     "frelay_build_info": ("gauge", frozenset({"version", "python", "openssl", "trio"})),
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass
 
 import trio
 import trio.testing
@@ -12,51 +11,10 @@ from ends import OPEN, PAIRS_OF_MODES, churn, end_by_reset, end_in_order, join_e
 from frelay.leg import Leg
 from frelay.pairing import Pairing
 from frelay.pump import RawPump, StreamPump
-from rig import RelayInProcess, Site, eventually, open_descriptors
+from holdings import as_before, holdings
+from rig import Site, eventually
 
 CHURN = 300
-
-
-@dataclass(frozen=True)
-class Holdings:
-    """Everything of a relay that grows with its pairings, and must shrink with them."""
-
-    descriptors: int
-    tasks: int
-    watched_wires: int
-    pipes_in_use: int
-    waiting: tuple[int, int]
-    pairings: int
-    retired_routes: int
-    legs: int
-    free_slots: int
-    hosts_with_strangers: int
-
-
-def holdings(relay: RelayInProcess) -> Holdings:
-    inner = relay.relay
-    admission, forwarding = inner._admission, inner._forwarding
-    return Holdings(
-        # Free pipes stay in their pool, bounded; they are not what a leak looks like.
-        descriptors=len(open_descriptors()) - 2 * len(forwarding.pipes._free),
-        tasks=trio.lowlevel.current_statistics().tasks_living,
-        watched_wires=len(forwarding.readiness),
-        pipes_in_use=forwarding.pipes.in_use,
-        waiting=relay.waiting(),
-        pairings=len(inner.pairings),
-        retired_routes=len(inner._retired),
-        legs=admission.legs,
-        free_slots=admission._free.value,
-        hosts_with_strangers=len(admission._by_host),
-    )
-
-
-async def as_before(relay: RelayInProcess, before: Holdings) -> None:
-    """Wait until the relay holds what it held; a failure shows both."""
-    try:
-        await eventually(lambda: holdings(relay) == before, patience=10)
-    except AssertionError:
-        assert holdings(relay) == before
 
 
 async def test_300_churned_pairings(site: Site) -> None:

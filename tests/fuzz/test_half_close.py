@@ -17,7 +17,6 @@ import struct
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable
 from functools import cache, partial
 from pathlib import Path
@@ -37,7 +36,7 @@ from frelay.pump import Cut, PipePool, Pump, RawPump, StreamPump, splice_is_avai
 from frelay.readiness import ReadinessSet, Wire
 from frelay.sockets import RawStream, close_with_reset
 from frelay.tls.stream import TlsStream
-from rig import Site, open_descriptors
+from rig import Site, descriptor_kinds
 from streams import SocketMaker, client_context, server_context, tcp_pair, tls_over, unix_pair
 
 T = TypeVar("T")
@@ -59,12 +58,6 @@ def content(start: int, count: int) -> bytes:
     while len(found) < count:
         found += CONTENT[: count - len(found)]
     return found
-
-
-def our_descriptors() -> Counter[str]:
-    """How many of each kind that could be ours."""
-    kinds = Counter(link.partition("[")[0] for link in open_descriptors().values())
-    return Counter({kind: kinds[kind] for kind in ("socket:", "pipe:", "anon_inode:")})
 
 
 @cache
@@ -334,7 +327,7 @@ class HalfClose(RuleBasedStateMachine):
         fate: str,
     ) -> None:
         contexts()  # whatever they leave open is not ours
-        self.before = our_descriptors()
+        self.before = descriptor_kinds()
         self.fate = fate
         self.is_spoiled = False
         """Whether the worst that may happen to this pairing has happened."""
@@ -442,7 +435,7 @@ class HalfClose(RuleBasedStateMachine):
                 end.close()
             self.trio.end()
             self.small_pipes.stop()
-        assert our_descriptors() == self.before
+        assert descriptor_kinds() == self.before
 
     def _bring_to_an_end(self) -> None:
         assert self.trio is not None

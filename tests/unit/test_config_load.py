@@ -348,6 +348,8 @@ BROKEN = [
     ("[limits]\nfd_budget = 0\n", "limits.fd_budget", 2, "must be more than 0, not 0"),
     ("[limits]\nfd_budget = 1.1\n", "limits.fd_budget", 2, "must be at most 1, not 1.1"),
     ("[relay]\ndrain_timeout = 0\n", "relay.drain_timeout", 2, "must be more than 0"),
+    ('[relay]\nuser = "a; b"\n', "relay.user", 2, "is not the name of a user: letters, digits"),
+    ("[relay]\nuser = 1000\n", "relay.user", 2, "must be text: the name of a user of this machine"),
     ("[relay]\nworkers = 0\n", "relay.workers", 2, "whole number from 1 to 256"),
     ("[relay]\nworkers = 257\n", "relay.workers", 2, "whole number from 1 to 256"),
     ("[relay]\nworkers = true\n", "relay.workers", 2, "whole number from 1 to 256"),
@@ -732,6 +734,6 @@ def _uncommented(text: str, sections: tuple[str, ...]) -> str:
         if header := _HEADER.match(line):
             section = header["name"]
         is_code = _HEADER.match(line) or _KEY.match(line)
-        is_choice = line.startswith(('# outer = "mtls"', "# crl"))
+        is_choice = line.startswith(('# outer = "mtls"', "# crl", "# max_bytes_per_second", "# user"))
         lines.append(line.removeprefix("# ") if is_code and section in sections and not is_choice else line)
     return "\n".join(lines)

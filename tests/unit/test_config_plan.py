@@ -173,6 +173,7 @@ TLS = TlsSection(certificate=Path("/c"), private_key=Path("/k"), client_ca=Path(
         ({}, {"tcp": TcpSection(nodelay=False)}, ("tcp.nodelay",), ()),
         ({}, {"relay": RelaySection(drain_timeout=1)}, ("relay.drain_timeout",), ()),
         ({}, {"relay": RelaySection(name="x")}, (), ("relay.name",)),
+        ({}, {"relay": RelaySection(user="frelay")}, (), ("relay.user",)),
         ({"tls": TLS}, {"tls": TLS.model_copy(update={"crl": Path("/r")})}, ("tls.crl",), ()),
         ({"tls": TLS}, {}, ("tls",), ()),
         ({}, {"admin": AdminSection()}, (), ("admin",)),

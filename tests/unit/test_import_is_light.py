@@ -73,7 +73,19 @@ def test_the_relay_does_load_what_it_needs() -> None:
 def test_asking_for_help_does_not_load_the_relay() -> None:
     code = "from typer.testing import CliRunner\nfrom frelay.cli.app import app\n"
     code += "assert CliRunner().invoke(app, ['--help']).exit_code == 0"
-    assert not loaded_after(code) & {"trio", "OpenSSL", "pydantic", "frelay.relay"}
+    assert not loaded_after(code) & {"trio", "OpenSSL", "cryptography", "pydantic", "fastapi", "frelay.relay"}
+
+
+@pytest.mark.parametrize("command", ["status", "reload", "top", "route list"])
+def test_asking_a_running_relay_loads_no_relay(command: str) -> None:
+    """A status in a script or on a prompt is asked for often; HTTP and TLS are all that it needs."""
+    code = "from typer.testing import CliRunner\nfrom frelay.cli.app import app\n"
+    code += f"done = CliRunner().invoke(app, [*{command.split()!r}, '--admin', 'unix:/nowhere'])\n"
+    code += "assert done.exit_code == 1 and 'there is no socket /nowhere' in done.stderr, done.output"
+    modules = loaded_after(code)
+    assert "frelay.cli.remote" in modules
+    # Typer itself looks at pydantic, where that is installed, once it has values to convert.
+    assert not modules & {"trio", "OpenSSL", "cryptography", "fastapi", "frelay.relay", "frelay.config.model"}
 
 
 def test_everything_that_is_promised_is_there() -> None:

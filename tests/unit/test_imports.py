@@ -59,7 +59,9 @@ HOUSE: Final = (
     ),
     Room("choice", "protocol config", "", "the relay and `frelay why` must never choose differently"),
     Room("config.watch", "errors protocol config", "trio watchfiles", "the one part of it that waits"),
+    Room("names", "", "trio", "whoever looks a name up waits for nobody else's"),
     Room("admission", "config", "trio", "limits, whoever the connection belongs to"),
+    Room("privileges", "errors config", "", "what a process may do is settled before it is a relay"),
     Room("sockets", "errors tcp config", "trio", "the border to the kernel: its errors end here"),
     Room("systemd", "config sockets", "trio structlog sdnotify", "who started us, wherever that is systemd"),
     Room("tls", "errors tcp protocol config sockets", "trio OpenSSL cryptography", "the border to OpenSSL"),
@@ -69,9 +71,12 @@ HOUSE: Final = (
     Room("frameless", f"{LEAVES} admission sockets tls leg", "trio", "legs that speak no frames"),
     Room("lobby", "errors protocol", "trio", "who waits; it only holds legs, and knows nothing of how they work"),
     Room("readiness", "", "trio", "steps pumps without knowing what a pairing is"),
-    Room("pump", "errors outcome tcp readiness sockets", "trio", "one direction, whatever the two ends are"),
-    Room("pairing", f"{LEAVES} leg pump readiness sockets", "trio structlog", "two legs, and how they ended"),
-    Room("route", f"{LEAVES} config choice tls leg lobby pairing", "trio", "the one decision: who meets whom"),
+    Room("bandwidth", "", "trio", "a budget, whoever spends it"),
+    Room("pump", "errors outcome tcp bandwidth readiness sockets", "trio", "one direction, whatever the two ends are"),
+    Room("pairing", f"{LEAVES} leg bandwidth pump readiness sockets", "trio structlog", "two legs, and how they ended"),
+    Room(
+        "route", f"{LEAVES} config choice tls leg lobby bandwidth pairing", "trio", "the one decision: who meets whom"
+    ),
     Room(
         "dial",
         f"{LEAVES} journal config admission sockets leg frameless lobby pairing route",
@@ -84,7 +89,7 @@ HOUSE: Final = (
         "trio structlog",
         "from accept to paired or gone",
     ),
-    Room("inspection", "outcome tls route", "trio", "judges again who is in, whatever they are doing"),
+    Room("inspection", "outcome tls route", "trio structlog", "judges again who is in, whatever they are doing"),
     Room("listener", f"{LEAVES} config admission sockets reception", "trio structlog", "one address"),
     Room(
         "admin",
@@ -101,8 +106,8 @@ HOUSE: Final = (
     ),
     Room(
         "relay",
-        f"{LEAVES} journal config config.store config.watch admission tls tickets lobby pump pairing route reception "
-        "inspection listener systemd office servers",
+        f"{LEAVES} journal config config.store config.watch names admission privileges sockets tls tickets lobby pump "
+        "pairing route reception inspection listener systemd office servers",
         "trio structlog",
         "the nursery tree",
     ),
@@ -114,7 +119,7 @@ HOUSE: Final = (
     ),
     Room(
         "cli",
-        f"{LEAVES} client client.trio pki log config systemd tls verdict relay workers",
+        f"{LEAVES} client client.trio pki log config privileges systemd tls verdict relay workers",
         "typer trio",
         "nothing below knows that it was typed",
     ),

@@ -1,0 +1,45 @@
+"""How late is a relay's event loop? ``python bench/probe.py PORT``, with a plain route at that port.
+
+One byte at a time goes through a pairing, from one socket of this process to another, and waits for nothing but the
+relay's loop and the machine. Each second prints a line of JSON: the median and the longest way in it, in milliseconds.
+A process of its own, so that it does not measure the load generator's loop instead.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+import time
+from statistics import median
+from typing import Final
+
+_PAUSE: Final = 0.02
+_PATIENCE: Final = 60.0
+# A plain route's functions upgrade to TLS, and the relay insists that it begins like that.
+_TLS_HEADER: Final = b"\x16\x03\x01"
+
+
+def main() -> None:
+    """Probe until the connection ends."""
+    one, two = (socket.create_connection(("127.0.0.1", int(sys.argv[1])), _PATIENCE) for _ in range(2))
+    with one, two:
+        for sock in (one, two):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        one.sendall(_TLS_HEADER)
+        two.recv(len(_TLS_HEADER), socket.MSG_WAITALL)
+        while True:
+            ways = []
+            until = time.monotonic() + 1
+            while time.monotonic() < until:
+                began = time.perf_counter()
+                one.sendall(b".")
+                if not two.recv(1):
+                    return
+                ways.append((time.perf_counter() - began) * 1e3)
+                time.sleep(_PAUSE)
+            print(json.dumps({"median": median(ways), "longest": max(ways)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,459 @@
+"""Does it stay as it is? ``python bench/soak.py --seconds 1800``
+
+A real ``frelay run`` is given everything at once, good and hostile (bench/churn.py says what), and looked at each
+second: open descriptors, memory, tasks, and how late its event loop is. After a warm-up none of them may rise
+(bench/flat.py says how that is judged), and once all traffic has stopped the relay must hold exactly the sockets and
+tasks that it held before: what leaks by the drop shows in the second, what is kept on purpose and for ever in the
+first.
+
+    python bench/soak.py --seconds 30                                  # what CI does
+    nice python bench/soak.py --seconds 1800 --json soak.json --plot docs/soak.svg
+
+The table goes to stdout, progress to stderr if that is a terminal. Exit codes: 0 flat and no trouble, 1 not, 2 usage,
+130 or 143 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import signal
+import ssl
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import trio
+
+# Run as a script, Python would look in bench/ alone; and the relay measured shall be the one beside this file.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench.churn import Actor, Ground, actors, ask
+from bench.flat import Finding, Gauge, judge, warm_up
+from bench.plot import Curve, Panel, as_svg
+from bench.subjects import checkout_root
+
+_START: Final = 60.0
+_REST: Final = 40.0
+
+GAUGES: Final = {
+    "descriptors": Gauge("open descriptors", "", 8, "the pool keeps the pipes of the busiest moment, two ends each"),
+    "memory": Gauge("memory (RSS)", "MiB", 4, "arenas of Python and malloc, filled anew by whatever comes"),
+    "tasks": Gauge("tasks", "", 10, "three pairings more at the end than at the beginning, by chance"),
+    "lag": Gauge("loop lag, median", "ms", 5, "what others do on the machine"),
+}
+
+
+@dataclass(slots=True)
+class Sample:
+    """What was seen in one second."""
+
+    at: float
+    descriptors: int
+    memory: float
+    """MiB."""
+    threads: int
+    tasks: int
+    cpu: float
+    """Seconds so far."""
+    lag: float | None = None
+    longest_lag: float | None = None
+    """Milliseconds: the median and the longest way of a byte through the relay."""
+
+
+@dataclass
+class Result:
+    """A finished run."""
+
+    seconds: float
+    warm_up: float
+    samples: list[Sample]
+    findings: list[Finding]
+    before: dict[str, int]
+    after: dict[str, int]
+    """What it held at rest, before and after."""
+    scenes: dict[str, int]
+    outcomes: Counter[str]
+    troubles: Counter[str]
+    others: list[str] = field(default_factory=list)
+
+    @property
+    def is_good(self) -> bool:
+        """Whether all is as it must be."""
+        return not self.faults()
+
+    def faults(self) -> list[str]:
+        """What is not as it must be."""
+        found = [f"{f.gauge.name} grew by {f.line.growth:.1f} {f.gauge.unit}" for f in self.findings if not f.is_flat]
+        found += [
+            f"at rest it holds {self.after[name]} {name}, and held {count} before"
+            for name, count in self.before.items()
+            if self.after[name] != count
+        ]
+        return [*found, *(f"{text} ({count} times)" for text, count in self.troubles.items()), *self.others]
+
+
+class _Relay:
+    """The process, and what it logs."""
+
+    def __init__(self, process: trio.Process, ground: Ground) -> None:
+        self.process: Final = process
+        self._ground: Final = ground
+        self.outcomes: Final[Counter[str]] = Counter()
+        self.bugs: Final[list[str]] = []
+        self.is_ready: Final = trio.Event()
+        self.metrics = ""
+        self._tail = ""
+
+    async def read_log(self) -> None:
+        """Read it to its end: who does not, stops the log."""
+        assert self.process.stderr is not None
+        rest = b""
+        async for chunk in self.process.stderr:
+            *lines, rest = (rest + bytes(chunk)).split(b"\n")
+            for line in lines:
+                self._take(line)
+        self.is_ready.set()
+
+    def _take(self, line: bytes) -> None:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            entry = {"event": line.decode("utf-8", "replace")}
+            self._tail = entry["event"]
+        event = entry["event"]
+        if event == "pairing ended":
+            self.outcomes[entry["outcome"]] += 1
+        elif event == "listening":
+            self._ground.ports[entry["route"]] = int(entry["address"].rpartition(":")[2])
+        elif event == "serving":
+            self.metrics = entry["metrics"]
+        elif event == "ready":
+            self.is_ready.set()
+        elif "a bug in frelay" in event:
+            self.bugs.append(line.decode("utf-8", "replace"))
+
+    async def wait_ready(self) -> None:
+        """Until it serves; raises RuntimeError."""
+        with trio.move_on_after(_START):
+            await self.is_ready.wait()
+        if not self.metrics:
+            raise RuntimeError(f"the relay did not start: {self._tail}")
+
+    # --- looking at it -------------------------------------------------------------------------------------------
+
+    async def look(self, at: float) -> Sample:
+        """One sample."""
+        directory = Path(f"/proc/{self.process.pid}")
+        status = dict(line.split(":", 1) for line in (directory / "status").read_text().splitlines())
+        ticks = (directory / "stat").read_text().rpartition(")")[2].split()
+        metrics = await self._read_metrics()
+        return Sample(
+            at=at,
+            descriptors=len(os.listdir(directory / "fd")),
+            memory=int(status["VmRSS"].split()[0]) / 1024,
+            threads=int(status["Threads"]),
+            tasks=round(metrics["frelay_tasks"]),
+            cpu=(int(ticks[11]) + int(ticks[12])) / os.sysconf("SC_CLK_TCK"),
+        )
+
+    async def _read_metrics(self) -> dict[str, float]:
+        host, _, port = self.metrics.rpartition(":")
+        stream = await trio.open_tcp_stream(host, int(port))
+        async with stream:
+            await stream.send_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            answer = b""
+            while data := await stream.receive_some():
+                answer += data
+        lines = answer.decode().splitlines()
+        return {
+            name: float(value)
+            for name, _, value in (line.partition(" ") for line in lines)
+            if name in ("frelay_tasks",)
+        }
+
+    async def settled(self) -> dict[str, int]:
+        """What it holds once that stays so: the connection that asked last may still be closing."""
+        found, before = await self.at_rest(), None
+        while found != before:
+            await trio.sleep(0.3)
+            found, before = await self.at_rest(), found
+        return found
+
+    async def at_rest(self) -> dict[str, int]:
+        """What it holds that must come back to the same number."""
+        directory = f"/proc/{self.process.pid}/fd"
+        kinds = [os.readlink(f"{directory}/{name}") for name in os.listdir(directory)]
+        _, status = await ask(self._ground, "GET", "/v1/status")
+        return {
+            "sockets": sum(kind.startswith("socket:") for kind in kinds),
+            "files": sum(not kind.startswith(("socket:", "pipe:")) for kind in kinds),
+            "tasks": (await self.look(0)).tasks,
+            "legs": status["descriptors"]["legs"],
+            "pairings": status["pairings"],
+            "waiting legs": status["waiting"],
+        }
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+async def _echo(stream: trio.SSLStream[trio.SocketStream]) -> None:
+    try:
+        while data := await stream.receive_some():
+            await stream.send_all(data)
+        await stream.aclose()
+    except trio.BrokenResourceError:
+        pass  # its caller is one of those that go without a word
+
+
+async def _kill(process: trio.Process) -> None:
+    # Its drain would be waited for in vain.
+    process.kill()
+
+
+async def _probe(ground: Ground, found: list[tuple[float, float]]) -> None:
+    command = [sys.executable, str(checkout_root() / "bench" / "probe.py"), str(ground.ports["probe"])]
+    async with trio.open_nursery() as nursery:
+        process: trio.Process = await nursery.start(
+            partial(trio.run_process, command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, check=False)
+        )
+        assert process.stdout is not None
+        rest = b""
+        async for chunk in process.stdout:
+            *lines, rest = (rest + bytes(chunk)).split(b"\n")
+            found += [(way["median"], way["longest"]) for way in map(json.loads, lines)]
+
+
+async def _traffic(
+    ground: Ground, relay: _Relay, cast: Sequence[Actor], seconds: float, troubles: Counter[str]
+) -> list[Sample]:
+    """All of it for ``seconds``, with a look each second."""
+    samples: list[Sample] = []
+    lags: list[tuple[float, float]] = []
+    over = trio.Event()
+    async with trio.open_nursery() as beside:
+        beside.start_soon(_probe, ground, lags)
+        async with trio.open_nursery() as scenes:
+            for actor in cast:
+                scenes.start_soon(actor.run, over, troubles)
+            began = trio.current_time()
+            while (at := trio.current_time() - began) < seconds and relay.process.returncode is None:
+                sample = await relay.look(at)
+                if lags:
+                    sample.lag, sample.longest_lag = lags[-1][0], max(longest for _, longest in lags)
+                    lags.clear()
+                samples.append(sample)
+                _show(f"{at:.0f} of {seconds:.0f} s: {sample.descriptors} descriptors, {sample.memory:.1f} MiB")
+                await trio.sleep_until(began + len(samples))
+            over.set()
+            _show("the last scenes come to their end")
+        beside.cancel_scope.cancel(reason="time is up")
+    return samples
+
+
+async def run(options: argparse.Namespace, directory: Path) -> Result:
+    """Start everything, let it churn, look, and end it."""
+    certs = directory / "certs"
+    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    ground = Ground(directory, f"127.0.0.1:{listeners[0].socket.getsockname()[1]}")
+    ground.write()
+    service = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    service.load_cert_chain(certs / "func2.pem", certs / "func2.key")
+    service.load_verify_locations(certs / "ca.pem")
+    service.verify_mode = ssl.CERT_REQUIRED
+    command = [sys.executable, "-m", "frelay", "run", "-c", str(ground.route_file), "--log-format", "json"]
+    troubles: Counter[str] = Counter()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.serve_listeners, _echo, [trio.SSLListener(listener, service) for listener in listeners])
+        process: trio.Process = await nursery.start(
+            partial(
+                trio.run_process,
+                command,
+                cwd=checkout_root(),
+                stdin=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                check=False,
+                # Out of the terminal's reach: Ctrl-C is for us, and we end it.
+                process_group=0,
+                deliver_cancel=_kill,
+            )
+        )
+        relay = _Relay(process, ground)
+        ground.pid = process.pid
+        nursery.start_soon(relay.read_log)
+        await relay.wait_ready()
+        before = await relay.settled()  # what is made once, for the first caller, is no leak
+        cast = actors(ground, options.seed)
+        samples = await _traffic(ground, relay, cast, options.seconds, troubles)
+        _show("coming to rest")
+        after = await relay.at_rest()
+        with trio.move_on_after(_REST):
+            while after != before:
+                await trio.sleep(0.2)
+                after = await relay.at_rest()
+        others = [f"in the log: {bug}" for bug in relay.bugs[:3]]
+        process.terminate()
+        with trio.move_on_after(_REST):
+            code = await process.wait()
+            if code != 0:
+                others.append(f"the relay ended with {code}")
+        nursery.cancel_scope.cancel()
+    scenes: Counter[str] = Counter()
+    for actor in cast:
+        scenes[actor.name] += actor.times
+    early = warm_up(options.seconds)
+    findings = [
+        judge(gauge, [(s.at, value) for s in samples if (value := getattr(s, name)) is not None], after=early)
+        for name, gauge in GAUGES.items()
+    ]
+    return Result(
+        options.seconds, early, samples, findings, before, after, dict(scenes), relay.outcomes, troubles, others
+    )
+
+
+# --- telling ----------------------------------------------------------------------------------------------------------
+
+
+def _show(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text[:100]}", end="", file=sys.stderr, flush=True)
+
+
+def as_table(result: Result) -> str:
+    """The figures, for a person."""
+    rows = [["", "mean", "highest", "growth", "+/-", "may grow", ""]]
+    for f in result.findings:
+        unit, grown = f" {f.gauge.unit}".rstrip(), f.line.growth
+        numbers = (f.mean, f.highest, grown, 2 * f.line.error)
+        shown = [f"{number:.1f}{unit}" for number in numbers]
+        rows.append([f.gauge.name, *shown, f"{f.gauge.may_grow:g}{unit}", "flat" if f.is_flat else "NOT FLAT"])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        pads = [str.ljust, *[str.rjust] * (len(row) - 2), str.ljust]
+        lines.append("  ".join(pad(cell, width) for pad, cell, width in zip(pads, row, widths, strict=True)).rstrip())
+    cpu = (result.samples[-1].cpu - result.samples[0].cpu) / (result.samples[-1].at - result.samples[0].at)
+    scenes = ", ".join(f"{count} {name}" for name, count in result.scenes.items())
+    outcomes = ", ".join(f"{count} {name}" for name, count in result.outcomes.most_common())
+    longest = max((s.longest_lag or 0.0) for s in result.samples)
+    lines += [
+        "",
+        f"{result.seconds:g} s, the first {result.warm_up:g} s of them not counted; the relay used {cpu:.2f} cores.",
+        f"Scenes: {scenes}.",
+        f"Pairings: {sum(result.outcomes.values())}: {outcomes}.",
+        f"The longest way of a byte through the relay took {longest:.0f} ms, the load on this machine included.",
+        "At rest, before and after: "
+        + ", ".join(f"{result.before[name]} and {result.after[name]} {name}" for name in result.before)
+        + ".",
+        *(f"FAULT: {fault}" for fault in result.faults()),
+    ]
+    return "\n".join(lines)
+
+
+def as_json(result: Result) -> dict[str, Any]:
+    """Everything, each sample included."""
+    return {
+        "machine": {"kernel": platform.release(), "cpus": os.cpu_count(), "python": platform.python_version()},
+        "seconds": result.seconds,
+        "warm_up": result.warm_up,
+        "is_good": result.is_good,
+        "faults": result.faults(),
+        "findings": [
+            {**asdict(f.gauge), "mean": f.mean, "highest": f.highest, "growth": f.line.growth, "error": f.line.error}
+            for f in result.findings
+        ],
+        "at_rest": {"before": result.before, "after": result.after},
+        "scenes": result.scenes,
+        "outcomes": dict(result.outcomes),
+        "troubles": dict(result.troubles),
+        "samples": [asdict(sample) for sample in result.samples],
+    }
+
+
+def as_picture(result: Result) -> str:
+    """The curves and the lines through them."""
+    panels = []
+    for (name, gauge), finding in zip(GAUGES.items(), result.findings, strict=True):
+        points = [(s.at, value) for s in result.samples if (value := getattr(s, name)) is not None]
+        growth = f"grows by {finding.line.growth:+.1f} {gauge.unit}".rstrip()
+        line = (finding.line.begins, finding.line.ends)
+        panels.append(Panel(gauge.name, gauge.unit, [Curve(growth, points)], line))
+    pairings = sum(result.outcomes.values())
+    text = (
+        f"{pairings:,} pairings in {sum(result.scenes.values()):,} scenes, good and hostile, in "
+        f"{result.seconds / 60:g} minutes; shaded: the warm-up"
+    )
+    return as_svg("A relay under everything at once", text, panels, warm_up=result.warm_up)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 20 <= value <= 7 * 86400:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 20 to a week")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="soak.py",
+        description="Churn a relay with everything at once, and see whether it stays as it is.",
+        epilog="Exit codes: 0 flat and no trouble, 1 not, 2 usage, 130 or 143 interrupted.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--seconds", type=_seconds, default=60.0, metavar="S", help="how long, from 20 (default: 60)")
+    add("--seed", type=int, default=1, metavar="N", help="for what the scenes choose (default: 1)")
+    add("--json", type=Path, metavar="FILE", help="write everything, each sample included")
+    add("--plot", type=Path, metavar="FILE", help="write the curves as SVG")
+    return parser
+
+
+async def _until_signalled(options: argparse.Namespace, directory: Path) -> Result | int:
+    """The result, or the number of the signal that came first."""
+    found: list[Result | int] = []
+    async with trio.open_nursery() as nursery:
+
+        async def obey(*, task_status: trio.TaskStatus[None]) -> None:
+            with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+                task_status.started()
+                async for number in signals:
+                    found.append(number)
+                    nursery.cancel_scope.cancel(reason="a signal")
+
+        await nursery.start(obey)
+        found.append(await run(options, directory))
+        nursery.cancel_scope.cancel(reason="done")
+    return found[0]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The script; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="frelay-soak-") as scratch:
+        result = trio.run(_until_signalled, options, Path(scratch) / "relay")
+    _show("")
+    if isinstance(result, int):
+        print("soak.py: interrupted; everything that was started has been ended", file=sys.stderr)
+        return 128 + result
+    print(as_table(result))
+    if options.json is not None:
+        options.json.write_text(json.dumps(as_json(result), indent=1) + "\n")
+    if options.plot is not None:
+        options.plot.write_text(as_picture(result))
+    return 0 if result.is_good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,224 @@
+"""``frelay plan``: what a reload with another route file would change, and whom it would hit.
+
+The plan itself is :func:`frelay.config.plan.plan`, the same that a reload follows. What is added here is where the
+running configuration comes from (the relay, or a second file), how many pairings hang on each route, and words.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from frelay.cli.check import report_problems
+from frelay.cli.remote import CallFailed, Credentials, Place, Remote, find, place_in_file
+from frelay.cli.text import bold, count
+from frelay.config.load import load
+from frelay.config.model import Config, Route
+from frelay.config.plan import Plan
+from frelay.config.plan import plan as planned
+from frelay.config.written import config_as_written, load_written, route_as_written
+from frelay.errors import ConfigError, printable
+from frelay.relay import prepare
+
+if TYPE_CHECKING:
+    from frelay.cli.operate import Asked
+
+__all__ = ["Running", "lines", "plan"]
+
+# Of a list of forty selectors nobody reads the end in a line; --json has it.
+_SHOWN: Final = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A configuration in force; ``counts`` are (pairings, waiting legs) by route, empty where nobody knows them."""
+
+    config: Config
+    source: str
+    counts: Mapping[str, tuple[int, int]]
+
+
+def plan(asked: Asked, *, running: Path | None, as_json: bool) -> int:
+    """Print the plan; raises CallFailed, and ConfigError for the file of ``running``."""
+    path = asked.config or Path(os.environ.get("FRELAY_CONFIG") or "relay.toml")
+    try:
+        new = load(path)
+        prepare(new)
+    except ConfigError as error:
+        return report_problems(path, error, as_json=as_json)
+    before = _of_file(running) if running is not None else _of_relay(asked, path)
+    found = planned(before.config, new)
+    if as_json:
+        print(json.dumps(_as_json(found, before, new)))
+    else:
+        for line in lines(found, before, new):
+            print(line)
+    return 1 if found.clashes else 0
+
+
+def _of_file(path: Path) -> Running:
+    return Running(load(path), str(path), {})
+
+
+def _of_relay(asked: Asked, path: Path) -> Running:
+    # -c names the new file here; only without another word is its [admin] also the way to the relay.
+    is_named = asked.admin is not None or os.environ.get("FRELAY_ADMIN")
+    place: Place = find(asked.admin, None) if is_named else place_in_file(path)
+    credentials = Credentials(asked.cert, asked.key, asked.ca, asked.server_name)
+    with Remote(place, credentials) as remote:
+        written, routes = remote.get("/v1/config"), remote.get("/v1/routes")["routes"]
+    try:
+        config = load_written(written)
+    except ValueError as error:
+        text = " ".join(str(error).split())
+        raise CallFailed(f"the relay at {place} writes its configuration in another way: {text}") from error
+    counts = {
+        route["name"]: (route["pairings"], len(route["waiting"]["func1"]) + len(route["waiting"]["func2"]))
+        for route in routes
+    }
+    return Running(config, f"{config.relay.name} at {place}", counts)
+
+
+# --- what differs -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """One key with its two values, as a route file would write them; None where there is none."""
+
+    key: str
+    was: Any
+    becomes: Any
+
+    def __str__(self) -> str:
+        return printable(f"{self.key}: {_shown(self.was)} -> {_shown(self.becomes)}")
+
+    def as_json(self) -> dict[str, Any]:
+        return {"key": self.key, "from": self.was, "to": self.becomes}
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, list) and all(isinstance(one, str) for one in value):
+        text = ", ".join(value) or "none"
+    elif isinstance(value, str):
+        text = value
+    elif isinstance(value, float):
+        text = f"{value:g}"
+    else:
+        text = json.dumps(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def _route_changes(old: Route, new: Route, keys: Iterable[str]) -> list[_Change]:
+    was, becomes = ({**table.pop("limits"), **table} for table in (route_as_written(old), route_as_written(new)))
+    return [_Change(key, was[key], becomes[key]) for key in keys]
+
+
+def _setting_changes(old: Config, new: Config, keys: Iterable[str]) -> list[_Change]:
+    was, becomes = config_as_written(old), config_as_written(new)
+    return [_Change(key, _value_at(was, key), _value_at(becomes, key)) for key in keys]
+
+
+def _value_at(written: Mapping[str, Any], key: str) -> Any:
+    section, _, name = key.partition(".")
+    return written[section][name] if name else written[section]
+
+
+# --- as JSON ----------------------------------------------------------------------------------------------------------
+
+
+def _as_json(plan: Plan, running: Running, new: Config) -> dict[str, Any]:
+    before = running.config.routes_by_name
+
+    def hit(route: Route) -> dict[str, Any]:
+        pairings, waiting = running.counts.get(route.name, (None, None))
+        return {"name": route.name, "listen": str(route.listen), "pairings": pairings, "waiting": waiting}
+
+    return {
+        "ok": not plan.clashes,
+        "problems": [],
+        "changes": not plan.is_empty,
+        "running": running.source,
+        "keep": [
+            {
+                **hit(kept.route),
+                "changed": [one.as_json() for one in _route_changes(before[kept.route.name], kept.route, kept.changed)],
+            }
+            for kept in plan.keep
+        ],
+        "add": [{"name": added.route.name, "listen": str(added.route.listen)} for added in plan.add],
+        "remove": [hit(removed.route) for removed in plan.remove],
+        "replace": [
+            {
+                **hit(replaced.new),
+                "changed": [one.as_json() for one in _route_changes(replaced.old, replaced.new, replaced.changed)],
+            }
+            for replaced in plan.replace
+        ],
+        "bind": sorted(str(key.address) for key in plan.bind),
+        "close": sorted(str(key.address) for key in plan.close),
+        "clashes": [{"bind": str(bind.address), "close": str(close.address)} for bind, close in plan.clashes],
+        "settings": [one.as_json() for one in _setting_changes(running.config, new, plan.settings)],
+        "restart_only": [one.as_json() for one in _setting_changes(running.config, new, plan.restart_only)],
+    }
+
+
+# --- in words ---------------------------------------------------------------------------------------------------------
+
+
+def lines(plan: Plan, running: Running, new: Config) -> Iterator[str]:
+    """The plan for a person."""
+    for bind, close in plan.clashes:
+        text = (
+            f"WOULD BE REFUSED: {bind.address} cannot be bound before {close.address} is closed: remove the old route "
+            "in one reload, add the new one in a second"
+        )
+        yield bold(text, sys.stdout)
+    if plan.is_empty:
+        yield f"no changes against {printable(running.source)}: {count(len(plan.keep), 'route')} as now"
+        return
+    yield f"{printable(str(new.path))} against {printable(running.source)}:"
+    drain = f"{new.relay.drain_timeout:g} s"
+    for replaced in plan.replace:
+        yield f"  replace  {replaced.new.name}{_hit(running, replaced.new.name, drain)}"
+        yield from _indented(_route_changes(replaced.old, replaced.new, replaced.changed))
+    for removed in plan.remove:
+        yield f"  remove   {removed.route.name}, on {removed.route.listen}{_hit(running, removed.route.name, drain)}"
+    for added in plan.add:
+        yield f"  add      {added.route.name}, on {added.route.listen}"
+    before = running.config.routes_by_name
+    for kept in plan.keep:
+        if kept.changed:
+            yield f"  keep     {kept.route.name}, with other limits for new legs and pairings"
+            yield from _indented(_route_changes(before[kept.route.name], kept.route, kept.changed))
+    unchanged = sum(not kept.changed for kept in plan.keep)
+    if unchanged:
+        yield f"  keep     {count(unchanged, 'route')} as now"
+    for word, keys in (("bind", plan.bind), ("close", plan.close)):
+        for key in sorted(keys):
+            yield f"  {word:<8} {key}"
+    for change in _setting_changes(running.config, new, plan.settings):
+        yield f"  setting  {change}"
+    for change in _setting_changes(running.config, new, plan.restart_only):
+        yield f"  restart  {change}, and only then"
+
+
+def _indented(changes: Iterable[_Change]) -> Iterator[str]:
+    for change in changes:
+        yield f"             {change}"
+
+
+def _hit(running: Running, name: str, drain: str) -> str:
+    """Whom it hits that a route goes."""
+    if name not in running.counts:
+        return ""
+    pairings, waiting = running.counts[name]
+    ends = f" (cut after {drain})" if pairings else ""
+    return f": {count(pairings, 'pairing')}{ends}, {waiting} waiting"

@@ -1,0 +1,148 @@
+"""``frelay route add``, ``delete``, ``list`` and ``show``: routes of a running relay, by its admin API."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from frelay.cli.remote import Remote, route_path
+from frelay.cli.text import bold, columns, duration, pad, size
+from frelay.errors import printable
+
+__all__ = ["add", "delete", "etag", "listing", "party", "party_text", "show"]
+
+_DIAL: Final = "dial:"
+
+
+def party(selectors: Sequence[str], dial: str | None, connect_timeout: float | None = None) -> Any:
+    """A party as the API takes it: selectors, or the place that the relay dials; None if nothing was given.
+
+    ``dial:HOST:PORT`` among the selectors is the same as ``dial``. Raises ValueError for a party that is both.
+    """
+    places = [text.removeprefix(_DIAL) for text in selectors if text.startswith(_DIAL)]
+    places += [] if dial is None else [dial]
+    if not places:
+        return list(selectors) or None
+    if len(places) > 1 or len(selectors) > (1 if dial is None else 0):
+        raise ValueError("a party is either selectors or one place to dial")
+    return {"dial": places[0]} | ({} if connect_timeout is None else {"connect_timeout": connect_timeout})
+
+
+def party_text(party: Any) -> str:
+    """A party of the API for a person: its selectors, or the place that is dialled; ``-`` for nobody in particular."""
+    if isinstance(party, Mapping):
+        return f"{_DIAL}{party.get('dial')}"
+    return ", ".join(str(selector) for selector in party) or "-"
+
+
+def etag(text: str) -> str:
+    """An etag as HTTP writes it; a shell has often eaten its quotes."""
+    return text if text == "*" or text.startswith('"') else f'"{text}"'
+
+
+def add(
+    remote: Remote, name: str, body: Mapping[str, Any], *, must_be_new: bool, if_match: str | None, as_json: bool
+) -> int:
+    """Add a route or replace it; raises CallFailed."""
+    headers = {"if-none-match": "*"} if must_be_new else {}
+    if if_match is not None:
+        headers["if-match"] = etag(if_match)
+    answer = remote.call("PUT", route_path(name), body, headers)
+    if as_json:
+        print(json.dumps(answer.body))
+    else:
+        done = "added" if answer.status == 201 else "updated"
+        print(f"{name}: {done}, listens on {', '.join(answer.body['bound'])}, written to {answer.body['file']}")
+    return 0
+
+
+def delete(remote: Remote, name: str, *, if_match: str | None) -> int:
+    """Delete a route; raises CallFailed."""
+    remote.call("DELETE", route_path(name), headers={} if if_match is None else {"if-match": etag(if_match)})
+    print(f"{name}: deleted")
+    return 0
+
+
+def listing(remote: Remote, *, as_json: bool) -> int:
+    """Print all routes, one a line; raises CallFailed."""
+    found = remote.get("/v1/routes")
+    if as_json:
+        print(json.dumps(found))
+        return 0
+    header = ("NAME", "LISTEN", "FUNC1", "FUNC2", "WAITING 1/2", "PAIRINGS", "BYTES", "FILE")
+    rows = [_row(route) for route in found["routes"]]
+    head, *lines = columns(header, rows, right=("WAITING 1/2", "PAIRINGS", "BYTES"))
+    print(bold(head, sys.stdout))
+    for line in lines:
+        print(line)
+    return 0
+
+
+def _row(route: Mapping[str, Any]) -> tuple[str, ...]:
+    waiting = route["waiting"]
+    return (
+        route["name"],
+        ", ".join(route["bound"]),
+        party_text(route["func1"]),
+        party_text(route["func2"]),
+        f"{len(waiting['func1'])}/{len(waiting['func2'])}",
+        str(route["pairings"]),
+        size(route["bytes_func1_to_func2"] + route["bytes_func2_to_func1"]),
+        route["file"],
+    )
+
+
+def show(remote: Remote, name: str, *, as_json: bool) -> int:
+    """Print one route, with who waits there; raises CallFailed."""
+    route = remote.get(route_path(name))
+    if as_json:
+        print(json.dumps(route))
+        return 0
+    facts = list(_facts(route, time.time()))
+    indent = max(len(key) for key, _ in facts) + 2
+    for key, value in facts:
+        print(f"{pad(key, indent)}{printable(value)}".rstrip())
+    return 0
+
+
+def _facts(route: Mapping[str, Any], now: float) -> list[tuple[str, str]]:
+    bound = ", ".join(route["bound"])
+    facts = [
+        ("name", route["name"]),
+        ("listen", route["listen"] if route["listen"] == bound else f"{route['listen']}, bound to {bound}"),
+        ("func1", party_text(route["func1"])),
+        ("func2", party_text(route["func2"])),
+        ("outer", route["outer"]),
+    ]
+    facts += [("allow_from", ", ".join(route["allow_from"]))] if route["allow_from"] else []
+    facts += [
+        ("handoff", route["handoff"]),
+        ("require_inner_tls", json.dumps(route["require_inner_tls"]).strip('"')),
+    ]
+    facts += [
+        (key, f"{value:g} s" if key.endswith("_timeout") else str(value)) for key, value in route["limits"].items()
+    ]
+    for party_key in ("func1", "func2"):
+        legs = route["waiting"][party_key]
+        facts.append((f"waiting {party_key}", str(len(legs))))
+        facts += [
+            ("", f"{leg['identity']} from {leg['address']} ({leg['mode']}), for {duration(now - leg['since'])}")
+            for leg in legs
+        ]
+    facts += [
+        ("pairings", str(route["pairings"])),
+        ("bytes func1 > func2", size(route["bytes_func1_to_func2"])),
+        ("bytes func2 > func1", size(route["bytes_func2_to_func1"])),
+        ("ended", _counted(route["outcomes"])),
+        ("refused", _counted(route["refusals"])),
+        ("file", route["file"] + ("" if route["is_editable"] else ", which the API never writes")),
+        ("etag", route["etag"]),
+    ]
+    return facts
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{number} {word}" for word, number in counts.items()) or "-"

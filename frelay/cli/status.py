@@ -1,0 +1,106 @@
+"""``frelay status`` and ``frelay reload``: the relay as a whole, and whether it took its files over."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from frelay.cli.remote import Remote, problem_line
+from frelay.cli.text import ago, bold, columns, count, date, duration
+from frelay.errors import printable
+
+__all__ = ["reload", "status"]
+
+# Long enough for a person to issue a new one, and short enough to be read as news.
+_WARNING: Final = 14 * 86400.0
+_REFUSALS_SHOWN: Final = 5
+
+
+def status(remote: Remote, *, as_json: bool) -> int:
+    """Print the relay's state; raises CallFailed."""
+    found = remote.get("/v1/status")
+    if as_json:
+        print(json.dumps(found))
+    else:
+        for line in lines(found):
+            print(line)
+    return 0
+
+
+def lines(status: Mapping[str, Any]) -> Iterator[str]:
+    """The state for a person, what needs attention first."""
+    now = status["now"]
+    yield from (bold(line, sys.stdout) for line in warnings(status))
+    yield printable(
+        f"{status['name']}: {status['state']}, up {duration(now - status['started_at'])}, frelay {status['version']}, "
+        f"{status['openssl']}, pid {status['pid']}"
+    )
+    last, descriptors = status["last_reload"], status["descriptors"]
+    facts = {
+        "config": status["config"],
+        "last reload": f"{'ok' if last['ok'] else 'REFUSED'}, {date(last['at'])} ({ago(last['at'], now)})",
+        "routes": str(status["routes"]),
+        "waiting": str(status["waiting"]),
+        "pairings": str(status["pairings"]),
+        "legs": f"{descriptors['legs']} of {descriptors['leg_budget']}",
+        "descriptors": f"{descriptors['open']} of {descriptors['limit']}",
+    }
+    for key, value in facts.items():
+        yield f"{key:<14}{printable(value)}"
+    for index, one in enumerate(status["certificates"]):
+        lasts = duration(one["not_after"] - now) if one["not_after"] > now else "no more"
+        yield printable(
+            f"{'' if index else 'certificates':<14}{one['what']} {one['subject'] or one['file']}: until "
+            f"{date(one['not_after'])} ({lasts})"
+        )
+    yield from _refusals(status["refusals"][:_REFUSALS_SHOWN], now)
+
+
+def warnings(status: Mapping[str, Any]) -> Iterator[str]:
+    """What somebody has to do something about, a line each."""
+    now, last = status["now"], status["last_reload"]
+    if not last["ok"]:
+        yield f"LAST RELOAD REFUSED {ago(last['at'], now)}, the configuration before it stays in force:"
+        for problem in last["problems"]:
+            yield f"  {printable(problem_line(problem))}"
+    for one in status["certificates"]:
+        left = one["not_after"] - now
+        if left < _WARNING:
+            when = f"EXPIRES IN {duration(left)}" if left > 0 else f"EXPIRED {ago(one['not_after'], now)}"
+            yield printable(f"{one['what'].upper()} {when}: {one['file']}")
+
+
+def _refusals(refusals: list[Mapping[str, Any]], now: float) -> Iterator[str]:
+    if not refusals:
+        yield f"{'refusals':<14}none"
+        return
+    yield "last refusals:"
+    rows = [
+        (
+            f"  {ago(one['at'], now)}",
+            one["code"],
+            one["route"] or "-",
+            one["identity"] or one["certificate"] or "-",
+            one["address"],
+            one["reason"],
+        )
+        for one in refusals
+    ]
+    yield from columns(("  WHEN", "CODE", "ROUTE", "WHO", "ADDRESS", "REASON"), rows)
+
+
+def reload(remote: Remote, *, as_json: bool) -> int:
+    """Have the relay read its files again, and print what that changed; raises CallFailed with the problems."""
+    done = remote.call("POST", "/v1/reload").body
+    if as_json:
+        print(json.dumps(done))
+        return 0
+    for word in ("added", "removed", "replaced"):
+        if done[word]:
+            print(f"{word}: {', '.join(done[word])}")
+    print(f"kept: {count(done['kept'], 'route')}")
+    if done["restart_only"]:
+        print(f"only after a restart: {', '.join(done['restart_only'])}")
+    return 0

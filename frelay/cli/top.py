@@ -1,0 +1,274 @@
+"""``frelay top``: a running relay, looked at again and again.
+
+On a terminal a thread looks, and the main thread draws and listens to keys, so that a relay that is slow to answer, or
+gone, never holds up a ``q``. What is drawn is decided in ``top_model`` and ``top_lines``; here is only what needs a
+terminal. Whatever ends it (a key, a signal, an exception), the terminal is given back as it was.
+
+Elsewhere (a pipe, a file, ``--count``, ``--json``) it prints snapshots and ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import curses
+import json
+import locale
+import os
+import queue
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, Final
+
+from frelay.cli.remote import CallFailed, Remote
+from frelay.cli.text import ago, cut, date
+from frelay.cli.top_lines import Layout, Line, Screen, Style, lay_out, plain_lines, press
+from frelay.cli.top_model import Look, rates, view
+from frelay.errors import FrelayError, printable
+
+__all__ = ["look", "top"]
+
+# A key is answered within this many seconds, and a new size of the window is seen.
+_BLINK: Final = 0.1
+# How long escape may be the beginning of a key's sequence; the default of a second makes the key feel dead.
+_ESCAPE_DELAY: Final = 25  # ms
+
+
+def top(remote: Remote, *, interval: float, count: int | None, as_json: bool) -> int:
+    """Show the relay behind ``remote`` each ``interval`` seconds; raises CallFailed if it cannot be asked at first."""
+    # Before the screen is taken: a wrong address or certificate will not get better by waiting.
+    first = look(remote)
+    if count is None and not as_json and sys.stdout.isatty() and sys.stdin.isatty():
+        return _show(remote, first, interval)
+    return _print(remote, first, interval, count or 1, as_json=as_json)
+
+
+def look(remote: Remote) -> Look:
+    """Look once; raises CallFailed."""
+    with remote:
+        routes = remote.get("/v1/routes")["routes"]
+        pairings = remote.get("/v1/pairings")["pairings"]
+        at = time.monotonic()
+        return Look(at, remote.get("/v1/status"), tuple(routes), tuple(pairings))
+
+
+# --- printed ----------------------------------------------------------------------------------------------------------
+
+
+def _print(remote: Remote, before: Look, interval: float, count: int, *, as_json: bool) -> int:
+    code = 0
+    for number in range(count):
+        time.sleep(interval)
+        try:
+            now = look(remote)
+        except CallFailed as error:
+            code = 1
+            text = json.dumps({"at": time.time(), "error": error.message}) if as_json else f"no answer: {error.message}"
+            print(text, flush=True)
+            continue
+        code = 0
+        if as_json:
+            print(json.dumps(_as_json(now, before)), flush=True)
+        else:
+            if number:
+                print()
+            print(date(now.status["now"]))
+            print("\n".join(plain_lines(view(now, before))), flush=True)
+        before = now
+    return code
+
+
+def _as_json(now: Look, before: Look) -> dict[str, Any]:
+    return {
+        "at": now.status["now"],
+        "error": None,
+        "status": now.status,
+        "routes": now.routes,
+        "pairings": now.pairings,
+        "rates": {
+            kind: {key: rate._asdict() for key, rate in found.items()} for kind, found in rates(before, now).items()
+        },
+    }
+
+
+# --- on a terminal ----------------------------------------------------------------------------------------------------
+
+
+class _Ended(Exception):
+    """A signal asked us to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+def _show(remote: Remote, first: Look, interval: float) -> int:
+    news: queue.SimpleQueue[Look | CallFailed] = queue.SimpleQueue()
+    threading.Thread(target=_keep_looking, args=(remote, interval, news), daemon=True).start()
+    try:
+        with _obeying_signals(), _terminal() as window:
+            _Watch(window, first, news).run()
+    except _Ended as ended:
+        return 128 + ended.number
+    except KeyboardInterrupt:
+        pass  # as q
+    return 0
+
+
+def _keep_looking(remote: Remote, interval: float, news: queue.SimpleQueue[Look | CallFailed]) -> None:
+    while True:
+        time.sleep(interval)
+        try:
+            news.put(look(remote))
+        except CallFailed as error:
+            news.put(error)
+        except Exception as error:
+            # An answer that nobody thought of must not leave a screen that stands still without a word.
+            news.put(CallFailed(f"{type(error).__name__}: {error}"))
+
+
+@contextlib.contextmanager
+def _obeying_signals() -> Iterator[None]:
+    """Have the signals that would kill us raise instead, so that the terminal is given back."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise _Ended(number)
+
+    old = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _terminal() -> Iterator[curses.window]:
+    """The terminal as a window, and afterwards as it was; raises FrelayError for one that curses does not know."""
+    try:
+        locale.setlocale(locale.LC_ALL, "")
+    except locale.Error:
+        pass  # a locale that is not installed here: what it has no letters for is escaped
+    for name in ("LINES", "COLUMNS"):
+        # Some shells export the size they had; ncurses would believe them, and never see the window change.
+        os.environ.pop(name, None)
+    try:
+        curses.setupterm()
+    except curses.error:
+        text = f"this terminal (TERM={os.environ.get('TERM', '')}) is not known here: frelay top --count 1 prints"
+        raise FrelayError(printable(text)) from None
+    window = curses.initscr()
+    try:
+        curses.noecho()
+        curses.cbreak()
+        curses.set_escdelay(_ESCAPE_DELAY)
+        window.keypad(True)
+        window.nodelay(True)
+        with contextlib.suppress(curses.error):
+            curses.curs_set(0)
+        yield window
+    finally:
+        with contextlib.suppress(curses.error):
+            curses.curs_set(1)
+        window.keypad(False)
+        curses.nocbreak()
+        curses.echo()
+        curses.endwin()
+
+
+_KEYS: Final = {
+    curses.KEY_UP: "up",
+    curses.KEY_DOWN: "down",
+    curses.KEY_PPAGE: "page up",
+    curses.KEY_NPAGE: "page down",
+    curses.KEY_HOME: "home",
+    curses.KEY_END: "end",
+    curses.KEY_BTAB: "shift-tab",
+    ord("\t"): "tab",
+}
+
+
+@dataclass(slots=True)
+class _Watch:
+    """The loop: draw, and wait for a key or for news."""
+
+    window: curses.window
+    now: Look
+    news: queue.SimpleQueue[Look | CallFailed]
+    before: Look | None = None
+    trouble: str = ""
+    screen: Screen = field(default_factory=Screen)
+
+    def run(self) -> None:
+        """Until ``q``, or until the terminal is gone."""
+        styles, encoding = _styles(), locale.getpreferredencoding(False)
+        while not self.screen.is_done:
+            layout = self._layout()
+            self._draw(layout.lines, styles, encoding)
+            while not (self._takes_keys(layout) or self._takes_news()):
+                pass
+
+    def _layout(self) -> Layout:
+        height, cells = self.window.getmaxyx()
+        alarms = []
+        if self.trouble:
+            alarms = [f"no answer ({self.trouble}); this is {ago(self.now.status['now'])}, and it is tried again"]
+        return lay_out(view(self.now, self.before, self.screen.sort, alarms), self.screen, cells, height)
+
+    def _takes_keys(self, layout: Layout) -> bool:
+        """Wait a moment for keys; whether there is something to draw."""
+        readable, _, _ = select.select([sys.stdin], [], [], _BLINK)
+        is_new = False
+        while (key := self.window.getch()) != -1:
+            if key != curses.KEY_RESIZE:
+                name = _KEYS.get(key) or (chr(key) if 32 <= key < 127 else "")
+                self.screen = press(self.screen, name, layout.last)
+            is_new = True
+        if readable and not is_new and not os.isatty(sys.stdin.fileno()):
+            raise _Ended(signal.SIGHUP)  # a terminal that is gone is readable for ever
+        return is_new
+
+    def _takes_news(self) -> bool:
+        is_new = False
+        while not self.news.empty():
+            found = self.news.get()
+            if isinstance(found, CallFailed):
+                self.trouble = found.message
+            else:
+                self.before, self.now, self.trouble = self.now, found, ""
+            is_new = True
+        return is_new
+
+    def _draw(self, lines: tuple[Line, ...], styles: dict[Style, int], encoding: str) -> None:
+        self.window.erase()
+        _, cells = self.window.getmaxyx()
+        for row, line in enumerate(lines):
+            text = line.text.encode(encoding, "backslashreplace").decode(encoding)
+            try:
+                self.window.addstr(row, 0, cut(text, cells), styles[line.style])
+            except curses.error:
+                pass  # the last cell of the last line leaves no place for the cursor; or the window has just shrunk
+        self.window.refresh()
+
+
+def _styles() -> dict[Style, int]:
+    alarm = curses.A_BOLD
+    if not os.environ.get("NO_COLOR") and curses.has_colors():
+        with contextlib.suppress(curses.error):  # some terminals promise colours and have no default ones
+            curses.start_color()
+            curses.use_default_colors()
+            curses.init_pair(1, curses.COLOR_RED, -1)
+            alarm |= curses.color_pair(1)
+    return {
+        Style.TITLE: curses.A_BOLD,
+        Style.ALARM: alarm,
+        Style.HEADING: curses.A_BOLD,
+        Style.FOCUS: curses.A_BOLD | curses.A_REVERSE,
+        Style.ROW: curses.A_NORMAL,
+        Style.FOOTER: curses.A_DIM,
+    }

@@ -1,0 +1,217 @@
+"""``max_bytes_per_second`` bounds what a route carries, in every mode, and changes nothing else about its bytes.
+
+That it is exact and shared equally is shown by the clock of ``tests/unit/test_bandwidth.py``; here it is the relay that
+keeps to it, with sockets and time as they are. Elapsed time may only be asked for at most so many bytes: a machine that
+stalls carries less.
+"""
+
+from __future__ import annotations
+
+import pytest
+import trio
+
+from ends import OPEN, PAIRS_OF_MODES, PLAIN, End, Mode, block, join_all, join_ends
+from rig import RelayInProcess, Site, at_any_pace, eventually
+
+RATE = 200_000
+MODERATE = f"max_bytes_per_second = {RATE}\n"
+GENEROUS = "max_bytes_per_second = 500_000_000\n"
+
+
+async def flood(end: End) -> None:
+    data = block(1 << 16)
+    try:
+        while True:
+            await end.send(data)
+    except trio.BrokenResourceError:
+        pass
+
+
+class Reader:
+    """Counts what comes to an end, and when that began."""
+
+    def __init__(self, end: End) -> None:
+        self.end = end
+        self.count = 0
+
+    async def run(self) -> None:
+        try:
+            while data := await self.end.receive():
+                self.count += len(data)
+        except trio.BrokenResourceError:
+            pass
+
+
+@pytest.mark.parametrize("busy", ["one way", "both ways"])
+async def test_a_route_carries_its_rate(site: Site, busy: str) -> None:
+    """All nine combinations of modes at once share one budget, both directions together, in equal parts."""
+
+    async def carry(seconds: float) -> None:
+        async with site.relay(OPEN + MODERATE) as relay, trio.open_nursery() as nursery:
+            pairs = await join_all(site, relay)
+            began = trio.current_time()
+            readers = []
+            for one, two in pairs:
+                for sender, receiver in ((one, two), (two, one))[: 1 if busy == "one way" else 2]:
+                    readers.append(Reader(receiver))
+                    nursery.start_soon(flood, sender)
+                    nursery.start_soon(readers[-1].run)
+            await trio.sleep(seconds)
+            total, elapsed = sum(reader.count for reader in readers), trio.current_time() - began
+            nursery.cancel_scope.cancel()
+        # A quarter of a second may be saved up before the flood.
+        assert total <= RATE * (elapsed + 0.26) * 1.05
+        assert total >= RATE * elapsed * 0.8
+        ways = 1 if busy == "one way" else 2
+        each = [sum(reader.count for reader in readers[at : at + ways]) for at in range(0, len(readers), ways)]
+        assert min(each) >= 0.6 * max(each)
+
+    await at_any_pace(carry, 3.0)
+
+
+async def test_a_neighbour_route_is_not_bound_by_it(site: Site) -> None:
+    free = OPEN.replace('"demo"', '"free"')
+    async with site.relay(OPEN + MODERATE + free) as relay:
+        slow, fast = await join_ends(site, relay), await join_ends(site, relay, route="free")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(flood, slow[0])
+            reader = Reader(slow[1])
+            nursery.start_soon(reader.run)
+            nursery.start_soon(fast[0].send, block(20 * RATE))
+            await fast[1].receive_exactly(20 * RATE)
+            assert reader.count < 20 * RATE
+            nursery.cancel_scope.cancel()
+
+
+async def test_what_exceeds_the_rate_waits_at_its_sender(site: Site) -> None:
+    """Back-pressure: the sender's kernel says no more, and the relay holds a portion and no megabytes."""
+    async with site.relay(OPEN + "max_bytes_per_second = 1\n") as relay:
+        one, _ = await join_ends(site, relay)
+        sent = 0
+        async with trio.open_nursery() as nursery:
+
+            async def send() -> None:
+                nonlocal sent
+                while True:
+                    await one.send(block(1 << 16))
+                    sent += 1 << 16
+
+            nursery.start_soon(send)
+            pairing = next(iter(relay.relay.pairings))
+            await eventually(lambda: all(pump.is_held_back for pump in [pairing._pumps["func1"]]), "it is held back")
+            before = -1
+            while sent != before:
+                before = sent
+                await trio.sleep(0.5)
+            nursery.cancel_scope.cancel()
+        # What the kernels of both sides of one connection hold; tcp_rmem and tcp_wmem say a few MiB each.
+        assert sent <= 16 << 20
+        assert pairing.bytes_moved["func1"] <= 1024
+
+
+@pytest.mark.parametrize(("mode1", "mode2"), [*PAIRS_OF_MODES, ("plain", "plain")])
+async def test_bytes_and_half_close_are_as_without_it(site: Site, mode1: Mode, mode2: Mode) -> None:
+    question, answer = block(300_000, 1), block(500_000, 2)
+    async with site.relay((PLAIN if mode1 == "plain" else OPEN) + GENEROUS) as relay:
+        one, two = await join_ends(site, relay, mode1, mode2)
+
+        async def ask() -> None:
+            await one.send(question)
+            await one.send_eof()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            assert await two.receive_to_end() == question
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(two.send, answer)
+            assert await one.receive_exactly(len(answer)) == answer
+        await two.send_eof()
+        assert await one.receive() == b""
+        ended = await relay.outcome()
+        assert (ended["outcome"], ended["side"]) == ("closed", "both")
+        assert (ended["bytes_func1_to_func2"], ended["bytes_func2_to_func1"]) == (len(question), len(answer))
+
+
+@pytest.mark.parametrize("who", ["func1", "func2"])
+async def test_a_reset_is_told_while_bytes_wait_for_their_turn(site: Site, who: str) -> None:
+    """What the victim had sent before would last for minutes at this rate; the other is told at the next turn."""
+    async with site.relay(OPEN + "max_bytes_per_second = 10_000\n") as relay:
+        pairs = await join_all(site, relay)
+        if who == "func2":
+            pairs = [(two, one) for one, two in pairs]
+        async with trio.open_nursery() as nursery:
+            for victim, _ in pairs:
+                nursery.start_soon(flood, victim)
+            for _, other in pairs:
+                await other.receive_exactly(1)
+            nursery.cancel_scope.cancel()
+        for victim, _ in pairs:
+            victim.party.reset()
+        for _, other in pairs:
+            assert await other.ended() == "reset"
+        await eventually(lambda: not relay.relay.pairings, "all pairings have ended")
+        assert len(relay.logged("pairing ended", outcome="reset", side=who)) == len(pairs)
+
+
+async def test_inner_tls_is_asked_for_as_without_it(site: Site) -> None:
+    async with site.relay(OPEN.replace("false", "true") + GENEROUS) as relay:
+        one, two = await join_ends(site, relay)
+        await one.send(b"GET / HTTP/1.1\r\n\r\n")
+        assert await two.ended() == "reset"
+        assert (await relay.outcome())["outcome"] == "not-tls"
+
+
+async def test_a_drain_lets_what_waits_for_its_turn_arrive(site: Site) -> None:
+    data = block(100_000)
+    async with site.relay(OPEN + MODERATE) as relay:
+        one, two = await join_ends(site, relay)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one.send, data)
+            await two.receive_exactly(1)
+            relay.relay.drain(reason="maintenance")
+            assert await two.receive_exactly(len(data) - 1) == data[1:]
+        await one.send_eof()
+        await two.send_eof()
+        assert (await relay.outcome())["outcome"] == "closed"
+
+
+async def test_being_held_back_is_no_silence(site: Site) -> None:
+    """A portion costs more than a second here, and the limits on silence are shorter than that."""
+    limits = "[limits]\nidle_timeout = 0.4\nhalf_close_timeout = 0.4\nstall_timeout = 60\n"
+    async with site.relay(OPEN + "max_bytes_per_second = 800\n", sections=limits) as relay:
+        one, two = await join_ends(site, relay)
+        data = block(3000)
+        await one.send(data)
+        await one.send_eof()
+        assert await two.receive_to_end() == data
+        await two.send_eof()
+        assert (await relay.outcome())["outcome"] == "closed"
+
+
+async def _rate(relay: RelayInProcess, one: End, two: End, seconds: float) -> float:
+    reader = Reader(two)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(flood, one)
+        nursery.start_soon(reader.run)
+        began = trio.current_time()
+        await trio.sleep(seconds)
+        elapsed = trio.current_time() - began
+        nursery.cancel_scope.cancel()
+    return reader.count / elapsed
+
+
+async def test_a_reload_changes_the_rate_of_those_who_share_it(site: Site) -> None:
+    """A budget that is given later binds the pairings that come later, and they are spliced again once it is gone."""
+    async with site.relay(OPEN) as relay:
+        free = await join_ends(site, relay)
+        site.write(OPEN + MODERATE)
+        await relay.relay.reload()
+        bound = await join_ends(site, relay)
+        assert await _rate(relay, *bound, 0.6) <= 1.6 * RATE
+        assert await _rate(relay, *free, 0.6) > 1.6 * RATE
+        site.write(OPEN + GENEROUS)
+        await relay.relay.reload()
+        assert await _rate(relay, *bound, 0.6) > 1.6 * RATE
+        site.write(OPEN)
+        await relay.relay.reload()
+        assert await _rate(relay, *bound, 0.6) > 1.6 * RATE

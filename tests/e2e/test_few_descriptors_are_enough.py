@@ -1,0 +1,99 @@
+"""A relay with hardly any file descriptors serves as many as they carry, and keeps some back for its own work."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Final
+
+import pytest
+import trio
+
+import frelay.listener
+import frelay.sockets
+from admin import ADMIN, admin
+from rig import PATIENCE, RelayProcess, Site, eventually, open_descriptors, pair
+
+FEW: Final = ("/bin/sh", "-c", 'ulimit -n 64 && exec "$@"', "sh")
+SOFT: Final = ("/bin/sh", "-c", 'ulimit -Sn 60 && ulimit -Hn 500 && exec "$@"', "sh")
+LIMITS: Final = "[limits]\nhandshake_timeout = 60\nmax_pre_auth_per_ip = 256\n"
+
+
+@asynccontextmanager
+async def connections(port: int, count: int) -> AsyncIterator[list[trio.SocketStream]]:
+    """So many connections that say nothing."""
+    streams = [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(count)]
+    try:
+        yield streams
+    finally:
+        for stream in streams:
+            await trio.aclose_forcefully(stream)
+
+
+async def pairs_up(site: Site, relay: RelayProcess) -> None:
+    with trio.fail_after(PATIENCE):
+        await pair(await site.party(relay, "func1"), await site.party(relay, "func2"))
+    site.hang_up()
+
+
+async def test_64_descriptors_and_100_connects(site: Site) -> None:
+    """TESTPLAN 35: alive, it still logs, reloads and answers its operator; and it serves again once they have gone."""
+    async with site.process(sections=LIMITS + ADMIN, launcher=FEW) as relay:
+        await pairs_up(site, relay)
+        async with connections(relay.port(), 100):
+            budget = "the share of file descriptors for legs is used up (limits.fd_budget)"
+            await relay.log("refused", count=80, code="limit", reason=budget)
+            assert len(open_descriptors(relay.process.pid)) < 60
+            relay.signal(signal.SIGHUP)
+            await relay.log("reloaded")
+            async with admin(site) as api:
+                status = (await api.get("/v1/status")).json()
+                assert status["descriptors"]["limit"] == 64
+                assert status["descriptors"]["legs"] == status["descriptors"]["leg_budget"]
+                assert (await api.post("/v1/reload")).status_code == 200
+            assert not relay.logged("cannot accept")
+        # The refusals of the flood are not yet all read when it has gone.
+        with trio.fail_after(PATIENCE):
+            while True:
+                try:
+                    await pairs_up(site, relay)
+                except (OSError, trio.BrokenResourceError):
+                    await trio.sleep(0.01)
+                else:
+                    break
+
+
+async def test_the_soft_limit_is_raised_to_the_hard_one(site: Site) -> None:
+    """60 would not carry a relay and ten legs; nobody has to know about ulimit for what is allowed anyway."""
+    async with site.process(sections=LIMITS + ADMIN, launcher=SOFT) as relay, admin(site) as api:
+        assert (await api.get("/v1/status")).json()["descriptors"]["limit"] == 500
+        async with connections(relay.port(), 60):
+            await eventually(lambda: len(open_descriptors(relay.process.pid)) > 60, "all 60 have been accepted")
+            assert not relay.logged("refused")
+
+
+async def test_accept_does_not_spin_when_there_is_no_descriptor(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The listener stays readable, as nobody takes the connection off it: the loop pauses, and tries again."""
+    original, tries, has_room = frelay.sockets.accept, 0, False
+
+    def accept(listener: socket.socket) -> tuple[socket.socket, tuple[str, int]]:
+        nonlocal tries
+        tries += 1
+        if has_room:
+            return original(listener)
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(frelay.listener, "accept", accept)
+    async with site.relay() as relay:
+        began = trio.current_time()
+        async with connections(relay.port(), 1):
+            await eventually(lambda: tries >= 5, "it tries again")
+            elapsed = trio.current_time() - began
+            # A tenth of a second between two tries.
+            assert tries <= elapsed / 0.1 + 2
+            assert len(relay.logged("cannot accept")) == 1, "one line, and not one a try"
+            has_room = True
+            await eventually(lambda: relay.legs == 1, "and in the end it is accepted")

@@ -1,0 +1,109 @@
+"""A relay that is killed costs its functions a few seconds: they join again by themselves, and meet again."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from pathlib import Path
+from typing import Final
+
+import pytest
+import trio
+
+import frelay.client.trio
+from clients import options
+from frelay.client.core import Options
+from frelay.client.retry import Retry
+from frelay.errors import FrelayError
+from rig import DEMO, RelayProcess, Site, reserved_port
+
+PAIRS: Final = int(os.environ.get("FRELAY_KILLED_PAIRS", "100"))
+PROMISED: Final = 10.0
+"""Seconds in which all are to be paired again, the new relay's start included, on a machine that is ours alone."""
+TRIES: Final = 3
+"""How often the relay is killed at most: one try may fall into a moment in which this machine does something else."""
+
+
+class Crowd:
+    """Functions that want to be paired, whatever happens; each is paired, or on its way to be."""
+
+    def __init__(self) -> None:
+        self._met: Final[dict[str, int]] = {}
+        """How many of them are in each pairing now, by the relay's name for it."""
+        self._news = trio.Event()
+
+    async def live(self, address: str, given: Options) -> None:
+        """One function's life: join, stay until the connection breaks, and again."""
+        while True:
+            try:
+                wire = await frelay.client.trio.connect(address, **given)
+            except FrelayError:
+                continue  # the other one did not live to meet us; retry has had its pause already
+            pairing = wire.paired.pairing
+            try:
+                self._note(pairing, +1)
+                await wire.receive_some(1)
+            except trio.BrokenResourceError:
+                pass  # as it was meant to be
+            finally:
+                self._note(pairing, -1)
+                await trio.aclose_forcefully(wire)
+
+    def _note(self, pairing: str, change: int) -> None:
+        self._met[pairing] = self._met.get(pairing, 0) + change
+        self._news.set()
+        self._news = trio.Event()
+
+    @property
+    def functions(self) -> int:
+        """How many are in a pairing with the other one in it, too."""
+        return 2 * sum(count == 2 for count in self._met.values())
+
+    async def wait(self, functions: int) -> None:
+        while self.functions != functions:
+            await self._news.wait()
+
+
+def kept_waiting(pid: int | str = "self") -> float:
+    """Seconds for which a process has had something to do, and the kernel had given the processors to others."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
+
+
+async def kill(relay: RelayProcess, crowd: Crowd) -> None:
+    """kill -9, and wait until every function has noticed."""
+    relay.process.kill()
+    await relay.process.wait()
+    await crowd.wait(0)
+
+
+@pytest.mark.timeout(300)
+async def test_all_are_paired_again_within_ten_seconds(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    """TESTPLAN 49: kill -9, restart at once at the same address, and 200 of 200 functions are paired again."""
+    crowd = Crowd()
+    took, delay, began, waited = math.inf, 0.0, 0.0, 0.0
+    with reserved_port() as port:
+        routes = DEMO.replace("127.0.0.1:0", f"127.0.0.1:{port}")
+        async with trio.open_nursery() as nursery:
+            for me, other in (("func1", "func2"), ("func2", "func1")):
+                given = options(site, me, other, wait=None, retry=Retry(longest=2.0))
+                for _ in range(PAIRS):
+                    nursery.start_soon(crowd.live, f"127.0.0.1:{port}", given)
+            for kills in range(TRIES + 1):
+                async with site.process(routes, options=["--no-watch"]) as relay:
+                    assert relay.port() == port
+                    with trio.fail_after(60):
+                        await crowd.wait(2 * PAIRS)
+                    if kills:
+                        # Others may be at work here, too, and neither the relay nor we get any faster by that.
+                        delay = max(kept_waiting() - waited, kept_waiting(relay.process.pid))
+                        took = time.monotonic() - began - delay
+                    if took <= PROMISED:
+                        break
+                    began, waited = time.monotonic(), kept_waiting()
+                    await kill(relay, crowd)
+            nursery.cancel_scope.cancel()
+    with capsys.disabled():
+        if PAIRS != 100:
+            print(f"\n{2 * PAIRS} functions paired again after {took:.1f} s; the machine was others' for {delay:.1f} s")
+    assert took <= PROMISED, f"{took:.1f} s"

@@ -1,0 +1,54 @@
+"""Whatever line comes in: the ticket that it spells, octet for octet, or None; only one that is out is redeemed, once.
+
+Input: the line. ``TICKET`` in it stands for the ticket that is out, which no fuzzer could guess.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+from typing import Any, Final
+
+from campaign import run
+from frelay.admission import Admission, Slot
+from frelay.config.model import Limits
+from frelay.tickets import TICKET_LINE_LENGTH, TicketOffice, parse_ticket_line
+
+__all__ = ["one_input"]
+
+_OPENING: Final = b"FRELAY/1 "
+
+
+def read(line: bytes) -> str | None:
+    """The same once more, by hand."""
+    if len(line) != TICKET_LINE_LENGTH or line[:9] != _OPENING or line[-1] != 0x0A:
+        return None
+    ticket = line[9:-1]
+    return ticket.decode() if all(octet in b"0123456789abcdef" for octet in ticket) else None
+
+
+def one_input(data: bytes) -> None:
+    """Check one input; raises AssertionError, or whatever should never have been raised."""
+    office = TicketOffice()
+    slot = Slot(Admission(Limits(), descriptor_limit=1024))
+    nobody: Any = socket.SocketType.__new__(socket.SocketType)
+    with office.issue("here") as claim:
+        line = data.replace(b"TICKET", claim.ticket.encode())
+        ticket = parse_ticket_line(line)
+        assert ticket == read(line)
+        if ticket is None:
+            return
+        assert re.fullmatch("[0-9a-f]{64}", ticket)
+        is_right = ticket == claim.ticket
+        assert not office.redeem(ticket, "elsewhere", nobody, slot)
+        assert office.redeem(ticket, "here", nobody, slot) is is_right
+        assert claim.arrived.is_set() is is_right
+        assert not office.redeem(ticket, "here", nobody, slot)
+        assert len(office) == (0 if is_right else 1)
+        if is_right:
+            assert claim.take() == (nobody, slot)
+    assert len(office) == 0
+
+
+if __name__ == "__main__":
+    run(one_input, instrument=("frelay.tickets", "__main__"))
