@@ -184,7 +184,13 @@ class WorkerProcess:
                 return
             received.close()  # there are none
             self.messages_heard += 1
-            self._hear(received.message)
+            try:
+                self._hear(received.message)
+            except Exception:
+                # It must not end the other workers.
+                self._log.exception("a bug in frelay: a worker said what nobody understands", pid=self.pid)
+                self.kill()
+                return
 
     def _hear(self, message: dict[str, Any]) -> None:
         for table in message.get("entries", ()):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -73,17 +73,8 @@ class Post:
         """``process`` has ended, or never served: nobody waits there, and nothing runs. What it has counted stays."""
         counts = process.counts
         if counts is not None:
-            self._known = Counts(
-                pairings=dict.fromkeys(counts.pairings, 0),
-                waiting=dict.fromkeys(counts.waiting, 0),
-                bytes_moved=counts.bytes_moved,
-                outcomes=counts.outcomes,
-                refusals=counts.refusals,
-                reloaded_at=counts.reloaded_at,
-                reload_was_accepted=counts.reload_was_accepted,
-                certificates=(),
-                durations=counts.durations,
-            )
+            nobody, nothing = dict.fromkeys(counts.waiting, 0), dict.fromkeys(counts.pairings, 0)
+            self._known = replace(counts, waiting=nobody, pairings=nothing, tasks=0, loop_lag=0.0)
         self.process = None
 
 
@@ -125,7 +116,8 @@ class Supervisor(Relay):
     async def _prepare(self, config: Config) -> OuterTls | None:
         contents: dict[Path, bytes] = {}
         now = time.time()
-        trust = await trio.to_thread.run_sync(partial(prepare, config, contents=contents, now=now))
+        load = partial(prepare, config, contents=contents, now=now)
+        trust = await trio.to_thread.run_sync(load, limiter=self._reading)
         self._read = Papers(contents, now)
         return trust
 
@@ -298,6 +290,8 @@ class Supervisor(Relay):
         post.process = worker
         if self.is_draining:
             await self._tell_to_drain(post, worker)
+        if self._stopping.is_set():
+            await self._tell_to_stop(post, worker)
 
     async def _install_again(self, post: Post, worker: WorkerProcess) -> None:
         # What is in force must not change in the meantime.

@@ -177,6 +177,8 @@ class _Worker:
         self._outbox: Final = _Outbox(channel)
         self._lag: Final = LoopLag()
         self._staged: Staged | None = None
+        self._change = 0
+        """Counts what was prepared and abandoned."""
 
     async def run(self) -> int:
         """From the first message to the end; gives the exit code."""
@@ -270,10 +272,12 @@ class _Worker:
 
     async def _prepare(self, received: Received) -> None:
         message, relay = received.message, self._relay
+        self._change += 1
+        change = self._change
         try:
             self._take_sockets(relay, received)
             new = await trio.to_thread.run_sync(load_written, message["config"])
-            self._staged = await relay.prepare_and_stage(new, Papers.from_json(message["papers"]))
+            staged = await relay.prepare_and_stage(new, Papers.from_json(message["papers"]))
         except ConfigError as error:
             self._let_go_of_handed()
             self._refuse(message["number"], list(error.problems))
@@ -282,6 +286,10 @@ class _Worker:
             self._log.exception("a bug in frelay ended this reload, the old configuration stays")
             self._refuse(message["number"], [Problem(relay.config.path, f"a bug in frelay: {error!r}")])
         else:
+            if change != self._change:
+                await staged.abandon()  # it took so long that the supervisor has given up
+            else:
+                self._staged = staged
             self._answer(message)
 
     async def _commit(self, message: Mapping[str, Any]) -> None:
@@ -293,6 +301,7 @@ class _Worker:
         self._staged = None
 
     async def _abandon(self) -> None:
+        self._change += 1
         if self._staged is not None:
             await self._staged.abandon()
             self._staged = None
