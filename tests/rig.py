@@ -498,6 +498,10 @@ class RelayProcess:
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
+    def worker(self, number: int) -> int:
+        """The process number of a worker."""
+        return int(self.logged("worker started", worker=number)[-1]["pid"])
+
     async def exit_code(self) -> int:
         with trio.fail_after(PATIENCE * 3):
             return await self.process.wait()
@@ -527,6 +531,8 @@ class Site:
             name: credential.write(directory, name) for name, credential in self.credentials.items()
         }
         self.config = directory / "relay.toml"
+        self.workers: int | None = None
+        """What :meth:`write` says of ``workers``; None for nothing."""
         self.parties: list[Party] = []
 
     def add(self, name: str, credential: Credential) -> Credential:
@@ -545,6 +551,10 @@ client_ca = "{self.ca_path.name}"
 """
         if crl:
             tls += 'crl = "crl.pem"\n'
+        if self.workers is not None:
+            before, heading, after = sections.partition("[relay]\n")
+            sections = f"{before}[relay]\nworkers = {self.workers}\n{after}"
+            sections = sections if heading else f"[relay]\nworkers = {self.workers}\n{before}"
         self.config.write_text(tls + sections + routes)
         return self.config
 
@@ -579,8 +589,13 @@ client_ca = "{self.ca_path.name}"
         env: Mapping[str, str] | None = None,
         launcher: Sequence[str] = (),
         pass_fds: Sequence[int] = (),
+        workers: int | None = None,
     ) -> AsyncIterator[RelayProcess]:
-        """A ``frelay run`` process, ready; killed at the end if it still runs. ``launcher`` goes before its command."""
+        """A ``frelay run`` process, ready; killed at the end if it still runs. ``launcher`` goes before its command.
+
+        With ``workers``, or FRELAY_WORKERS in the environment of the tests, the route file says so from here on.
+        """
+        self.workers = workers or int(os.environ.get("FRELAY_WORKERS", "0")) or None
         config = self.write(routes, sections=sections, crl=crl)
         command = [*launcher, *FRELAY_RUN, "-c", str(config), "--log-format", "json", *options]
         async with trio.open_nursery() as nursery:
