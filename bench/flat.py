@@ -29,6 +29,8 @@ class Gauge:
     """Over the whole run, in ``unit``."""
     because: str
     """Where that number comes from."""
+    or_share: float = 0.0
+    """Or by this share of its mean, if that is more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +58,14 @@ class Finding:
     line: Line
 
     @property
+    def may_grow(self) -> float:
+        """By how much."""
+        return max(self.gauge.may_grow, self.gauge.or_share * self.mean)
+
+    @property
     def is_flat(self) -> bool:
         """Whether it may be called so."""
-        return self.line.growth - 2 * self.line.error <= self.gauge.may_grow
+        return self.line.growth - 2 * self.line.error <= self.may_grow
 
 
 def warm_up(seconds: float) -> float:

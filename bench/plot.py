@@ -19,7 +19,7 @@ Point = tuple[float, float]
 _WIDTH: Final = 860
 _LEFT: Final = 64
 _RIGHT: Final = 20
-_TOP: Final = 64
+_TOP: Final = 72
 _PANEL: Final = 96
 _GAP: Final = 44
 _BOTTOM: Final = 36
@@ -64,7 +64,8 @@ class Panel:
 
 def as_svg(title: str, subtitle: str, panels: Sequence[Panel], *, warm_up: float = 0.0) -> str:
     """The picture; the first ``warm_up`` seconds are shaded."""
-    height = _TOP + len(panels) * (_PANEL + _GAP) + _BOTTOM - _GAP
+    bottom = _TOP + len(panels) * (_PANEL + _GAP) - _GAP
+    height = bottom + _BOTTOM
     last = max((point[0] for panel in panels for curve in panel.curves for point in curve.points), default=1.0)
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" role="img"',
@@ -75,8 +76,8 @@ def as_svg(title: str, subtitle: str, panels: Sequence[Panel], *, warm_up: float
         f'<text x="{_LEFT}" y="44">{_text(subtitle)}</text>',
     ]
     for number, panel in enumerate(panels):
-        lines += _panel(panel, _TOP + 8 + number * (_PANEL + _GAP), last, warm_up)
-    lines += _time_axis(height - _BOTTOM + 14, last)
+        lines += _panel(panel, _TOP + number * (_PANEL + _GAP), last, warm_up)
+    lines += _time_axis(bottom + 20, last)
     return "\n".join([*lines, "</svg>", ""])
 
 
@@ -116,11 +117,15 @@ def _panel(panel: Panel, top: float, last: float, warm_up: float) -> Iterator[st
 
 
 def _thinned(points: Sequence[Point]) -> Sequence[Point]:
-    """The highest of each few: a peak must not fall out of the picture."""
-    share = math.ceil(len(points) / _MOST_POINTS)
-    if share < 2:
+    """The lowest and the highest of each few: no peak must fall out of the picture."""
+    share = 2 * math.ceil(len(points) / _MOST_POINTS)
+    if share < 4:
         return points
-    return [max(points[at : at + share], key=lambda point: point[1]) for at in range(0, len(points), share)]
+    thinned: list[Point] = []
+    for at in range(0, len(points), share):
+        some = sorted(points[at : at + share], key=lambda point: point[1])
+        thinned += sorted((some[0], some[-1]))
+    return thinned
 
 
 def _round_step(least: float) -> float:

@@ -48,7 +48,7 @@ GAUGES: Final = {
     "descriptors": Gauge("open descriptors", "", 8, "the pool keeps the pipes of the busiest moment, two ends each"),
     "memory": Gauge("memory (RSS)", "MiB", 4, "arenas of Python and malloc, filled anew by whatever comes"),
     "tasks": Gauge("tasks", "", 10, "three pairings more at the end than at the beginning, by chance"),
-    "lag": Gauge("loop lag, median", "ms", 5, "what others do on the machine"),
+    "lag": Gauge("loop lag, median", "ms", 5, "what others do on the machine, which may become twice as much", 1.0),
 }
 
 
@@ -335,7 +335,7 @@ def as_table(result: Result) -> str:
         unit, grown = f" {f.gauge.unit}".rstrip(), f.line.growth
         numbers = (f.mean, f.highest, grown, 2 * f.line.error)
         shown = [f"{number:.1f}{unit}" for number in numbers]
-        rows.append([f.gauge.name, *shown, f"{f.gauge.may_grow:g}{unit}", "flat" if f.is_flat else "NOT FLAT"])
+        rows.append([f.gauge.name, *shown, f"{f.may_grow:.1f}{unit}", "flat" if f.is_flat else "NOT FLAT"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

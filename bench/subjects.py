@@ -11,6 +11,7 @@ What belongs to a subject lives in its directory and in processes of their own p
 from __future__ import annotations
 
 import abc
+import itertools
 import json
 import os
 import socket
@@ -50,9 +51,11 @@ client_ca = "certs/ca.pem"
 
 [limits]
 max_pairings = 65536
+"""
 
+_ROUTE: Final = """
 [[route]]
-name = "bench"
+name = "bench-{number}"
 listen = "127.0.0.1:0"
 func1 = "dns:func1.demo"
 func2 = "dns:func2.demo"
@@ -244,14 +247,24 @@ class Frelay(Subject):
 
     ``handoff`` gives the bare sockets that are left after both close_notify, ``tunnel`` the TLS sockets themselves.
     ``checkout`` is the tree whose ``frelay`` package runs as the relay. The parties always run this one's protocol.
+    With ``workers`` there are as many routes, and the pairs are dealt out to them.
     """
 
-    def __init__(self, directory: Path, mode: Literal["handoff", "tunnel"], *, checkout: Path | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        mode: Literal["handoff", "tunnel"],
+        *,
+        checkout: Path | None = None,
+        workers: int = 1,
+    ) -> None:
         super().__init__(directory)
         self.mode: Final = mode
         self.in_tls = mode == "tunnel"
         self._checkout: Final = checkout or checkout_root()
+        self._workers: Final = workers
         where = "" if checkout is None else f" in {checkout}"
+        where += "" if workers == 1 else f" with {workers} workers"
         self.name = f"frelay{where}, {'handed off' if mode == 'handoff' else 'tunnelled'}"
 
     def start(self) -> None:
@@ -259,16 +272,18 @@ class Frelay(Subject):
             raise BenchError(f"{self._checkout} holds no frelay package to run")
         initialise(self.directory, host_name="localhost")
         route_file = self.directory / "relay.toml"
-        route_file.write_text(_ROUTE_FILE)
+        relay = "" if self._workers == 1 else f"[relay]\nworkers = {self._workers}\n"
+        routes = "".join(_ROUTE.format(number=number) for number in range(self._workers))
+        route_file.write_text(relay + _ROUTE_FILE + routes)
         path = os.pathsep.join(filter(None, [str(self._checkout), os.environ.get("PYTHONPATH", "")]))
         command = [sys.executable, "-m", "frelay", "run", "-c", str(route_file), "--log-format", "json", "--no-watch"]
         self.launch(command, PYTHONPATH=path)
-        self._address = ("127.0.0.1", self._await_port())
+        self._addresses = itertools.cycle([("127.0.0.1", port) for port in self._await_ports()])
         self._contexts = {party: self._context(party) for party in ("func1", "func2")}
 
-    def _await_port(self) -> int:
+    def _await_ports(self) -> list[int]:
         deadline = time.monotonic() + _START
-        port: int | None = None
+        ports: dict[str, int] = {}
         while time.monotonic() < deadline:
             self.must_run()
             for line in self.log_path.read_text().splitlines():
@@ -277,9 +292,9 @@ class Frelay(Subject):
                 except ValueError:
                     continue  # a line that is being written
                 if entry.get("event") == "listening":
-                    port = int(entry["address"].rpartition(":")[2])
-                if entry.get("event") == "ready" and port is not None:
-                    return port
+                    ports[entry["route"]] = int(entry["address"].rpartition(":")[2])
+                if entry.get("event") == "ready" and len(ports) == self._workers:
+                    return list(ports.values())
             time.sleep(0.02)
         raise BenchError(self._explained(f"it was not ready within {_START:g} s"))
 
@@ -293,9 +308,10 @@ class Frelay(Subject):
 
     def connect(self) -> SocketPair:
         joined: list[_Party] = []
+        address = next(self._addresses)
         try:
             for context in self._contexts.values():
-                joined.append(_Party(_dial(self._address), context, self.mode))
+                joined.append(_Party(_dial(address), context, self.mode))
             for party in joined:
                 party.await_message(messages.Paired)
             client, server = (party.leave_tls() if self.mode == "handoff" else party.tls for party in joined)

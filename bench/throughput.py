@@ -105,6 +105,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--loads", type=_some_of(LOADS), default=LOADS, metavar="L[,L]", help="of bulk, pingpong (default: both)")
     add("--against", type=_rival, action="append", default=[], metavar="WHAT",
         help="compare in the same run with haproxy, haproxy-splice, or a checkout's directory; repeatable")  # fmt: skip
+    add("--workers", type=lambda text: _whole(text, 256, "a number of workers"), default=1, metavar="N",
+        help="compare in the same run with a relay of so many workers, and as many routes (default: none)")  # fmt: skip
     add("--size", type=lambda text: _whole(text, 16384, "a number of bytes"), default=64, metavar="B",
         help="bytes in a ping-pong message (default: 64)")  # fmt: skip
     add("--generator", choices=("auto", "c", "python"), default="auto",
@@ -119,7 +121,7 @@ _FRELAY_MODES: Final[tuple[Literal["handoff", "tunnel"], ...]] = ("handoff", "tu
 
 
 def _subjects(
-    modes: Sequence[str], rivals: Sequence[str], scratch: Path
+    modes: Sequence[str], rivals: Sequence[str], workers: int, scratch: Path
 ) -> tuple[list[Subject], list[tuple[Subject, Subject]]]:
     """The rows of the table, and which of them to compare as (ours, theirs)."""
     directories = (scratch / f"subject-{number}" for number in range(1, 1000))
@@ -139,6 +141,10 @@ def _subjects(
             theirs = {mode: Frelay(next(directories), mode, checkout=Path(rival)) for mode in ours}
         subjects += theirs.values()
         compared += [(ours[mode], other) for mode, other in theirs.items() if mode in ours]
+    if workers > 1:
+        several = {mode: Frelay(next(directories), mode, workers=workers) for mode in ours}
+        subjects += several.values()
+        compared += [(several[mode], one) for mode, one in ours.items()]
     return subjects, compared
 
 
@@ -186,7 +192,7 @@ def measure(options: argparse.Namespace) -> Run:
     with ExitStack() as stack:
         stack.callback(_clear_progress)
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="frelay-bench-")))
-        subjects, compared = _subjects(options.modes, options.against, scratch)
+        subjects, compared = _subjects(options.modes, options.against, options.workers, scratch)
         if not subjects:
             raise BenchError("there is nothing to measure")
         _raise_descriptor_limit(max(plan.pairs))

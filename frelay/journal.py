@@ -11,8 +11,9 @@ a broken view of the traffic must not end the traffic.
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar, Final
@@ -22,6 +23,7 @@ from frelay.outcome import Record
 from frelay.protocol.messages import PartyName
 
 __all__ = [
+    "Distribution",
     "Draining",
     "Entry",
     "HandshakeDone",
@@ -37,6 +39,14 @@ __all__ = [
 
 # Enough for a person to see what is going on; whoever wants all of them reads the log or the event stream.
 _REFUSALS_KEPT: Final = 100
+
+# Seconds. From a local party to the default handshake_timeout; from a partner that is there already to beyond
+# wait_timeout; from one answered question to max_lifetime.
+_BOUNDS: Final[Mapping[str, tuple[float, ...]]] = {
+    "handshake": (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
+    "wait": (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
+    "pairing": (0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 14400, 86400),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +153,29 @@ class RouteTotals:
     bytes_func2_to_func1: int = 0
 
 
+@dataclass(slots=True)
+class Distribution:
+    """How many durations there were up to each of ``bounds`` and beyond the last, and their sum, in seconds."""
+
+    bounds: tuple[float, ...]
+    counts: list[int]
+    total: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        """One more."""
+        self.counts[bisect_left(self.bounds, seconds)] += 1
+        self.total += seconds
+
+    def plus(self, other: Distribution) -> Distribution:
+        """Both together; they must have the same bounds."""
+        counts = [one + two for one, two in zip(self.counts, other.counts, strict=True)]
+        return Distribution(self.bounds, counts, self.total + other.total)
+
+    def copy(self) -> Distribution:
+        """As it is now."""
+        return Distribution(self.bounds, list(self.counts), self.total)
+
+
 class Journal:
     """What happened in one relay. Note with :meth:`note`, follow with :meth:`listen`."""
 
@@ -152,15 +185,25 @@ class Journal:
         self.totals: Final[dict[str, RouteTotals]] = {"": RouteTotals()}
         """By the name of a route that is there; ``""`` holds the refusals that belong to none: of those who had not
         come as far as to a route, or whose route was gone by then."""
+        self.durations: Final = {
+            name: Distribution(bounds, [0] * (len(bounds) + 1)) for name, bounds in _BOUNDS.items()
+        }
+        """``handshake``: from accept to its end, of those that succeeded; ``wait``: of the first party of a pairing for
+        the second; ``pairing``: of those that have ended."""
         self._listeners: Final[list[Callable[[Entry], None]]] = []
 
     def note(self, entry: Entry) -> None:
         """Add ``entry`` to the totals and tell the listeners."""
-        if isinstance(entry, LegRefused):
+        if isinstance(entry, HandshakeDone):
+            self.durations["handshake"].add(entry.seconds)
+        elif isinstance(entry, LegRefused):
             self.refusals.append(entry)
             self._totals_of(entry.route).refusals[entry.code] += 1
+        elif isinstance(entry, PairingStarted):
+            self.durations["wait"].add(entry.waited)
         elif isinstance(entry, PairingEnded):
             record = entry.record
+            self.durations["pairing"].add(record.duration)
             totals = self._totals_of(record.route)
             totals.outcomes[record.outcome.value] += 1
             totals.bytes_func1_to_func2 += record.bytes_func1_to_func2

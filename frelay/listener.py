@@ -60,6 +60,11 @@ class Listener:
         return cls(address, bind(*places))
 
     @property
+    def sockets(self) -> tuple[socket.socket, ...]:
+        """What it listens on, or would."""
+        return self._sockets
+
+    @property
     def bound(self) -> list[str]:
         """The addresses that the sockets really have, ``host:port``; the port matters where 0 was asked for."""
         return [format_address(sock.getsockname()[:2]) for sock in self._sockets]

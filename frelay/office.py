@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from frelay import __version__
-from frelay.admin.api import problem_view
 from frelay.admin.model import (
     CertificateView,
     DescriptorView,
@@ -35,6 +34,7 @@ from frelay.admin.model import (
     StatusView,
     TrafficView,
     WaitingView,
+    problem_view,
 )
 from frelay.admin.office import (
     Conflict,
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from frelay.relay import Relay
     from frelay.route import LiveRoute
 
-__all__ = ["RelayOffice"]
+__all__ = ["RelayOffice", "etag_of"]
 
 _PARTIES: Final[tuple[PartyName, PartyName]] = ("func1", "func2")
 _NOBODY: Final = WaitingView(func1=[], func2=[])
@@ -90,9 +90,9 @@ class RelayOffice(Office):
     def is_draining(self) -> bool:
         return self._relay.is_draining
 
-    def counts(self) -> Counts:
+    async def counts(self) -> Counts:
         relay, routes, totals = self._relay, self._relay.routes, self.journal.totals
-        running = Counter(dict.fromkeys(routes, 0))
+        running = Counter({name: 0 for name in totals if name})
         moved: Counter[tuple[str, PartyName]] = Counter()
         for pairing in relay.pairings:
             running[pairing.route] += 1
@@ -110,9 +110,10 @@ class RelayOffice(Office):
             reloaded_at=relay.last_reload_at,
             reload_was_accepted=relay.last_reload_error is None,
             certificates=tuple(self._certificates()),
+            durations={name: found.copy() for name, found in self.journal.durations.items()},
         )
 
-    def status(self) -> StatusView:
+    async def status(self) -> StatusView:
         relay = self._relay
         routes = relay.routes.values()
         error = relay.last_reload_error
@@ -125,7 +126,7 @@ class RelayOffice(Office):
             started_at=relay.started_at,
             now=time.time(),
             config=str(relay.config.path),
-            routes=len(routes),
+            routes=len(relay.config.routes),
             pairings=len(relay.pairings),
             waiting=sum(route.lobby.count("func1") + route.lobby.count("func2") for route in routes),
             last_reload=ReloadView(
@@ -168,12 +169,12 @@ class RelayOffice(Office):
         if section.crl is not None and trust.crl_next_update is not None:
             yield CertificateView(what="crl", file=str(section.crl), subject=None, not_after=trust.crl_next_update)
 
-    def routes(self) -> RoutesView:
+    async def routes(self) -> RoutesView:
         # Once through all pairings, and not once a route.
         under_way = self._bytes_under_way()
         return RoutesView(routes=[self._view(route, under_way) for route in self._relay.routes.values()])
 
-    def route(self, name: str) -> RouteView:
+    async def route(self, name: str) -> RouteView:
         return self._view(self._find(name), self._bytes_under_way())
 
     def _find(self, name: str) -> LiveRoute:
@@ -199,7 +200,7 @@ class RelayOffice(Office):
             bound=self._relay.bound(route.name),
             file=str(config.source),
             is_editable=config.source != self._relay.config.path,
-            etag=_etag(written),
+            etag=etag_of(written),
             waiting=traffic.waiting,
             pairings=traffic.pairings,
             outcomes=traffic.outcomes,
@@ -208,7 +209,7 @@ class RelayOffice(Office):
             bytes_func2_to_func1=traffic.bytes_func2_to_func1,
         )
 
-    def traffic(self) -> TrafficView:
+    async def traffic(self) -> TrafficView:
         under_way = self._bytes_under_way()
         return TrafficView(
             now=time.time(),
@@ -238,7 +239,7 @@ class RelayOffice(Office):
         since = time.time() - self._relay.age(place.since)
         return LegView(identity=leg.identity, address=leg.address, mode=leg.mode, since=since)
 
-    def pairings(self) -> PairingsView:
+    async def pairings(self) -> PairingsView:
         now = time.time()
         return PairingsView(pairings=[_pairing(pairing, now) for pairing in self._relay.pairings])
 
@@ -266,7 +267,7 @@ class RelayOffice(Office):
             return RouteFileEdit(self._editable_file(config, name, if_match), content)
 
         await self._edit(edit)
-        return self.route(name), is_new
+        return await self.route(name), is_new
 
     async def delete_route(self, name: str, *, if_match: frozenset[str] | None) -> None:
         def edit(config: Config) -> RouteFileEdit:
@@ -287,7 +288,7 @@ class RelayOffice(Office):
                 f"the route {name!r} stands in {route.source}, which frelay never writes: change it there, or remove "
                 f"it there to have it in {path}"
             )
-        if route is not None and if_match is not None and not if_match & {"*", _etag(route_as_written(route))}:
+        if route is not None and if_match is not None and not if_match & {"*", etag_of(route_as_written(route))}:
             raise PreconditionFailed(f"the route {name!r} has changed meanwhile: read it again")
         return path
 
@@ -341,7 +342,8 @@ def _views(problems: tuple[Problem, ...]) -> list[ProblemView]:
     return [problem_view(problem) for problem in problems]
 
 
-def _etag(written: Mapping[str, Any]) -> str:
+def etag_of(written: Mapping[str, Any]) -> str:
+    """The ETag of a route, from :func:`~frelay.config.written.route_as_written`."""
     text = json.dumps(written, sort_keys=True)
     return f'"{hashlib.sha256(text.encode()).hexdigest()[:32]}"'
 

@@ -64,8 +64,6 @@ def give_up(config: Config) -> None:
 
     Call it from the only thread of the process.
     """
-    if threading.active_count() > 1:
-        raise AssertionError("other threads would keep what this one gives up")
     account = find_account(config)
     if account is not None and os.geteuid() != account.pw_uid:
         _become(account, config)
@@ -85,6 +83,8 @@ def _become(account: pwd.struct_passwd, config: Config) -> None:
             f'only root can become "{name}", and this is uid {os.geteuid()}: start it as root, or leave the key out '
             f"and start it as {name}",
         )
+    if threading.active_count() > 1:
+        raise AssertionError("another thread would keep what this one gives up")
     try:
         # Capabilities otherwise go with the last uid 0.
         _prctl(_PR_SET_KEEPCAPS, 1)

@@ -12,6 +12,9 @@ until ``drain_timeout``, and then the root goes.
 A configuration is applied in two halves. First everything that can fail: load and check the file, load the
 certificates, bind the new addresses. Only when all of that has succeeded comes the half that cannot fail: swap the
 references, stop what is gone. So a bad file changes nothing at all.
+
+With ``workers`` above 1 this class is still what the outside sees, and others serve the routes (:mod:`frelay.workers`):
+what differs there is in the methods that a comment names.
 """
 
 from __future__ import annotations
@@ -19,9 +22,10 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
@@ -30,7 +34,7 @@ import trio
 from frelay.admission import Admission, raise_descriptor_limit
 from frelay.config.load import load
 from frelay.config.model import Address, Config, Route
-from frelay.config.plan import Plan, listener_key, plan
+from frelay.config.plan import ListenerKey, Plan, listener_key, plan
 from frelay.config.store import RouteFileEdit
 from frelay.config.watch import Watcher
 from frelay.errors import ConfigError, Problem
@@ -52,9 +56,10 @@ from frelay.tickets import TicketOffice
 from frelay.tls.context import OuterTls, load_outer_tls, openssl_version
 
 if TYPE_CHECKING:
+    from frelay.admin.office import Office
     from frelay.servers import Servers
 
-__all__ = ["Relay", "prepare"]
+__all__ = ["Places", "Relay", "Staged", "prepare"]
 
 # What a function that was waiting is told to wait before it dials again, while this relay goes away.
 _RECONNECT_IN: Final = 1.0
@@ -62,17 +67,31 @@ _RECONNECT_IN: Final = 1.0
 _RELOAD_PAUSE: Final = 0.1
 
 
-_Places = tuple[Address, ...] | OSError
+Places = tuple[Address, ...] | OSError
 """What the name of an address stands for, or why nobody knows."""
 
 
-def prepare(config: Config) -> OuterTls | None:
-    """Load what the configuration refers to; raises ConfigError. This and loading the file is `frelay check`."""
+def prepare(
+    config: Config, *, contents: MutableMapping[Path, bytes] | None = None, now: float | None = None
+) -> OuterTls | None:
+    """Load what the configuration refers to; raises ConfigError. This and loading the file is `frelay check`.
+
+    ``contents`` and ``now`` are those of :func:`~frelay.tls.context.load_outer_tls`.
+    """
     find_account(config)
     if config.tls is None:
         return None
     serves_http = config.admin is not None and config.admin.address is not None
-    return load_outer_tls(config.tls, source=config.path, serves_http=serves_http)
+    return load_outer_tls(config.tls, source=config.path, serves_http=serves_http, contents=contents, now=now)
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A configuration for which all that can fail has been done. One of the two must follow; neither can fail."""
+
+    changes: Plan
+    put_in_force: Callable[[], Awaitable[None]]
+    abandon: Callable[[], Awaitable[None]]
 
 
 @dataclass(slots=True)
@@ -82,15 +101,16 @@ class _Running:
     config: Config
     trust: OuterTls | None
     routes: dict[str, LiveRoute]
-    listeners: dict[Hashable, Listener]
-    tables: dict[Hashable, dict[str, LiveRoute]]
+    listeners: dict[ListenerKey, Listener]
+    tables: dict[ListenerKey, dict[str, LiveRoute]]
     """The routes behind each listener."""
 
 
 class Relay:
     """One relay process. Make it from a loaded configuration, and :meth:`run` it.
 
-    ``inherited`` are sockets to use before any are bound, ``service_manager`` is who is told how it goes.
+    ``inherited`` are sockets to use before any are bound, ``service_manager`` is who is told how it goes, and ``log``
+    who is told everything else, in place of its own logger.
     """
 
     def __init__(
@@ -100,8 +120,9 @@ class Relay:
         watch_files: bool = True,
         inherited: Inherited | None = None,
         service_manager: ServiceManager | None = None,
+        log: Any = None,
     ) -> None:
-        self._log: Final[Any] = structlog.get_logger("frelay.relay").bind(relay=config.relay.name)
+        self._log: Final[Any] = (log or structlog.get_logger("frelay.relay")).bind(relay=config.relay.name)
         self._watch_files: Final = watch_files
         self._inherited: Final = inherited or Inherited()
         self._service_manager: Final = service_manager or ServiceManager()
@@ -182,7 +203,7 @@ class Relay:
 
     def bound(self, route: str) -> list[str]:
         """The addresses on which ``route`` really listens, ``host:port``."""
-        return self._now.listeners[listener_key(self._now.routes[route].config)].bound
+        return self._now.listeners[listener_key(self._now.config.routes_by_name[route])].bound
 
     # --- the tree ----------------------------------------------------------------------------------------------
 
@@ -198,16 +219,15 @@ class Relay:
             # What changed between the caller's load and this mark would otherwise never be noticed.
             await watcher.mark()
             first = await trio.to_thread.run_sync(load, first.path, limiter=self._reading)
-        trust = await trio.to_thread.run_sync(prepare, first, limiter=self._reading)
+        trust = await self._prepare(first)
         try:
             async with trio.open_nursery() as root:
                 root.start_soon(self._forwarding.readiness.run)
                 root.start_soon(self._service_manager.run)
                 await root.start(self._obey_signals)
                 await root.start(self._names.run)
-                places = await self._look_up_missing(first)
                 async with trio.open_nursery() as self._pairings, trio.open_nursery() as self._doors:
-                    self._take_over(first, trust, plan(None, first), self._open_missing(first, places))
+                    await (await self.stage(first, trust, instead_of=None)).put_in_force()
                     self._start_servers(first, root)
                     self._warn_of_unclaimed_sockets(first)
                     self._log.info("ready", routes=len(first.routes), openssl=openssl_version())
@@ -235,12 +255,11 @@ class Relay:
         if config.admin is None and config.metrics is None:
             return
         # Here, because FastAPI and what it brings take half a second, which a relay without a server need not spend.
-        from frelay.office import RelayOffice
         from frelay.servers import Servers
 
         self._servers = Servers(
             config,
-            RelayOffice(self),
+            self._new_office(),
             running=lambda: self._now.config,
             trust=lambda: self._now.trust,
             inherited=self._inherited,
@@ -248,7 +267,13 @@ class Relay:
         root.start_soon(self._servers.run)
         self._log.info("serving", **{name: ", ".join(places) for name, places in self._servers.bound.items()})
 
-    def _door(self, key: Hashable) -> Callable[[], Door]:
+    def _new_office(self) -> Office:
+        """Who answers for this relay; a supervisor has another."""
+        from frelay.office import RelayOffice
+
+        return RelayOffice(self)
+
+    def _door(self, key: ListenerKey) -> Callable[[], Door]:
         def door() -> Door:
             now = self._now
             return Door(
@@ -302,17 +327,35 @@ class Relay:
 
     # --- changing ----------------------------------------------------------------------------------------------
 
-    def _missing(self, new: Config) -> dict[Hashable, list[Route]]:
+    async def _prepare(self, config: Config) -> OuterTls | None:
+        """:func:`prepare`, for which a supervisor keeps what was read."""
+        return await trio.to_thread.run_sync(prepare, config, limiter=self._reading)
+
+    async def stage(self, new: Config, trust: OuterTls | None, *, instead_of: Config | None) -> Staged:
+        """Do for ``new`` all that can fail: bind, and in a supervisor ask the workers. Raises ConfigError."""
+        changes = plan(instead_of, new)
+        opened = self._open_missing(new, await self._look_up_missing(new))
+
+        async def put_in_force() -> None:
+            self._take_over(new, trust, changes, opened)
+
+        async def abandon() -> None:
+            for listener in opened.values():
+                listener.close()
+
+        return Staged(changes, put_in_force, abandon)
+
+    def _missing(self, new: Config) -> dict[ListenerKey, list[Route]]:
         """What ``new`` needs and nobody has bound yet: the routes that share each."""
-        missing: dict[Hashable, list[Route]] = {}
+        missing: dict[ListenerKey, list[Route]] = {}
         for route in new.routes:
             if listener_key(route) not in self._now.listeners:
                 missing.setdefault(listener_key(route), []).append(route)
         return missing
 
-    async def _look_up_missing(self, new: Config) -> dict[Address, _Places]:
+    async def _look_up_missing(self, new: Config) -> Mapping[Address, Places]:
         """The IP addresses that are to be bound for ``new``. A name server may let us wait, while all else goes on."""
-        found: dict[Address, _Places] = {}
+        found: dict[Address, Places] = {}
 
         async def look(address: Address) -> None:
             try:
@@ -325,11 +368,13 @@ class Relay:
                 nursery.start_soon(look, address)
         return found
 
-    def _open_missing(self, new: Config, places: Mapping[Address, _Places]) -> dict[Hashable, Listener]:
+    def _open_missing(self, new: Config, places: Mapping[Address, Places]) -> dict[ListenerKey, Listener]:
         """Bind what ``new`` needs and nobody has yet, at ``places``; raises ConfigError with nothing bound."""
         return self._open(self._missing(new), places)
 
-    def _take_over(self, new: Config, trust: OuterTls | None, changes: Plan, opened: dict[Hashable, Listener]) -> None:
+    def _take_over(
+        self, new: Config, trust: OuterTls | None, changes: Plan, opened: dict[ListenerKey, Listener]
+    ) -> None:
         """Put ``new`` in force. Nothing in here can fail."""
         now = self._now
         needed = {listener_key(route) for route in new.routes}
@@ -364,9 +409,11 @@ class Relay:
         for key in [key for key in now.listeners if key not in needed]:
             now.listeners.pop(key).stop()
 
-    def _open(self, wanted: dict[Hashable, list[Route]], places: Mapping[Address, _Places]) -> dict[Hashable, Listener]:
+    def _open(
+        self, wanted: dict[ListenerKey, list[Route]], places: Mapping[Address, Places]
+    ) -> dict[ListenerKey, Listener]:
         """Bind all the new addresses or none; each comes with the routes that share it."""
-        opened: dict[Hashable, Listener] = {}
+        opened: dict[ListenerKey, Listener] = {}
         problems = []
         for key, sharers in wanted.items():
             route = sharers[-1]
@@ -393,14 +440,17 @@ class Relay:
             raise ConfigError(problems)
         return opened
 
-    def _start(self, opened: dict[Hashable, Listener]) -> None:
+    def _start(self, opened: dict[ListenerKey, Listener]) -> None:
         if self._doors is None:
             raise AssertionError("listeners before the relay runs")
         for key, listener in opened.items():
             self._now.listeners[key] = listener
             self._doors.start_soon(listener.serve, self._door(key), self._admission)
-        for route in self._now.routes.values():
-            key = listener_key(route.config)
+        self._announce(opened)
+
+    def _announce(self, opened: dict[ListenerKey, Listener]) -> None:
+        for route in self._now.config.routes:
+            key = listener_key(route)
             if key in opened:
                 self._log.info("listening", route=route.name, address=", ".join(opened[key].bound))
                 if route.name not in RESERVED:
@@ -421,7 +471,7 @@ class Relay:
 
     def _status(self) -> str:
         """How it stands, in one line for systemctl."""
-        routes, addresses = len(self._now.routes), len(self._now.listeners)
+        routes, addresses = len(self._now.config.routes), len(self._now.listeners)
         text = f"{routes} route{'' if routes == 1 else 's'} on {addresses} address{'' if addresses == 1 else 'es'}"
         if self.last_reload_error is None:
             return text
@@ -491,21 +541,19 @@ class Relay:
         new = await trio.to_thread.run_sync(partial(load, path, edit=edit), limiter=self._reading)
         if edit is None:
             self._attempted = new
-        trust = await trio.to_thread.run_sync(prepare, new, limiter=self._reading)
-        places = await self._look_up_missing(new)
+        trust = await self._prepare(new)
         self._forbid_when_draining()
-        changes = plan(self._now.config, new)
-        opened = self._open_missing(new, places)
+        staged = await self.stage(new, trust, instead_of=self._now.config)
         try:
             if edit is not None:
                 # Last of all that can fail, and before anything is given up.
                 await trio.to_thread.run_sync(edit.commit, limiter=self._reading)
             self._forbid_when_draining()
         except BaseException:
-            for listener in opened.values():
-                listener.close()
+            await staged.abandon()
             raise
-        self._take_over(new, trust, changes, opened)
+        await staged.put_in_force()
+        changes = staged.changes
         self.last_reload_at, self.last_reload_error = time.time(), None
         entry = Reloaded(
             kept=len(changes.keep),

@@ -105,7 +105,7 @@ class Servers:
         """Serve until cancelled."""
         events, metrics = EventStream(), Metrics(self._office)
         journal = self._office.journal
-        with self._cleaning, journal.listen(events.note), journal.listen(metrics.note):
+        with self._cleaning, journal.listen(events.note):
             async with trio.open_nursery() as nursery:
                 if self._admin:
                     is_own_host = is_local_host if self._is_local else self._is_own_host

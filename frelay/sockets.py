@@ -147,8 +147,9 @@ def format_address(place: tuple[str, int]) -> str:
 def tune(sock: socket.socket, tcp: TcpSection) -> None:
     """Set keepalive, user timeout and nodelay on a TCP socket.
 
-    Keepalive finds an idle peer that has vanished, TCP_USER_TIMEOUT one with bytes in flight; neither covers the
-    other's case.
+    Keepalive asks an idle peer whether it is there, TCP_USER_TIMEOUT limits the wait for an answer, be it to bytes in
+    flight or to such a question; neither covers the other's case. With both, Linux does not go by keepalive's count
+    (tcp(7)): who has vanished is given up after the user timeout.
     """
     idle, interval, count = tcp.keepalive
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

@@ -276,11 +276,13 @@ class TestAuthority:
         critical: Sequence[x509.ExtensionType] = (),
         ca: bool = False,
         key: SigningKey | None = None,
+        usages: Sequence[str] = (),
     ) -> Credential:
         """A party's certificate in which anything may be strange.
 
         ``san`` is a list of GeneralNames, the DER of the whole extension value (:func:`san_der`), or None for no SAN.
-        ``extra`` and ``critical`` extensions are added as they are. ``key`` is the party's own, instead of a P-256 one.
+        ``extra`` and ``critical`` extensions are added as they are. ``key`` is the party's own, instead of a P-256 one,
+        and ``usages`` are key usages that a leaf has not.
         """
         key = key or ec.generate_private_key(ec.SECP256R1())
         certificate = _sign(
@@ -295,6 +297,7 @@ class TestAuthority:
             extra=extra,
             critical=critical,
             ca=ca,
+            usages=usages,
         )
         return Credential(name, certificate, key, (certificate, *self._chain()))
 
@@ -530,6 +533,7 @@ def _sign(
     not_after: datetime | None = None,
     extra: Sequence[x509.ExtensionType] = (),
     critical: Sequence[x509.ExtensionType] = (),
+    usages: Sequence[str] = (),
 ) -> x509.Certificate:
     """Sign with nothing checked; ``issuer`` None makes it self-signed."""
     now = datetime.now(UTC)
@@ -550,8 +554,8 @@ def _sign(
                 key_encipherment=False,
                 data_encipherment=False,
                 key_agreement=False,
-                key_cert_sign=ca,
-                crl_sign=ca,
+                key_cert_sign=ca or "key_cert_sign" in usages,
+                crl_sign=ca or "crl_sign" in usages,
                 encipher_only=False,
                 decipher_only=False,
             ),

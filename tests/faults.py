@@ -21,7 +21,7 @@ import socket
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal
 
 import trio
@@ -36,6 +36,7 @@ _COARSE: Final = (1460, 4096, 16 * 1024, 64 * 1024)
 # Where everything that is not bulk happens: handshake, JOIN, the hand-off and the functions' first bytes.
 _INTRICATE: Final = 8 * 1024
 _LONGEST_DELAY: Final = 0.005
+_TCP_CLOSE: Final = 7  # include/net/tcp_states.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +62,8 @@ class _Connection:
     """One connection that goes through."""
 
     number: int
-    is_broken: bool = False
-    """Whether a side of it was found broken by whoever sent to it."""
+    ended: set[trio.SocketStream] = field(default_factory=set)
+    """The sides that were sent FIN."""
 
 
 class FaultyNetwork:
@@ -76,6 +77,8 @@ class FaultyNetwork:
         self._ways: dict[int, int] = {}
         self._count = 0
         self._open: set[trio.SocketStream] = set()
+        self.port_beyond: Final[dict[int, int]] = {}
+        """Under which port the other side sees a connection, by the port that it really comes from."""
         chance = random.Random(f"fault {weather.seed}")
         self._victim = (chance.randrange(weather.connections), chance.choice(("forth", "back")))
         self._at = chance.randrange(weather.fault_within)
@@ -105,6 +108,10 @@ class FaultyNetwork:
 
     async def _connect(self, number: int, near: trio.SocketStream, far: trio.SocketStream) -> None:
         connection = _Connection(number)
+        try:
+            self.port_beyond[near.socket.getpeername()[1]] = far.socket.getsockname()[1]
+        except OSError:
+            pass  # it has gone before it was here
         self._open |= {near, far}
         try:
             async with trio.open_nursery() as both:
@@ -150,15 +157,18 @@ class FaultyNetwork:
                     await sink.send_all(piece)
                 except trio.BrokenResourceError:
                     # What the sink said before it broke is still under way; whoever reads it finds the break.
-                    connection.is_broken = True
                     return
                 passed += len(piece)
                 left = None if left is None else left - len(piece)
                 await self._pause(chance)
-        if connection.is_broken:
+        if source not in connection.ended and _is_dead(source):
             # Linux tells of a reset once, and told the one who sent; to us it looks like FIN.
             raise trio.BrokenResourceError
-        await sink.send_eof()
+        connection.ended.add(sink)
+        try:
+            await sink.send_eof()
+        except trio.BrokenResourceError:
+            return
 
     async def _pause(self, chance: random.Random) -> None:
         if self.weather.delays and chance.random() < 0.1:
@@ -186,11 +196,20 @@ def _size(chance: random.Random, passed: int) -> int:
     return chance.choice(_FINE) if is_fine else chance.choice(_COARSE)
 
 
+def _is_dead(stream: trio.SocketStream) -> bool:
+    if stream.socket.fileno() == -1:
+        return True  # see FaultyNetwork.go_down
+    return stream.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE
+
+
 def _what_is_there(stream: trio.SocketStream) -> bytes:
     try:
         return stream.socket._sock.recv(65536)  # type: ignore[attr-defined, no-any-return]
-    except OSError:
-        return b""  # nothing, or a reset that the next read will find
+    except BlockingIOError:
+        return b""
+    except OSError as error:
+        # It is told once; the next read would find what looks like FIN.
+        raise trio.BrokenResourceError from error
 
 
 async def _end(stream: trio.SocketStream) -> None:

@@ -35,6 +35,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+import pytest
 import structlog
 import trio
 
@@ -52,8 +53,10 @@ __all__ = [
     "RelayInProcess",
     "RelayProcess",
     "Site",
+    "address_seen",
     "at_any_pace",
     "descriptor_kinds",
+    "direct",
     "eventually",
     "open_descriptors",
     "pair",
@@ -76,6 +79,9 @@ func2 = "dns:func2.demo"
 
 THROUGH_FAULTS: Final = os.environ.get("FRELAY_THROUGH_FAULTS", "")
 """A seed: then all parties of all tests reach their relay through a network that splits and merges segments by it."""
+
+direct: Final = pytest.mark.skipif(THROUGH_FAULTS != "", reason="about the one connection between party and relay")
+"""Marks a test that would be about the network between them: addresses, segments, what waits where in the kernel."""
 
 PATIENCE: Final = 20.0
 """Seconds after which a wait for an event is a failure; on an idle machine all of them take milliseconds."""
@@ -370,6 +376,12 @@ async def at_any_pace(test: Callable[[float], Awaitable[None]], limit: float) ->
         limit *= 4
 
 
+def address_seen(relay: RelayInProcess | RelayProcess, party: Party) -> str:
+    """The address of ``party`` as ``relay`` sees it."""
+    port = party.socket.getsockname()[1]
+    return f"127.0.0.1:{port if relay.network is None else relay.network.port_beyond[port]}"
+
+
 @contextmanager
 def reserved_port() -> Iterator[int]:
     """A port of 127.0.0.1 that nobody else is given meanwhile: for routes that share an address, which 0 never is."""
@@ -486,6 +498,10 @@ class RelayProcess:
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
+    def worker(self, number: int) -> int:
+        """The process number of a worker."""
+        return int(self.logged("worker started", worker=number)[-1]["pid"])
+
     async def exit_code(self) -> int:
         with trio.fail_after(PATIENCE * 3):
             return await self.process.wait()
@@ -515,6 +531,8 @@ class Site:
             name: credential.write(directory, name) for name, credential in self.credentials.items()
         }
         self.config = directory / "relay.toml"
+        self.workers: int | None = None
+        """What :meth:`write` says of ``workers``; None for nothing."""
         self.parties: list[Party] = []
 
     def add(self, name: str, credential: Credential) -> Credential:
@@ -533,6 +551,10 @@ client_ca = "{self.ca_path.name}"
 """
         if crl:
             tls += 'crl = "crl.pem"\n'
+        if self.workers is not None:
+            before, heading, after = sections.partition("[relay]\n")
+            sections = f"{before}[relay]\nworkers = {self.workers}\n{after}"
+            sections = sections if heading else f"[relay]\nworkers = {self.workers}\n{before}"
         self.config.write_text(tls + sections + routes)
         return self.config
 
@@ -567,8 +589,13 @@ client_ca = "{self.ca_path.name}"
         env: Mapping[str, str] | None = None,
         launcher: Sequence[str] = (),
         pass_fds: Sequence[int] = (),
+        workers: int | None = None,
     ) -> AsyncIterator[RelayProcess]:
-        """A ``frelay run`` process, ready; killed at the end if it still runs. ``launcher`` goes before its command."""
+        """A ``frelay run`` process, ready; killed at the end if it still runs. ``launcher`` goes before its command.
+
+        With ``workers``, or FRELAY_WORKERS in the environment of the tests, the route file says so from here on.
+        """
+        self.workers = workers or int(os.environ.get("FRELAY_WORKERS", "0")) or None
         config = self.write(routes, sections=sections, crl=crl)
         command = [*launcher, *FRELAY_RUN, "-c", str(config), "--log-format", "json", *options]
         async with trio.open_nursery() as nursery:

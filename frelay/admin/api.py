@@ -43,6 +43,7 @@ from frelay.admin.model import (
     RouteView,
     StatusView,
     TrafficView,
+    problem_view,
 )
 from frelay.journal import Entry, HandshakeDone, PairingEnded, ReloadRefused
 
@@ -148,8 +149,9 @@ class _EventResponse(Response):
                 pass
             nursery.cancel_scope.cancel(reason="the reader of this event stream has gone")
 
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         with self._events.reader(self._after) as reader:
+            # Only now: whoever has read the head of this answer must miss nothing that happens from there on.
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(wait_gone)
                 await self._tell(reader, send)
@@ -184,11 +186,6 @@ def _event_data(entry: Entry) -> dict[str, Any]:
     data = asdict(entry)
     del data["at"]
     return data
-
-
-def problem_view(problem: Any) -> ProblemView:
-    """A :class:`~frelay.errors.Problem` as it is told."""
-    return ProblemView(message=problem.message, key=problem.key, file=str(problem.file), line=problem.line)
 
 
 # --- who may not ------------------------------------------------------------------------------------------------
@@ -368,7 +365,7 @@ def _value_problems(errors: Sequence[Any]) -> list[ProblemView]:
 def _add_looks(app: FastAPI, office: desk.Office, events: EventStream) -> None:
     @app.get("/v1/status", summary="The relay as a whole")
     async def status() -> StatusView:
-        return office.status()
+        return await office.status()
 
     @app.get("/v1/config", summary="The configuration in force, in the shape of a route file")
     async def configuration() -> dict[str, Any]:
@@ -376,21 +373,21 @@ def _add_looks(app: FastAPI, office: desk.Office, events: EventStream) -> None:
 
     @app.get("/v1/routes", summary="All routes in force")
     async def routes() -> RoutesView:
-        return office.routes()
+        return await office.routes()
 
     @app.get("/v1/routes/{name}", summary="One route", responses=_errors(404))
     async def route(name: _Name, response: Response) -> RouteView:
-        view = office.route(name)
+        view = await office.route(name)
         response.headers["etag"] = view.etag
         return view
 
     @app.get("/v1/traffic", summary="What goes on at all routes: cheap, for whoever asks again and again")
     async def traffic() -> TrafficView:
-        return office.traffic()
+        return await office.traffic()
 
     @app.get("/v1/pairings", summary="All pairings that run")
     async def pairings() -> PairingsView:
-        return office.pairings()
+        return await office.pairings()
 
     @app.get(
         "/v1/events",

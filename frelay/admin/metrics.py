@@ -2,8 +2,7 @@
 
 A scrape must be exact, and no function may feel it. So what is live (routes, who waits, bytes under way) is copied out
 of the office in one synchronous look: no pairing can end in the middle of it, and be counted twice or not at all. The
-thousands of lines are then made of that copy in another thread. What is over by the time of a scrape, such as how long
-a handshake took, comes from the journal as it happens.
+thousands of lines are then made of that copy in another thread.
 
 The names and labels are a contract, which docs/metrics.md explains and ``deploy/`` builds on. A label never holds what
 a stranger can choose, nor an identity or an address: each new value would be a series more, for ever, and a metrics
@@ -15,13 +14,21 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import resource
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import accumulate
 from typing import Final
 
 import trio
-from prometheus_client import Histogram, Metric, ProcessCollector, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
+from prometheus_client import Metric, ProcessCollector, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+)
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
@@ -34,24 +41,19 @@ from starlette.types import ASGIApp
 from frelay import __version__
 from frelay.admin.model import CertificateView
 from frelay.admin.office import Counts, Office
-from frelay.journal import Entry, HandshakeDone, PairingEnded, PairingStarted
+from frelay.journal import Distribution
+from frelay.lag import LAG_MEMORY, LoopLag
 from frelay.outcome import Outcome
 from frelay.protocol.messages import PartyName
 from frelay.tls.context import openssl_version
 
 __all__ = ["Metrics", "metrics_app"]
 
-# From a local party to the default handshake_timeout; from a partner that is there already to beyond wait_timeout; from
-# one answered question to max_lifetime.
-_HANDSHAKE_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-_WAIT_BUCKETS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
-_PAIRING_BUCKETS: Final = (0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 14400, 86400)
-
-# A loop that stands still for longer than this is always noticed; four wake-ups a second cost nothing.
-_PROBE_INTERVAL: Final = 0.25
-# Longer than the usual time between two scrapes, and the same for every scraper if there are several.
-_LAG_MEMORY: Final = 60.0
-
+_DURATIONS: Final = {
+    "handshake": "From a connection's accept to the end of its outer TLS handshake, of those that succeeded.",
+    "wait": "How long the first party of a pairing had waited for the second when they were matched.",
+    "pairing": "From the match of two parties to the close of both, of pairings that have ended.",
+}
 _DIRECTIONS: Final[dict[PartyName, str]] = {"func1": "func1_to_func2", "func2": "func2_to_func1"}
 
 _TEXT: Final = "text/plain"
@@ -59,75 +61,35 @@ _OPENMETRICS: Final = "application/openmetrics-text"
 
 
 class Metrics:
-    """The metrics of one relay. :meth:`note` must be a listener of the office's journal, :meth:`watch_loop` run."""
+    """The metrics of one relay. Give :meth:`watch_loop` a task."""
 
     def __init__(self, office: Office) -> None:
         self._office: Final = office
-        # Without a registry: the library's own is one a process, and there may be two relays in it.
-        self._handshake: Final = Histogram(
-            "frelay_handshake_seconds",
-            "From a connection's accept to the end of its outer TLS handshake, of those that succeeded.",
-            buckets=_HANDSHAKE_BUCKETS,
-            registry=None,
-        )
-        self._wait: Final = Histogram(
-            "frelay_wait_seconds",
-            "How long the first party of a pairing had waited for the second when they were matched.",
-            buckets=_WAIT_BUCKETS,
-            registry=None,
-        )
-        self._pairing: Final = Histogram(
-            "frelay_pairing_seconds",
-            "From the match of two parties to the close of both, of pairings that have ended.",
-            buckets=_PAIRING_BUCKETS,
-            registry=None,
-        )
-        self._lags: Final[deque[float]] = deque(maxlen=round(_LAG_MEMORY / _PROBE_INTERVAL))
+        self._lag: Final = LoopLag()
         # One at a time: two would only take the interpreter's lock from each other, and a reload needs threads too.
         self._places: Final = trio.CapacityLimiter(1)
 
-    def note(self, entry: Entry) -> None:
-        """The journal's listener."""
-        if isinstance(entry, HandshakeDone):
-            self._handshake.observe(entry.seconds)
-        elif isinstance(entry, PairingStarted):
-            self._wait.observe(entry.waited)
-        elif isinstance(entry, PairingEnded):
-            self._pairing.observe(entry.record.duration)
-
     async def watch_loop(self) -> None:
         """Measure how late the loop is, until cancelled."""
-        while True:
-            due = trio.current_time() + _PROBE_INTERVAL
-            await trio.sleep_until(due)
-            self._lags.append(trio.current_time() - due)
+        await self._lag.watch()
 
     async def expose(self, accept: str) -> tuple[bytes, str]:
         """Everything as it is now, and its content type: OpenMetrics if the ``Accept`` header wants that, else text."""
         async with self._places:
             tasks = trio.lowlevel.current_statistics().tasks_living
-            scrape = _Scrape(self._office.counts(), self._observed(), max(self._lags, default=0.0), tasks)
+            scrape = _Scrape(await self._office.counts(), self._lag.worst, tasks)
             encode: Callable[[Collector], bytes] = generate_latest
             content_type = f"{_TEXT}; version=0.0.4; charset=utf-8"
             if _wants_openmetrics(accept):
                 encode, content_type = openmetrics.generate_latest, openmetrics.CONTENT_TYPE_LATEST
             return await trio.to_thread.run_sync(encode, scrape, abandon_on_cancel=True), content_type
 
-    def _observed(self) -> list[Metric]:
-        """Copies of the histograms."""
-        families = [family for one in (self._handshake, self._wait, self._pairing) for family in one.collect()]
-        for family in families:
-            # In the text format it would be a metric of its own, and one that nobody has asked for.
-            family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
-        return families
-
 
 class _Scrape(Collector):
     """All that one scrape tells. Safe in a thread: it has copies, and asks nobody but the kernel."""
 
-    def __init__(self, counts: Counts, observed: Sequence[Metric], loop_lag: float, tasks: int) -> None:
+    def __init__(self, counts: Counts, loop_lag: float, tasks: int) -> None:
         self._counts: Final = counts
-        self._observed: Final = observed
         self._loop_lag: Final = loop_lag
         self._tasks: Final = tasks
 
@@ -135,7 +97,8 @@ class _Scrape(Collector):
         counts = self._counts
         yield _build_info()
         yield from _route_families(counts)
-        yield from self._observed
+        for name, distribution in counts.durations.items():
+            yield _histogram(f"frelay_{name}_seconds", _DURATIONS[name], distribution)
         yield GaugeMetricFamily(
             "frelay_config_last_reload_successful",
             "1 if the last configuration was put in force, 0 if it was refused and the one before it stays.",
@@ -148,20 +111,23 @@ class _Scrape(Collector):
         )
         yield from _certificate_families(counts.certificates)
         yield GaugeMetricFamily(
-            "frelay_open_fds", "Open file descriptors; process_max_fds is the limit.", value=_open_descriptors()
-        )
-        yield GaugeMetricFamily(
             "frelay_loop_lag_seconds",
-            f"The most that the event loop was late to wake a sleeping task in the last {_LAG_MEMORY:g} s.",
-            value=self._loop_lag,
+            f"The most that the event loop was late to wake a sleeping task in the last {LAG_MEMORY:g} s.",
+            value=max(self._loop_lag, counts.loop_lag),
         )
         yield GaugeMetricFamily(
             "frelay_tasks",
             "Tasks in the event loop: a few for the relay, one a connection that waits, three a pairing.",
-            value=self._tasks,
+            value=self._tasks + counts.tasks,
         )
-        # Under the names that every dashboard knows: processor time, memory, the limit of descriptors.
-        yield from ProcessCollector(registry=None).collect()
+        if counts.restarts is not None:
+            restarts = CounterMetricFamily(
+                "frelay_worker_restarts", "How often a worker that had died was started again.", labels=("worker",)
+            )
+            for worker, count in counts.restarts.items():
+                restarts.add_metric((str(worker),), count)
+            yield restarts
+        yield from _process_families(counts.workers if counts.restarts is not None else None)
 
 
 def _build_info() -> Metric:
@@ -244,9 +210,58 @@ def _certificate_families(certificates: Sequence[CertificateView]) -> Iterator[M
         )
 
 
-def _open_descriptors() -> int:
-    # One of them is that of the listing itself.
-    return len(os.listdir("/proc/self/fd")) - 1
+def _histogram(name: str, text: str, found: Distribution) -> Metric:
+    bounds = [*(str(float(bound)) for bound in found.bounds), "+Inf"]
+    buckets = list(zip(bounds, accumulate(found.counts), strict=True))
+    return HistogramMetricFamily(name, text, buckets=buckets, sum_value=found.total)
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+def _process_families(workers: Sequence[int] | None) -> Iterator[Metric]:
+    """What this process and those of ``workers`` take, under the names that every dashboard knows.
+
+    Processor time and memory are those of all together. Of descriptors the process that has most of them counts: each
+    has the limit for itself, and what matters is how near the first one is to it.
+    """
+    processes = (os.getpid(), *(workers or ()))
+    yield GaugeMetricFamily(
+        "frelay_open_fds",
+        "Open file descriptors; process_max_fds is the limit.",
+        value=max(_open_descriptors(process) for process in processes),
+    )
+    found: defaultdict[str, list[float]] = defaultdict(list)
+    families: dict[str, Metric] = {}
+    for process in processes:
+        for family in ProcessCollector(pid=partial(int, process), registry=None).collect():
+            families.setdefault(family.name, family)
+            found[family.name] += [sample.value for sample in family.samples]
+    for name, family in families.items():
+        total = _OF_ALL.get(name, max)(found[name])
+        if name == "process_cpu_seconds" and workers is not None:
+            # The time of workers that have died; without it, the counter would fall.
+            gone = resource.getrusage(resource.RUSAGE_CHILDREN)
+            total += gone.ru_utime + gone.ru_stime
+        family.samples = [sample._replace(value=total) for sample in family.samples]
+        yield family
+
+
+_OF_ALL: Final[Mapping[str, Callable[[Iterable[float]], float]]] = {
+    "process_cpu_seconds": sum,
+    "process_resident_memory_bytes": sum,
+    "process_virtual_memory_bytes": sum,
+    "process_start_time_seconds": min,
+}
+
+
+def _open_descriptors(process: int) -> int:
+    own = process == os.getpid()
+    try:
+        # One of our own is that of the listing itself.
+        return len(os.listdir(f"/proc/{process}/fd")) - own
+    except OSError:
+        return 0  # it has just ended
 
 
 # --- HTTP --------------------------------------------------------------------------------------------------------

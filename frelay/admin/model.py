@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from frelay.errors import without_pem
+from frelay.errors import Problem, without_pem
 
 __all__ = [
     "CertificateView",
@@ -36,6 +36,8 @@ __all__ = [
     "StatusView",
     "TrafficView",
     "WaitingView",
+    "WorkerView",
+    "problem_view",
 ]
 
 PartyKey = Literal["func1", "func2"]
@@ -229,6 +231,11 @@ class ProblemView(_View):
     line: int | None = None
 
 
+def problem_view(problem: Problem) -> ProblemView:
+    """A problem as it is told."""
+    return ProblemView(message=problem.message, key=problem.key, file=str(problem.file), line=problem.line)
+
+
 class Problems(_View):
     """The body of every answer that is an error.
 
@@ -277,6 +284,16 @@ class DescriptorView(_View):
     leg_budget: int
 
 
+class WorkerView(_View):
+    """One of several worker processes: ``pid`` is null while it is down. ``routes`` are the names of its routes."""
+
+    number: int
+    pid: int | None
+    restarts: int
+    routes: list[str]
+    descriptors: DescriptorView | None
+
+
 class RefusalView(_View):
     """Somebody who was turned away, and why."""
 
@@ -291,7 +308,11 @@ class RefusalView(_View):
 
 
 class StatusView(_View):
-    """The relay as a whole. ``refusals`` are the last ones, newest first."""
+    """The relay as a whole. ``refusals`` are the last ones, newest first.
+
+    ``workers`` is empty where one process does it all; otherwise ``descriptors`` are those of all workers together, and
+    ``pid`` is the process that takes signals.
+    """
 
     name: str
     version: str
@@ -308,6 +329,7 @@ class StatusView(_View):
     certificates: list[CertificateView]
     descriptors: DescriptorView
     refusals: list[RefusalView]
+    workers: list[WorkerView] = []
 
 
 class EventView(_View):

@@ -21,7 +21,7 @@ from frelay.admin.model import (
     StatusView,
     TrafficView,
 )
-from frelay.journal import Journal
+from frelay.journal import Distribution, Journal
 from frelay.protocol.messages import PartyName
 
 __all__ = [
@@ -92,10 +92,22 @@ class Counts:
     """When a configuration was last put in force or refused, in seconds since the epoch."""
     reload_was_accepted: bool
     certificates: tuple[CertificateView, ...]
+    durations: Mapping[str, Distribution]
+    """As :attr:`frelay.journal.Journal.durations`."""
+    loop_lag: float = 0.0
+    """The most that the loops of other processes than this one were late, in seconds."""
+    tasks: int = 0
+    """Those in the loops of other processes."""
+    workers: tuple[int, ...] = ()
+    """The process numbers of the workers that run, where there are any."""
+    restarts: Mapping[int, int] | None = None
+    """How often each worker was started again after it had died; None where there are none."""
 
 
 class Office(abc.ABC):
-    """What may be asked of a relay. Looks are synchronous and cheap; changes raise :class:`OfficeError`."""
+    """What may be asked of a relay. Looks tell what is so when they are answered, after all changes that were answered
+    before; a relay answers at once, and one with workers asks them. Changes raise :class:`OfficeError`.
+    """
 
     journal: Journal
 
@@ -113,27 +125,27 @@ class Office(abc.ABC):
         """Whether the relay takes nothing new any more."""
 
     @abc.abstractmethod
-    def counts(self) -> Counts:
+    async def counts(self) -> Counts:
         """The relay in numbers: cheaper than any view, for whoever asks every few seconds."""
 
     @abc.abstractmethod
-    def status(self) -> StatusView:
+    async def status(self) -> StatusView:
         """The relay as a whole."""
 
     @abc.abstractmethod
-    def routes(self) -> RoutesView:
+    async def routes(self) -> RoutesView:
         """All routes in force."""
 
     @abc.abstractmethod
-    def route(self, name: str) -> RouteView:
+    async def route(self, name: str) -> RouteView:
         """One route in force; raises Unknown."""
 
     @abc.abstractmethod
-    def traffic(self) -> TrafficView:
+    async def traffic(self) -> TrafficView:
         """What goes on at all routes; much cheaper than :meth:`routes`."""
 
     @abc.abstractmethod
-    def pairings(self) -> PairingsView:
+    async def pairings(self) -> PairingsView:
         """All pairings that run."""
 
     @abc.abstractmethod

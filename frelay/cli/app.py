@@ -72,7 +72,6 @@ def run(
 
     from frelay import privileges
     from frelay.config.load import load
-    from frelay.relay import Relay
     from frelay.systemd import Inherited, ServiceManager
 
     # The relay obeys it as long as it runs. What comes before that, or after, would kill the process, and with it the
@@ -82,7 +81,21 @@ def run(
     privileges.give_up(first)  # before the log, which has a thread
     log.configure("json" if log_format == "json" else "console", log_level)
     inherited, service_manager = Inherited.from_environment(), ServiceManager.from_environment()
-    relay = Relay(first, watch_files=watch, inherited=inherited, service_manager=service_manager)
+    if first.relay.worker_count == 1:
+        from frelay.relay import Relay
+
+        relay = Relay(first, watch_files=watch, inherited=inherited, service_manager=service_manager)
+    else:
+        from frelay.workers.supervisor import Supervisor
+
+        relay = Supervisor(
+            first,
+            watch_files=watch,
+            inherited=inherited,
+            service_manager=service_manager,
+            log_format=log_format,
+            log_level=log_level,
+        )
     raise typer.Exit(trio.run(relay.run))
 
 

@@ -10,6 +10,7 @@ sizes and counts are ints.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -89,6 +90,11 @@ class RelaySection(Section):
     policy_ends_pairings: bool = True
     user: Account | None = None
     workers: Workers = 1
+
+    @property
+    def worker_count(self) -> int:
+        """``workers`` as a number: "auto" stands for the cores that this process may use."""
+        return len(os.sched_getaffinity(0)) if self.workers == "auto" else self.workers
 
 
 class TlsSection(Section):

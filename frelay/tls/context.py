@@ -16,7 +16,7 @@ import datetime
 import re
 import stat
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -282,16 +282,22 @@ def _select_http(connection: SSL.Connection, offered: list[bytes]) -> bytes:
 class _Loader:
     """Collects what is wrong instead of stopping at the first thing."""
 
-    def __init__(self, source: Path) -> None:
+    def __init__(self, source: Path, contents: MutableMapping[Path, bytes] | None = None) -> None:
         self._source = source
+        self._contents = {} if contents is None else contents
+        self._given = frozenset(self._contents)
         self.problems: list[Problem] = []
 
     def complain(self, key: str, message: str) -> None:
         self.problems.append(Problem(self._source, message, key=f"tls.{key}"))
 
     def read(self, key: str, path: Path) -> bytes | None:
+        known = self._contents.get(path)
+        if known is not None:
+            return known
         try:
-            return path.read_bytes()
+            self._contents[path] = data = path.read_bytes()
+            return data
         except FileNotFoundError:
             self.complain(key, f"{path} does not exist; `frelay init DIR` writes a complete set")
         except OSError as error:
@@ -315,7 +321,8 @@ class _Loader:
         data = self.read("private_key", path)
         if data is None:
             return None
-        mode = stat.S_IMODE(path.stat().st_mode)
+        # What was given was read by somebody who has looked at the file.
+        mode = 0 if path in self._given else stat.S_IMODE(path.stat().st_mode)
         if mode & 0o077:
             self.complain("private_key", f"{path} has mode {mode:04o}, others can read it; chmod 600 {path}")
         try:
@@ -345,14 +352,21 @@ class _Loader:
 
 
 def load_outer_tls(
-    section: TlsSection, *, source: Path, now: float | None = None, serves_http: bool = False
+    section: TlsSection,
+    *,
+    source: Path,
+    now: float | None = None,
+    serves_http: bool = False,
+    contents: MutableMapping[Path, bytes] | None = None,
 ) -> OuterTls:
     """Read and check the files of ``[tls]``; raises ConfigError with every problem, named by file and key.
 
     ``source`` is the route file, for the messages. With ``serves_http`` there is a second context, for the admin API.
+    What is read is put into ``contents``, and what stands there already is not read: so another process, given both the
+    ``contents`` and the ``now`` of this call, comes to the same result, whatever the files hold by then.
     """
     now = time.time() if now is None else now
-    loader = _Loader(source)
+    loader = _Loader(source, contents)
     chain = loader.certificates("certificate", section.certificate)
     private_key = loader.private_key(section.private_key)
     authorities = loader.certificates("client_ca", section.client_ca)

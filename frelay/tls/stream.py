@@ -40,6 +40,7 @@ such a socket is not given back.
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable
 from typing import Final, TypeVar
@@ -129,11 +130,11 @@ class TlsStream(trio.abc.HalfCloseableStream):
             except SSL.ZeroReturnError:
                 raise
             except SSL.SysCallError as error:
-                code, text = error.args
+                code = error.args[0]
                 if code == -1 and self._breakage is None:
                     raise TruncatedStream("the connection ended without close_notify") from None
                 if self._breakage is None:
-                    self._breakage = str(broken(OSError(code, text)))
+                    self._breakage = str(broken(OSError(code, os.strerror(code))))
                 # Linux tells of a reset once, and told the other half of this stream; to this one it looks like FIN.
                 raise BrokenStream(self._breakage) from None
             except SSL.Error as error:

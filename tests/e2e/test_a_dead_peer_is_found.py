@@ -15,7 +15,7 @@ import trio
 from ends import OPEN, PLAIN, Mode, join_ends
 from frelay.frameless import BareLeg
 from frelay.leg import FramedLeg
-from rig import DEMO, Party, Site, eventually
+from rig import DEMO, Party, Site, direct, eventually
 
 TCP = "[tcp]\nkeepalive = [11, 7, 2]\nuser_timeout = 130\n"
 
@@ -48,6 +48,7 @@ async def test_a_leg_that_waits_is_probed(site: Site) -> None:
         check_probes(place.leg.sock)
 
 
+@direct
 async def test_the_connection_that_a_ticket_was_brought_on_is_probed(site: Site) -> None:
     async with site.relay(sections=TCP) as relay:
         one, two = await site.party(relay, "func1"), await site.party(relay, "func2")

@@ -18,6 +18,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from admin import ADMIN
 from certs import TestAuthority
 from commands import Said, ask, frelay_command
+from frelay import privileges
 from frelay.cli.app import main
 from rig import DEMO, Site
 
@@ -27,12 +28,16 @@ def run(config: Path) -> Said:
 
 
 def in_process(*arguments: str | Path, cwd: Path | None = None) -> Said:
-    """As :func:`run`, without half a second for each new process: for what ends before a relay runs."""
+    """As :func:`run`, without half a second for each new process: for what ends before a relay runs.
+
+    It gives up no privileges on its way: they would be those of all tests after it.
+    """
     stdout, stderr = StringIO(), StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(stdout), redirect_stderr(stderr):
         if cwd is not None:
             patch.chdir(cwd)
         patch.setattr(sys, "argv", ["frelay", *map(str, arguments)])
+        patch.setattr(privileges, "give_up", lambda config: None)
         with pytest.raises(SystemExit) as ended:
             main()
     structlog.reset_defaults()

@@ -18,7 +18,7 @@ from certs import Credential, TestAuthority, san_der, self_signed
 from frelay.pki.authority import Authority
 from frelay.protocol.messages import REFUSAL_CODES
 from handoffs import relay_has_read
-from rig import DEMO, Party, RelayInProcess, Site, eventually, frame, pair, while_it_lasts
+from rig import DEMO, Party, RelayInProcess, Site, address_seen, direct, eventually, frame, pair, while_it_lasts
 
 OTHER: Final = DEMO.replace('"demo"', '"other"')
 
@@ -182,8 +182,7 @@ async def test_a_refusal_says_why_and_leaves_nothing(site: Site, code: str) -> N
         assert refusal["retry_after"] == retry_after
         assert refusal["reason"].isprintable()
         assert re.fullmatch(r"[^\[\]{}<>]{10,200}", refusal["reason"]), "a sentence for a person"
-        port = party.socket.getsockname()[1]
-        assert relay.logged("refused", code=code, address=f"127.0.0.1:{port}")
+        assert relay.logged("refused", code=code, address=address_seen(relay, party))
         party.close()
         await eventually(lambda: relay.legs < legs or relay.legs == 0, "its slot free")
 
@@ -278,6 +277,7 @@ async def test_a_replaced_route_sends_its_waiters_away_and_takes_them_back(site:
         again.close()
 
 
+@direct
 async def test_whoever_comes_while_draining_is_told_so(site: Site) -> None:
     """A handshake that was under way when the drain began still gets its answer, on the old address."""
     async with site.relay() as relay:
@@ -336,7 +336,7 @@ async def test_a_refused_handshake_says_whose_certificate_it_was_and_what_is_wro
     async with site.relay(crl=True) as relay:
         party = await site.connect(relay, "bad")
         await party.alert()
-        refused = await relay.log("refused", address=f"127.0.0.1:{party.socket.getsockname()[1]}")
+        refused = await relay.log("refused", address=address_seen(relay, party))
         assert refused["reason"] == f"{check} (at depth 0 of the chain)"
         leaf = bad.certificate
         described = refused["certificate"]

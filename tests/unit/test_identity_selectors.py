@@ -223,6 +223,14 @@ def test_a_star_never_fits_what_may_be_read_as_another_path(pattern: str, segmen
     assert not parse_selector(f"uri:{pattern}").matches(name)
 
 
+@pytest.mark.parametrize("mark", "?#")
+def test_a_star_stops_at_the_first_query_or_fragment(mark: str) -> None:
+    """Not at the last one: what stands between them is no part of the path."""
+    selector = parse_selector(f"uri:https://acme/*{mark}z")
+    assert selector.matches(uri_name(f"https://acme/x{mark}z"))
+    assert not selector.matches(uri_name(f"https://acme/x{mark}y{mark}z"))
+
+
 @unhurried
 @given(
     st.one_of(dns_patterns().map(lambda pair: "dns:" + ".".join(pair[0])), uri_patterns().map(lambda p: "uri:" + p[0]))
@@ -283,6 +291,8 @@ def test_any_text_is_a_selector_or_a_value_error(kind: str, rest: str) -> None:
         "uri:spiffe://acme",
         "uri:spiffe://acme/",
         "uri:spiffe://acme/../jobs",
+        "uri:spiffe://acme/*/..",
+        "uri:spiffe://acme/*/%2E",
         "uri:spiffe://acme:1/jobs",
         "uri:SPIFFE://acme/jobs",
         "uri:https://acme/" + "x" * 2048,
@@ -294,8 +304,17 @@ def test_any_text_is_a_selector_or_a_value_error(kind: str, rest: str) -> None:
     ],
 )
 def test_what_is_no_selector_is_refused_with_a_reason(text: str) -> None:
-    with pytest.raises(ValueError, match=r"\w"):
+    with pytest.raises(ValueError, match=r"\w+ \w+ \w+"):
         parse_selector(text)
+
+
+@pytest.mark.parametrize("kind", ["dns", "uri"])
+def test_a_name_may_be_as_long_as_it_may_and_no_longer(kind: str) -> None:
+    """253 characters of DNS (RFC 1035, less the length octets), 2,048 of a URI (SPIFFE-ID, 2.3)."""
+    longest = {"dns": ".".join(["a" * 63] * 3 + ["a" * 61]), "uri": "https://acme/".ljust(2048, "x")}[kind]
+    assert parse_selector(f"{kind}:{longest}").pattern == longest
+    with pytest.raises(ValueError, match=r"of (254|2049) characters"):
+        parse_selector(f"{kind}:{longest}x")
 
 
 def test_match_gives_the_first_name_that_any_selector_fits() -> None:
@@ -348,6 +367,14 @@ def test_half_a_certificate_has_no_pin() -> None:
     for size in range(len(der)):
         with pytest.raises(OddName, match="not a DER certificate"):
             spki_of_certificate(der[:size])
+
+
+def test_a_length_that_is_not_said_is_no_der() -> None:
+    """BER has such lengths, and ends at two zero octets; two readers of them need not see the same certificate."""
+    der = CERTIFICATE
+    assert der[:2] == b"\x30\x82"
+    with pytest.raises(OddName, match="indefinite length"):
+        spki_of_certificate(b"\x30\x80" + der[4:] + b"\0\0")
 
 
 @unhurried

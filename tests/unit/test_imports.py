@@ -48,6 +48,7 @@ HOUSE: Final = (
     Room("pki", "errors protocol", "cryptography", "makes certificates; a relay only reads them"),
     Room("log", "", "structlog", "only whoever starts a process says how it logs"),
     Room("journal", "errors outcome protocol", "", "the log, the metrics and the API learn the same facts"),
+    Room("lag", "", "trio", "how late a loop is, whatever runs in it"),
     # The way of one connection, from its last station to its first.
     Room("config.store", "", "tomli_w", "what the admin API writes, and no reader of a route file needs to"),
     Room(
@@ -92,7 +93,7 @@ HOUSE: Final = (
     Room("listener", f"{LEAVES} config admission sockets reception", "trio structlog", "one address"),
     Room(
         "admin",
-        "errors outcome protocol journal sockets tls",
+        "errors outcome protocol journal lag sockets tls",
         "fastapi starlette hypercorn pydantic prometheus_client trio structlog",
         "what an operator sees and changes; it asks an Office, and does not know whose",
     ),
@@ -111,8 +112,14 @@ HOUSE: Final = (
         "the nursery tree",
     ),
     Room(
+        "workers",
+        "admin config errors journal lag listener log office outcome relay systemd tls",
+        "trio structlog",
+        "loaded only by a relay with several processes; it divides a relay, and knows nothing of a connection",
+    ),
+    Room(
         "cli",
-        f"{LEAVES} client client.trio pki log config privileges systemd tls verdict relay",
+        f"{LEAVES} client client.trio pki log config privileges systemd tls verdict relay workers",
         "typer trio",
         "nothing below knows that it was typed",
     ),

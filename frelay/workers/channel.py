@@ -1,0 +1,113 @@
+"""What a supervisor and a worker talk through: JSON messages on a Unix stream socket, with descriptors beside them.
+
+::
+
+    length u32 (be) | JSON, UTF-8              a message; a length of 0 is none, and carries descriptors
+
+Descriptors (SCM_RIGHTS) travel with bytes. So they go first, on empty messages, as many at a time as the kernel takes,
+and the message that follows says how many it needs: the kernel keeps both in order. Where the receiver has no room for
+a descriptor the kernel throws it away and says nothing to the sender; then some are missing, and the receiver knows.
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import socket
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import trio
+
+__all__ = ["Channel", "ChannelEnded", "Received"]
+
+_LENGTH: Final = struct.Struct(">I")
+# SCM_MAX_FD of Linux.
+_MOST_DESCRIPTORS: Final = 253
+_PIECE: Final = 65536
+
+
+class ChannelEnded(Exception):
+    """The other process has gone, or has let go of the channel."""
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A message, and the sockets that came with it: fewer than were sent if this process has no room for more."""
+
+    message: dict[str, Any]
+    sockets: list[socket.socket]
+    is_complete: bool
+
+    def close(self) -> None:
+        """Close the sockets."""
+        for sock in self.sockets:
+            sock.close()
+
+
+class Channel:
+    """One end. Not safe for two tasks in the same direction."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock: Final = trio.socket.from_stdlib_socket(sock)
+        self._buffer: Final = bytearray()
+        self._descriptors: list[int] = []
+
+    def close(self) -> None:
+        """Let go of it; the other end notices."""
+        for descriptor in self._descriptors:
+            socket.close(descriptor)
+        self._descriptors.clear()
+        self._sock.close()
+
+    async def send(self, message: Mapping[str, Any], sockets: Sequence[socket.socket] = ()) -> None:
+        """Send a message and duplicates of ``sockets``; raises ChannelEnded. Cancelled, it leaves a broken channel."""
+        data = json.dumps({**message, "sockets": len(sockets)}).encode()
+        try:
+            for first in range(0, len(sockets), _MOST_DESCRIPTORS):
+                some = [sock.fileno() for sock in sockets[first : first + _MOST_DESCRIPTORS]]
+                rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", some))
+                await self._send_all(_LENGTH.pack(0)[await self._sock.sendmsg([_LENGTH.pack(0)], [rights]) :])
+            await self._send_all(_LENGTH.pack(len(data)) + data)
+        except (OSError, trio.ClosedResourceError) as error:
+            raise ChannelEnded from error
+
+    async def _send_all(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[await self._sock.send(view) :]
+
+    async def receive(self) -> Received:
+        """The next message; raises ChannelEnded."""
+        try:
+            while True:
+                length = int.from_bytes(await self._take(_LENGTH.size), "big")
+                if length:
+                    return self._received(json.loads(await self._take(length)))
+        except (OSError, trio.ClosedResourceError) as error:
+            raise ChannelEnded from error
+
+    def _received(self, message: dict[str, Any]) -> Received:
+        sockets = [socket.socket(fileno=descriptor) for descriptor in self._descriptors]
+        self._descriptors = []
+        for sock in sockets:
+            sock.setblocking(False)
+        return Received(message, sockets, is_complete=len(sockets) == message.pop("sockets"))
+
+    async def _take(self, count: int) -> bytes:
+        while len(self._buffer) < count:
+            room = socket.CMSG_SPACE(_MOST_DESCRIPTORS * struct.calcsize("i"))
+            data, ancillary, _, _ = await self._sock.recvmsg(_PIECE, room, socket.MSG_CMSG_CLOEXEC)
+            for level, kind, content in ancillary:
+                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                    found = array.array("i")
+                    found.frombytes(content[: len(content) - len(content) % found.itemsize])
+                    self._descriptors += found
+            if not data:
+                raise ChannelEnded
+            self._buffer.extend(data)
+        taken = bytes(self._buffer[:count])
+        del self._buffer[:count]
+        return taken

@@ -1,0 +1,201 @@
+"""The parts of a relay with workers, one at a time: who gets which address, and what goes through the channel."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+from hypothesis import given
+from hypothesis import strategies as st
+
+from frelay.admin.office import Counts
+from frelay.config.address import Address
+from frelay.config.plan import ListenerKey
+from frelay.errors import Problem
+from frelay.journal import (
+    Draining,
+    Entry,
+    HandshakeDone,
+    Journal,
+    LegRefused,
+    LegWaits,
+    PairingEnded,
+    PairingStarted,
+)
+from frelay.outcome import Outcome, Record
+from frelay.workers.channel import Channel, ChannelEnded
+from frelay.workers.letters import (
+    Papers,
+    counts_from_json,
+    counts_to_json,
+    entry_from_json,
+    entry_to_json,
+    is_told,
+    key_from_json,
+    key_to_json,
+    problem_from_json,
+    problem_to_json,
+)
+from frelay.workers.spread import spread
+from frelay.workers.worker import _Outbox
+
+KEYS = [ListenerKey(Address("127.0.0.1", port)) for port in range(9001, 9009)]
+
+# --- who has which address -----------------------------------------------------------------------------------------
+
+
+def test_addresses_are_dealt_out_in_their_order() -> None:
+    assert list(spread(KEYS[:5], (1, 2), {}).values()) == [1, 2, 1, 2, 1]
+
+
+def test_a_new_address_goes_to_whoever_has_the_fewest() -> None:
+    before = spread(KEYS[:4], (1, 2), {})
+    left = [key for key in KEYS[:4] if before[key] == 2]
+    after = spread([*left, *KEYS[4:]], (1, 2), before)
+    assert [after[key] for key in KEYS[4:]] == [1, 1, 1, 2]
+
+
+@given(st.lists(st.sampled_from(KEYS)), st.lists(st.sampled_from(KEYS)), st.integers(1, 4))
+def test_what_stays_does_not_move_and_new_ones_are_even(
+    first: list[ListenerKey], second: list[ListenerKey], n: int
+) -> None:
+    workers = range(1, n + 1)
+    before = spread(first, workers, {})
+    after = spread(second, workers, before)
+    assert after.keys() == set(second)
+    assert set(after.values()) <= set(workers)
+    assert all(after[key] == before[key] for key in before.keys() & after.keys())
+    loads = [list(before.values()).count(worker) for worker in workers]
+    assert max(loads) - min(loads) <= 1
+
+
+# --- the channel ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def channels() -> Iterator[tuple[Channel, Channel]]:
+    one, two = socket.socketpair()
+    one.setblocking(False)
+    two.setblocking(False)
+    with closing(Channel(one)) as first, closing(Channel(two)) as second:
+        yield first, second
+
+
+async def test_messages_arrive_whole_and_in_order() -> None:
+    """Also those that the kernel takes in many pieces."""
+    messages = [{"text": "x" * size} for size in (0, 1, 1_000_000, 5)]
+    with channels() as (one, two):
+        async with trio.open_nursery() as nursery:
+
+            async def send() -> None:
+                for message in messages:
+                    await one.send(message)
+
+            nursery.start_soon(send)
+            assert [(await two.receive()).message for _ in messages] == messages
+
+
+async def test_more_sockets_than_the_kernel_takes_at_once() -> None:
+    """And each message has its own."""
+    with closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as sock, channels() as (one, two):
+        async with trio.open_nursery() as nursery:
+
+            async def send() -> None:
+                await one.send({"n": 1}, [sock] * 300)
+                await one.send({"n": 2})
+                await one.send({"n": 3}, [sock])
+
+            nursery.start_soon(send)
+            for number, count in ((1, 300), (2, 0), (3, 1)):
+                received = await two.receive()
+                assert (received.message, len(received.sockets)) == ({"n": number}, count)
+                assert received.is_complete
+                assert not any(one.get_inheritable() for one in received.sockets)
+                received.close()
+
+
+async def test_an_end_is_told_and_not_a_message() -> None:
+    with channels() as (one, two):
+        await one.send({"last": True})
+        one.close()
+        assert (await two.receive()).message == {"last": True}
+        with pytest.raises(ChannelEnded):
+            await two.receive()
+        with pytest.raises(ChannelEnded):
+            await two.send({})
+
+
+async def test_a_worker_that_is_not_listened_to_drops_the_oldest() -> None:
+    """Traffic does not wait, memory is bounded, and an answer comes after what was noted before it."""
+    with channels() as (one, two):
+        outbox = _Outbox(one)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(outbox.run)
+            # It has something on its way that fills the kernel's buffers, and whoever should read it does not.
+            outbox.answer({"answer": 1, "value": "x" * 2_000_000})
+            await trio.testing.wait_all_tasks_blocked()
+            for number in range(10_000):
+                outbox.note(PairingStarted(pairing=str(number), route="r", func1="a", func2="b", waited=0.0))
+            outbox.answer({"answer": 2, "value": None})
+            assert (await two.receive()).message["answer"] == 1
+            told = (await two.receive()).message
+            assert [entry["pairing"] for entry in told["entries"]] == [
+                str(number) for number in range(10_000 - 4096, 10_000)
+            ]
+            assert (told["dropped"], told["answer"]) == (10_000 - 4096, 2)
+            nursery.cancel_scope.cancel()
+
+
+# --- what is told --------------------------------------------------------------------------------------------------
+
+RECORD = Record("id", "r", "dns:a", "dns:b", Outcome.HUNG_UP, "func1", None, 1, 2, 3.5)
+ENTRIES = (
+    LegWaits(route="r", party="func1", identity="dns:a", address="[::1]:1", mode="raw"),
+    LegRefused(code="limit", reason="so", address="127.0.0.1:1", party="func2"),
+    PairingStarted(pairing="id", route="r", func1="dns:a", func2="dns:b", waited=0.25),
+    PairingEnded(record=RECORD),
+)
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.kind)
+def test_an_entry_is_the_same_at_the_other_end(entry: Entry) -> None:
+    assert is_told(entry)
+    assert entry_from_json(entry_to_json(entry)) == entry
+
+
+def test_what_is_the_supervisors_own_is_not_told() -> None:
+    assert not any(map(is_told, (HandshakeDone(seconds=1.0), Draining(reason="SIGTERM", seconds=1.0))))
+
+
+def test_counts_are_the_same_at_the_other_end() -> None:
+    journal = Journal()
+    journal.note(HandshakeDone(seconds=0.02))
+    counts = Counts(
+        pairings={"r": 2},
+        waiting={("r", "func1"): 1},
+        bytes_moved={("r", "func2"): 10**12},
+        outcomes={("r", "closed"): 3},
+        refusals={("", "limit"): 4},
+        reloaded_at=0.0,
+        reload_was_accepted=True,
+        certificates=(),
+        durations=journal.durations,
+        loop_lag=0.5,
+        tasks=7,
+    )
+    assert counts_from_json(counts_to_json(counts)) == counts
+
+
+def test_small_things_are_the_same_at_the_other_end() -> None:
+    for key in (ListenerKey(Address("::1", 1)), ListenerKey(Address("localhost", 0), "r")):
+        assert key_from_json([*key_to_json(key)]) == key
+    problem = Problem(Path("/a/b.toml"), "no", key="route[0].listen", line=3, is_conflict=True)
+    assert problem_from_json(problem_to_json(problem)) == problem
+    papers = Papers({Path("/a/key.pem"): b"\0secret"}, 1.5)
+    assert Papers.from_json(papers.to_json()) == papers
+    assert "secret" not in repr(papers)
