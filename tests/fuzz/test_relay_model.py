@@ -278,6 +278,7 @@ class World:
             "slots": self.free_slots - inner.admission._free.value,
             "strangers": len(inner.admission._by_host),
             "pairings": len(inner.pairings),
+            "pairings in all": inner._forwarding.pairings,
             "retired": len(inner._retired),
             "pipes": inner._forwarding.pipes.descriptors,
             "wires": len(inner._forwarding.readiness),
@@ -434,9 +435,21 @@ class World:
             return "revoked"
         if route.closed:
             return route.closed
-        if self._stale(guest) is None and len(route.queues[guest.side]) >= self.most_waiting:
+        if self._is_full(guest) and self._stale(guest) is None and self._spare(guest) is None:
             return "queue-full"
         return None
+
+    def _is_full(self, guest: Guest) -> bool:
+        return len(guest.route.queues[guest.side]) >= self.most_waiting
+
+    def _spare(self, guest: Guest) -> Guest | None:
+        """Who gives up a place in a full queue for it: the last of those of whom most wait, if two more than of its."""
+        queue = guest.route.queues[guest.side]
+        held = Counter(other.identity for other in queue)
+        [(greediest, most)] = held.most_common(1)
+        if most < held[guest.identity] + 2:
+            return None
+        return [other for other in queue if other.identity == greediest][-1]
 
     def _stale(self, guest: Guest) -> Guest | None:
         return next((other for other in guest.route.waiting() if guest.is_retry_of(other)), None)
@@ -462,8 +475,12 @@ class World:
         self.joining.remove(guest)
         if others:
             await self._meet(guest, others.pop(0))
-        else:
-            guest.route.queues[guest.side].append(guest)
+            return
+        spare = self._spare(guest) if self._is_full(guest) else None
+        if spare is not None:
+            spare.route.queues[spare.side].remove(spare)
+            await self.refused(spare, "queue-full")
+        guest.route.queues[guest.side].append(guest)
 
     async def _is_let_in(self, guest: Guest) -> None:
         told = await guest.party.expect("WAITING")
