@@ -6,10 +6,11 @@ a thread and are only inherited by those that it starts:
 1. *Nobody reads its memory.* The relay's private key is in it. A core dump would write that to a disk, so there is
    none: RLIMIT_CORE is 0, which a ``core_pattern`` that pipes to a program does not heed, and the process is not
    "dumpable", which every core heeds. The latter also keeps other processes of the same user from attaching to it.
-2. *Nothing that it could run gives it more than it has*: PR_SET_NO_NEW_PRIVS. frelay runs nothing; whoever has found a
-   way to make it run something gets no further by a setuid program.
+2. *Nothing that it could run gives it more than it has*: PR_SET_NO_NEW_PRIVS. frelay runs nothing but its own workers;
+   whoever has found a way to make it run something gets no further by a setuid program.
 3. *It is not root*, where ``[relay] user`` names somebody else. CAP_NET_BIND_SERVICE stays, and nothing beside it, if
-   the route file has a port below 1024: a reload may have to bind another one.
+   the route file has a port below 1024: a reload may have to bind another one. Workers are given their sockets, and
+   have no capability.
 
 The third comes *before* anything is bound, not after it as in daemons that have no such capability. Whatever that user
 cannot do (read the key, bind the socket of the API) then fails at the start, in front of whoever starts it, and not at
@@ -29,7 +30,7 @@ from typing import Final
 from frelay.config.model import Config
 from frelay.errors import ConfigError, Problem
 
-__all__ = ["find_account", "give_up"]
+__all__ = ["find_account", "give_up", "seal"]
 
 # linux/prctl.h
 _PR_SET_DUMPABLE: Final = 4
@@ -69,9 +70,14 @@ def give_up(config: Config) -> None:
         _become(account, config)
         _check_program(account, config)
         _check_files(account, config)
+    # Last, because a change of user sets "dumpable" to what fs.suid_dumpable says.
+    seal()
+
+
+def seal() -> None:
+    """The first two of the three. A worker process does this again: "dumpable" comes back with each program started."""
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # Last, because a change of user sets it to what fs.suid_dumpable says.
     _prctl(_PR_SET_DUMPABLE, 0)
 
 

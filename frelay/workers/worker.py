@@ -26,7 +26,7 @@ from typing import Any, Final, cast
 import structlog
 import trio
 
-from frelay import log
+from frelay import log, privileges
 from frelay.admin.office import Counts
 from frelay.config.model import Address, Config
 from frelay.config.plan import ListenerKey, listener_key
@@ -384,6 +384,7 @@ def main(number: str, descriptor: str, log_format: str, log_level: str) -> int:
     for one in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         signal.signal(one, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    privileges.seal()  # before the log, which has a thread
     log.configure(cast("log.LogFormat", log_format), log_level)
     structlog.contextvars.bind_contextvars(worker=int(number))
     # What becomes of the relay is the supervisor's to tell, once, and not that of each of its workers.

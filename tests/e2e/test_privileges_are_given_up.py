@@ -26,7 +26,7 @@ from admin import ADMIN, ROUTE, admin
 from frelay.config.load import load
 from frelay.errors import ConfigError
 from frelay.relay import prepare
-from rig import DEMO, FRELAY_RUN, PATIENCE, RelayProcess, Site, pair
+from rig import DEMO, FRELAY_RUN, PATIENCE, Site, pair
 
 NOBODY: Final = pwd.getpwnam("nobody")
 USER: Final = '[relay]\nuser = "nobody"\n'
@@ -88,21 +88,24 @@ def at(address: str, name: str = "demo") -> str:
     return DEMO.replace("127.0.0.1:0", address).replace('"demo"', f'"{name}"')
 
 
-def statuses(relay: RelayProcess) -> list[dict[str, list[str]]]:
+def statuses(pid: int) -> list[dict[str, list[str]]]:
     """``/proc/PID/status`` of each thread: each could have kept something for itself."""
-    tasks = Path(f"/proc/{relay.process.pid}/task")
-    texts = [(task / "status").read_text() for task in tasks.iterdir()]
+    texts = [(task / "status").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
     return [
         {key: value.split() for key, _, value in (line.partition(":") for line in text.splitlines())} for text in texts
     ]
+
+
+def children(pid: int) -> list[int]:
+    return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def capabilities(status: dict[str, list[str]]) -> dict[str, int]:
     return {name: int(status[name][0], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapAmb")}
 
 
-def assert_is_nobody(relay: RelayProcess, capability: int) -> None:
-    found = statuses(relay)
+def assert_is_nobody(pid: int, capability: int) -> None:
+    found = statuses(pid)
     assert len(found) > 1, "there are threads, or this looks at less than it thinks"
     for status in found:
         assert status["Uid"] == [str(NOBODY.pw_uid)] * 4
@@ -111,9 +114,8 @@ def assert_is_nobody(relay: RelayProcess, capability: int) -> None:
         assert capabilities(status) == {"CapInh": 0, "CapPrm": capability, "CapEff": capability, "CapAmb": 0}
 
 
-def assert_keeps_its_memory_to_itself(relay: RelayProcess) -> None:
-    pid = relay.process.pid
-    assert all(status["NoNewPrivs"] == ["1"] for status in statuses(relay))
+def assert_keeps_its_memory_to_itself(pid: int) -> None:
+    assert all(status["NoNewPrivs"] == ["1"] for status in statuses(pid))
     (limit,) = [line for line in Path(f"/proc/{pid}/limits").read_text().splitlines() if "core file size" in line]
     assert limit.split()[4:6] == ["0", "0"]
     # proc(5): the files of a process that may not be dumped belong to root, whoever it is itself.
@@ -125,14 +127,14 @@ def assert_keeps_its_memory_to_itself(relay: RelayProcess) -> None:
 
 async def test_it_is_nobody_with_no_capability_at_all(site: Site) -> None:
     async with site.process(sections=USER, launcher=launcher()) as relay:
-        assert_is_nobody(relay, 0)
-        assert_keeps_its_memory_to_itself(relay)
+        assert_is_nobody(relay.process.pid, 0)
+        assert_keeps_its_memory_to_itself(relay.process.pid)
         one, two = await site.party(relay, "func1"), await site.party(relay, "func2")
         await pair(one, two)
         site.write(DEMO + at("127.0.0.1:0", "other"), sections=USER)
         relay.signal(signal.SIGHUP)
         await relay.log("reloaded", kept=1, added=["other"])
-        assert_is_nobody(relay, 0)
+        assert_is_nobody(relay.process.pid, 0)
         relay.signal(signal.SIGTERM)
         site.hang_up()
         assert await relay.exit_code() == 0
@@ -142,12 +144,12 @@ async def test_a_low_port_is_bound_again_by_a_reload(site: Site) -> None:
     """The one thing that it keeps of root."""
     first, second = low_address(), low_address()
     async with site.process(at(first), sections=USER, launcher=launcher()) as relay:
-        assert_is_nobody(relay, NET_BIND_SERVICE)
+        assert_is_nobody(relay.process.pid, NET_BIND_SERVICE)
         site.write(at(first) + at(second, "other"), sections=USER)
         relay.signal(signal.SIGHUP)
         assert (await relay.log("listening", route="other"))["address"] == second
-        assert_is_nobody(relay, NET_BIND_SERVICE)
-        assert_keeps_its_memory_to_itself(relay)
+        assert_is_nobody(relay.process.pid, NET_BIND_SERVICE)
+        assert_keeps_its_memory_to_itself(relay.process.pid)
 
 
 @pytest.mark.skipif(are_free(443), reason="no port is reserved on this machine")
@@ -175,18 +177,30 @@ async def test_the_api_is_nobodys_too(site: Site) -> None:
     assert not (site.directory / "a.sock").exists()
 
 
+async def test_its_workers_are_nobody_too(site: Site) -> None:
+    """With the relay's key in their memory, and without its one capability: they are given their sockets."""
+    address = low_address()
+    async with site.process(at(address), sections=USER + "workers = 2\n", launcher=launcher()) as relay:
+        assert_is_nobody(relay.process.pid, NET_BIND_SERVICE)
+        workers = children(relay.process.pid)
+        assert len(workers) == 2
+        for pid in workers:
+            assert_is_nobody(pid, 0)
+            assert_keeps_its_memory_to_itself(pid)
+
+
 async def test_who_is_that_user_already_need_not_become_it(site: Site) -> None:
     """Started by systemd with User=, say, and the same file."""
     already = ["setpriv", "--reuid=nobody", "--regid", str(NOBODY.pw_gid), "--init-groups"]
     async with site.process(sections=USER, launcher=[*launcher(), *already]) as relay:
-        assert_is_nobody(relay, 0)
-        assert_keeps_its_memory_to_itself(relay)
+        assert_is_nobody(relay.process.pid, 0)
+        assert_keeps_its_memory_to_itself(relay.process.pid)
 
 
 async def test_its_memory_is_its_own_without_a_user_as_well(site: Site) -> None:
     already = ["setpriv", "--reuid=nobody", "--regid", str(NOBODY.pw_gid), "--init-groups"]
     async with site.process(launcher=[*launcher(), *already]) as relay:
-        assert_keeps_its_memory_to_itself(relay)
+        assert_keeps_its_memory_to_itself(relay.process.pid)
 
 
 # --- what is said -----------------------------------------------------------------------------------------------------
@@ -268,7 +282,7 @@ async def test_another_user_waits_for_a_restart(site: Site) -> None:
         site.write(DEMO + at("127.0.0.1:0", "other"), sections=USER.replace("nobody", "daemon"))
         relay.signal(signal.SIGHUP)
         await relay.log("reloaded", added=["other"])
-        assert_is_nobody(relay, 0)
+        assert_is_nobody(relay.process.pid, 0)
         site.write(DEMO, sections=USER.replace("nobody", "nobody-of-this-name"))
         relay.signal(signal.SIGHUP)
         refused = await relay.log("reload refused, the old configuration stays")

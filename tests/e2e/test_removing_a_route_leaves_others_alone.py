@@ -226,6 +226,17 @@ async def test_a_kept_route_with_new_limits(site: Site) -> None:
         assert len(relay.logged("pairing ended")) == 1
 
 
+async def test_a_reload_takes_no_certificates_end_off_later_pairings(site: Site) -> None:
+    """New limits come with the policy in force: by default a pairing ends with the certificates of its parties."""
+    async with site.relay(DEMO) as relay:
+        site.write(DEMO + "idle_timeout = 500\n")
+        await relay.relay.reload()
+        await join_ends(site, relay)
+        (pairing,) = relay.relay.pairings
+        assert pairing.limits.idle_timeout == 500
+        assert pairing.limits.ends_with_certificates
+
+
 async def test_a_shared_address_outlives_one_of_its_routes(site: Site) -> None:
     """TESTPLAN 44: where two routes share an address, removing one keeps the socket for the other."""
     with reserved_port() as port:

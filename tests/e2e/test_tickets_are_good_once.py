@@ -145,6 +145,25 @@ async def test_a_party_that_dies_with_its_ticket_ends_the_pairing(site: Site) ->
         assert len(relay.relay._tickets) == 0
 
 
+SAID = {
+    "another JOIN": (("JOIN", {"attempt": "0f8fad5b-d9cb-469f-a165-70867728950e"}), "protocol-error"),
+    "LEAVE": (("LEAVE", {}), "handoff-aborted"),
+}
+
+
+@pytest.mark.parametrize("said", SAID)
+async def test_what_a_party_says_instead_of_bringing_its_ticket(site: Site, said: str) -> None:
+    """Its first connection is a framed leg to the end, by the rules of any other; its ticket is void after it."""
+    (name, payload), outcome = SAID[said]
+    async with site.relay() as relay:
+        one, two, ticket = await paired_by_ticket(site, relay)
+        await one.send_frame(name, payload)
+        record = await relay.outcome()
+        assert (record["outcome"], record["side"]) == (outcome, "func1")
+        assert await two.ended() == "reset"
+        assert await answer(await bring(relay, f"FRELAY/1 {ticket}\n".encode())) == b""
+
+
 async def test_a_party_may_close_its_tls_before_it_brings_the_ticket(site: Site) -> None:
     async with site.relay() as relay:
         one, two, ticket = await paired_by_ticket(site, relay)

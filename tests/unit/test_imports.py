@@ -113,7 +113,7 @@ HOUSE: Final = (
     ),
     Room(
         "workers",
-        "admin config errors journal lag listener log office outcome relay systemd tls",
+        "admin config errors journal lag listener log office outcome privileges relay systemd tls",
         "trio structlog",
         "loaded only by a relay with several processes; it divides a relay, and knows nothing of a connection",
     ),

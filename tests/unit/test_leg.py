@@ -11,6 +11,7 @@ import trio
 from frelay.errors import ConnectionBroken, RemoteProtocolError
 from frelay.leg import FramedLeg
 from frelay.protocol.messages import Mode, Paired, Waiting
+from frelay.tickets import TicketDesk, TicketOffice
 from frelay.tls.context import Credential, VerifiedPeer
 from frelay.tls.stream import TlsStream
 from rig import PATIENCE, TLS_HEADER, Party, Site, frame
@@ -104,3 +105,11 @@ async def test_a_cut_leg_is_reset_in_whatever_state(site: Site) -> None:
         assert await party.ended() == "reset"
         with pytest.raises(trio.ClosedResourceError):
             leg.stream()
+
+
+@pytest.mark.parametrize(("mode", "patience"), [("handoff", 5.0), ("tunnel", 5.0), ("ticket", 40.0)])
+async def test_each_mode_has_its_own_time_to_begin(site: Site, mode: Mode, patience: float) -> None:
+    """A second connection takes longer than a close_notify; and nobody else gains by that."""
+    async with waiting_leg(site, mode) as (leg, _, _):
+        leg.ticket_desk = TicketDesk(TicketOffice(), "here", 40.0)
+        assert leg.patience(5.0) == patience
