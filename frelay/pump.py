@@ -432,13 +432,13 @@ class RawPump:
         """A step came to grief through a bug of ours: have the task of this pump raise ``error``."""
         if not self.has_finished:
             self._failure = error
-            self._finished.set()
+            self._readiness.wake(self._finished)
             # Not by way of epoll, which may be what failed; the task takes both wires out of it.
             self.wants = Want.NOTHING
 
     def _finish(self, cut: Cut | None) -> None:
         self._failure = cut
-        self._finished.set()
+        self._readiness.wake(self._finished)
         self._want(Want.NOTHING)
 
 

@@ -5,20 +5,34 @@ Theory of operation
 
 Trio parks a task by telling its epoll set about one descriptor, once, and switches tasks when it fires. For a relay of
 small messages that is most of the work: an ``epoll_ctl`` and two task switches for every hundred bytes. So raw legs
-are registered *here*, level-triggered and for good, and a single task sleeps (through Trio) until this whole set has
-something. It then steps every ready pump inline, as plain function calls. A pump's own task sleeps on an event all the
-while and wakes only for what is not bytes: the end of its direction, a fault, a cancellation. So structured
-concurrency keeps the last word (a pump exists exactly as long as its task runs), and bytes do not pay for it.
+are registered *here*, level-triggered and for good, and every ready pump is stepped inline, as a plain function call. A
+pump's own task sleeps on an event all the while and wakes only for what is not bytes: the end of its direction, a
+fault, a cancellation. So structured concurrency keeps the last word (a pump exists exactly as long as its task runs),
+and bytes do not pay for it.
+
+Who sleeps on this set? If a Trio task did, each wake-up would be a turn of Trio's loop: its epoll set fires because
+ours did, a task is switched to, ours is asked again. With one pairing that costs more than moving its bytes does. So it
+is the other way round. Trio tells its instruments when it has nothing left to run and is about to sleep until a
+deadline (``before_io_wait``). We sleep in its stead, on our set, in which Trio's own set is one more descriptor: bytes
+that come for a raw leg are moved here and now, and whatever comes for anybody else is a return to Trio, which finds it
+in its own set. Two things Trio could not find there by itself: a task that a step has made runnable, and a deadline
+that has passed meanwhile. For those we ring a doorbell, an eventfd that a task of ours has Trio watch.
+
+Trio has no public name for its epoll set. The kernel knows it: it is the one that watches the doorbell, which
+``/proc/self/fdinfo`` shows. Where that cannot be seen, and in a Trio run that has such a set already, a task sleeps on
+ours after all, which costs CPU time and nothing else.
 
 Rules:
 
 1. A :class:`Wire` is one raw leg: the pump that reads from it and the pump that writes to it. Its epoll mask follows
    from what these two want; it is changed only when that changes, which for a flowing stream is never.
-2. A step never waits and is bounded, so one greedy pairing gets one step a round like everyone else.
+2. A step never waits and is bounded, so one greedy pairing gets one step a round like everyone else; and after each
+   round Trio gets its turn, if there is anything in it for Trio.
 3. ERR and HUP are reported by epoll whether asked for or not. If no pump wants the descriptor, an error ends the
    pairing (a reset must not go unnoticed behind back-pressure), and a mere HUP (both directions shut, input unread)
    takes the descriptor out of the set until a pump wants it again: level-triggered, it would spin otherwise.
 4. A descriptor leaves the set before it is closed. Its task sees to that in ``finally``.
+5. Whoever wakes a task from within a step does it through :meth:`ReadinessSet.wake`, or Trio would sleep on.
 """
 
 from __future__ import annotations
@@ -26,9 +40,13 @@ from __future__ import annotations
 import os
 import select
 import socket
+import time
+from collections.abc import Iterable
 from enum import IntEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+import structlog
 import trio
 
 if TYPE_CHECKING:
@@ -51,6 +69,11 @@ class Want(IntEnum):
     SINK_WRITABLE = 2
 
 
+# Looked up with every event, and a member of an enumeration is not found as quickly as a name of this module.
+_READABLE: Final = Want.SOURCE_READABLE
+_WRITABLE: Final = Want.SINK_WRITABLE
+
+
 class Wire:
     """One raw leg's socket, as the readiness set knows it."""
 
@@ -70,11 +93,14 @@ class Wire:
 
 
 class ReadinessSet:
-    """The set, and the task that steps its pumps; one for a relay process."""
+    """The set, and the task that stands behind it; one for a relay process."""
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._wires: dict[int, Wire] = {}
+        self._woke_a_task = False
+        self.sleeps_for_trio = False
+        """Whether bytes are moved without a turn of Trio's loop."""
 
     def __len__(self) -> int:
         return len(self._wires)
@@ -88,9 +114,9 @@ class ReadinessSet:
         if reader is None and writer is None:
             return self._forget(wire)
         mask = 0
-        if reader is not None and reader.wants is Want.SOURCE_READABLE:
+        if reader is not None and reader.wants is _READABLE:
             mask = _IN
-        if writer is not None and writer.wants is Want.SINK_WRITABLE:
+        if writer is not None and writer.wants is _WRITABLE:
             mask |= _OUT
         if mask == wire._mask:
             return None
@@ -102,41 +128,112 @@ class ReadinessSet:
         wire._mask = mask
         return None
 
+    def wake(self, event: trio.Event) -> None:
+        """Set ``event``, from within a step."""
+        event.set()
+        self._woke_a_task = True
+
     def _forget(self, wire: Wire) -> None:
         if wire._mask is not None:
             wire._mask = None
             del self._wires[wire.fd]
             self._epoll.unregister(wire.fd)
 
+    # --- who sleeps on it ----------------------------------------------------------------------------------------
+
     async def run(self) -> None:
-        """Step ready pumps until cancelled."""
-        poll, wires = self._epoll.poll, self._wires
+        """Have ready pumps stepped until cancelled."""
+        try:
+            if not _is_taken.get(False):
+                await self._sleep_for_trio()
+            await self._sleep_within_trio()
+        finally:
+            self._epoll.close()
+
+    async def _sleep_for_trio(self) -> None:
+        """Return only if that is not possible here."""
+        doorbell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        sleeper = _Sleeper(self, doorbell)
+        _is_taken.set(True)
+        try:
+            trio.lowlevel.add_instrument(sleeper)
+            while True:
+                await trio.lowlevel.wait_readable(doorbell)
+                os.eventfd_read(doorbell)
+                if sleeper.failure is not None:
+                    raise sleeper.failure
+                if sleeper.trio_epoll is None:
+                    structlog.get_logger("frelay.readiness").warning(
+                        "small messages cost more than they should",
+                        reason="Trio's epoll set is not to be found in /proc/self/fdinfo",
+                    )
+                    return
+        finally:
+            self.sleeps_for_trio = False
+            _is_taken.set(False)
+            trio.lowlevel.remove_instrument(sleeper)
+            trio.lowlevel.notify_closing(doorbell)
+            os.close(doorbell)
+
+    async def _sleep_within_trio(self) -> None:
         try:
             while True:
                 await trio.lowlevel.wait_readable(self._epoll.fileno())
-                for fd, events in poll(0, _ROUND):
-                    # A pump stepped earlier in this round may have ended, and its task cannot have run since, so
-                    # the number still means the same connection; but the wire may have left the set.
-                    wire = wires.get(fd)
-                    if wire is not None:
-                        try:
-                            self._serve(wire, events)
-                        except Exception as error:
-                            # A bug, and it must stay that of one pairing: everybody's bytes depend on this loop.
-                            for pump in (wire.reader, wire.writer):
-                                if pump is not None:
-                                    pump.fail(error)
+                self.serve(self._epoll.poll(0, _ROUND))
         finally:
             trio.lowlevel.notify_closing(self._epoll.fileno())
-            self._epoll.close()
 
-    def _serve(self, wire: Wire, events: int) -> None:
+    def move_bytes(self, timeout: float, trio_epoll: int) -> bool:
+        """Sleep for up to ``timeout`` seconds, or until Trio has something to do, and step ready pumps meanwhile.
+
+        Whether Trio has to be told: because a task was woken here, or because the time is over.
+        """
+        poll, serve, now = self._epoll.poll, self.serve, time.monotonic
+        ends, left = now() + timeout, timeout
+        self._woke_a_task = False
+        while True:
+            is_for_trio = serve(poll(left, _ROUND), trio_epoll)
+            if self._woke_a_task:
+                return True
+            if is_for_trio:
+                return False
+            left = ends - now()
+            if left <= 0:
+                # Trio had something to run anyway if it did not mean to sleep.
+                return timeout > 0
+
+    # --- one round -----------------------------------------------------------------------------------------------
+
+    def serve(self, ready: Iterable[tuple[int, int]], trio_epoll: int = -1) -> bool:
+        """Step the pumps of what epoll has found; whether ``trio_epoll`` was among it."""
+        wires, is_for_trio = self._wires, False
+        for fd, events in ready:
+            # A pump stepped earlier in this round may have ended, and its task cannot have run since, so the number
+            # still means the same connection; but the wire may have left the set.
+            wire = wires.get(fd)
+            if wire is None:
+                is_for_trio = is_for_trio or fd == trio_epoll
+                continue
+            try:
+                if events == _IN and (reader := wire.reader) is not None and reader.wants is _READABLE:
+                    reader.step()
+                else:
+                    self._serve_other(wire, events)
+            except Exception as error:
+                # A bug, and it must stay that of one pairing: everybody's bytes depend on this loop.
+                for pump in (wire.reader, wire.writer):
+                    if pump is not None:
+                        pump.fail(error)
+        return is_for_trio
+
+    def _serve_other(self, wire: Wire, events: int) -> None:
+        """Whatever is not simply something to read."""
         stepped = False
         reader, writer = wire.reader, wire.writer
-        if reader is not None and reader.wants is Want.SOURCE_READABLE and events & ~_OUT:
+        if reader is not None and reader.wants is _READABLE and events & ~_OUT:
             reader.step()
             stepped = True
-        if writer is not None and writer.wants is Want.SINK_WRITABLE and events & ~_IN:
+        if writer is not None and writer.wants is _WRITABLE and events & ~_IN:
             writer.step()
             stepped = True
         if not stepped and events & _TROUBLE:
@@ -146,3 +243,60 @@ class ReadinessSet:
                 victim.break_off(wire, OSError(error, os.strerror(error)))
             else:
                 self._forget(wire)
+
+
+# --- in Trio's stead ----------------------------------------------------------------------------------------------
+
+_is_taken: Final = trio.lowlevel.RunVar[bool]("frelay.readiness: somebody sleeps for Trio")
+"""Two sets that sleep for one Trio would not hear each other's sockets."""
+
+
+class _Sleeper(trio.abc.Instrument):
+    """Sleeps for Trio whenever it would; see the theory of operation."""
+
+    def __init__(self, readiness: ReadinessSet, doorbell: int) -> None:
+        self._readiness = readiness
+        self._doorbell = doorbell
+        self._has_looked = False
+        self.trio_epoll: int | None = None
+        self.failure: BaseException | None = None
+
+    def before_io_wait(self, timeout: float) -> None:
+        """Trio is about to sleep, or, with a timeout of 0, to look who else has something to do."""
+        try:
+            if not self._has_looked:
+                self._look_for_trio()
+            if self.trio_epoll is None or not len(self._readiness):
+                return  # Trio sleeps by itself
+            if self._readiness.move_bytes(timeout, self.trio_epoll):
+                os.eventfd_write(self._doorbell, 1)
+        except BaseException as error:  # Trio would log it and go on without us, and so without anybody's bytes
+            self.failure = error
+            os.eventfd_write(self._doorbell, 1)
+
+    def _look_for_trio(self) -> None:
+        # Now, because only now the task that waits for the doorbell has told Trio so.
+        self._has_looked = True
+        self.trio_epoll = _epoll_that_watches(self._doorbell)
+        if self.trio_epoll is None:
+            os.eventfd_write(self._doorbell, 1)
+            return
+        self._readiness._epoll.register(self.trio_epoll, _IN)
+        self._readiness.sleeps_for_trio = True
+
+
+def _epoll_that_watches(descriptor: int) -> int | None:
+    """The epoll set of this process that ``descriptor`` is in; None if there is none, or more than one, to be seen."""
+    found: list[int] = []
+    try:
+        for entry in Path("/proc/self/fdinfo").iterdir():
+            try:
+                lines = entry.read_text().splitlines()
+            except OSError:
+                continue  # the descriptor with which the directory was read
+            # "tfd:  7 events:  19 data: ...", one line for each descriptor in the set
+            if any(line.split()[:2] == ["tfd:", str(descriptor)] for line in lines):
+                found.append(int(entry.name))
+    except OSError:
+        return None
+    return found[0] if len(found) == 1 else None

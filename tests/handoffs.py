@@ -10,11 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import trio
-import trio.testing
-
 from records import RecordForge, log_keys
 from rig import Party, RelayInProcess, RelayProcess, Site
+from rounds import settled
 
 __all__ = ["TcpInfo", "client_hello", "corked", "forging_party", "is_silent", "met", "relay_has_read", "tcp_info"]
 
@@ -85,12 +83,12 @@ def tcp_info(party: Party) -> TcpInfo:
 
 async def relay_has_read(relay: RelayInProcess) -> None:
     """Wait until the relay in this process has nothing to do: what could be read has been read."""
-    await trio.testing.wait_all_tasks_blocked(0.002)
+    await settled(0.002)
 
 
 async def is_silent(party: Party) -> bool:
     """Whether the relay, which has had its turn, has sent nothing that is still to be read, and has not hung up."""
-    await trio.testing.wait_all_tasks_blocked(0.002)
+    await settled(0.002)
     try:
         party.socket._sock.recv(1, socket.MSG_PEEK)  # type: ignore[attr-defined]
     except BlockingIOError:

@@ -14,6 +14,7 @@ import trio
 
 from certs import TestAuthority
 from rig import TLS_HEADER, Party, RelayInProcess, Site, eventually, open_descriptors, pair, reserved_port
+from rounds import settled
 from services import (
     CALLERS,
     Caller,
@@ -460,7 +461,7 @@ async def test_not_for_a_stranger(site: Site) -> None:
             await party.join(**fields)
             assert (await party.refusal())["code"] in ("not-authorised", "unknown-route")
         silent = await site.party(relay, "func1")
-        await trio.testing.wait_all_tasks_blocked(0.05)
+        await settled(0.05)
         assert service.connections == 0
         # Only the JOIN makes the relay dial.
         await silent.join()

@@ -10,11 +10,11 @@ import tracemalloc
 
 import pytest
 import trio
-import trio.testing
 
 from ends import OPEN, PLAIN, End, Mode, block, join_ends
 from frelay.leg import Leg
 from rig import PATIENCE, Party, RelayInProcess, Site, eventually
+from rounds import settled
 
 MIB = 1024 * 1024
 ONE_RECORD = 16384
@@ -71,7 +71,7 @@ async def test_early_data_is_held_back_and_delivered_whole(site: Site, early: Mo
         await one.send(data)
         leg = waiting_leg(relay)
         await eventually(lambda: unread(leg.sock) >= len(data) - ONE_RECORD, "it is in the relay's kernel")
-        await trio.testing.wait_all_tasks_blocked(0.05)
+        await settled(0.05)
         assert unread(leg.sock) >= len(data) - ONE_RECORD
         two = await partner(site, relay, late)
         assert await two.receive_exactly(len(data)) == data

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import trio
-import trio.testing
 
 from handoffs import met
 from rig import TLS_HEADER, Party, RelayProcess, Site
+from rounds import settled
 
 PATIENT = "[limits]\nhandoff_timeout = 60\n"
 COUNT = 12
@@ -113,7 +113,7 @@ async def test_what_waited_arrives_whole(site: Site, mode1: str) -> None:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(talk)
                 await has_begun.wait()
-                await trio.testing.wait_all_tasks_blocked(0.1)
+                await settled(0.1)
                 await two.hand_off()
                 digest, count = hashlib.sha256(), 0
                 while data := await two.receive_raw():

@@ -24,7 +24,6 @@ from typing import Any, Final, Literal, TypeVar
 from unittest import mock
 
 import trio
-import trio.testing
 from hypothesis import HealthCheck, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -33,10 +32,11 @@ from OpenSSL import SSL
 from frelay import pump as pump_module
 from frelay.outcome import Outcome, Side
 from frelay.pump import Cut, PipePool, Pump, RawPump, StreamPump, splice_is_available
-from frelay.readiness import ReadinessSet, Wire
+from frelay.readiness import Wire
 from frelay.sockets import RawStream, close_with_reset
 from frelay.tls.stream import TlsStream
 from rig import Site, descriptor_kinds
+from rounds import CountedRounds, nothing_is_ready
 from streams import SocketMaker, client_context, server_context, tcp_pair, tls_over, unix_pair
 
 T = TypeVar("T")
@@ -238,7 +238,7 @@ class Middle:
 
     def __init__(self, legs: list[RawStream | TlsStream], way: Way) -> None:
         self.legs = legs
-        self.readiness = ReadinessSet()
+        self.readiness = CountedRounds()
         self.pipes = PipePool()
         self.pumps = self._make_pumps(way)
         self.cuts: list[Cut] = []
@@ -286,6 +286,10 @@ class Middle:
         self._scope.cancel()
         await self.is_over.wait()
 
+    async def settle(self) -> None:
+        """Wait for a moment in which nothing is ready: it comes, unless something spins."""
+        await nothing_is_ready(self.readiness, 0.001)
+
     async def rest(self) -> None:
         for pump in self.pumps:
             pump.rest()
@@ -294,11 +298,6 @@ class Middle:
 def few_bytes(source: int, sink: int, count: int, *, flags: int) -> int:
     """A splice that never does all that was asked for."""
     return os.splice(source, sink, min(count, 1000), flags=flags)
-
-
-async def settle() -> None:
-    """Wait for a moment in which nothing is ready: it comes, unless something spins."""
-    await trio.testing.wait_all_tasks_blocked(0.001)
 
 
 SMALL: Final = 4096
@@ -388,7 +387,7 @@ class HalfClose(RuleBasedStateMachine):
     @rule()
     def settle(self) -> None:
         assert self.trio is not None
-        self.trio(settle)
+        self.trio(self.middle.settle)
 
     @rule()
     def rest(self) -> None:
@@ -446,7 +445,7 @@ class HalfClose(RuleBasedStateMachine):
             assert time.monotonic() < deadline, "it does not come to an end"
             for queue in self.queues:
                 queue.finish()
-            self.trio(settle)
+            self.trio(self.middle.settle)
         if not self.is_spoiled:
             assert not self.middle.cuts
             assert [queue.in_flight for queue in self.queues] == [0, 0]

@@ -70,7 +70,7 @@ HOUSE: Final = (
     Room("leg", f"{LEAVES} admission sockets tls tickets", "trio", "one party's connection, hand-off included"),
     Room("frameless", f"{LEAVES} admission sockets tls leg", "trio", "legs that speak no frames"),
     Room("lobby", "errors protocol", "trio", "who waits; it only holds legs, and knows nothing of how they work"),
-    Room("readiness", "", "trio", "steps pumps without knowing what a pairing is"),
+    Room("readiness", "", "trio structlog", "steps pumps without knowing what a pairing is"),
     Room("bandwidth", "", "trio", "a budget, whoever spends it"),
     Room("pump", "errors outcome tcp bandwidth readiness sockets", "trio", "one direction, whatever the two ends are"),
     Room("pairing", f"{LEAVES} leg bandwidth pump readiness sockets", "trio structlog", "two legs, and how they ended"),

@@ -15,7 +15,6 @@ from contextlib import asynccontextmanager
 
 import pytest
 import trio
-import trio.testing
 
 from frelay.config.model import TcpSection
 from frelay.outcome import Outcome, Side
@@ -23,6 +22,7 @@ from frelay.pump import Cut, PipePool, RawPump, StreamPump, splice_is_available
 from frelay.readiness import ReadinessSet, Wire
 from frelay.sockets import RawStream, close_with_reset, tune
 from rig import eventually, open_descriptors
+from rounds import CountedRounds, nothing_is_ready
 from streams import tcp_pair, unix_pair
 
 PATIENCE = 20.0
@@ -73,7 +73,7 @@ class Joined:
                 sent += self.one.send(PAYLOAD[sent % len(PAYLOAD) :])
             except BlockingIOError:
                 # The pump has its turn, and the kernel, which may have made room behind its back.
-                await trio.testing.wait_all_tasks_blocked(0.01)
+                await trio.sleep(0.01)
                 if self.forth.is_blocked and not select.select([], [self.one], [], 0)[1]:
                     return sent
 
@@ -93,7 +93,7 @@ class Bench:
     nursery: trio.Nursery
 
     def __init__(self) -> None:
-        self.readiness = ReadinessSet()
+        self.readiness = CountedRounds()
         self.pipes = PipePool()
         self.all: list[Joined] = []
 
@@ -147,11 +147,6 @@ async def send(sock: socket.socket, data: bytes) -> None:
         view = view[sock.send(view) :]
 
 
-async def nothing_is_ready() -> None:
-    """Wait for a moment in which nothing is ready; with a spin there is none."""
-    await trio.testing.wait_all_tasks_blocked(0.01)
-
-
 # --- spins ---------------------------------------------------------------------------------------------------------
 
 
@@ -163,7 +158,7 @@ async def test_a_wire_that_hung_up_behind_back_pressure_does_not_spin() -> None:
         await eventually(lambda: joined.ended == 1)
         sent = await joined.clog()
         joined.one.shutdown(socket.SHUT_WR)
-        await nothing_is_ready()
+        await nothing_is_ready(found.readiness, 0.01)
         assert joined.forth.is_blocked
         await joined.unclog(sent)
         assert await eof(joined.two)
@@ -186,7 +181,7 @@ async def test_a_reset_behind_back_pressure_is_noticed() -> None:
         [cut] = joined.failures
         assert isinstance(cut, Cut)
         assert (cut.outcome, cut.side) == (Outcome.RESET, "func1")
-        await nothing_is_ready()
+        await nothing_is_ready(found.readiness, 0.01)
 
 
 # --- urgent bytes --------------------------------------------------------------------------------------------------
@@ -206,7 +201,7 @@ async def test_an_urgent_byte_in_the_middle_of_bulk_is_no_end() -> None:
         found.start(joined)
         assert await receive(joined.two, 20_101) == before + b"!" + after
         assert await eof(joined.two)
-        await nothing_is_ready()
+        await nothing_is_ready(found.readiness, 0.01)
         assert joined.failures == []
 
 
@@ -231,7 +226,7 @@ async def test_a_bug_in_one_pump_ends_that_pairing_and_no_other() -> None:
         assert healthy.ended == 0
         await send(healthy.one, os.urandom(500_000))
         assert len(await receive(healthy.two, 500_000)) == 500_000
-        await nothing_is_ready()
+        await nothing_is_ready(found.readiness, 0.01)
 
 
 async def test_when_all_is_cancelled_at_once_the_pumps_still_leave_nothing() -> None:
@@ -265,7 +260,7 @@ async def test_a_pairing_that_falls_silent_after_bulk_gives_its_pipe_back() -> N
         joined = found.join()
         await send(joined.one, bytes(16384))
         assert len(await receive(joined.two, 16384)) == 16384
-        await nothing_is_ready()
+        await nothing_is_ready(found.readiness, 0.01)
         joined.forth.rest()
         joined.back.rest()
         assert found.pipes.in_use == 0
@@ -297,7 +292,7 @@ async def test_what_was_delivered_late_is_not_kept() -> None:
             held = tracemalloc.get_traced_memory()[0]
             for joined, count in zip(pairs, sent, strict=True):
                 await joined.unclog(count)
-            await nothing_is_ready()
+            await nothing_is_ready(found.readiness, 0.01)
             left = tracemalloc.get_traced_memory()[0]
         finally:
             tracemalloc.stop()
