@@ -6,11 +6,12 @@ Theory of operation
 There are two kinds, with one face (:class:`Pump`).
 
 :class:`RawPump` joins two raw legs. Its unit is the *step*: a function call that moves what can be moved now and says
-what it waits for (:class:`~frelay.readiness.Want`). It never waits itself; the readiness set calls it. A step copies
-through one buffer shared by all pumps, since a small message is cheapest as ``recv`` and ``send``; but once a read
-fills the buffer, the source has more than that, and the pump turns to ``splice(2)`` through a pipe, where the bytes
-stay in the kernel. A few short reads in a row turn it back, or a look of the watch that finds nothing moved, and the
-pipe goes back to the pool. So an idle or chatty pairing holds no pipe, and a bulk one holds one a direction.
+what it waits for (:class:`~frelay.readiness.Want`). It never waits itself; the readiness set calls it. A small message
+is cheapest as a ``read`` and a ``write``, and the two are steps of their own, so that a round can read for all of its
+pumps first. But once a read brings as much as was asked for, the source has more than that, and the pump turns to
+``splice(2)`` through a pipe, where the bytes stay in the kernel. A few short reads in a row turn it back, or a look of
+the watch that finds nothing moved, and the pipe goes back to the pool. So an idle or chatty pairing holds no pipe, and
+a bulk one holds one a direction.
 
 Nothing is read while anything read before is undelivered. That is all of back-pressure: the source's kernel buffer
 fills, its window closes, its sender waits. It also makes the famous trap of splice harmless: a pipe fills by slots
@@ -35,6 +36,7 @@ import fcntl
 import os
 import socket
 from collections.abc import Callable
+from os import read, write
 from typing import Final, Protocol
 
 import trio
@@ -67,8 +69,9 @@ _SPLICE: Final[Callable[..., int] | None] = getattr(os, "splice", None)
 _NONBLOCK: Final[int] = getattr(os, "SPLICE_F_NONBLOCK", 0) | getattr(os, "SPLICE_F_MOVE", 0)
 _F_SETPIPE_SZ: Final = 1031
 
-_buffer: Final = bytearray(_COPY_BUFFER)
-_view: Final = memoryview(_buffer)
+# Looked up with every message, and a member of an enumeration is not found as quickly as a name of this module.
+_READABLE: Final = Want.SOURCE_READABLE
+_WRITABLE: Final = Want.SINK_WRITABLE
 
 
 def splice_is_available() -> bool:
@@ -215,9 +218,11 @@ class RawPump:
         "_short_reads",
         "_sides",
         "_sink",
-        "_source",
+        "_sink_fd",
+        "_source_fd",
         "_splice",
         "moved",
+        "source",
         "wants",
     )
 
@@ -232,13 +237,15 @@ class RawPump:
         probe: TlsProbe | None = None,
         splice: Callable[..., int] | None = _SPLICE,
     ) -> None:
-        self._source = source
+        self.source = source
         self._sink = sink
         self._sides = sides
         self._readiness = readiness
         self._pipes = pipes
         self._probe = probe
         self._splice = splice
+        self._source_fd = source.fd
+        self._sink_fd = sink.fd
         self._held: bytes | memoryview = b""
         self._pipe: Pipe | None = None
         self._in_pipe = 0
@@ -246,12 +253,12 @@ class RawPump:
         self._finished = trio.Event()
         self._failure: Exception | None = None
         self.moved = 0
-        self.wants = Want.SOURCE_READABLE
+        self.wants = _READABLE
 
     @property
     def is_blocked(self) -> bool:
         """Whether bytes are held that the sink has not accepted."""
-        return self.wants is Want.SINK_WRITABLE
+        return self.wants is _WRITABLE
 
     @property
     def is_held_back(self) -> bool:
@@ -265,18 +272,18 @@ class RawPump:
 
     async def run(self) -> None:
         """Take part in the readiness set until this direction ends; raises Cut."""
-        self._source.reader = self
+        self.source.reader = self
         self._sink.writer = self
         try:
-            self._readiness.refresh(self._source)
+            self._readiness.refresh(self.source)
             self._readiness.refresh(self._sink)
             await self._finished.wait()
         finally:
             self.wants = Want.NOTHING
-            self._source.reader = None
+            self.source.reader = None
             self._sink.writer = None
             self._release_pipe()
-            self._readiness.refresh(self._source)
+            self._readiness.refresh(self.source)
             self._readiness.refresh(self._sink)
         if self._failure is not None:
             raise self._failure
@@ -290,56 +297,74 @@ class RawPump:
 
     def step(self) -> None:
         """Move what can be moved now."""
-        if self.wants is Want.SINK_WRITABLE and not self._deliver():
+        if self.wants is _WRITABLE and not self._deliver():
             return
-        if self._pipe is None:
-            self._copy()
-        else:
-            self._move_bulk()
+        if self.take():
+            self.give()
 
-    def _copy(self) -> None:
+    def take(self) -> bool:
+        """Read what a copying pump can read; whether it is now to :meth:`give` that.
+
+        In two parts, because what a round has read is best sent in one go: a receiver that sleeps is woken once, and
+        finds more than one message.
+        """
+        if self._pipe is not None:
+            self._move_bulk()
+            return False
         try:
-            count = self._source.socket.recv_into(_buffer)
+            data = read(self._source_fd, _COPY_BUFFER)
         except BlockingIOError:
-            return self._want(Want.SOURCE_READABLE)
+            self._want(_READABLE)
+            return False
         except OSError as error:
-            return self.break_off(self._source, error)
-        if count == 0:
-            return self._pass_on_end()
-        if self._probe is not None:
-            return self._copy_first(count)
+            self.break_off(self.source, error)
+            return False
+        if data and self._probe is None:
+            self._held = data
+            return True
+        if data:
+            self._judge_first(data)
+        else:
+            self._pass_on_end()
+        return False
+
+    def give(self) -> None:
+        """Send what :meth:`take` has read."""
+        data = self._held
         try:
-            sent = self._sink.socket.send(_view[:count])
+            sent = write(self._sink_fd, data)
         except BlockingIOError:
             sent = 0
         except OSError as error:
             return self.break_off(self._sink, error)
         self.moved += sent
-        if sent < count:
-            # The shared buffer belongs to the next pump as soon as this step returns.
-            self._held = bytes(_view[sent:count])
-            return self._want(Want.SINK_WRITABLE)
-        if count == _COPY_BUFFER and self._splice is not None:
+        if sent < len(data):
+            self._held = memoryview(data)[sent:]
+            return self._want(_WRITABLE)
+        self._held = b""
+        if sent == _COPY_BUFFER and self._splice is not None:
             self._pipe = self._pipes.take()
             self._short_reads = 0
             if self._pipe is not None:
                 return self._move_bulk()
-        return self._want(Want.SOURCE_READABLE)
+        if self.wants is not _READABLE:
+            self._want(_READABLE)
+        return None
 
-    def _copy_first(self, count: int) -> None:
+    def _judge_first(self, data: bytes) -> None:
         """Hold the leg's first bytes back until they are known to be TLS."""
         assert self._probe is not None  # noqa: S101  for the type checker
-        first = bytes(self._held) + bytes(_view[:count])
+        first = bytes(self._held) + data
         try:
             verdict = self._probe.check(first)
         except Cut as cut:
             return self._finish(cut)
         self._held = first
         if verdict is None:
-            return self._want(Want.SOURCE_READABLE)
+            return self._want(_READABLE)
         self._probe = None
         if self._deliver():
-            self._want(Want.SOURCE_READABLE)
+            self._want(_READABLE)
         return None
 
     def _deliver(self) -> bool:
@@ -358,7 +383,7 @@ class RawPump:
             # Even an empty view of them keeps the bytes, 16 KiB for as long as the pairing is silent.
             self._held = b""
         except BlockingIOError:
-            self._want(Want.SINK_WRITABLE)
+            self._want(_WRITABLE)
             return False
         except OSError as error:
             self.break_off(self._sink, error)
@@ -371,16 +396,18 @@ class RawPump:
         assert splice is not None  # noqa: S101
         for _ in range(_BULK_ROUNDS):
             try:
-                count = splice(self._source.fd, pipe.write_end, pipe.size, flags=_NONBLOCK)
+                count = splice(self.source.fd, pipe.write_end, pipe.size, flags=_NONBLOCK)
             except BlockingIOError:
                 self._short_reads += 1
                 break
             except OSError as error:
-                return self.break_off(self._source, error)
+                return self.break_off(self.source, error)
             if count == 0:
                 # The end, or an urgent byte (MSG_OOB) with more behind it: splice cannot get past one, recv can.
                 self._release_pipe()
-                return self._copy()
+                if self.take():
+                    self.give()
+                return None
             self._in_pipe = count
             if not self._deliver():
                 return None
@@ -390,14 +417,15 @@ class RawPump:
             self._short_reads = 0
         if self._short_reads >= _SHORT_READS_TO_CALM:
             self._release_pipe()
-        return self._want(Want.SOURCE_READABLE)
+        return self._want(_READABLE)
 
     # --- changes -------------------------------------------------------------------------------------------------
 
     def _want(self, want: Want) -> None:
-        if self.wants is not want:
+        # Between its two parts a step may see the end: what happens at the sink is served in the same round.
+        if self.wants is not want and (want is Want.NOTHING or not self.has_finished):
             self.wants = want
-            self._readiness.refresh(self._source)
+            self._readiness.refresh(self.source)
             self._readiness.refresh(self._sink)
 
     def _release_pipe(self) -> None:
@@ -407,9 +435,9 @@ class RawPump:
             self._in_pipe = 0
 
     def _pass_on_end(self) -> None:
-        if self._source.error is not None:
+        if self.source.error is not None:
             # Linux tells of a reset once, and told the pump that writes to this wire; to us it looks like FIN.
-            return self.break_off(self._source, self._source.error)
+            return self.break_off(self.source, self.source.error)
         if self._probe is not None:
             try:
                 self._probe.check_end(len(self._held))
@@ -422,10 +450,12 @@ class RawPump:
         return self._finish(None)
 
     def break_off(self, wire: Wire, error: OSError) -> None:
-        """End this direction because the connection of ``wire`` broke."""
+        """End this direction because the connection of ``wire`` broke, unless it has ended already."""
+        if self.has_finished:
+            return
         # A new one: the traceback of the old one would keep this pump alive through the wire.
         wire.error = OSError(error.errno, error.strerror)
-        side = self._sides[0] if wire is self._source else self._sides[1]
+        side = self._sides[0] if wire is self.source else self._sides[1]
         self._finish(Cut(Outcome.RESET, side, str(broken(error))))
 
     def fail(self, error: Exception) -> None:

@@ -59,6 +59,7 @@ _OUT: Final = select.EPOLLOUT
 _TROUBLE: Final = select.EPOLLERR | select.EPOLLHUP
 # How many descriptors one round takes at most: after a round everything else in the process gets its turn.
 _ROUND: Final = 256
+_FDINFO: Final = Path("/proc/self/fdinfo")
 
 
 class Want(IntEnum):
@@ -207,6 +208,7 @@ class ReadinessSet:
     def serve(self, ready: Iterable[tuple[int, int]], trio_epoll: int = -1) -> bool:
         """Step the pumps of what epoll has found; whether ``trio_epoll`` was among it."""
         wires, is_for_trio = self._wires, False
+        loaded: list[RawPump] = []
         for fd, events in ready:
             # A pump stepped earlier in this round may have ended, and its task cannot have run since, so the number
             # still means the same connection; but the wire may have left the set.
@@ -216,14 +218,18 @@ class ReadinessSet:
                 continue
             try:
                 if events == _IN and (reader := wire.reader) is not None and reader.wants is _READABLE:
-                    reader.step()
+                    if reader.take():
+                        loaded.append(reader)
                 else:
                     self._serve_other(wire, events)
             except Exception as error:
-                # A bug, and it must stay that of one pairing: everybody's bytes depend on this loop.
-                for pump in (wire.reader, wire.writer):
-                    if pump is not None:
-                        pump.fail(error)
+                _fail(wire, error)
+        # What was read is sent in one go: who sleeps at the other end is woken once, and finds more than one message.
+        for pump in loaded:
+            try:
+                pump.give()
+            except Exception as error:
+                _fail(pump.source, error)
         return is_for_trio
 
     def _serve_other(self, wire: Wire, events: int) -> None:
@@ -243,6 +249,13 @@ class ReadinessSet:
                 victim.break_off(wire, OSError(error, os.strerror(error)))
             else:
                 self._forget(wire)
+
+
+def _fail(wire: Wire, error: Exception) -> None:
+    """A step raised: a bug, and it must stay that of one pairing, for everybody's bytes depend on this loop."""
+    for pump in (wire.reader, wire.writer):
+        if pump is not None:
+            pump.fail(error)
 
 
 # --- in Trio's stead ----------------------------------------------------------------------------------------------
@@ -289,7 +302,7 @@ def _epoll_that_watches(descriptor: int) -> int | None:
     """The epoll set of this process that ``descriptor`` is in; None if there is none, or more than one, to be seen."""
     found: list[int] = []
     try:
-        for entry in Path("/proc/self/fdinfo").iterdir():
+        for entry in _FDINFO.iterdir():
             try:
                 lines = entry.read_text().splitlines()
             except OSError:

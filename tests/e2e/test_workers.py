@@ -205,6 +205,7 @@ async def test_what_one_worker_cannot_take_nobody_has(site: Site) -> None:
         answer = await api.post("/v1/reload")
         assert answer.status_code == 200, answer.text
         assert len(answer.json()["added"]) == 4
+        await relay.log("listening", route="more-two")
         await join_ends(site, relay, route="more-two")
         await speak(*kept)
 
