@@ -19,6 +19,7 @@ import os
 import select
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, MutableMapping, Sequence
 from functools import partial
@@ -33,6 +34,10 @@ LEVELS: Final = ("debug", "info", "warning", "error")
 
 # What a busy relay logs in some seconds; at a few hundred bytes a line it is about a megabyte.
 _LONGEST_QUEUE: Final = 4096
+# How long a line may wait for others to be written with it, in seconds: not long for a person.
+_GATHERING: Final = 0.01
+# So much is written to a pipe in one piece, whoever else writes to it; as the workers of one relay do.
+_AT_ONCE: Final = select.PIPE_BUF
 # How long the end of the process waits for lines that nobody takes, in seconds.
 _FAREWELL: Final = 2.0
 
@@ -42,6 +47,9 @@ class LineWriter:
 
     While the queue is full, lines are dropped, and so is a line whose write fails. They are counted, and in their place
     stands a line that ``note`` makes of their number: no line is written before those that are missing are told.
+
+    Waking a thread for a line costs more than the line does, since both then want the interpreter. So the thread is
+    woken out of its sleep only, rests a moment to let more lines come, and writes what there is in one go.
 
     The descriptor is written to directly. A stream like ``sys.stderr`` has a lock, which the interpreter wants at its
     end, and a thread that hangs in a write would hold it.
@@ -56,6 +64,8 @@ class LineWriter:
         self._is_torn = False
         """Whether what was written last is the beginning of a line."""
         self._is_closing = False
+        self._is_asleep = False
+        """Whether the thread sleeps until somebody wakes it."""
         self._news: Final = threading.Condition()
         # A daemon, because one that hangs in a write must not keep the process from its end.
         self._thread: Final = threading.Thread(target=self._run, name="frelay log", daemon=True)
@@ -71,39 +81,69 @@ class LineWriter:
                 self._queue[-1] = last + 1
             else:
                 self._queue.append(1)
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._is_asleep:
+            self._is_asleep = False
             self._news.notify()
 
     def flush(self) -> None:
-        """Nothing: a line is written as soon as it can be."""
+        """Nothing: a line is written in a moment, or as soon as it can be."""
 
     def close(self, patience: float = _FAREWELL) -> None:
         """Write what is queued, or as much of it as goes in ``patience`` seconds."""
         with self._news:
             self._is_closing = True
-            self._news.notify()
+            self._wake()
         self._thread.join(patience)
 
     # --- the thread --------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         missing = 0
-        while (entry := self._next()) is not None:
-            if isinstance(entry, int):
-                missing += entry
-            if missing and self._put(self._note(missing)):
-                missing = 0
-            if isinstance(entry, str) and (missing or not self._put(entry)):
-                missing += 1
+        while self._sleep_until_news():
+            while entries := self._next():
+                if isinstance(entries, int):
+                    missing += entries
+                if missing and self._put([_encoded(self._note(missing))]) == 1:
+                    missing = 0
+                if not isinstance(entries, int):
+                    missing += len(entries) - (0 if missing else self._put(entries))
 
-    def _next(self) -> str | int | None:
+    def _sleep_until_news(self) -> bool:
+        """Wait until there is something to write; False at the end."""
         with self._news:
             while not self._queue and not self._is_closing:
+                self._is_asleep = True
                 self._news.wait()
-            return self._queue.popleft() if self._queue else None
+            if not self._queue:
+                return False
+            is_closing = self._is_closing
+        if not is_closing:
+            time.sleep(_GATHERING)
+        return True
 
-    def _put(self, line: str) -> bool:
-        """Write all of ``line``, however long that takes; False if it failed."""
-        data = line.encode("utf-8", "backslashreplace")
+    def _next(self) -> list[bytes] | int:
+        """The number that comes next, or as many lines as may go in one write."""
+        lines: list[bytes] = []
+        left = _AT_ONCE
+        with self._news:
+            while self._queue:
+                first = self._queue[0]
+                if isinstance(first, int):
+                    return lines or int(self._queue.popleft())
+                line = _encoded(first)
+                left -= len(line)
+                if lines and left < 0:
+                    break
+                lines.append(line)
+                self._queue.popleft()
+        return lines
+
+    def _put(self, lines: list[bytes]) -> int:
+        """Write all of ``lines``, however long that takes; how many of them were written whole."""
+        data = b"".join(lines)
         if self._is_torn:
             data = b"\n" + data
         while data:
@@ -114,10 +154,25 @@ class LineWriter:
                 select.select((), (self._descriptor,), ())
                 continue
             except OSError:
-                return False
+                return len(lines) - _lines_in(data, lines)
             self._is_torn = not data[:written].endswith(b"\n")
             data = data[written:]
-        return True
+        return len(lines)
+
+
+def _encoded(line: str) -> bytes:
+    return line.encode("utf-8", "backslashreplace")
+
+
+def _lines_in(rest: bytes, lines: Sequence[bytes]) -> int:
+    """How many of ``lines`` are, whole or in part, in the ``rest`` of what they are together."""
+    count, left = 0, len(rest)
+    for line in reversed(lines):
+        if left <= 0:
+            break
+        left -= len(line)
+        count += 1
+    return count
 
 
 # --- what a line looks like -------------------------------------------------------------------------------------------
