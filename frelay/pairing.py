@@ -374,8 +374,8 @@ class Pairing:
                 ),
             }
         return {
-            "func1": StreamPump(one, two, sides=forth, probe=self._probe("func1"), share=share, source_socket=one.sock),
-            "func2": StreamPump(two, one, sides=back, probe=self._probe("func2"), share=share, source_socket=two.sock),
+            "func1": StreamPump(one, two, sides=forth, probe=self._probe("func1"), share=share),
+            "func2": StreamPump(two, one, sides=back, probe=self._probe("func2"), share=share),
         }
 
     async def _forward(self) -> None:

@@ -283,6 +283,20 @@ class RawStream(trio.abc.HalfCloseableStream):
                         self._send_error = OSError(error.errno, error.strerror)
                         raise broken(error) from error
 
+    def send_now(self, data: memoryview) -> int:
+        """Send what the kernel takes without waiting; how many bytes of ``data`` went. Raises BrokenStream."""
+        try:
+            return self.sock.send(data)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            self._send_error = OSError(error.errno, error.strerror)
+            raise broken(error) from error
+
+    async def send_rest(self, data: bytes) -> None:
+        """Send what :meth:`send_now` has left; raises BrokenStream."""
+        await self.send_all(data)
+
     async def wait_send_all_might_not_block(self) -> None:
         """Wait until the kernel has room for more; raises BrokenStream."""
         with self._sending:
@@ -324,6 +338,19 @@ class RawStream(trio.abc.HalfCloseableStream):
                         # Linux tells of a reset once, and told the sender; to the receiver it looks like FIN.
                         raise broken(self._send_error)
                     return data
+
+    def receive_now(self, room: memoryview) -> int:
+        """Receive what is there into ``room``; how many bytes that was. Raises BrokenStream.
+
+        0 if there are none and the socket must become readable first; -1 if there are none and :meth:`receive_some` has
+        more to say.
+        """
+        try:
+            return self.sock.recv_into(room) or -1
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise broken(error) from error
 
     def close(self) -> None:
         """Close now, in order; :meth:`aclose` without its checkpoint."""

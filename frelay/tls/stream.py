@@ -47,6 +47,7 @@ from typing import Final, TypeVar
 
 import trio
 from OpenSSL import SSL
+from OpenSSL._util import ffi as _ffi
 from OpenSSL._util import lib as _openssl
 
 from frelay.errors import ConnectionBroken, LocalProtocolError, RemoteProtocolError
@@ -129,19 +130,23 @@ class TlsStream(trio.abc.HalfCloseableStream):
                 await self._wait_for_room(sock)
             except SSL.ZeroReturnError:
                 raise
-            except SSL.SysCallError as error:
-                code = error.args[0]
-                if code == -1 and self._breakage is None:
-                    raise TruncatedStream("the connection ended without close_notify") from None
-                if self._breakage is None:
-                    self._breakage = str(broken(OSError(code, os.strerror(code))))
-                # Linux tells of a reset once, and told the other half of this stream; to this one it looks like FIN.
-                raise BrokenStream(self._breakage) from None
             except SSL.Error as error:
-                if error.args == ([],):
-                    # Nothing new: the other half has met the end of the connection before this one.
-                    raise BrokenStream(self._breakage or "the connection has failed before") from None
-                raise TlsFault(_reason(error)) from None
+                raise self._translated(error) from None
+
+    def _translated(self, error: SSL.Error) -> ConnectionBroken | RemoteProtocolError:
+        """What we call ``error``, which is neither a wish to wait nor a clean end."""
+        if isinstance(error, SSL.SysCallError):
+            code = error.args[0]
+            if code == -1 and self._breakage is None:
+                return TruncatedStream("the connection ended without close_notify")
+            if self._breakage is None:
+                self._breakage = str(broken(OSError(code, os.strerror(code))))
+            # Linux tells of a reset once, and told the other half of this stream; to this one it looks like FIN.
+            return BrokenStream(self._breakage)
+        if error.args == ([],):
+            # Nothing new: the other half has met the end of the connection before this one.
+            return BrokenStream(self._breakage or "the connection has failed before")
+        return TlsFault(_reason(error))
 
     async def _wait_for_room(self, sock: socket.socket) -> None:
         """Wait until the kernel takes more; for both halves, since reading may have a KeyUpdate to answer.
@@ -183,18 +188,64 @@ class TlsStream(trio.abc.HalfCloseableStream):
         with self._sending:
             await trio.lowlevel.checkpoint()
             self._check_sendable()
-            with memoryview(data).cast("B") as view:
-                sent = 0
-                # OpenSSL must be offered the same bytes again after WantWrite, which the view guarantees, and
-                # an empty write raises, which the condition prevents.
-                while sent < len(view):
-                    rest = view[sent:]
+            await self._send(data)
+
+    async def send_rest(self, data: bytes) -> None:
+        """Send what :meth:`send_now` has left."""
+        with self._sending:
+            self._send_is_broken = False
+            self._check_sendable()
+            await self._send(data)
+
+    async def _send(self, data: bytes | bytearray | memoryview) -> None:
+        with memoryview(data).cast("B") as view:
+            sent = 0
+            # OpenSSL must be offered the same bytes again after WantWrite, which the view guarantees, and
+            # an empty write raises, which the condition prevents.
+            while sent < len(view):
+                rest = view[sent:]
+                self._send_is_broken = True
+                try:
+                    sent += await self._retry(lambda connection, rest=rest: connection.send(rest))  # type: ignore[misc]
+                except SSL.ZeroReturnError:
+                    raise BrokenStream("the TLS connection is over") from None
+                self._send_is_broken = False
+
+    def send_now(self, data: memoryview) -> int:
+        """Send what the kernel takes without waiting; how many bytes of ``data`` went.
+
+        The rest is :meth:`send_rest`'s to send, and nobody else's: a record of it may be under way.
+        """
+        self._check_sendable()
+        connection, size = self.connection, len(data)
+        corks = size > _RECORD and self.sock.family != socket.AF_UNIX
+        if corks:
+            # Each record is a write of its own; the kernel shall make large segments of them all the same.
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+        sent = 0
+        with _ffi.from_buffer(data) as start:
+            while sent < size:
+                _openssl.ERR_clear_error()
+                result = _openssl.SSL_write(connection._ssl, start + sent, size - sent)
+                if result <= 0:
+                    # As in a send that was cancelled, until the rest has gone.
                     self._send_is_broken = True
-                    try:
-                        sent += await self._retry(lambda connection, rest=rest: connection.send(rest))  # type: ignore[misc]
-                    except SSL.ZeroReturnError:
-                        raise BrokenStream("the TLS connection is over") from None
-                    self._send_is_broken = False
+                    self._note_send_failure(connection, result)
+                    break
+                sent += result
+        if corks and self._sock is not None:
+            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
+        return sent
+
+    def _note_send_failure(self, connection: SSL.Connection, result: int) -> None:
+        try:
+            connection._raise_ssl_error(connection._ssl, result)
+        except (SSL.WantReadError, SSL.WantWriteError):
+            return
+        except SSL.ZeroReturnError:
+            raise BrokenStream("the TLS connection is over") from None
+        except SSL.Error as error:
+            raise self._translated(error) from None
 
     async def wait_send_all_might_not_block(self) -> None:
         """Wait until the kernel has room for more."""
@@ -243,6 +294,40 @@ class TlsStream(trio.abc.HalfCloseableStream):
                 # Not the exception itself: its traceback would keep the TLS state alive after the close.
                 self._receive_failure = type(failure), str(failure)
                 raise
+
+    def receive_now(self, room: memoryview) -> int:
+        """Receive what is there, record after record, into ``room``, as long as it has room for a whole one.
+
+        How many bytes that was. 0 if there are none and the socket must become readable first; -1 if there are none
+        and :meth:`receive_some` has more to say.
+        """
+        connection = self.connection
+        if self._eof_was_received or self._receive_failure is not None:
+            return -1
+        received, last = 0, len(room) - _RECORD
+        with _ffi.from_buffer(room, require_writable=True) as start:
+            while received <= last:
+                _openssl.ERR_clear_error()
+                result = _openssl.SSL_read(connection._ssl, start + received, _RECORD)
+                if result <= 0:
+                    return received or self._note_receive_failure(connection, result)
+                received += result
+        return received
+
+    def _note_receive_failure(self, connection: SSL.Connection, result: int) -> int:
+        """Why there is nothing; what is not to be asked for twice is kept for :meth:`receive_some`."""
+        try:
+            connection._raise_ssl_error(connection._ssl, result)
+        except SSL.WantReadError:
+            return 0
+        except SSL.WantWriteError:
+            return -1
+        except SSL.ZeroReturnError:
+            self._eof_was_received = True
+        except SSL.Error as error:
+            failure = self._translated(error)
+            self._receive_failure = type(failure), str(failure)
+        return -1
 
     def has_ended(self) -> bool:
         """Whether the other side's close_notify, FIN or fault is the next thing to come, with no data before it.

@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 import trio
+import trio.testing
 
 from frelay.config.model import TcpSection
 from frelay.outcome import Outcome, Side
@@ -23,7 +24,7 @@ from frelay.readiness import ReadinessSet, Wire
 from frelay.sockets import RawStream, close_with_reset, tune
 from rig import eventually, open_descriptors
 from rounds import CountedRounds, nothing_is_ready
-from streams import tcp_pair, unix_pair
+from streams import tcp_pair
 
 PATIENCE = 20.0
 FORTH: tuple[Side, Side] = ("func1", "func2")
@@ -299,42 +300,32 @@ async def test_what_was_delivered_late_is_not_kept() -> None:
         assert left < held / 2
 
 
-class Source(trio.abc.ReceiveStream):
-    """One large chunk, and then silence."""
+class Reluctant(RawStream):
+    """Takes little without waiting, as does a socket that is nearly full."""
 
-    def __init__(self) -> None:
-        self.chunks = [50_000]
-        self.is_asked_again = trio.Event()
-
-    async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        if self.chunks:
-            await trio.lowlevel.checkpoint()
-            return bytes(self.chunks.pop())
-        self.is_asked_again.set()
-        await trio.sleep_forever()
-        raise AssertionError
-
-    async def aclose(self) -> None:
-        await trio.lowlevel.checkpoint()
+    def send_now(self, data: memoryview) -> int:
+        return super().send_now(data[:1000])
 
 
-async def test_a_stream_pump_keeps_nothing_while_it_waits() -> None:
-    one, two = unix_pair()
-    sink = RawStream(one)
-    source = Source()
-    pump = StreamPump(source, sink, sides=FORTH)
+@pytest.mark.parametrize("sink_of", [RawStream, Reluctant])
+async def test_a_stream_pump_keeps_nothing_while_it_waits(sink_of: type[RawStream]) -> None:
+    (inner1, one), (inner2, two) = tcp_pair(1 << 20), tcp_pair(1 << 20)
+    pump = StreamPump(RawStream(inner1), sink_of(inner2), sides=FORTH)
+    await send(one, bytes(50_000))
     tracemalloc.start()
     try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(pump.run)
-            await source.is_asked_again.wait()
-            assert pump.moved == 50_000
-            assert tracemalloc.get_traced_memory()[0] < 50_000
-            nursery.cancel_scope.cancel()
+        with trio.fail_after(PATIENCE):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(pump.run)
+                assert await receive(two, 50_000) == bytes(50_000)
+                await trio.testing.wait_all_tasks_blocked()
+                assert pump.moved == 50_000
+                assert tracemalloc.get_traced_memory()[0] < 50_000
+                nursery.cancel_scope.cancel()
     finally:
         tracemalloc.stop()
-        one.close()
-        two.close()
+        for sock in (inner1, inner2, one, two):
+            close_with_reset(sock)
 
 
 # --- pipes ---------------------------------------------------------------------------------------------------------
