@@ -223,8 +223,9 @@ class TlsLeg(Leg):
         try:
             with trio.move_on_after(_REFUSAL_TIME):
                 if last_words:
-                    await self.tls.send_all(last_words)
-                await self.tls.send_eof()
+                    await self.tls.send_last(last_words)
+                else:
+                    await self.tls.send_eof()
             await close_after_linger(sock, LINGER_TIME)
         except (ConnectionBroken, RemoteProtocolError):
             pass  # it is gone; there is nobody left to tell
@@ -303,11 +304,12 @@ class FramedLeg(TlsLeg):
         if self.mode == "ticket":
             await self._begin_by_ticket(message)
             return
-        await self.tls.send_all(self._session.send(message))
+        paired = self._session.send(message)
         if not self.is_raw:
+            await self.tls.send_all(paired)
             await self._take_last_frame()
             return
-        await self.tls.send_eof()
+        await self.tls.send_last(paired)
         while data := await self.tls.receive_some():
             self._take(data)
         self._session.end_of_stream()

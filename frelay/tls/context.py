@@ -13,6 +13,7 @@ is let in.
 from __future__ import annotations
 
 import datetime
+import functools
 import re
 import stat
 import time
@@ -34,7 +35,6 @@ from frelay.config.model import TlsSection
 from frelay.errors import ConfigError, Problem
 from frelay.sockets import TlsFault
 from frelay.tls.identity import PeerIdentity, describe_unverified, distinguished_name, identities, nobody
-from frelay.tls.stream import note_event
 
 __all__ = [
     "ALPN",
@@ -98,6 +98,10 @@ class Credential:
     not_after: float
     """When the first certificate of the chain expires, in seconds since the epoch."""
 
+
+# Of how many chains it is remembered what they say; some KiB each. A function comes with its certificate again and
+# again, and all its instances with the same.
+_READ_BEFORE: Final = 128
 
 # Many legs show the same certificate, all instances of a function as a rule: each of them is kept once.
 _CREDENTIALS: Final[WeakValueDictionary[tuple[bytes, ...], Credential]] = WeakValueDictionary()
@@ -179,21 +183,30 @@ def _rejection(number: int, depth: int, text: str, certificate: str | None = Non
 def verified_peer(connection: SSL.Connection, trust: OuterTls) -> VerifiedPeer:
     """What the finished handshake of ``connection`` verified about the party."""
     try:
-        chain = connection.get_verified_chain(as_cryptography=True)
-        credential = _credential(chain) if chain else None
+        chain = connection.get_verified_chain() or []
+        identity, credential = _read(tuple(crypto.dump_certificate(crypto.FILETYPE_ASN1, one) for one in chain))
     except Exception as error:
         # OpenSSL takes what ``cryptography`` cannot read, such as a version or a date that there is not. It was signed
         # by one of ours, so this is no attack and no bug; but who it is nobody can say, and nobody is let in.
         return VerifiedPeer(identity=nobody(error), credential=Credential(b"", (), 0.0), trust=trust)
-    if not chain or credential is None:
+    if not chain:
         # Unreachable with FAIL_IF_NO_PEER_CERT; if it ever is reached, nobody is let in on the strength of it.
         raise AssertionError("a handshake without a verified certificate chain")
-    return VerifiedPeer(identity=identities(chain[0]), credential=credential, trust=trust)
+    return VerifiedPeer(identity=identity, credential=credential, trust=trust)
 
 
-def _credential(chain: Sequence[x509.Certificate]) -> Credential:
-    leaf, *intermediates = (certificate.public_bytes(Encoding.DER) for certificate in chain[:-1] or chain)
-    not_after = min(certificate.not_valid_after_utc.timestamp() for certificate in chain)
+@functools.lru_cache(maxsize=_READ_BEFORE)
+def _read(chain: tuple[bytes, ...]) -> tuple[PeerIdentity, Credential]:
+    """What a verified chain in DER, the leaf first, says of its party."""
+    if not chain:
+        return nobody(ValueError("no certificate")), Credential(b"", (), 0.0)
+    certificates = [x509.load_der_x509_certificate(der) for der in chain]
+    not_after = min(certificate.not_valid_after_utc.timestamp() for certificate in certificates)
+    return identities(certificates[0]), _credential(chain[:-1] or chain, not_after)
+
+
+def _credential(chain: tuple[bytes, ...], not_after: float) -> Credential:
+    leaf, *intermediates = chain
     known = _CREDENTIALS.get((leaf, *intermediates))
     # The same certificate may come with another anchor, and so end at another time.
     if known is None or known.not_after != not_after:
@@ -520,7 +533,6 @@ def _build(
     _fill(store, authorities, lists)
     context.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT, _note_rejection)
     context.set_alpn_select_callback(select_protocol)
-    context.set_info_callback(note_event)
     return context
 
 

@@ -34,8 +34,8 @@ pending ends the *reading* side). In TLS 1.3 the other direction goes on.
 Giving the socket back: after both close_notify have crossed, :meth:`TlsStream.detach` frees the TLS state and returns
 the bare socket; its first byte is the first one after the peer's close_notify. One thing can spoil that from our side:
 OpenSSL answers a request for a KeyUpdate when it reads the next one, even after it has sent close_notify, and to a peer
-that has left TLS the answer would be raw bytes. It cannot be prevented, but it is noticed (:func:`note_event`), and
-such a socket is not given back.
+that has left TLS the answer would be raw bytes. It cannot be prevented, but it is noticed (:func:`_event_callback`),
+and such a socket is not given back.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
-from typing import Final, TypeVar
+from functools import cache
+from typing import Any, Final, TypeVar
 
 import trio
 from OpenSSL import SSL
@@ -53,7 +54,7 @@ from OpenSSL._util import lib as _openssl
 from frelay.errors import ConnectionBroken, LocalProtocolError, RemoteProtocolError
 from frelay.sockets import BrokenStream, OneAtATime, TlsFault, TruncatedStream, broken, close
 
-__all__ = ["TlsStream", "note_event"]
+__all__ = ["TlsStream"]
 
 T = TypeVar("T")
 
@@ -62,14 +63,18 @@ _RECORD = 16384
 _SPOKE_AFTER_END: Final = object()
 
 
-def note_event(connection: SSL.Connection, where: int, value: int) -> None:
-    """What a context of these streams must have as its info callback: notes what is written after close_notify."""
-    if (
-        where == SSL.SSL_CB_ACCEPT_LOOP
-        and connection.get_shutdown() & SSL.SENT_SHUTDOWN
-        and b"write" in connection.get_state_string()
-    ):
-        connection.set_app_data(_SPOKE_AFTER_END)
+@cache
+def _event_callback() -> Any:
+    """OpenSSL's info callback; one for all, and made when the first connection needs it."""
+
+    def note(ssl: Any, where: int, _: int) -> None:
+        # Whatever it writes as the accepting side, once our close_notify has gone: there is nothing else it could be.
+        if where == SSL.SSL_CB_ACCEPT_LOOP and _openssl.SSL_get_shutdown(ssl) & SSL.SENT_SHUTDOWN:
+            connection = SSL.Connection._reverse_mapping[ssl]
+            if b"write" in connection.get_state_string():
+                connection.set_app_data(_SPOKE_AFTER_END)
+
+    return _ffi.callback("void (*)(const SSL *, int, int)", note)
 
 
 class TlsStream(trio.abc.HalfCloseableStream):
@@ -173,6 +178,8 @@ class TlsStream(trio.abc.HalfCloseableStream):
                 await self._retry(SSL.Connection.do_handshake)
             except SSL.ZeroReturnError:
                 raise TlsFault("close_notify in the middle of the handshake") from None
+            # Not in the context: a handshake has twenty events, and none of them is of interest.
+            _openssl.SSL_set_info_callback(self.connection._ssl, _event_callback())
 
     # --- sending ---------------------------------------------------------------------------------------------
 
@@ -253,6 +260,18 @@ class TlsStream(trio.abc.HalfCloseableStream):
             await trio.lowlevel.checkpoint()
             self._check_sendable()
             await self._wait_for_room(self.sock)
+
+    async def send_last(self, data: bytes) -> None:
+        """Send ``data`` and close_notify, in one segment."""
+        sock, corks = self.sock, self.sock.family != socket.AF_UNIX
+        if corks:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+        try:
+            await self.send_all(data)
+            await self.send_eof()
+        finally:
+            if corks and self._sock is sock:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
 
     async def send_eof(self) -> None:
         """Send close_notify; the peer's direction goes on."""
