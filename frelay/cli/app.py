@@ -66,6 +66,7 @@ def run(
     if log_level not in log.LEVELS:
         raise typer.BadParameter(f"write one of {', '.join(log.LEVELS)}", param_hint="--log-level")
 
+    import gc
     import signal
 
     import trio
@@ -96,6 +97,9 @@ def run(
             log_format=log_format,
             log_level=log_level,
         )
+    # What was loaded until now stays until the end: the collector need not look through all of it again and again.
+    gc.collect()
+    gc.freeze()
     raise typer.Exit(trio.run(relay.run))
 
 

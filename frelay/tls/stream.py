@@ -329,24 +329,24 @@ class TlsStream(trio.abc.HalfCloseableStream):
                 _openssl.ERR_clear_error()
                 result = _openssl.SSL_read(connection._ssl, start + received, _RECORD)
                 if result <= 0:
-                    return received or self._note_receive_failure(connection, result)
+                    if _openssl.SSL_get_error(connection._ssl, result) == _openssl.SSL_ERROR_WANT_READ:
+                        return received
+                    self._note_receive_failure(connection, result)
+                    return received or -1
                 received += result
         return received
 
-    def _note_receive_failure(self, connection: SSL.Connection, result: int) -> int:
-        """Why there is nothing; what is not to be asked for twice is kept for :meth:`receive_some`."""
+    def _note_receive_failure(self, connection: SSL.Connection, result: int) -> None:
+        """Keep for :meth:`receive_some` what is not to be asked for twice."""
         try:
             connection._raise_ssl_error(connection._ssl, result)
-        except SSL.WantReadError:
-            return 0
         except SSL.WantWriteError:
-            return -1
+            pass
         except SSL.ZeroReturnError:
             self._eof_was_received = True
         except SSL.Error as error:
             failure = self._translated(error)
             self._receive_failure = type(failure), str(failure)
-        return -1
 
     def has_ended(self) -> bool:
         """Whether the other side's close_notify, FIN or fault is the next thing to come, with no data before it.

@@ -15,6 +15,7 @@ In the other direction go the answers, entries of the journal as they are noted,
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -405,4 +406,6 @@ def main(number: str, descriptor: str, log_format: str, log_level: str) -> int:
         finally:
             channel.close()
 
+    gc.collect()
+    gc.freeze()  # as in `frelay run`
     return trio.run(run)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import socket
 import ssl
+import struct
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -543,3 +544,139 @@ async def test_both_halves_of_a_broken_stream_say_that_it_broke(site: Site) -> N
                 with pytest.raises(ConnectionBroken) as caught:
                     await half()
                 assert not isinstance(caught.value, RemoteProtocolError | Truncated)
+
+
+# --- without waiting -----------------------------------------------------------------------------------------------
+
+RECORD = 16384
+
+
+def room(records: int = 3) -> memoryview:
+    return memoryview(bytearray(records * RECORD))
+
+
+async def received_now(server: TlsStream, into: memoryview) -> int:
+    """What there is once there is something, or once it is to be asked otherwise."""
+    while (count := server.receive_now(into)) == 0:
+        await trio.lowlevel.wait_readable(server.sock)
+    return count
+
+
+async def test_what_is_there_is_received_record_after_record(site: Site) -> None:
+    async with server_and_party(site) as (server, party):
+        into = room()
+        assert server.receive_now(into) == 0
+        for word in (b"one ", b"two ", b"three"):
+            await party.send(word)
+        text = b""
+        while len(text) < 13:
+            count = await received_now(server, into)
+            text += into[:count]
+        assert text == b"one two three"
+        assert server.receive_now(into) == 0
+
+
+async def test_a_record_that_has_no_room_waits_for_the_next_call(site: Site) -> None:
+    async with server_and_party(site) as (server, party):
+        data = bytes(range(256)) * 300  # not quite five records
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(party.send, data)
+            text, into = b"", room(2)
+            while len(text) < len(data):
+                count = await received_now(server, into)
+                assert 0 < count <= len(into)
+                text += into[:count]
+        assert text == data
+
+
+async def test_the_end_behind_data_is_told_after_the_data(site: Site) -> None:
+    async with server_and_party(site) as (server, party):
+        await party.send(b"last words")
+        await party.stream.send_all(party.close_notify())
+        into, text = room(), b""
+        while (count := await received_now(server, into)) > 0:
+            text += into[:count]
+        assert text == b"last words"
+        assert server.ended_by_peer
+        assert server.receive_now(into) == -1
+        assert await server.receive_some() == b""
+
+
+@pytest.mark.parametrize("ends_by", ["FIN", "RST", "garbage"])
+async def test_a_fault_behind_data_is_told_after_the_data_and_told_again(site: Site, ends_by: str) -> None:
+    async with server_and_party(site) as (server, party):
+        await party.send(b"last words")
+        if ends_by == "garbage":
+            await party.stream.send_all(b"\x17\x03\x03\x00\x20" + bytes(32))
+        text, into = b"", room()
+        while len(text) < 10 and (count := await received_now(server, into)) > 0:
+            text += into[:count]
+        assert text == b"last words"
+        if ends_by == "RST":
+            party.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if ends_by != "garbage":
+            party.close()
+        assert await received_now(server, into) == -1
+        expected = {"FIN": Truncated, "RST": ConnectionBroken, "garbage": RemoteProtocolError}[ends_by]
+        for _ in range(2):
+            with pytest.raises(expected):
+                await server.receive_some()
+            assert server.receive_now(into) == -1
+
+
+async def test_what_is_not_sent_now_is_the_rest(site: Site) -> None:
+    async with server_and_party(site, buffer=4096) as (server, party):
+        data = bytes(range(256)) * 4096
+        sent = server.send_now(memoryview(data))
+        assert sent < len(data)
+        received = bytearray()
+
+        async def read() -> None:
+            while len(received) < len(data):
+                received.extend(await party.receive())
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read)
+            await server.send_rest(data[sent:])
+        assert received == data
+        assert server.send_now(memoryview(b"more")) == 4
+        assert await party.receive() == b"more"
+
+
+async def test_until_the_rest_has_gone_nothing_else_can_be_said(site: Site) -> None:
+    """A record is under way in part: close_notify in the middle of it would be nobody's."""
+    async with server_and_party(site, buffer=4096) as (server, _):
+        data = memoryview(bytes(1 << 20))
+        while server.send_now(data) == len(data):
+            pass
+        with pytest.raises(ConnectionBroken):
+            await server.send_eof()
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await server.send_rest(bytes(data))
+        with pytest.raises(ConnectionBroken):
+            await server.send_all(b"more")
+
+
+async def test_sending_on_a_connection_that_broke_says_so(site: Site) -> None:
+    async with server_and_party(site) as (server, party):
+        party.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        party.close()
+        await trio.lowlevel.wait_readable(server.sock)
+        with pytest.raises(ConnectionBroken):
+            server.send_now(memoryview(b"hello"))
+
+
+async def test_last_words_and_close_notify_come_in_one_segment(site: Site) -> None:
+    async with server_and_party(site) as (server, party):
+        before = segments_out(server.sock)
+        await server.send_last(b"last words")
+        assert await party.receive() == b"last words"
+        assert await party.receive() == b""
+        assert segments_out(server.sock) - before == 1
+        assert server.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CORK) == 0
+
+
+def segments_out(sock: socket.socket) -> int:
+    """Segments with data that the kernel has sent: tcpi_data_segs_out in include/uapi/linux/tcp.h."""
+    return int(struct.unpack_from("=I", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 160), 156)[0])
