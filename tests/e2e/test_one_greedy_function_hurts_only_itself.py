@@ -157,3 +157,15 @@ async def test_pairings_in_all_have_a_limit_beside_each_routes_own(site: Site) -
         await two.join()
         await two.expect("WAITING")
         await one.expect("PAIRED")
+        # For one, and not for two.
+        one, two = await parties("demo")
+        await one.join()
+        await one.expect("WAITING")
+        await two.join()
+        await two.expect("WAITING")
+        assert (await two.refusal())["code"] == "limit"
+        # And after all have ended, nobody has been forgotten who would hold a place for ever.
+        site.hang_up()
+        await eventually(lambda: relay.legs == 0, "all have ended")
+        await pair(*await parties("demo"))
+        await pair(*await parties("other"))
