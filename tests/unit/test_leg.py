@@ -75,16 +75,20 @@ async def test_a_ping_that_was_never_written_is_not_waited_for(site: Site) -> No
 
 @pytest.mark.parametrize("mode", ["tunnel", "handoff"])
 @pytest.mark.parametrize(
-    ("last_words", "error"),
+    ("last_words", "error", "why"),
     [
-        (frame("LEAVE"), ConnectionBroken),
-        (None, ConnectionBroken),
-        (frame("JOIN", {"attempt": "0f8fad5b-d9cb-469f-a165-70867728950e"}), RemoteProtocolError),
+        (frame("LEAVE"), ConnectionBroken, "as it was paired: left (LEAVE)"),
+        (None, ConnectionBroken, "as it was paired: left (close_notify)"),
+        (
+            frame("JOIN", {"attempt": "0f8fad5b-d9cb-469f-a165-70867728950e"}),
+            RemoteProtocolError,
+            "JOIN while waiting",
+        ),
     ],
     ids=["LEAVE", "close_notify", "nonsense"],
 )
 async def test_a_leg_that_went_as_it_was_paired_is_not_handed_off(
-    site: Site, last_words: bytes | None, error: type[Exception], mode: Mode
+    site: Site, last_words: bytes | None, error: type[Exception], why: str, mode: Mode
 ) -> None:
     """Its task has read that it goes, the lobby has not heard of it, and somebody is matched with it."""
     async with waiting_leg(site, mode) as (leg, _, party):
@@ -93,8 +97,10 @@ async def test_a_leg_that_went_as_it_was_paired_is_not_handed_off(
         else:
             await party.send(last_words)
         await leg.attend(ping_interval=PATIENCE, pong_timeout=PATIENCE)
-        with pytest.raises(error):
+        with pytest.raises(error) as caught:
             await leg.begin(PAIRED)
+        # The detail of the pairing's record, for whoever asks why it came to nothing.
+        assert str(caught.value) == why
 
 
 async def test_a_cut_leg_is_reset_in_whatever_state(site: Site) -> None:
