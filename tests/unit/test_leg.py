@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from frelay.errors import ConnectionBroken, RemoteProtocolError
-from frelay.leg import FramedLeg
+from frelay.leg import Departure, FramedLeg
 from frelay.protocol.messages import Mode, Paired, Waiting
 from frelay.tickets import TicketDesk, TicketOffice
 from frelay.tls.context import Credential, VerifiedPeer
@@ -20,22 +20,28 @@ from streams import server_context, tcp_pair
 PAIRED = Paired("1", "demo", "dns:func2.demo", "client", "tunnel")
 
 
-class CancellingStream(TlsStream):
-    """A stream on which a send is cancelled before it has begun, once ``scope`` says whom to cancel."""
+class HinderedStream(TlsStream):
+    """A stream on which a send is cancelled before it has begun, once ``scope`` says whom to cancel.
+
+    Or never gets anywhere, once it ``is_stuck``: its party reads nothing, and the kernel has no more room.
+    """
 
     scope: trio.CancelScope | None = None
+    is_stuck = False
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        if self.is_stuck:
+            await trio.sleep_forever()
         if self.scope is not None:
             self.scope.cancel()
         await super().send_all(data)
 
 
 @asynccontextmanager
-async def waiting_leg(site: Site, mode: Mode = "tunnel") -> AsyncIterator[tuple[FramedLeg, CancellingStream, Party]]:
+async def waiting_leg(site: Site, mode: Mode = "tunnel") -> AsyncIterator[tuple[FramedLeg, HinderedStream, Party]]:
     """A leg that was told WAITING, its stream, and its party."""
     one, other = tcp_pair()
-    stream = CancellingStream(one, server_context(site))
+    stream = HinderedStream(one, server_context(site))
     party = Party(trio.SocketStream(trio.socket.from_stdlib_socket(other)), site.context("func1"), "localhost")
     leg = FramedLeg(stream, nobody(), "127.0.0.1:1")
     leg.mode = mode
@@ -71,6 +77,14 @@ async def test_a_ping_that_was_never_written_is_not_waited_for(site: Site) -> No
         await party.expect("PAIRED", pong=False)
         await party.send(TLS_HEADER)
         assert await stream.receive_some() == TLS_HEADER
+
+
+async def test_who_takes_no_ping_has_gone(site: Site) -> None:
+    """There is no sense in a REFUSED behind a PING that cannot be written."""
+    async with waiting_leg(site) as (leg, stream, _):
+        stream.is_stuck = True
+        departure = await leg.attend(ping_interval=0.01, pong_timeout=0.05)
+        assert departure == Departure("took no PING for 0.05 s")
 
 
 @pytest.mark.parametrize("mode", ["tunnel", "handoff"])
@@ -111,6 +125,21 @@ async def test_a_cut_leg_is_reset_in_whatever_state(site: Site) -> None:
         assert await party.ended() == "reset"
         with pytest.raises(trio.ClosedResourceError):
             leg.stream()
+
+
+@pytest.mark.parametrize("is_raw", [False, True])
+async def test_a_closed_leg_has_closed_its_connection(site: Site, is_raw: bool) -> None:
+    """At once, and not whenever nobody remembers it any more; twice is no error."""
+    async with waiting_leg(site) as (leg, stream, _):
+        brought, other = tcp_pair()
+        with brought, other:
+            if is_raw:
+                leg.become_raw(brought)
+            sock = leg.sock
+            leg.close()
+            leg.close()
+            assert sock.fileno() == -1
+        stream.close()
 
 
 @pytest.mark.parametrize(("mode", "patience"), [("handoff", 5.0), ("tunnel", 5.0), ("ticket", 40.0)])
