@@ -58,7 +58,12 @@ async def break_the_protocol(party: Party) -> None:
 
 
 # What the log says of those who go in so many words; others may be found to be gone in one way or another.
-LEFT = {leave: "left (LEAVE)", leave_with_empty_object: "left (LEAVE)", end_tls: "left (close_notify)"}
+LEFT = {
+    leave: "left (LEAVE)",
+    leave_with_empty_object: "left (LEAVE)",
+    end_tls: "left (close_notify)",
+    send_fin: "the connection ended without close_notify",
+}
 GOODBYES = [leave, leave_with_empty_object, end_tls, end_tls_and_tcp, send_fin, vanish, reset]
 
 

@@ -56,6 +56,7 @@ async def test_who_does_not_answer_gives_up_its_place(site: Site) -> None:
             "reason": "no PONG within 0.3 s",
             "retry_after": 0.0,
         }
+        assert (await relay.log("refused"))["reason"] == "no PONG within 0.3 s"
         assert trio.current_time() - began >= 0.4
         party.close()
         await eventually(lambda: relay.legs == 0, "its slot")
@@ -88,7 +89,12 @@ async def test_a_pong_that_nobody_asked_for_is_a_protocol_error(site: Site, n: i
         party = await waiter(site, relay)
         await party.expect("PING")
         await party.send_frame("PONG", {"n": n})
-        assert (await party.refusal())["code"] == "protocol-error"
+        assert await party.refusal() == {
+            "code": "protocol-error",
+            "reason": "PONG while waiting",
+            "retry_after": None,
+        }
+        assert (await relay.log("refused"))["reason"] == "PONG while waiting"
         unasked = await site.party(relay, "func1")
         await unasked.send_frame("PONG", {"n": 1})
         assert (await unasked.refusal())["code"] == "protocol-error"

@@ -127,6 +127,19 @@ async def test_a_cut_leg_is_reset_in_whatever_state(site: Site) -> None:
             leg.stream()
 
 
+@pytest.mark.parametrize("goodbye", ["end", "reset"])
+async def test_the_first_look_finds_a_leg_that_has_gone(site: Site, goodbye: str) -> None:
+    """There is only one, as it is paired; and a kernel tells of a reset only once, and of an end from then on."""
+    async with waiting_leg(site) as (leg, _, party):
+        assert not leg.is_gone()
+        if goodbye == "reset":
+            party.reset()
+        else:
+            await party.send_eof()
+        await trio.lowlevel.wait_readable(leg.sock)
+        assert leg.is_gone()
+
+
 @pytest.mark.parametrize("is_raw", [False, True])
 async def test_a_closed_leg_has_closed_its_connection(site: Site, is_raw: bool) -> None:
     """At once, and not whenever nobody remembers it any more; twice is no error."""
