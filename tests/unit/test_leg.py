@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -10,7 +11,7 @@ import trio
 
 from frelay.errors import ConnectionBroken, RemoteProtocolError
 from frelay.leg import Departure, FramedLeg
-from frelay.protocol.messages import Mode, Paired, Waiting
+from frelay.protocol.messages import Mode, Paired, Refused, Waiting
 from frelay.tickets import TicketDesk, TicketOffice
 from frelay.tls.context import Credential, VerifiedPeer
 from frelay.tls.stream import TlsStream
@@ -125,6 +126,20 @@ async def test_a_cut_leg_is_reset_in_whatever_state(site: Site) -> None:
         assert await party.ended() == "reset"
         with pytest.raises(trio.ClosedResourceError):
             leg.stream()
+
+
+async def test_who_does_not_take_its_refusal_is_closed_without_it(site: Site) -> None:
+    """In seconds, and not whenever it likes: what it holds is a slot, and a descriptor."""
+    async with waiting_leg(site) as (leg, stream, party):
+        stream.is_stuck = True
+        sock = leg.sock
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(leg.refuse, Refused("limit", "there is no room"))
+            with trio.fail_after(PATIENCE):
+                with pytest.raises(ssl.SSLEOFError):
+                    await party.receive()
+                party.close()
+        assert sock.fileno() == -1
 
 
 @pytest.mark.parametrize("goodbye", ["end", "reset"])
