@@ -5,10 +5,13 @@ from __future__ import annotations
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 import trio
 
+from frelay.admission import Admission, Slot
+from frelay.config.model import Limits
 from frelay.errors import ConnectionBroken, RemoteProtocolError
 from frelay.leg import Departure, FramedLeg
 from frelay.protocol.messages import Mode, Paired, Refused, Waiting
@@ -36,6 +39,11 @@ class HinderedStream(TlsStream):
         if self.scope is not None:
             self.scope.cancel()
         await super().send_all(data)
+
+    async def send_eof(self) -> None:
+        if self.is_stuck:
+            await trio.sleep_forever()
+        await super().send_eof()
 
 
 @asynccontextmanager
@@ -140,6 +148,24 @@ async def test_who_does_not_take_its_refusal_is_closed_without_it(site: Site) ->
                     await party.receive()
                 party.close()
         assert sock.fileno() == -1
+
+
+async def test_a_clogged_connection_does_not_hold_up_the_one_that_brought_the_ticket(site: Site) -> None:
+    """It is ended in order if it takes that in seconds; then it is closed, and its slot is free."""
+    admission, office = Admission(Limits(), descriptor_limit=1024), TicketOffice()
+    async with waiting_leg(site, "ticket") as (leg, stream, party):
+        leg.slot, leg.ticket_desk = Slot.for_own_call(admission), TicketDesk(office, "here", 40.0)
+        old = leg.sock
+        brought, other = tcp_pair()
+        with brought, other, trio.fail_after(PATIENCE):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(leg.begin, replace(PAIRED, mode="ticket"))
+                ticket = (await party.expect("PAIRED"))["ticket"]
+                stream.is_stuck = True
+                assert office.redeem(ticket, "here", brought, Slot.for_own_call(admission))
+            assert leg.sock is brought
+            assert old.fileno() == -1
+            assert admission.legs == 1
 
 
 @pytest.mark.parametrize("goodbye", ["end", "reset"])
