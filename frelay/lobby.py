@@ -17,7 +17,6 @@ Rules:
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -60,7 +59,7 @@ class Place:
     def __init__(self, leg: Leg, wake: Callable[[], None], since: float, reckon_expiry: Callable[[], None]) -> None:
         self.leg = leg
         self.since = since
-        """When the leg entered, on the clock of ``time.monotonic``."""
+        """When the leg entered, on the lobby's clock."""
         self.verdict: Taken | Withdrawn | None = None
         self._wake = wake
         self.reckon_expiry: Final = reckon_expiry
@@ -76,7 +75,7 @@ class Place:
 class Lobby:
     """The two queues of one route."""
 
-    def __init__(self, *, max_waiting: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, *, max_waiting: int, clock: Callable[[], float]) -> None:
         self.max_waiting = max_waiting
         """Places a party; may be changed by a reload, and then counts for whoever comes next."""
         self._clock: Final = clock
@@ -138,7 +137,7 @@ class Lobby:
         if stale is not None:
             self.withdraw(stale, Withdrawn(Refused("replaced", "the same attempt came in on a newer connection")))
 
-    def enter(self, leg: Leg, wake: Callable[[], None], *, reckon_expiry: Callable[[], None] = lambda: None) -> Place:
+    def enter(self, leg: Leg, wake: Callable[[], None], *, reckon_expiry: Callable[[], None]) -> Place:
         """Queue ``leg``, which has met no objection; ``wake`` is called, once, when a verdict about it falls."""
         spare = self._find_spare(leg) if self._is_full(leg.party) else None
         if spare is not None:

@@ -90,7 +90,7 @@ class LiveRoute:
 
     def admits_address(self, host: str) -> bool:
         """Whether a plain route's ``allow_from`` holds this source address."""
-        address = ipaddress.ip_address(host.partition("%")[0])
+        address = ipaddress.ip_address(host)
         mapped = getattr(address, "ipv4_mapped", None)
         return any((mapped or address) in network for network in self.config.allow_from)
 

@@ -127,3 +127,6 @@ async def test_nobody_is_paired_with_a_leg_that_is_seen_to_be_gone(
         await alive.send(b"here")
         assert await two.receive_exactly(4, raw=False) == b"here"
         assert len(relay.logged("handed off")) == 1
+        # It can be told nothing any more; its operator can, and "nobody came" would be wrong.
+        refused = await relay.log("refused", address=first.address)
+        assert (refused["code"], refused["reason"]) == ("pong-timeout", "the connection has ended")

@@ -11,6 +11,7 @@ import pytest
 import trio
 
 from ends import OPEN, PAIRS_OF_MODES, PLAIN, End, Mode, block, join_all, join_ends
+from frelay.pump import StreamPump
 from rig import RelayInProcess, Site, at_any_pace, direct, eventually
 
 RATE = 200_000
@@ -213,6 +214,14 @@ async def test_a_reload_changes_the_rate_of_those_who_share_it(site: Site) -> No
         site.write(OPEN + GENEROUS)
         await relay.relay.reload()
         assert await _rate(relay, *bound, 0.6) > 1.6 * RATE
+        site.write(OPEN + MODERATE)
+        await relay.relay.reload()
+        # By a new one, since what the kernels still hold for the others comes at no rate.
+        assert await _rate(relay, *await join_ends(site, relay), 0.6) <= 1.6 * RATE
         site.write(OPEN)
         await relay.relay.reload()
         assert await _rate(relay, *bound, 0.6) > 1.6 * RATE
+        await join_ends(site, relay)
+        pumps = [list(pairing._pumps.values()) for pairing in relay.relay.pairings]
+        # And no turns are taken by the last one.
+        assert [isinstance(one, StreamPump) for one, _ in pumps] == [False, True, True, False]

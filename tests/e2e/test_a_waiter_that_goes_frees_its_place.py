@@ -57,6 +57,13 @@ async def break_the_protocol(party: Party) -> None:
     await party.send_frame("JOIN", {"attempt": party.attempt})
 
 
+# What the log says of those who go in so many words; others may be found to be gone in one way or another.
+LEFT = {
+    leave: "left (LEAVE)",
+    leave_with_empty_object: "left (LEAVE)",
+    end_tls: "left (close_notify)",
+    send_fin: "the connection ended without close_notify",
+}
 GOODBYES = [leave, leave_with_empty_object, end_tls, end_tls_and_tcp, send_fin, vanish, reset]
 
 
@@ -83,6 +90,8 @@ async def test_a_framed_waiter_that_goes(site: Site, goodbye: Callable[[Party], 
         await eventually(lambda: relay.waiting() == (1, 0), "its place")
         await goodbye(party)
         await eventually(lambda: relay.waiting() == (0, 0), "the place to be free")
+        if goodbye in LEFT:
+            assert (await relay.log("left"))["reason"] == LEFT[goodbye]
         party.close()
         await next_one_waits_and_is_paired(site, relay)
 

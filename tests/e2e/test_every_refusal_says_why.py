@@ -409,6 +409,20 @@ async def test_a_bad_join_is_a_protocol_error(site: Site, join: bytes) -> None:
         assert relay.waiting() == (0, 0)
 
 
+@pytest.mark.parametrize("has_joined", [False, True])
+async def test_who_goes_before_it_has_come_in_is_in_the_log(site: Site, has_joined: bool) -> None:
+    """With its JOIN or without one, it never waited; the log says which it was."""
+    async with site.relay() as relay:
+        party = await site.party(relay, "func1")
+        if has_joined:
+            await party.send(frame("JOIN", {"attempt": party.attempt}) + frame("LEAVE"))
+        else:
+            await party.send_raw(party.close_notify())
+        refused = await relay.log("refused")
+        assert refused["code"] == "protocol-error"
+        assert refused["reason"] == ("LEAVE in one breath with JOIN" if has_joined else "the party left without a JOIN")
+
+
 @pytest.mark.parametrize("start", [b"", frame("JOIN", {"attempt": "x"})[:-1], b"\x01"], ids=["silence", "half", "byte"])
 async def test_a_join_that_does_not_come_in_time_is_refused(site: Site, start: bytes) -> None:
     async with site.relay(sections="[limits]\njoin_timeout = 0.3\n") as relay:

@@ -55,7 +55,11 @@ async def test_ten_times_its_quota_is_its_own_affair(site: Site) -> None:
         assert [code for _, code in told] == ["WAITING"] * PLACES + ["queue-full"] * 9 * PLACES
         polite = await wait_in_line(site, relay, "polite")
         await eventually(lambda: holders(relay) == ["greedy"] * (PLACES - 1) + ["polite"], "the latest gave way")
-        assert (await told[PLACES - 1][0].refusal())["code"] == "queue-full"
+        assert await told[PLACES - 1][0].refusal() == {
+            "code": "queue-full",
+            "reason": "the queue is full, and a function with fewer places in it came",
+            "retry_after": 5.0,
+        }
         # Who has waited longest is still the first to be paired.
         for waiter in (*(party for party, _ in told[: PLACES - 1]), polite):
             two = await site.party(relay, "func2")
@@ -157,3 +161,15 @@ async def test_pairings_in_all_have_a_limit_beside_each_routes_own(site: Site) -
         await two.join()
         await two.expect("WAITING")
         await one.expect("PAIRED")
+        # For one, and not for two.
+        one, two = await parties("demo")
+        await one.join()
+        await one.expect("WAITING")
+        await two.join()
+        await two.expect("WAITING")
+        assert (await two.refusal())["code"] == "limit"
+        # And after all have ended, nobody has been forgotten who would hold a place for ever.
+        site.hang_up()
+        await eventually(lambda: relay.legs == 0, "all have ended")
+        await pair(*await parties("demo"))
+        await pair(*await parties("other"))

@@ -227,13 +227,15 @@ async def test_a_wait_that_ends_before_the_certificate_does(site: Site) -> None:
         assert (await (await waits(site, relay)).refusal())["code"] == "wait-timeout"
 
 
-async def test_expired_while_paired(site: Site) -> None:
-    """An inspection in between does not take it for something else."""
+@pytest.mark.parametrize("is_inspected", [False, True])
+async def test_expired_while_paired(site: Site, is_inspected: bool) -> None:
+    """By itself, without a reload; and an inspection in between does not take it for something else."""
     credential = site.add("func1", site.ca.ending(3, dns=["func1.demo"]))
     async with site.relay(OPEN) as relay:
         ends = await join_ends(site, relay)
-        await relay.relay.reload()
-        await inspected(relay)
+        if is_inspected:
+            await relay.relay.reload()
+            await inspected(relay)
         await talk(*ends)
         await are_cut(*ends)
         assert time.time() >= credential.certificate.not_valid_after_utc.timestamp()

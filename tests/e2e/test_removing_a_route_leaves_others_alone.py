@@ -140,6 +140,7 @@ async def test_its_pairings_end_at_drain_timeout(site: Site) -> None:
         assert await two.ended() == "reset"
         ended = await relay.outcome()
         assert (ended["outcome"], ended["side"], ended["route"]) == ("route-removed", "relay", "a")
+        assert ended["detail"] == "the route 'a' was removed or replaced"
         await talks(three, four)
         await eventually(lambda: not relay.relay._retired, "the route is forgotten")
         assert len(relay.logged("pairing ended")) == 1

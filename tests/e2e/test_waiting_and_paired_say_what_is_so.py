@@ -118,6 +118,17 @@ async def test_peer_seen_counts_from_when_the_other_party_was_last_here(site: Si
         assert (await one.expect("WAITING"))["peer_seen"] == 0.0
 
 
+async def test_who_was_paired_at_once_was_here_too(site: Site) -> None:
+    """func2 found func1 waiting, and never stood in a queue; the next func1 is told that it came all the same."""
+    async with site.relay() as relay:
+        one, two = await site.party(relay, "func1"), await site.party(relay, "func2")
+        before = trio.current_time()
+        await pair(one, two)
+        third = await site.party(relay, "func1")
+        await third.join()
+        assert 0 <= (await third.expect("WAITING"))["peer_seen"] <= trio.current_time() - before
+
+
 async def test_peer_seen_counts_from_the_end_of_a_pairing(site: Site) -> None:
     async with site.relay() as relay:
         one, two = await site.party(relay, "func1"), await site.party(relay, "func2")

@@ -56,6 +56,7 @@ async def test_who_does_not_answer_gives_up_its_place(site: Site) -> None:
             "reason": "no PONG within 0.3 s",
             "retry_after": 0.0,
         }
+        assert (await relay.log("refused"))["reason"] == "no PONG within 0.3 s"
         assert trio.current_time() - began >= 0.4
         party.close()
         await eventually(lambda: relay.legs == 0, "its slot")
@@ -64,13 +65,36 @@ async def test_who_does_not_answer_gives_up_its_place(site: Site) -> None:
         await again.expect("PAIRED")
 
 
+async def test_a_pong_drop_by_drop_gains_no_time(site: Site) -> None:
+    """Bytes alone are no sign of life: neither do they put the PING off, nor do they give its answer more time."""
+    limits = "[limits]\nping_interval = 0.3\npong_timeout = 0.3\n"
+    async with site.relay(sections=limits) as relay:
+        party = await waiter(site, relay)
+
+        async def drip() -> None:
+            for byte in frame("PONG", {"n": 1, "padding": "x" * 3000}):
+                await party.send(bytes([byte]))
+                await trio.sleep(0.02)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(drip)
+            await party.expect("PING")
+            assert (await party.refusal())["code"] == "pong-timeout"
+            nursery.cancel_scope.cancel()
+
+
 @pytest.mark.parametrize("n", [0, 2, 2**63 - 1])
 async def test_a_pong_that_nobody_asked_for_is_a_protocol_error(site: Site, n: int) -> None:
     async with site.relay(sections=PINGS) as relay:
         party = await waiter(site, relay)
         await party.expect("PING")
         await party.send_frame("PONG", {"n": n})
-        assert (await party.refusal())["code"] == "protocol-error"
+        assert await party.refusal() == {
+            "code": "protocol-error",
+            "reason": "PONG while waiting",
+            "retry_after": None,
+        }
+        assert (await relay.log("refused"))["reason"] == "PONG while waiting"
         unasked = await site.party(relay, "func1")
         await unasked.send_frame("PONG", {"n": 1})
         assert (await unasked.refusal())["code"] == "protocol-error"
@@ -133,7 +157,23 @@ async def test_a_leave_that_crosses_with_paired_while_a_pong_is_due(site: Site, 
         ended = await relay.outcome()
         assert (ended["outcome"], ended["side"]) == ("handoff-aborted", "func1")
         assert await two.ended() == "reset"
+        assert ended["detail"] == "as it was paired: left (LEAVE)"
         assert ended["bytes_func1_to_func2"] == 0
+
+
+async def test_a_tunnel_that_ends_instead_of_its_pong(site: Site) -> None:
+    """It has said nothing that could be its stream, so it is no function with nothing to say: it has left."""
+    async with site.relay(sections=PINGS) as relay:
+        one = await waiter(site, relay, modes=["tunnel"])
+        await one.expect("PING")
+        two = await waiter(site, relay, "func2", modes=["tunnel"])
+        await two.expect("PAIRED")
+        await one.expect("PAIRED", pong=False)
+        await one.send_raw(one.close_notify())
+        ended = await relay.outcome()
+        assert (ended["outcome"], ended["side"]) == ("handoff-aborted", "func1")
+        assert ended["detail"] == "as it was paired: left (close_notify)"
+        assert await two.ended() == "reset"
 
 
 async def test_a_tunnel_that_owes_its_pong_is_not_begun_without_it(site: Site) -> None:

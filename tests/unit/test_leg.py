@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 import trio
 
+from frelay.admission import Admission, Slot
+from frelay.config.model import Limits
 from frelay.errors import ConnectionBroken, RemoteProtocolError
-from frelay.leg import FramedLeg
-from frelay.protocol.messages import Mode, Paired, Waiting
+from frelay.leg import Departure, FramedLeg
+from frelay.protocol.messages import Mode, Paired, Refused, Waiting
 from frelay.tickets import TicketDesk, TicketOffice
 from frelay.tls.context import Credential, VerifiedPeer
 from frelay.tls.stream import TlsStream
@@ -20,22 +24,33 @@ from streams import server_context, tcp_pair
 PAIRED = Paired("1", "demo", "dns:func2.demo", "client", "tunnel")
 
 
-class CancellingStream(TlsStream):
-    """A stream on which a send is cancelled before it has begun, once ``scope`` says whom to cancel."""
+class HinderedStream(TlsStream):
+    """A stream on which a send is cancelled before it has begun, once ``scope`` says whom to cancel.
+
+    Or never gets anywhere, once it ``is_stuck``: its party reads nothing, and the kernel has no more room.
+    """
 
     scope: trio.CancelScope | None = None
+    is_stuck = False
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        if self.is_stuck:
+            await trio.sleep_forever()
         if self.scope is not None:
             self.scope.cancel()
         await super().send_all(data)
 
+    async def send_eof(self) -> None:
+        if self.is_stuck:
+            await trio.sleep_forever()
+        await super().send_eof()
+
 
 @asynccontextmanager
-async def waiting_leg(site: Site, mode: Mode = "tunnel") -> AsyncIterator[tuple[FramedLeg, CancellingStream, Party]]:
+async def waiting_leg(site: Site, mode: Mode = "tunnel") -> AsyncIterator[tuple[FramedLeg, HinderedStream, Party]]:
     """A leg that was told WAITING, its stream, and its party."""
     one, other = tcp_pair()
-    stream = CancellingStream(one, server_context(site))
+    stream = HinderedStream(one, server_context(site))
     party = Party(trio.SocketStream(trio.socket.from_stdlib_socket(other)), site.context("func1"), "localhost")
     leg = FramedLeg(stream, nobody(), "127.0.0.1:1")
     leg.mode = mode
@@ -73,18 +88,30 @@ async def test_a_ping_that_was_never_written_is_not_waited_for(site: Site) -> No
         assert await stream.receive_some() == TLS_HEADER
 
 
+async def test_who_takes_no_ping_has_gone(site: Site) -> None:
+    """There is no sense in a REFUSED behind a PING that cannot be written."""
+    async with waiting_leg(site) as (leg, stream, _):
+        stream.is_stuck = True
+        departure = await leg.attend(ping_interval=0.01, pong_timeout=0.05)
+        assert departure == Departure("took no PING for 0.05 s")
+
+
 @pytest.mark.parametrize("mode", ["tunnel", "handoff"])
 @pytest.mark.parametrize(
-    ("last_words", "error"),
+    ("last_words", "error", "why"),
     [
-        (frame("LEAVE"), ConnectionBroken),
-        (None, ConnectionBroken),
-        (frame("JOIN", {"attempt": "0f8fad5b-d9cb-469f-a165-70867728950e"}), RemoteProtocolError),
+        (frame("LEAVE"), ConnectionBroken, "as it was paired: left (LEAVE)"),
+        (None, ConnectionBroken, "as it was paired: left (close_notify)"),
+        (
+            frame("JOIN", {"attempt": "0f8fad5b-d9cb-469f-a165-70867728950e"}),
+            RemoteProtocolError,
+            "JOIN while waiting",
+        ),
     ],
     ids=["LEAVE", "close_notify", "nonsense"],
 )
 async def test_a_leg_that_went_as_it_was_paired_is_not_handed_off(
-    site: Site, last_words: bytes | None, error: type[Exception], mode: Mode
+    site: Site, last_words: bytes | None, error: type[Exception], why: str, mode: Mode
 ) -> None:
     """Its task has read that it goes, the lobby has not heard of it, and somebody is matched with it."""
     async with waiting_leg(site, mode) as (leg, _, party):
@@ -93,8 +120,10 @@ async def test_a_leg_that_went_as_it_was_paired_is_not_handed_off(
         else:
             await party.send(last_words)
         await leg.attend(ping_interval=PATIENCE, pong_timeout=PATIENCE)
-        with pytest.raises(error):
+        with pytest.raises(error) as caught:
             await leg.begin(PAIRED)
+        # The detail of the pairing's record, for whoever asks why it came to nothing.
+        assert str(caught.value) == why
 
 
 async def test_a_cut_leg_is_reset_in_whatever_state(site: Site) -> None:
@@ -105,6 +134,66 @@ async def test_a_cut_leg_is_reset_in_whatever_state(site: Site) -> None:
         assert await party.ended() == "reset"
         with pytest.raises(trio.ClosedResourceError):
             leg.stream()
+
+
+async def test_who_does_not_take_its_refusal_is_closed_without_it(site: Site) -> None:
+    """In seconds, and not whenever it likes: what it holds is a slot, and a descriptor."""
+    async with waiting_leg(site) as (leg, stream, party):
+        stream.is_stuck = True
+        sock = leg.sock
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(leg.refuse, Refused("limit", "there is no room"))
+            with trio.fail_after(PATIENCE):
+                with pytest.raises(ssl.SSLEOFError):
+                    await party.receive()
+                party.close()
+        assert sock.fileno() == -1
+
+
+async def test_a_clogged_connection_does_not_hold_up_the_one_that_brought_the_ticket(site: Site) -> None:
+    """It is ended in order if it takes that in seconds; then it is closed, and its slot is free."""
+    admission, office = Admission(Limits(), descriptor_limit=1024), TicketOffice()
+    async with waiting_leg(site, "ticket") as (leg, stream, party):
+        leg.slot, leg.ticket_desk = Slot.for_own_call(admission), TicketDesk(office, "here", 40.0)
+        old = leg.sock
+        brought, other = tcp_pair()
+        with brought, other, trio.fail_after(PATIENCE):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(leg.begin, replace(PAIRED, mode="ticket"))
+                ticket = (await party.expect("PAIRED"))["ticket"]
+                stream.is_stuck = True
+                assert office.redeem(ticket, "here", brought, Slot.for_own_call(admission))
+            assert leg.sock is brought
+            assert old.fileno() == -1
+            assert admission.legs == 1
+
+
+@pytest.mark.parametrize("goodbye", ["end", "reset"])
+async def test_the_first_look_finds_a_leg_that_has_gone(site: Site, goodbye: str) -> None:
+    """There is only one, as it is paired; and a kernel tells of a reset only once, and of an end from then on."""
+    async with waiting_leg(site) as (leg, _, party):
+        assert not leg.is_gone()
+        if goodbye == "reset":
+            party.reset()
+        else:
+            await party.send_eof()
+        await trio.lowlevel.wait_readable(leg.sock)
+        assert leg.is_gone()
+
+
+@pytest.mark.parametrize("is_raw", [False, True])
+async def test_a_closed_leg_has_closed_its_connection(site: Site, is_raw: bool) -> None:
+    """At once, and not whenever nobody remembers it any more; twice is no error."""
+    async with waiting_leg(site) as (leg, stream, _):
+        brought, other = tcp_pair()
+        with brought, other:
+            if is_raw:
+                leg.become_raw(brought)
+            sock = leg.sock
+            leg.close()
+            leg.close()
+            assert sock.fileno() == -1
+        stream.close()
 
 
 @pytest.mark.parametrize(("mode", "patience"), [("handoff", 5.0), ("tunnel", 5.0), ("ticket", 40.0)])

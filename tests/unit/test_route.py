@@ -1,15 +1,92 @@
-"""A route by itself: what it makes of an address, where no socket can give it one."""
+"""A route by itself: in what no socket and no clock can bring it into on purpose."""
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Iterator
 from ipaddress import ip_network
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from frelay.config.model import Address, Limits, Route
-from frelay.pairing import Forwarding
+from frelay.leg import Departure, Leg
+from frelay.lobby import Taken, Withdrawn
+from frelay.pairing import Forwarding, Pairing
+from frelay.protocol.messages import PartyName, Refused
 from frelay.route import LiveRoute
+from frelay.sockets import RawStream
+from frelay.tls.context import EXPIRED, OuterTls, Rejection, VerifiedPeer
+from streams import tcp_pair
+
+
+class Guest(Leg):
+    """A leg of which nothing matters but its connection and its certificate."""
+
+    def __init__(self, party: PartyName, sock: socket.socket) -> None:
+        self.party = party
+        self.identity = f"dns:{party}.demo"
+        self.peer = cast(VerifiedPeer, object())
+        self._sock = sock
+
+    @property
+    def sock(self) -> socket.socket:
+        return self._sock
+
+    async def attend(self, *, ping_interval: float, pong_timeout: float) -> Departure:
+        raise AssertionError("it is matched, and no more")
+
+    async def refuse(self, refusal: Refused, *, reconnect_in: float | None = None) -> None:
+        raise AssertionError("it is matched, and no more")
+
+    def stream(self) -> RawStream:
+        raise AssertionError("it is matched, and no more")
+
+    def close(self) -> None:
+        raise AssertionError("it is matched, and no more")
+
+
+class Judge:
+    """An outer TLS that has rejected the certificates of some legs since they came in."""
+
+    def __init__(self) -> None:
+        self.rejected: list[VerifiedPeer | None] = []
+
+    def judge(self, peer: VerifiedPeer) -> Rejection | None:
+        return EXPIRED if peer in self.rejected else None
+
+
+@pytest.fixture
+def connection() -> Iterator[socket.socket]:
+    one, other = tcp_pair()
+    with one, other:
+        yield one
+
+
+async def test_nobody_is_paired_with_one_whose_certificate_is_no_longer_good(connection: socket.socket) -> None:
+    """Who waits has a deadline of its own for that, and a reload looks at all who wait; the match asks for itself.
+
+    It is the last lock of three, and the only one that does not depend on whose task runs first.
+    """
+    judge = Judge()
+    table = Route(name="r", listen=Address("127.0.0.1", 0), func1=(), func2=(), source=Path("r"))
+    route = LiveRoute(
+        table, Limits(), policy_ends_pairings=True, forwarding=Forwarding(), trust=lambda: cast(OuterTls, judge)
+    )
+    woken = []
+    first, second = Guest("func1", connection), Guest("func1", connection)
+    places = [
+        route.lobby.enter(leg, lambda leg=leg: woken.append(leg), reckon_expiry=lambda: None)  # type: ignore[misc]
+        for leg in (first, second)
+    ]
+    judge.rejected.append(first.peer)
+    pairing = route.match(Guest("func2", connection))
+    assert isinstance(pairing, Pairing)
+    assert pairing.legs["func1"] is second
+    assert places[0].verdict == Withdrawn(Refused(EXPIRED.code, EXPIRED.reason))
+    assert places[1].verdict == Taken(pairing)
+    assert woken == [first, second]
 
 
 @pytest.mark.parametrize(
