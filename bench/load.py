@@ -42,7 +42,7 @@ __all__ = [
     "Tally",
 ]
 
-Load = Literal["bulk", "pingpong"]
+Load = Literal["bulk", "pingpong", "mixed", "greedy"]
 
 _SOURCE: Final = Path(__file__).with_name("load.c")
 # Beyond its window: for starting, and for a machine that is busy with something else.
@@ -88,6 +88,8 @@ class Tally:
     """Of the round trips, in microseconds; 0 for bulk, as are the next two."""
     p99: float = 0.0
     max: float = 0.0
+    bytes: int = 0
+    """That arrived, where the generator is compiled; for greedy, those of the greedy pair."""
 
 
 class Generator(Protocol):
@@ -251,6 +253,8 @@ class PythonGenerator:
         context = multiprocessing.get_context("fork")
         begins = time.monotonic_ns() + int(warmup * 1e9)
         window = _Window(begins, begins + int(seconds * 1e9))
+        if load not in ("bulk", "pingpong"):
+            raise BenchError(f"the load {load!r} is made in C alone")
         sides = {"server": [pair.server for pair in pairs], "client": [pair.client for pair in pairs]}
         answers: dict[str, Connection] = {}
         workers = []
