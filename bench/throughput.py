@@ -28,11 +28,13 @@ from typing import Any, Final, Literal
 # Run as a script, Python would look in bench/ alone; and the relay measured shall be the one beside this file.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench.forwarders import HAProxy
 from bench.interrupt import Interrupted, raise_on_signals
 from bench.load import BenchError, CompiledGenerator, Generator, Load, NoCompiler, PythonGenerator
 from bench.measure import Case, Plan, run_rounds
+from bench.parties import Frelay
 from bench.report import Run, as_json, as_table
-from bench.subjects import Direct, Frelay, HAProxy, Subject
+from bench.subjects import Direct, Subject
 
 MODES: Final = ("direct", "handoff", "tunnel", "direct-tls")
 LOADS: Final[tuple[Load, ...]] = ("bulk", "pingpong")
