@@ -102,7 +102,8 @@ def measure_load(
             load,
             pairs,
             seconds=seconds,
-            warmup=WARMUP,
+            # A window shorter than that is not there for its figures.
+            warmup=min(WARMUP, seconds),
             size=size,
             on_edge=lambda: readings.append(read_cpu(subject.pids)),
         )

@@ -22,6 +22,7 @@ from typing import Final
 from bench.load import BenchError, SocketPair
 from bench.strelay import (
     ALPN,
+    ALREADY_CONNECTED,
     CONNECT,
     INVITATION,
     JOIN_RELAY,
@@ -42,6 +43,14 @@ __all__ = ["Strelaysrv", "TransitRelay"]
 
 
 # --- strelaysrv ---------------------------------------------------------------------------------------------------
+
+
+# strelaysrv invites before its session waits for anybody, and then turns the first ones away. Then one asks again.
+_OPENING: Final = 0.0005
+
+
+class _Busy(OSError):
+    """The session did not listen yet."""
 
 
 class _Talk:
@@ -69,7 +78,7 @@ class _Talk:
             if kind == PING:
                 self.sock.sendall(frame(PONG))
             if kind == RESPONSE and (refusal := response_of(payload))[0]:
-                raise OSError(f"strelaysrv says: {refusal[1]}")
+                raise (_Busy if refusal[0] == ALREADY_CONNECTED else OSError)(f"strelaysrv says: {refusal[1]}")
             if kind == wanted:
                 return payload
 
@@ -140,11 +149,18 @@ class Strelaysrv(Subject):
         if home is None:
             home = self._homes[os.getpid()] = _Home(self.directory / f"home-{os.getpid()}", self._address)
         asked, answered = home.invite()
-        client = self._session(asked)
+        time.sleep(_OPENING)
+        try:
+            client = self._session(asked)
+        except _Busy:
+            return self.arrive()
 
         def complete() -> SocketPair:
             try:
                 return SocketPair(client, self._session(answered))
+            except _Busy:
+                client.close()
+                return self.connect()
             except BaseException:
                 client.close()
                 raise

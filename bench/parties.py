@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from bench.load import BenchError, SocketPair
-from bench.subjects import START, Subject, checkout_root, dial
+from bench.subjects import START, STEP, Subject, checkout_root, dial
 from frelay.pki.init import initialise
 from frelay.protocol import messages
 from frelay.protocol.messages import Message
@@ -209,4 +209,7 @@ class _Party:
         if self.tls.recv(1):
             raise OSError("the relay sent application data after PAIRED")
         self.tls.unwrap()
-        return socket.socket(fileno=self.tls.detach())
+        bare = socket.socket(fileno=self.tls.detach())
+        # The descriptor has been told not to block; without a time limit the new object would not know.
+        bare.settimeout(STEP)
+        return bare

@@ -16,6 +16,7 @@ from typing import Final
 
 __all__ = [
     "ALPN",
+    "ALREADY_CONNECTED",
     "CONNECT",
     "INVITATION",
     "JOIN_RELAY",
@@ -32,6 +33,8 @@ __all__ = [
 
 ALPN: Final = "bep-relay"
 PING, PONG, JOIN_RELAY, JOIN_SESSION, RESPONSE, CONNECT, INVITATION = range(7)
+ALREADY_CONNECTED: Final = 2
+"""A code of RESPONSE."""
 
 _MAGIC: Final = 0x9E79BC40
 _HEADER: Final = struct.Struct(">III")

@@ -65,6 +65,8 @@ class Subject(abc.ABC):
     def __init__(self, directory: Path) -> None:
         self.directory: Final = directory
         self._processes: list[subprocess.Popen[bytes]] = []
+        # A fork of ours that brings pairs up has no children, and can't ask after these.
+        self._parent: Final = os.getpid()
 
     def __enter__(self) -> Self:
         self.directory.mkdir(parents=True)
@@ -96,8 +98,18 @@ class Subject(abc.ABC):
         return self.connect
 
     def admit(self) -> None:
-        """Set one pair up and give it up again, for the rate of that; raises BenchError or OSError."""
-        self.connect().close()
+        """Set one pair up, see a byte come through, and give it up again; raises BenchError or OSError.
+
+        Where several do that with one forwarder at a time, each may accept what belongs to another. The byte keeps
+        everybody from leaving before all is there that somebody waits for.
+        """
+        pair = self.connect()
+        try:
+            pair.server.sendall(b"x")
+            if not pair.client.recv(1):
+                raise OSError("a pair was closed before its first byte")
+        finally:
+            pair.close()
 
     def stop(self) -> None:
         """End its processes. Idempotent."""
@@ -177,7 +189,7 @@ class Subject(abc.ABC):
 
     def _explained(self, text: str) -> str:
         parts = [f"{self.name}: {text}"]
-        for process in self._processes:
+        for process in self._processes if os.getpid() == self._parent else []:
             try:
                 # Its sockets close a little before the process is over.
                 parts.append(f"it has ended with exit code {process.wait(0.2)}")
@@ -190,7 +202,7 @@ class Subject(abc.ABC):
 
     def must_run(self) -> None:
         """Raise BenchError if one of its processes has ended."""
-        if any(process.poll() is not None for process in self._processes):
+        if os.getpid() == self._parent and any(process.poll() is not None for process in self._processes):
             raise BenchError(self._explained("it did not start"))
 
 
@@ -203,8 +215,10 @@ def listener() -> socket.socket:
 
 
 def dial(address: tuple[str, int]) -> socket.socket:
-    """Connect to it."""
-    return socket.create_connection(address, timeout=STEP)
+    """Connect to it, with small writes that leave at once."""
+    sock = socket.create_connection(address, timeout=STEP)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
 
 
 class Direct(Subject):
