@@ -94,7 +94,8 @@ def as_text(record: Record) -> str:
     lines: list[str] = []
     for case, amount, keys in _cases(record):
         columns = _COLUMNS[case]
-        rows = [[_TITLES[case].format(n=f"{amount:,}"), *(title for title, _, _ in columns)]]
+        title = _TITLES[case].format(n=f"{amount:,}")
+        rows = [[title.replace("1 pairs", "1 pair") if amount == 1 else title, *(title for title, _, _ in columns)]]
         for key in dict.fromkeys(keys):
             cells = [_cell(record.spread(key, figure), digits) for _, figure, digits in columns]
             rows.append([f"  {_named(record, key.subject)}", *cells])
