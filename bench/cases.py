@@ -17,6 +17,7 @@ from statistics import median
 from typing import Final
 
 from bench.admission import measure_admission
+from bench.cpu import read_cpu
 from bench.load import BenchError, Generator, Load, PythonGenerator
 from bench.measure import measure_load
 from bench.meetings import TransitRelay
@@ -93,6 +94,16 @@ def _first_byte(ways: int) -> Measure:
             if not arrived:
                 raise BenchError(f"{subject.name}: a pair was closed before its first byte")
         return {"first_byte_ms": median(times)}
+
+    return measure
+
+
+def _at_rest(seconds: float) -> Measure:
+    def measure(subject: Subject) -> Round:
+        before = read_cpu(subject.pids)
+        time.sleep(seconds)
+        used = read_cpu(subject.pids).subject - before.subject
+        return {"subject_cores": used / seconds, "mib": subject.memory / _KIB**2}
 
     return measure
 
@@ -180,7 +191,12 @@ def stages(
             Case(name, amount, {"frelay": relay}, load("pingpong", sizes.beside, _MESSAGE))
             for amount, relay in relays.items()
         ]
-        if routes:
+        if not routes:
+            # A tick of the kernel's clock is 1 % of a second, and a relay at rest uses little more.
+            cases += [
+                Case("at rest", amount, {"frelay": relay}, _at_rest(2 * seconds)) for amount, relay in relays.items()
+            ]
+        else:
             cases += [
                 Case(
                     "admission, routes", amount, {"frelay": relay}, lambda subject: measure_admission(subject, seconds)

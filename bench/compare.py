@@ -42,6 +42,7 @@ from bench.install import in_venv, install
 from bench.interrupt import Interrupted, raise_on_signals
 from bench.load import BenchError, CompiledGenerator
 from bench.meetings import Strelaysrv, TransitRelay
+from bench.pages import with_section
 from bench.parties import Frelay
 from bench.record import QUICK, Record, Sizes, about_machine, now, read_record
 from bench.subjects import Direct, Subject, checkout_root
@@ -50,8 +51,6 @@ from bench.tables import as_markdown, as_text
 _STAGES: Final = ("plain", "tunnel", "admission", "memory", "idle", "routes")
 _README: Final = checkout_root() / "README.md"
 _PICTURES: Final = checkout_root() / "docs"
-_BEGIN: Final = "<!-- compare.py: begin -->"
-_END: Final = "<!-- compare.py: end -->"
 # Beside the two sockets of each idle pairing: those of the measured pairs, and this process's own.
 _DESCRIPTORS_BESIDE: Final = 1024
 
@@ -176,15 +175,6 @@ def measure(options: argparse.Namespace) -> Record:
     return record
 
 
-def update_readme(text: str, section: str) -> str:
-    """``text`` with what is between the two markers replaced; raises BenchError if they are not there once each."""
-    before, begin, rest = text.partition(_BEGIN)
-    _, end, after = rest.partition(_END)
-    if not begin or not end or _BEGIN in rest or _END in after:
-        raise BenchError(f"README.md must hold {_BEGIN} and {_END}, once each and in this order")
-    return f"{before}{begin}\n{section}\n{end}{after}"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The script; returns the exit code."""
     options = _parser().parse_args(arguments)
@@ -200,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.update_readme:
             pictures = [str(path.relative_to(_README.parent)) for path in write_pictures(record, _PICTURES)]
             section = as_markdown(record, pictures)
-            _README.write_text(update_readme(_README.read_text(encoding="utf-8"), section), encoding="utf-8")
+            _README.write_text(with_section(_README.read_text("utf-8"), "compare.py", section), "utf-8")
     except Interrupted as interruption:
         print("compare.py: interrupted; everything that was started has been ended", file=sys.stderr)
         return interruption.exit_code

@@ -185,6 +185,8 @@ class _Lines:
     def __init__(self, process: subprocess.Popen[bytes], deadline: float) -> None:
         assert process.stdout is not None
         self._descriptor = process.stdout.fileno()
+        self._poller = select.poll()
+        self._poller.register(self._descriptor, select.POLLIN)
         self._deadline = deadline
         self._rest = b""
 
@@ -192,7 +194,8 @@ class _Lines:
         """The next line without its end, or what there is before EOF; raises BenchError after the deadline."""
         while b"\n" not in self._rest:
             left = self._deadline - time.monotonic()
-            if left <= 0 or not select.select([self._descriptor], [], [], left)[0]:
+            # Not select(): with thousands of idle pairings beside, the descriptor's number is above what it can take.
+            if left <= 0 or not self._poller.poll(left * 1e3):
                 raise BenchError("the load generator did not finish in time")
             data = os.read(self._descriptor, 4096)
             if not data:

@@ -13,7 +13,7 @@ from bench.claims import Verdict, judge
 from bench.record import Key, Record, Spread
 from bench.report import grid
 
-__all__ = ["as_markdown", "as_text"]
+__all__ = ["as_markdown", "as_rows", "as_text"]
 
 # By case: its figures as (title, name, digits).
 _Column = tuple[str, str, int]
@@ -45,6 +45,7 @@ _COLUMNS: Final[dict[str, tuple[_Column, ...]]] = {
     "memory, paired": (("KiB each", "kib_each", 1),),
     "memory, waiting": (("KiB each", "kib_each", 1),),
     "idle": _MESSAGES,
+    "at rest": (("cores", "subject_cores", 3), ("MiB of the whole relay", "mib", 1)),
     "routes": _MESSAGES,
     "admission, routes": _ADMISSION,
 }
@@ -61,6 +62,7 @@ _TITLES: Final = {
     "memory, paired": "Resident memory of a pair, {n} of them idle",
     "memory, waiting": "Resident memory of a leg that waits, {n} of them",
     "idle": "Ping-pong of 64 B with {n} idle pairings beside",
+    "at rest": "With {n} idle pairings and nothing else",
     "routes": "Ping-pong of 64 B on a relay with {n} routes",
     "admission, routes": "Setting pairs up on a relay with {n} routes",
 }
@@ -163,7 +165,8 @@ _SUMMARY: Final[tuple[tuple[str, str, str, int], ...]] = (
 )
 
 
-def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
+def as_rows(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table in Markdown, its first row as the head."""
     head, *body = rows
     lines = [f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
     return lines + [f"| {' | '.join(row)} |" for row in body]
@@ -184,10 +187,8 @@ def as_markdown(record: Record, pictures: Sequence[str]) -> str:
             ]
             rows.append([_named(record, name), *cells])
     verdicts = judge(record)
-    lines = [*_markdown(rows), "", *(f"![{_alt(path)}]({path})" for path in pictures), ""]
-    lines += _markdown(
-        [["the claims", "goal", "measured (lowest..highest)", "met"], *(_claim_row(v) for v in verdicts)]
-    )
+    lines = [*as_rows(rows), "", *(f"![{_alt(path)}]({path})" for path in pictures), ""]
+    lines += as_rows([["the claims", "goal", "measured (lowest..highest)", "met"], *(_claim_row(v) for v in verdicts)])
     return "\n".join([*lines, "", *about(record)])
 
 

@@ -11,9 +11,10 @@ import pytest
 from bench import strelay
 from bench.bars import write_pictures
 from bench.claims import Claim, Verdict, claims, judge
-from bench.compare import main, update_readme
+from bench.compare import main
 from bench.cpu import read_cpu, read_memory
 from bench.load import BenchError
+from bench.pages import with_section
 from bench.record import QUICK, Key, Record, Sizes, Spread, read_record
 from bench.tables import as_markdown, as_text
 
@@ -102,12 +103,12 @@ def test_the_readme_gets_its_section_and_keeps_the_rest(tmp_path: Path) -> None:
     assert "HAProxy" in pictures[0].read_text(encoding="utf-8")
     section = as_markdown(record, ["docs/bench-bulk-cpu.svg"])
     readme = "before\n<!-- compare.py: begin -->\nold\n<!-- compare.py: end -->\nafter\n"
-    updated = update_readme(readme, section)
+    updated = with_section(readme, "compare.py", section)
     assert updated.startswith("before\n")
     assert updated.endswith("\nafter\n")
     assert "old" not in updated
     assert "| frelay, handed off | - | 200 |" in updated
-    assert update_readme(updated, section) == updated
+    assert with_section(updated, "compare.py", section) == updated
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,7 @@ def test_the_readme_gets_its_section_and_keeps_the_rest(tmp_path: Path) -> None:
 )
 def test_a_readme_without_its_markers_is_left_alone(text: str) -> None:
     with pytest.raises(BenchError):
-        update_readme(text, "section")
+        with_section(text, "compare.py", "section")
 
 
 def test_wrong_flags_and_files_have_their_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
