@@ -29,6 +29,12 @@ from frelay.protocol.session import PartySession
 
 __all__ = ["Frelay"]
 
+_VERSION: Final = """\
+import frelay, trio
+from cryptography.hazmat.backends.openssl import backend
+print(f"{frelay.__version__} with {' '.join(backend.openssl_version_text().split()[:2])}, Trio {trio.__version__}")
+"""
+
 # The limits are out of the way of thousands of pairs that one thread brings up, one after the other, and leaves idle.
 _ROUTE_FILE: Final = """\
 [tls]
@@ -161,7 +167,7 @@ class Frelay(Subject):
     @property
     def version(self) -> str:
         done = subprocess.run(
-            [sys.executable, "-c", "import frelay; print(frelay.__version__)"],
+            [sys.executable, "-c", _VERSION],
             env={**os.environ, "PYTHONPATH": str(self._checkout)},
             cwd=self.directory,
             capture_output=True,
