@@ -26,7 +26,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -51,8 +51,9 @@ from bench.tables import as_markdown, as_text
 _STAGES: Final = ("plain", "tunnel", "admission", "memory", "idle", "routes")
 _README: Final = checkout_root() / "README.md"
 _PICTURES: Final = checkout_root() / "docs"
-# Beside the two sockets of each idle pairing: those of the measured pairs, and this process's own.
-_DESCRIPTORS_BESIDE: Final = 1024
+# What a relay keeps for each pairing, idle or not: its two sockets, and the ends of a pipe for when it moves bulk.
+_OF_A_PAIRING: Final = 4
+_DESCRIPTORS_BESIDE: Final = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,16 +108,25 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _raise_descriptor_limit(record: Record) -> None:
-    """As far as it goes; with fewer, there are fewer idle pairings."""
+def _fitting(sizes: Sizes, notes: list[str]) -> Sizes:
+    """The descriptor limit raised as far as it goes, and with a low one fewer idle pairings."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # This process has both ends of all idle pairings at once; a relay has four fifths of its own limit.
-    needed = 2 * sum(record.sizes.idle) + _DESCRIPTORS_BESIDE
-    needed = max(needed, int(2 * max(record.sizes.idle) / 0.8) + _DESCRIPTORS_BESIDE)
-    if hard != resource.RLIM_INFINITY and needed > hard:
-        raise BenchError(f"{needed} descriptors are needed and the limit is {hard}: raise it with ulimit -n")
-    if soft != resource.RLIM_INFINITY and needed > soft:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    most = sizes.idle[-1]
+    # A relay sets four aside for a pairing, and this process has both ends of all idle ones at once.
+    wanted = max(_OF_A_PAIRING * (most + sizes.beside), 2 * sum(sizes.idle)) + _DESCRIPTORS_BESIDE
+    granted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and granted > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (granted, hard))
+    if granted == wanted:
+        return sizes
+    carried = (granted - _DESCRIPTORS_BESIDE) // _OF_A_PAIRING - sizes.beside
+    fewer = min(carried, (granted - _DESCRIPTORS_BESIDE) // 2 - sum(sizes.idle[:-1])) // 100 * 100
+    if fewer <= sizes.idle[-2]:
+        raise BenchError(f"{wanted} descriptors are needed and the limit is {hard}: raise it with ulimit -n")
+    notes.append(
+        f"{fewer:,} idle pairings instead of {most:,}: these need {wanted} descriptors, and the limit is {hard}."
+    )
+    return replace(sizes, idle=(*sizes.idle[:-1], fewer))
 
 
 def _makers(record: Record, keys: Sequence[str], scratch: Path, *, allowed: bool) -> Makers:
@@ -150,14 +160,14 @@ def _say(text: str) -> None:
 
 def measure(options: argparse.Namespace) -> Record:
     """Install, start, measure and end everything; raises BenchError."""
-    sizes = QUICK if options.quick else Sizes()
+    notes: list[str] = []
+    sizes = _fitting(QUICK if options.quick else Sizes(), notes)
     seconds = options.seconds or (0.2 if options.quick else 1.0)
     record = Record(now(), about_machine(), seconds, options.rounds or (1 if options.quick else 5), sizes)
+    record.notes += notes
     with ExitStack() as stack:
         stack.callback(_say, "")
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="frelay-bench-")))
-        if "idle" in options.cases:
-            _raise_descriptor_limit(record)
         if reason := install(os.environ.get("CC") or "cc", ("gcc", "libc6-dev"), allowed=not options.no_install):
             raise BenchError(f"the load generator must be compiled: {reason}")
         plain = CompiledGenerator(scratch)

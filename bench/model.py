@@ -49,8 +49,8 @@ _MEMORY_SHARE: Final = 0.7
 _FD_BUDGET: Final = 0.8
 _DESCRIPTORS: Final = 524_288
 _SOCKETS: Final = 2
-# While both directions of a pairing are spliced.
-_PIPE_ENDS: Final = 4
+# ... each with one more set aside for its share of the pipes, as the relay's admission does.
+_SET_ASIDE: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +91,6 @@ class Work:
     gbit: float
     """A second, in bulk."""
     waiting: float = 0.0
-    in_bulk: float = 0.0
-    """How many of the pairings are in the middle of bulk."""
 
 
 def costs_of(record: Record) -> Costs:
@@ -128,7 +126,7 @@ def needed(costs: Costs, work: Work) -> dict[str, float]:
     return {
         "cores": micros / 1e6 + work.gbit / 8 * costs.gigabyte_ms / 1e3,
         "memory": kib / 2**20,
-        "descriptors": _SOCKETS * work.pairings + _PIPE_ENDS * work.in_bulk + work.waiting,
+        "descriptors": _SET_ASIDE * (_SOCKETS * work.pairings + work.waiting),
     }
 
 
@@ -215,7 +213,7 @@ _EXAMPLES: Final = (
     ("idle: a pairing lives for a day and says something each minute", Work(1, 1 / 86_400, 2 / 60, 0)),
     ("chatty: lives for an hour, ten messages a second", Work(1, 1 / 3600, 10, 0)),
     ("brief: lives for ten seconds, twenty messages in it", Work(1, 1 / 10, 2, 0, waiting=0.1)),
-    ("bulk: lives for a minute, 10 Mbit/s", Work(1, 1 / 60, 0, 0.01, in_bulk=1)),
+    ("bulk: lives for a minute, 10 Mbit/s", Work(1, 1 / 60, 0, 0.01)),
 )
 _MILLION: Final = 1_000_000
 _MACHINE_OF_THE_PLAN: Final = Machine(16, 64)
@@ -253,8 +251,8 @@ def as_page(record: Record, costs: Costs, machines: Sequence[Machine], checks: S
             ["a join: both legs admitted, paired, handed off, closed in the end", f"{costs.join_us:,.0f} µs of CPU"],
             ["a message of 64 B, one way", f"{costs.message_us:.1f} µs"],
             ["a gigabyte in bulk", f"{costs.gigabyte_ms:,.0f} ms"],
-            ["an idle pairing", f"{costs.rest_us:.2f} µs a second, {costs.pairing_kib:.1f} KiB, 2 descriptors"],
-            ["a waiting leg", f"{costs.waiting_kib:.1f} KiB, 1 descriptor"],
+            ["an idle pairing", f"{costs.rest_us:.2f} µs a second, {costs.pairing_kib:.1f} KiB, 4 descriptors"],
+            ["a waiting leg", f"{costs.waiting_kib:.1f} KiB, 2 descriptors"],
             ["a relay process", f"{costs.relay_mib:.0f} MiB"],
         ]),
     ]  # fmt: skip

@@ -47,6 +47,7 @@ max_pairings = 65536
 max_waiting_per_party = 65536
 wait_timeout = 3600
 ping_interval = 3600
+fd_budget = 1.0
 """
 
 _ROUTE: Final = """

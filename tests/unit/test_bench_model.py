@@ -46,10 +46,10 @@ def test_a_record_without_one_of_them_is_refused() -> None:
 
 
 def test_what_is_needed_is_a_sum() -> None:
-    found = needed(COSTS, Work(pairings=1000, joins=100, messages=10_000, gbit=8, waiting=10, in_bulk=5))
+    found = needed(COSTS, Work(pairings=1000, joins=100, messages=10_000, gbit=8, waiting=10))
     assert found["cores"] == pytest.approx(0.001 + 0.2 + 0.1 + 0.25)
     assert found["memory"] == pytest.approx((1000 * 20 + 10 * 64) / 2**20)
-    assert found["descriptors"] == 2000 + 10 + 20
+    assert found["descriptors"] == 4000 + 20
 
 
 @pytest.mark.parametrize(
