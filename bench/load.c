@@ -1,4 +1,4 @@
-/* The load: bulk bytes or ping-pong messages over sockets that somebody else has connected.
+/* The load: bulk bytes, ping-pong messages, or both, over sockets that somebody else has connected.
  *
  * Why it is in C, and how it keeps out of the way of what it measures:
  *
@@ -10,17 +10,21 @@
  *   - Ping-pong: each client has one message under way and sends the next when the whole answer is there; the time of
  *     each round trip goes into a histogram of fixed size with an error below 1 %, so an hour costs no more memory
  *     than a second.
+ *   - Mixed: ping-pong whose messages have all sizes from 100 bytes to SIZE, each power of two as often as the next.
+ *     Both ends draw the same sizes, since all pairs walk through one table.
+ *   - Greedy: ping-pong on all pairs but the last, which carries bulk meanwhile, with two more threads. What counts
+ *     is the round trips: what one greedy pair does to its neighbours.
  *
  * Whoever started it takes the CPU time of the subject at the edges of the window, so it is told of them on stdout:
  *
  *   begin\n        the warm-up is over, counting has begun
  *   end\n          counting has ended
- *   {"seconds": .., "count": .., "cpu": .., "p50": .., "p99": .., "max": ..}\n
+ *   {"seconds": .., "count": .., "bytes": .., "cpu": .., "p50": .., "p99": .., "max": ..}\n
  *
- * count is bytes or round trips; cpu is this process's user and system seconds in the window; p50, p99 and max are
+ * count is bytes or round trips; bytes is what arrived, for greedy on the last pair alone; cpu is this process's user and system seconds in the window; p50, p99 and max are
  * microseconds, 0 for bulk. Exit codes: 0 done, 1 failed (one line on stderr), 2 wrong arguments.
  *
- * load bulk|pingpong SECONDS WARMUP SIZE CLIENT_FD SERVER_FD [CLIENT_FD SERVER_FD ...]
+ * load bulk|pingpong|mixed|greedy SECONDS WARMUP SIZE CLIENT_FD SERVER_FD [CLIENT_FD SERVER_FD ...]
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -49,12 +53,19 @@
 #define STEPS 64
 #define SLOTS (STEPS * 60)
 
-static size_t pair_count;
+/* The bulk pairs are the last of all. */
+static size_t pair_count, bulk_count;
 static int *client_fds, *server_fds;
 static size_t message_size;
+/* The sizes that the messages of a pair have, over and over; not in step with the power of two that a table has. */
+#define SIZES 1021
+#define LEAST 100
+static size_t sizes[SIZES];
 static atomic_bool is_counting, must_stop;
 /* Each has one writer; on lines of their own, so that the two threads do not wait for each other's cache line. */
-static _Alignas(128) atomic_uint_fast64_t arrived;
+static _Alignas(128) atomic_uint_fast64_t arrived_bulk;
+static _Alignas(128) atomic_uint_fast64_t round_trips;
+static _Alignas(128) atomic_uint_fast64_t arrived_messages;
 static _Alignas(128) uint64_t histogram[SLOTS];
 
 static void die(const char *format, ...)
@@ -125,12 +136,12 @@ static void *allocate(size_t size)
     return memory;
 }
 
-static int watch(const int *fds, uint32_t events)
+static int watch(const int *fds, size_t first, size_t past, uint32_t events)
 {
     int set = epoll_create1(EPOLL_CLOEXEC);
     if (set < 0)
         die("epoll_create1: %s", strerror(errno));
-    for (size_t i = 0; i < pair_count; i++) {
+    for (size_t i = first; i < past; i++) {
         struct epoll_event event = {.events = events, .data.u64 = i};
         if (epoll_ctl(set, EPOLL_CTL_ADD, fds[i], &event) < 0)
             die("pair %zu: descriptor %d: %s", i + 1, fds[i], strerror(errno));
@@ -158,7 +169,7 @@ static void *send_bulk(void *unused)
     (void)unused;
     struct epoll_event events[ROUND];
     char *buffer = allocate(BULK);
-    int set = watch(client_fds, EPOLLOUT);
+    int set = watch(client_fds, pair_count - bulk_count, pair_count, EPOLLOUT);
     memset(buffer, 'x', BULK);
     while (!atomic_load_explicit(&must_stop, memory_order_relaxed))
         for (int i = 0, count = ready(set, events); i < count; i++) {
@@ -173,7 +184,7 @@ static void *sink_bulk(void *unused)
 {
     (void)unused;
     struct epoll_event events[ROUND];
-    int set = watch(server_fds, EPOLLIN);
+    int set = watch(server_fds, pair_count - bulk_count, pair_count, EPOLLIN);
     uint64_t total = 0;
     while (!atomic_load_explicit(&must_stop, memory_order_relaxed))
         for (int i = 0, count = ready(set, events); i < count; i++) {
@@ -185,18 +196,45 @@ static void *sink_bulk(void *unused)
             if (dropped < 0 && !would_block())
                 die("pair %zu: receiving: %s", pair + 1, strerror(errno));
             if (dropped > 0)
-                atomic_store_explicit(&arrived, total += (uint64_t)dropped, memory_order_relaxed);
+                atomic_store_explicit(&arrived_bulk, total += (uint64_t)dropped, memory_order_relaxed);
         }
     return NULL;
 }
 
 /* --- ping-pong ------------------------------------------------------------------------------------------------- */
 
-static void send_message(const char *side, const int *fds, size_t pair, const char *message)
+/* All from LEAST to message_size, evenly on a logarithmic scale; the same in every run. */
+static void draw_sizes(bool is_mixed)
+{
+    uint64_t state = 88172645463325252u;
+    for (size_t i = 0; i < SIZES; i++) {
+        state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+        size_t low = LEAST;
+        double share = (double)(state >> 11) / (double)(1ull << 53);
+        /* Halves of the scale until less than a doubling is left, so that no library of mathematics is needed. */
+        double doublings = 0;
+        for (size_t size = LEAST; size * 2 <= message_size; size *= 2)
+            doublings++;
+        double at = share * (doublings + 1);
+        size_t whole = (size_t)at;
+        low <<= whole;
+        size_t high = low * 2 < message_size ? low * 2 : message_size;
+        if (low > message_size)
+            low = message_size;
+        sizes[i] = is_mixed ? low + (size_t)((at - (double)whole) * (double)(high - low)) : message_size;
+    }
+}
+
+static size_t size_of(size_t pair, uint64_t number)
+{
+    return sizes[(pair * 7 + number) % SIZES];
+}
+
+static void send_message(const char *side, const int *fds, size_t pair, const char *message, size_t size)
 {
     /* Blocking on purpose: one message is under way, so there is always room, except for a size near the buffer's. */
-    for (size_t sent = 0; sent < message_size;) {
-        ssize_t count = send(fds[pair], message + sent, message_size - sent, MSG_NOSIGNAL);
+    for (size_t sent = 0; sent < size;) {
+        ssize_t count = send(fds[pair], message + sent, size - sent, MSG_NOSIGNAL);
         if (count < 0 && !would_block())
             die("pair %zu: %s sending: %s", pair + 1, side, strerror(errno));
         sent += count < 0 ? 0 : (size_t)count;
@@ -206,7 +244,7 @@ static void send_message(const char *side, const int *fds, size_t pair, const ch
 /* What is left of the message after reading what is there; a message may come in parts. */
 static size_t receive_message(const char *side, const int *fds, size_t pair, char *message, size_t left)
 {
-    ssize_t count = recv(fds[pair], message + message_size - left, left, MSG_DONTWAIT);
+    ssize_t count = recv(fds[pair], message, left, MSG_DONTWAIT);
     if (count == 0)
         die("pair %zu: the %s end was closed", pair + 1, side);
     if (count < 0 && !would_block())
@@ -220,12 +258,13 @@ static void *play_client(void *unused)
     struct epoll_event events[ROUND];
     char *message = allocate(message_size);
     size_t *left = allocate(pair_count * sizeof *left);
-    uint64_t *sent_at = allocate(pair_count * sizeof *sent_at), total = 0;
-    int set = watch(client_fds, EPOLLIN);
-    for (size_t pair = 0; pair < pair_count; pair++) {
-        left[pair] = message_size;
+    uint64_t *sent_at = allocate(pair_count * sizeof *sent_at), *number = allocate(pair_count * sizeof *number);
+    uint64_t total = 0, bytes = 0;
+    int set = watch(client_fds, 0, pair_count - bulk_count, EPOLLIN);
+    for (size_t pair = 0; pair < pair_count - bulk_count; pair++) {
+        left[pair] = size_of(pair, 0);
         sent_at[pair] = now_ns();
-        send_message("client", client_fds, pair, message);
+        send_message("client", client_fds, pair, message, left[pair]);
     }
     while (!atomic_load_explicit(&must_stop, memory_order_relaxed))
         for (int i = 0, count = ready(set, events); i < count; i++) {
@@ -236,10 +275,12 @@ static void *play_client(void *unused)
             uint64_t now = now_ns();
             if (atomic_load_explicit(&is_counting, memory_order_relaxed))
                 histogram[slot_of(now - sent_at[pair])]++;
-            atomic_store_explicit(&arrived, ++total, memory_order_relaxed);
-            left[pair] = message_size;
+            atomic_store_explicit(&round_trips, ++total, memory_order_relaxed);
+            bytes += 2 * size_of(pair, number[pair]);
+            atomic_store_explicit(&arrived_messages, bytes, memory_order_relaxed);
+            left[pair] = size_of(pair, ++number[pair]);
             sent_at[pair] = now;
-            send_message("client", client_fds, pair, message);
+            send_message("client", client_fds, pair, message, left[pair]);
         }
     return NULL;
 }
@@ -250,17 +291,19 @@ static void *play_server(void *unused)
     struct epoll_event events[ROUND];
     char *message = allocate(message_size);
     size_t *left = allocate(pair_count * sizeof *left);
-    int set = watch(server_fds, EPOLLIN);
-    for (size_t pair = 0; pair < pair_count; pair++)
-        left[pair] = message_size;
+    uint64_t *number = allocate(pair_count * sizeof *number);
+    int set = watch(server_fds, 0, pair_count - bulk_count, EPOLLIN);
+    for (size_t pair = 0; pair < pair_count - bulk_count; pair++)
+        left[pair] = size_of(pair, 0);
     while (!atomic_load_explicit(&must_stop, memory_order_relaxed))
         for (int i = 0, count = ready(set, events); i < count; i++) {
             size_t pair = events[i].data.u64;
             left[pair] = receive_message("server", server_fds, pair, message, left[pair]);
             if (left[pair])
                 continue;
-            left[pair] = message_size;
-            send_message("server", server_fds, pair, message);
+            size_t size = size_of(pair, number[pair]);
+            left[pair] = size_of(pair, ++number[pair]);
+            send_message("server", server_fds, pair, message, size);
         }
     return NULL;
 }
@@ -276,7 +319,7 @@ static void sleep_until(uint64_t when_ns)
 
 static void usage(void)
 {
-    fputs("usage: load bulk|pingpong SECONDS WARMUP SIZE CLIENT_FD SERVER_FD [CLIENT_FD SERVER_FD ...]\n", stderr);
+    fputs("usage: load bulk|pingpong|mixed|greedy SECONDS WARMUP SIZE CLIENT_FD SERVER_FD [CLIENT_FD SERVER_FD ...]\n", stderr);
     exit(2);
 }
 
@@ -284,12 +327,18 @@ int main(int count, char **arguments)
 {
     if (count < 7 || count % 2 == 0)
         usage();
-    bool is_bulk = strcmp(arguments[1], "bulk") == 0;
+    bool is_bulk = strcmp(arguments[1], "bulk") == 0, is_mixed = strcmp(arguments[1], "mixed") == 0;
+    bool is_greedy = strcmp(arguments[1], "greedy") == 0;
     double seconds = atof(arguments[2]), warmup = atof(arguments[3]);
     message_size = (size_t)atol(arguments[4]);
-    if ((!is_bulk && strcmp(arguments[1], "pingpong") != 0) || seconds <= 0 || warmup < 0 || message_size < 1)
+    if ((!is_bulk && !is_mixed && !is_greedy && strcmp(arguments[1], "pingpong") != 0) || seconds <= 0 || warmup < 0 ||
+        message_size < (is_mixed ? LEAST : 1))
         usage();
     pair_count = (size_t)(count - 5) / 2;
+    if (is_greedy && pair_count < 2)
+        usage();
+    bulk_count = is_bulk ? pair_count : is_greedy ? 1 : 0;
+    draw_sizes(is_mixed);
     client_fds = allocate(pair_count * sizeof *client_fds);
     server_fds = allocate(pair_count * sizeof *server_fds);
     for (size_t i = 0; i < pair_count; i++) {
@@ -297,32 +346,38 @@ int main(int count, char **arguments)
         server_fds[i] = atoi(arguments[6 + 2 * i]);
     }
 
-    pthread_t threads[2];
-    if (pthread_create(&threads[0], NULL, is_bulk ? sink_bulk : play_server, NULL) ||
-        pthread_create(&threads[1], NULL, is_bulk ? send_bulk : play_client, NULL))
-        die("no thread");
+    pthread_t threads[4];
+    size_t started = 0;
+    void *(*works[])(void *) = {sink_bulk, send_bulk, play_server, play_client};
+    for (size_t i = 0; i < 4; i++)
+        if ((i < 2 ? bulk_count : pair_count - bulk_count) && pthread_create(&threads[started++], NULL, works[i], NULL))
+            die("no thread");
     sleep_until(now_ns() + (uint64_t)(warmup * 1e9));
 
-    uint64_t began = now_ns(), count_before = atomic_load(&arrived);
+    atomic_uint_fast64_t *counter = is_bulk ? &arrived_bulk : &round_trips;
+    atomic_uint_fast64_t *volume = bulk_count ? &arrived_bulk : &arrived_messages;
+    uint64_t began = now_ns(), count_before = atomic_load(counter), bytes_before = atomic_load(volume);
     double cpu_before = cpu_seconds();
     atomic_store(&is_counting, true);
     puts("begin");
     fflush(stdout);
     sleep_until(began + (uint64_t)(seconds * 1e9));
-    uint64_t ended = now_ns(), counted = atomic_load(&arrived) - count_before;
+    uint64_t ended = now_ns(), counted = atomic_load(counter) - count_before;
+    uint64_t bytes = atomic_load(volume) - bytes_before;
     double cpu = cpu_seconds() - cpu_before;
     atomic_store(&is_counting, false);
     puts("end");
     fflush(stdout);
 
     atomic_store(&must_stop, true);
-    pthread_join(threads[0], NULL);
-    pthread_join(threads[1], NULL);
+    for (size_t i = 0; i < started; i++)
+        pthread_join(threads[i], NULL);
     uint64_t total = 0;
     for (size_t slot = 0; slot < SLOTS; slot++)
         total += histogram[slot];
-    printf("{\"seconds\": %.6f, \"count\": %llu, \"cpu\": %.6f, \"p50\": %.2f, \"p99\": %.2f, \"max\": %.2f}\n",
-           (double)(ended - began) / 1e9, (unsigned long long)counted, cpu, percentile_us(total, 0.5),
-           percentile_us(total, 0.99), highest_us());
+    printf("{\"seconds\": %.6f, \"count\": %llu, \"bytes\": %llu, \"cpu\": %.6f, \"p50\": %.2f, \"p99\": %.2f, "
+           "\"max\": %.2f}\n",
+           (double)(ended - began) / 1e9, (unsigned long long)counted, (unsigned long long)bytes, cpu,
+           percentile_us(total, 0.5), percentile_us(total, 0.99), highest_us());
     return fflush(stdout) ? 1 : 0;
 }

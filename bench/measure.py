@@ -19,7 +19,7 @@ from bench.cpu import CpuReading, read_cpu
 from bench.load import BenchError, Generator, Load
 from bench.subjects import Subject
 
-__all__ = ["Case", "Figures", "Plan", "median_figures", "ratio", "run_rounds"]
+__all__ = ["Case", "Figures", "Plan", "measure_load", "median_figures", "ratio", "ratios", "run_rounds"]
 
 # Until TCP has grown its windows, and frelay's pumps have found out what they carry.
 WARMUP: Final = 0.4
@@ -36,7 +36,10 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What one measurement found; None where it makes no sense: bulk has no round trips, loopback no process."""
+    """What one measurement found; None where it makes no sense: bulk has no round trips, loopback no process.
+
+    Beside a greedy pair Gbit/s is the greedy one's, and all else is about the others: CPU a message includes its bytes.
+    """
 
     gbit_per_second: float | None = None
     cpu_ms_per_gb: float | None = None
@@ -74,7 +77,10 @@ def run_rounds(
     for number, (subject, count, load) in enumerate(steps, 1):
         case = Case(subject.name, count, load)
         on_progress(number, len(steps), case)
-        results.setdefault(case, []).append(_measure(plan, subject, count, load, generator_for(subject)))
+        figures = measure_load(
+            subject, count, load, generator_for(subject), seconds=plan.seconds, size=plan.message_size
+        )
+        results.setdefault(case, []).append(figures)
     return results
 
 
@@ -86,19 +92,23 @@ def _steps(plan: Plan, subjects: Sequence[Subject]) -> Iterator[tuple[Subject, i
                     yield subject, count, load
 
 
-def _measure(plan: Plan, subject: Subject, count: int, load: Load, generator: Generator) -> Figures:
+def measure_load(
+    subject: Subject, count: int, load: Load, generator: Generator, *, seconds: float, size: int
+) -> Figures:
+    """Put ``load`` on ``count`` new pairs for ``seconds``, in messages of ``size`` bytes; raises BenchError."""
     readings: list[CpuReading] = []
     with subject.pairs(count) as pairs:
         tally = generator.run(
             load,
             pairs,
-            seconds=plan.seconds,
-            warmup=WARMUP,
-            size=plan.message_size,
+            seconds=seconds,
+            # A window shorter than that is not there for its figures.
+            warmup=min(WARMUP, seconds),
+            size=size,
             on_edge=lambda: readings.append(read_cpu(subject.pids)),
         )
         if not tally.count:
-            raise BenchError(f"nothing came through in {plan.seconds:g} s ({count} pairs, {load})")
+            raise BenchError(f"nothing came through in {seconds:g} s ({count} pairs, {load})")
     before, after = readings
     used = after.subject - before.subject
     others = after.machine - before.machine - used - tally.cpu
@@ -114,6 +124,7 @@ def _measure(plan: Plan, subject: Subject, count: int, load: Load, generator: Ge
             **shares,
         )
     return Figures(
+        gbit_per_second=tally.bytes * 8 / tally.seconds / 1e9 if load in ("mixed", "greedy") else None,
         round_trips_per_second=tally.count / tally.seconds,
         p50_us=tally.p50,
         p99_us=tally.p99,
@@ -130,10 +141,10 @@ def median_figures(rounds: Sequence[Figures]) -> Figures:
 
 def ratio(ours: Sequence[Figures], theirs: Sequence[Figures], name: str) -> float | None:
     """The median of one figure's ratio, ours to theirs, taken round by round; None where one has none or is 0."""
-    ratios: list[float] = []
-    for one, other in zip(ours, theirs, strict=True):
-        above, below = getattr(one, name), getattr(other, name)
-        if above is None or not below:
-            return None
-        ratios.append(above / below)
-    return median(ratios)
+    found = ratios([getattr(one, name) for one in ours], [getattr(other, name) for other in theirs])
+    return median(found) if len(found) == len(ours) else None
+
+
+def ratios(ours: Sequence[float | None], theirs: Sequence[float | None]) -> list[float]:
+    """The ratio in each round in which both have a figure, and the second is not 0."""
+    return [above / below for above, below in zip(ours, theirs, strict=True) if above is not None and below]

@@ -12,7 +12,7 @@ from bench.load import Generator
 from bench.measure import Case, Figures, Plan, median_figures, ratio
 from bench.subjects import Subject
 
-__all__ = ["Run", "as_json", "as_table"]
+__all__ = ["Run", "as_json", "as_table", "grid"]
 
 # Above this share of a core, what others do on the machine shows in the throughput and the latencies.
 _NOISE: Final = 0.15
@@ -72,7 +72,8 @@ def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"
 
 
-def _grid(rows: Sequence[Sequence[str]]) -> list[str]:
+def grid(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Cells in columns: the first to the left, all others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     pads = [str.ljust, *[str.rjust] * (len(widths) - 1)]
     lines = []
@@ -91,7 +92,7 @@ def as_table(run: Run) -> str:
         for pairs in plan.pairs:
             figures = median_figures(run.rounds(subject, pairs))
             rows.append([subject.name, str(pairs), *(_number(getattr(figures, c.field), c.digits) for c in columns)])
-    lines = _grid(rows)
+    lines = grid(rows)
 
     if run.comparisons:
         rows = [["ratio", "pairs", *(column.title for column in columns)]]
@@ -100,7 +101,7 @@ def as_table(run: Run) -> str:
                 one, other = run.rounds(ours, pairs), run.rounds(theirs, pairs)
                 ratios = [_number(ratio(one, other, c.field), 2) for c in columns]
                 rows.append([f"{ours.name} : {theirs.name}", str(pairs), *ratios])
-        lines += ["", *_grid(rows)]
+        lines += ["", *grid(rows)]
 
     about = machine()
     what = ", ".join(dict.fromkeys(run.versions.values()))

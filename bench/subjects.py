@@ -1,8 +1,9 @@
 """The subjects under test: each starts something, gives pairs of sockets connected through it, and names its processes.
 
 That is all that a measurement needs to know of a relay, so the same load runs against frelay, against any forwarder of
-TCP connections, and against nothing at all. To add another forwarder, derive from :class:`Forwarder`: it is given a
-listening socket, the port of ours that it shall connect to, and a directory of its own, and answers with a command.
+TCP connections, against other relays that both ends dial, and against nothing at all. To add another forwarder, derive
+from :class:`Forwarder`: it is given a listening socket, the port of ours that it shall connect to, and a directory of
+its own, and answers with a command. ``parties.py``, ``forwarders.py`` and ``meetings.py`` have those that there are.
 
 What belongs to a subject lives in its directory and in processes of their own process group, which end with the
 ``with`` block that started them.
@@ -11,56 +12,39 @@ What belongs to a subject lives in its directory and in processes of their own p
 from __future__ import annotations
 
 import abc
-import itertools
-import json
 import os
+import signal
 import socket
 import ssl
 import subprocess
-import sys
 import threading
 import time
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Literal, Self
+from typing import Final, Self
 
+from bench.cpu import read_memory
 from bench.interrupt import deferred
 from bench.load import BenchError, SocketPair
 from frelay.errors import FrelayError
 from frelay.pki.init import initialise
-from frelay.protocol import messages
-from frelay.protocol.messages import Message
-from frelay.protocol.session import PartySession
 
-__all__ = ["Direct", "Forwarder", "Frelay", "HAProxy", "Subject", "checkout_root"]
+__all__ = ["START", "STEP", "Direct", "Forwarder", "Subject", "await_listener", "checkout_root", "dial", "listener"]
 
 # Starting Python and making certificates takes a second; on a machine that is busy with others, several.
-_START: Final = 30.0
+START: Final = 30.0
 # For each step of bringing one pair up.
-_STEP: Final = 20.0
+STEP: Final = 20.0
 _LOG_TAIL: Final = 5
 
-_ROUTE_FILE: Final = """\
-[tls]
-certificate = "certs/relay.pem"
-private_key = "certs/relay.key"
-client_ca = "certs/ca.pem"
 
-[limits]
-max_pairings = 65536
-"""
-
-_ROUTE: Final = """
-[[route]]
-name = "bench-{number}"
-listen = "127.0.0.1:0"
-func1 = "dns:func1.demo"
-func2 = "dns:func2.demo"
-require_inner_tls = false       # the load is bare bytes
-"""
+def _signal_group(group: int, number: signal.Signals) -> None:
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:
+        pass  # all of it has ended
 
 
 def checkout_root() -> Path:
@@ -75,10 +59,14 @@ class Subject(abc.ABC):
     """How the tables call it."""
     in_tls: bool = False
     """Whether its pairs are TLS sockets, so that the load must be made in Python."""
+    legs: int = 1
+    """How many connections it accepts for a pair: one if it dials the other end itself."""
 
     def __init__(self, directory: Path) -> None:
         self.directory: Final = directory
         self._processes: list[subprocess.Popen[bytes]] = []
+        # A fork of ours that brings pairs up has no children, and can't ask after these.
+        self._parent: Final = os.getpid()
 
     def __enter__(self) -> Self:
         self.directory.mkdir(parents=True)
@@ -102,17 +90,40 @@ class Subject(abc.ABC):
     def connect(self) -> SocketPair:
         """One more pair through it; raises BenchError or OSError."""
 
+    def arrive(self) -> Callable[[], SocketPair]:
+        """Bring a pair so far that only the last party's word, or the one dial, is missing; calling the result says it.
+
+        The call raises BenchError or OSError, as :meth:`connect` does.
+        """
+        return self.connect
+
+    def admit(self) -> None:
+        """Set one pair up, see a byte come through, and give it up again; raises BenchError or OSError.
+
+        Where several do that with one forwarder at a time, each may accept what belongs to another. The byte keeps
+        everybody from leaving before all is there that somebody waits for.
+        """
+        pair = self.connect()
+        try:
+            pair.server.sendall(b"x")
+            if not pair.client.recv(1):
+                raise OSError("a pair was closed before its first byte")
+        finally:
+            pair.close()
+
     def stop(self) -> None:
         """End its processes. Idempotent."""
         while self._processes:
             process = self._processes.pop()
-            process.terminate()
+            # The whole group: some have a process for each connection, and leave these behind when they go.
+            _signal_group(process.pid, signal.SIGTERM)
             try:
                 # Nothing of it is worth a drain.
                 process.wait(1)
             except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+                pass
+            _signal_group(process.pid, signal.SIGKILL)
+            process.wait()
 
     @property
     def pids(self) -> list[int]:
@@ -123,6 +134,11 @@ class Subject(abc.ABC):
     def version(self) -> str | None:
         """What it says of itself."""
         return None
+
+    @property
+    def memory(self) -> int:
+        """Bytes of resident memory of its processes, what children share with their parent counted once."""
+        return sum(read_memory(pid) for pid in self.pids)
 
     @contextmanager
     def pairs(self, count: int) -> Iterator[list[SocketPair]]:
@@ -173,7 +189,7 @@ class Subject(abc.ABC):
 
     def _explained(self, text: str) -> str:
         parts = [f"{self.name}: {text}"]
-        for process in self._processes:
+        for process in self._processes if os.getpid() == self._parent else []:
             try:
                 # Its sockets close a little before the process is over.
                 parts.append(f"it has ended with exit code {process.wait(0.2)}")
@@ -186,19 +202,23 @@ class Subject(abc.ABC):
 
     def must_run(self) -> None:
         """Raise BenchError if one of its processes has ended."""
-        if any(process.poll() is not None for process in self._processes):
+        if os.getpid() == self._parent and any(process.poll() is not None for process in self._processes):
             raise BenchError(self._explained("it did not start"))
 
 
 # --- nothing in between -------------------------------------------------------------------------------------------
 
 
-def _listener() -> socket.socket:
+def listener() -> socket.socket:
+    """On a free port of loopback."""
     return socket.create_server(("127.0.0.1", 0), backlog=1024)
 
 
-def _dial(address: tuple[str, int]) -> socket.socket:
-    return socket.create_connection(address, timeout=_STEP)
+def dial(address: tuple[str, int]) -> socket.socket:
+    """Connect to it, with small writes that leave at once."""
+    sock = socket.create_connection(address, timeout=STEP)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
 
 
 class Direct(Subject):
@@ -210,7 +230,7 @@ class Direct(Subject):
         self.name = "no relay, TLS" if in_tls else "no relay"
 
     def start(self) -> None:
-        self._listener = _listener()
+        self._listener = listener()
         if self.in_tls:
             initialise(self.directory, host_name="localhost")
 
@@ -220,9 +240,9 @@ class Direct(Subject):
             self._listener.close()
 
     def connect(self) -> SocketPair:
-        client = _dial(self._listener.getsockname())
+        client = dial(self._listener.getsockname())
         server = self._listener.accept()[0]
-        server.settimeout(_STEP)
+        server.settimeout(STEP)
         return self._in_tls(client, server) if self.in_tls else SocketPair(client, server)
 
     def _in_tls(self, client: socket.socket, server: socket.socket) -> SocketPair:
@@ -235,140 +255,23 @@ class Direct(Subject):
         answering.start()
         dialling = ssl.create_default_context(cafile=str(self.directory / "certs/ca.pem"))
         tls = dialling.wrap_socket(client, server_hostname="localhost")
-        answering.join(_STEP)
+        answering.join(STEP)
         return SocketPair(tls, wrapped)
 
 
-# --- frelay -------------------------------------------------------------------------------------------------------
-
-
-class Frelay(Subject):
-    """A ``frelay run`` process with one route; its pairs have come through TLS, JOIN and PAIRED.
-
-    ``handoff`` gives the bare sockets that are left after both close_notify, ``tunnel`` the TLS sockets themselves.
-    ``checkout`` is the tree whose ``frelay`` package runs as the relay. The parties always run this one's protocol.
-    With ``workers`` there are as many routes, and the pairs are dealt out to them.
-    """
-
-    def __init__(
-        self,
-        directory: Path,
-        mode: Literal["handoff", "tunnel"],
-        *,
-        checkout: Path | None = None,
-        workers: int = 1,
-    ) -> None:
-        super().__init__(directory)
-        self.mode: Final = mode
-        self.in_tls = mode == "tunnel"
-        self._checkout: Final = checkout or checkout_root()
-        self._workers: Final = workers
-        where = "" if checkout is None else f" in {checkout}"
-        where += "" if workers == 1 else f" with {workers} workers"
-        self.name = f"frelay{where}, {'handed off' if mode == 'handoff' else 'tunnelled'}"
-
-    def start(self) -> None:
-        if not (self._checkout / "frelay" / "__main__.py").is_file():
-            raise BenchError(f"{self._checkout} holds no frelay package to run")
-        initialise(self.directory, host_name="localhost")
-        route_file = self.directory / "relay.toml"
-        relay = "" if self._workers == 1 else f"[relay]\nworkers = {self._workers}\n"
-        routes = "".join(_ROUTE.format(number=number) for number in range(self._workers))
-        route_file.write_text(relay + _ROUTE_FILE + routes)
-        path = os.pathsep.join(filter(None, [str(self._checkout), os.environ.get("PYTHONPATH", "")]))
-        command = [sys.executable, "-m", "frelay", "run", "-c", str(route_file), "--log-format", "json", "--no-watch"]
-        self.launch(command, PYTHONPATH=path)
-        self._addresses = itertools.cycle([("127.0.0.1", port) for port in self._await_ports()])
-        self._contexts = {party: self._context(party) for party in ("func1", "func2")}
-
-    def _await_ports(self) -> list[int]:
-        deadline = time.monotonic() + _START
-        ports: dict[str, int] = {}
-        while time.monotonic() < deadline:
-            self.must_run()
-            for line in self.log_path.read_text().splitlines():
-                try:
-                    entry = json.loads(line)
-                except ValueError:
-                    continue  # a line that is being written
-                if entry.get("event") == "listening":
-                    ports[entry["route"]] = int(entry["address"].rpartition(":")[2])
-                if entry.get("event") == "ready" and len(ports) == self._workers:
-                    return list(ports.values())
+def await_listener(subject: Subject, address: tuple[str, int]) -> None:
+    """Until somebody listens there, for a process that binds by itself; raises BenchError."""
+    deadline = time.monotonic() + START
+    while True:
+        subject.must_run()
+        try:
+            dial(address).close()
+        except ConnectionRefusedError:
+            if time.monotonic() > deadline:
+                raise BenchError(f"{subject.name} did not listen within {START:g} s") from None
             time.sleep(0.02)
-        raise BenchError(self._explained(f"it was not ready within {_START:g} s"))
-
-    def _context(self, party: str) -> ssl.SSLContext:
-        certs = self.directory / "certs"
-        context = ssl.create_default_context(cafile=str(certs / "ca.pem"))
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.set_alpn_protocols(["frelay/1"])
-        context.load_cert_chain(certs / f"{party}.pem", certs / f"{party}.key")
-        return context
-
-    def connect(self) -> SocketPair:
-        joined: list[_Party] = []
-        address = next(self._addresses)
-        try:
-            for context in self._contexts.values():
-                joined.append(_Party(_dial(address), context, self.mode))
-            for party in joined:
-                party.await_message(messages.Paired)
-            client, server = (party.leave_tls() if self.mode == "handoff" else party.tls for party in joined)
-        except BaseException:
-            for party in joined:
-                party.tls.close()
-            raise
-        return SocketPair(client, server)
-
-    @property
-    def version(self) -> str:
-        done = subprocess.run(
-            [sys.executable, "-c", "import frelay; print(frelay.__version__)"],
-            env={**os.environ, "PYTHONPATH": str(self._checkout)},
-            cwd=self.directory,
-            capture_output=True,
-            text=True,
-        )
-        return f"frelay {done.stdout.strip()}"
-
-
-class _Party:
-    """One function's way to its end of a pair."""
-
-    def __init__(self, sock: socket.socket, context: ssl.SSLContext, mode: str) -> None:
-        try:
-            self.tls = context.wrap_socket(sock, server_hostname="localhost", suppress_ragged_eofs=False)
-        except BaseException:
-            sock.close()
-            raise
-        self._session = PartySession()
-        self._received: list[Message] = []
-        self.tls.sendall(self._session.send(messages.Join(attempt=str(uuid.uuid4()), modes=(mode,))))
-        self.await_message(messages.Waiting)
-
-    def await_message(self, kind: type[Message]) -> None:
-        """Read on until a message of this kind has come."""
-        while True:
-            while self._received:
-                message = self._received.pop(0)
-                if isinstance(message, messages.Refused):
-                    raise OSError(f"refused: {message.code}: {message.reason}")
-                if isinstance(message, messages.Ping):
-                    self.tls.sendall(self._session.send(messages.Pong(message.n)))
-                if isinstance(message, kind):
-                    return
-            data = self.tls.recv(16384)
-            if not data:
-                raise OSError(f"the relay ended the connection before {kind.__name__.upper()}")
-            self._received += self._session.receive(data)
-
-    def leave_tls(self) -> socket.socket:
-        """Read to the relay's close_notify, answer it, and give the bare socket."""
-        if self.tls.recv(1):
-            raise OSError("the relay sent application data after PAIRED")
-        self.tls.unwrap()
-        return socket.socket(fileno=self.tls.detach())
+        else:
+            return
 
 
 # --- forwarders of TCP connections --------------------------------------------------------------------------------
@@ -382,18 +285,24 @@ class Forwarder(Subject):
         """The command that accepts on the inherited, listening descriptor and connects to 127.0.0.1:``target``."""
 
     def start(self) -> None:
-        self._target = _listener()
-        self._target.settimeout(_STEP)
+        self._target = listener()
+        self._target.settimeout(STEP)
         # Bound by us and inherited, so that no port has to be guessed and a connection can wait for its start.
-        with _listener() as front:
+        with listener() as front:
             self._address = front.getsockname()
             command = self.command(front.fileno(), self._target.getsockname()[1])
             try:
                 self.launch(command, descriptors=[front.fileno()])
             except FileNotFoundError:
                 raise BenchError(f"{self.name}: {command[0]} is not installed") from None
-        with self.pairs(1):
-            pass  # it runs, and it forwards
+        self.check()
+
+    def check(self) -> None:
+        """That it runs, and forwards; raises BenchError."""
+        try:
+            self.connect().close()
+        except OSError as error:
+            raise BenchError(self._explained(f"no connection came through: {error}")) from error
 
     def stop(self) -> None:
         super().stop()
@@ -402,7 +311,7 @@ class Forwarder(Subject):
 
     def connect(self) -> SocketPair:
         # One at a time: that is how we know which connection came of which.
-        client = _dial(self._address)
+        client = dial(self._address)
         try:
             server = self._accept()
         except BaseException:
@@ -411,7 +320,7 @@ class Forwarder(Subject):
         return SocketPair(client, server)
 
     def _accept(self) -> socket.socket:
-        deadline = time.monotonic() + _STEP
+        deadline = time.monotonic() + STEP
         self._target.settimeout(0.2)
         while True:
             try:
@@ -420,38 +329,3 @@ class Forwarder(Subject):
                 self.must_run()
                 if time.monotonic() > deadline:
                     raise
-
-
-class HAProxy(Forwarder):
-    """HAProxy in TCP mode with one thread, as frelay has one; ``splices`` turns its splice-auto on."""
-
-    def __init__(self, directory: Path, *, splices: bool = False) -> None:
-        super().__init__(directory)
-        self._splices: Final = splices
-        self.name = "HAProxy, splice-auto" if splices else "HAProxy"
-
-    def command(self, listening: int, target: int) -> list[str]:
-        configuration = self.directory / "haproxy.cfg"
-        configuration.write_text(
-            f"""\
-global
-    nbthread 1
-defaults
-    mode tcp
-    {"option splice-auto" if self._splices else "# no splice"}
-    timeout connect 10s
-    timeout client 1h
-    timeout server 1h
-frontend in
-    bind fd@{listening}
-    default_backend out
-backend out
-    server ours 127.0.0.1:{target}
-"""
-        )
-        return ["haproxy", "-db", "-f", str(configuration)]
-
-    @property
-    def version(self) -> str:
-        done = subprocess.run(["haproxy", "-v"], capture_output=True, text=True)
-        return " ".join(done.stdout.split()[:3])

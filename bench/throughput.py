@@ -16,11 +16,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import resource
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -28,11 +27,14 @@ from typing import Any, Final, Literal
 # Run as a script, Python would look in bench/ alone; and the relay measured shall be the one beside this file.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench.flags import number, some_of, whole
+from bench.forwarders import HAProxy
 from bench.interrupt import Interrupted, raise_on_signals
 from bench.load import BenchError, CompiledGenerator, Generator, Load, NoCompiler, PythonGenerator
 from bench.measure import Case, Plan, run_rounds
+from bench.parties import Frelay
 from bench.report import Run, as_json, as_table
-from bench.subjects import Direct, Frelay, HAProxy, Subject
+from bench.subjects import Direct, Subject
 
 MODES: Final = ("direct", "handoff", "tunnel", "direct-tls")
 LOADS: Final[tuple[Load, ...]] = ("bulk", "pingpong")
@@ -45,36 +47,8 @@ _DESCRIPTORS_BESIDE: Final = 128
 # --- flags --------------------------------------------------------------------------------------------------------
 
 
-def _number(text: str, lowest: float, highest: float, what: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not lowest <= value <= highest:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {lowest:g} to {highest:g}")
-    return value
-
-
-def _whole(text: str, highest: int, what: str) -> int:
-    value = _number(text, 1, highest, what)
-    if value != int(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-    return int(value)
-
-
 def _pairs(text: str) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(_whole(item, _MOST_PAIRS, "a number of pairs") for item in text.split(",")))
-
-
-def _some_of(allowed: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
-    def read(text: str) -> tuple[str, ...]:
-        chosen = tuple(dict.fromkeys(item.strip() for item in text.split(",")))
-        for item in chosen:
-            if item not in allowed:
-                raise argparse.ArgumentTypeError(f"{item!r} is none of {', '.join(allowed)}")
-        return chosen
-
-    return read
+    return tuple(dict.fromkeys(whole(item, _MOST_PAIRS, "a number of pairs") for item in text.split(",")))
 
 
 def _rival(text: str) -> str:
@@ -96,18 +70,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--pairs", type=_pairs, default=(1, 16), metavar="N[,N]", help="how many pairs at a time (default: 1,16)")
-    add("--seconds", type=lambda text: _number(text, 0.2, 3600, "a number of seconds"), default=2.0, metavar="S",
+    add("--seconds", type=lambda text: number(text, 0.2, 3600, "a number of seconds"), default=2.0, metavar="S",
         help="how long each measurement counts, from 0.2 (default: 2)")  # fmt: skip
-    add("--rounds", type=lambda text: _whole(text, 1000, "a number of rounds"), default=3, metavar="N",
+    add("--rounds", type=lambda text: whole(text, 1000, "a number of rounds"), default=3, metavar="N",
         help="how often all is measured; the median is shown (default: 3)")  # fmt: skip
-    add("--modes", type=_some_of(MODES), default=MODES, metavar="M[,M]",
+    add("--modes", type=some_of(MODES), default=MODES, metavar="M[,M]",
         help=f"of {', '.join(MODES)}; the direct ones have no relay (default: all)")  # fmt: skip
-    add("--loads", type=_some_of(LOADS), default=LOADS, metavar="L[,L]", help="of bulk, pingpong (default: both)")
+    add("--loads", type=some_of(LOADS), default=LOADS, metavar="L[,L]", help="of bulk, pingpong (default: both)")
     add("--against", type=_rival, action="append", default=[], metavar="WHAT",
         help="compare in the same run with haproxy, haproxy-splice, or a checkout's directory; repeatable")  # fmt: skip
-    add("--workers", type=lambda text: _whole(text, 256, "a number of workers"), default=1, metavar="N",
+    add("--workers", type=lambda text: whole(text, 256, "a number of workers"), default=1, metavar="N",
         help="compare in the same run with a relay of so many workers, and as many routes (default: none)")  # fmt: skip
-    add("--size", type=lambda text: _whole(text, 16384, "a number of bytes"), default=64, metavar="B",
+    add("--size", type=lambda text: whole(text, 16384, "a number of bytes"), default=64, metavar="B",
         help="bytes in a ping-pong message (default: 64)")  # fmt: skip
     add("--generator", choices=("auto", "c", "python"), default="auto",
         help="what makes the load on plain sockets; auto takes Python only where there is no C compiler")  # fmt: skip

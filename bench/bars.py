@@ -1,0 +1,124 @@
+"""Bars as an SVG: one group a number of pairs, one bar for each who took part, its spread as a line across its end.
+
+Written by hand, in the style of the curves in ``plot.py``, for light and for dark surroundings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Final
+
+from bench.record import Key, Record, Spread
+
+__all__ = ["Bar", "Group", "as_bars", "write_pictures"]
+
+_WIDTH: Final = 860
+_LEFT: Final = 210
+_RIGHT: Final = 90
+_TOP: Final = 62
+_BAR: Final = 15
+_STEP: Final = 20
+_GROUP: Final = 34
+
+_STYLE: Final = """
+text { font: 12px ui-sans-serif, system-ui, sans-serif; fill: #57606a }
+.title { font-size: 16px; font-weight: 600; fill: #1f2328 }
+.name { font-weight: 600; fill: #1f2328 }
+.ground { fill: #ffffff }
+.bar { fill: #afb8c1 } .ours { fill: #0969da }
+.spread { stroke: #1f2328; stroke-width: 1.2 }
+@media (prefers-color-scheme: dark) {
+  text { fill: #9198a1 } .title, .name { fill: #f0f6fc } .ground { fill: #0d1117 } .bar { fill: #484f58 }
+  .ours { fill: #4493f8 } .spread { stroke: #f0f6fc }
+}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """One who took part."""
+
+    name: str
+    spread: Spread
+    is_ours: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Bars that are compared with each other."""
+
+    title: str
+    bars: Sequence[Bar]
+
+
+def as_bars(title: str, subtitle: str, groups: Sequence[Group], digits: int) -> str:
+    """The picture; all groups have one scale, from zero."""
+    highest = max((bar.spread.highest for group in groups for bar in group.bars), default=1.0) or 1.0
+    height = _TOP + sum(_GROUP + _STEP * len(group.bars) for group in groups) + 16
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" role="img"',
+        f' aria-label="{escape(title)}">',
+        f"<style>{_STYLE}</style>",
+        f'<rect class="ground" width="{_WIDTH}" height="{height}"/>',
+        f'<text class="title" x="20" y="26">{escape(title)}</text>',
+        f'<text x="20" y="44">{escape(subtitle)}</text>',
+    ]
+    top = float(_TOP)
+    for group in groups:
+        lines.append(f'<text class="name" x="20" y="{top + 16}">{escape(group.title)}</text>')
+        top += _GROUP - 8
+        for bar in group.bars:
+            lines += _bar(bar, top, highest, digits)
+            top += _STEP
+        top += 8
+    return "\n".join([*lines, "</svg>", ""])
+
+
+def _bar(bar: Bar, top: float, highest: float, digits: int) -> Iterator[str]:
+    def x(value: float) -> float:
+        return round(_LEFT + (_WIDTH - _LEFT - _RIGHT) * value / highest, 1)
+
+    middle = top + _BAR / 2
+    low, high = x(bar.spread.lowest), x(bar.spread.highest)
+    kind = "ours" if bar.is_ours else "bar"
+    yield f'<text x="{_LEFT - 8}" y="{middle + 4}" text-anchor="end">{escape(bar.name)}</text>'
+    yield f'<rect class="{kind}" x="{_LEFT}" y="{top}" width="{x(bar.spread.median) - _LEFT:.1f}" height="{_BAR}"/>'
+    yield f'<line class="spread" x1="{low}" x2="{high}" y1="{middle}" y2="{middle}"/>'
+    yield f'<text x="{high + 6}" y="{middle + 4}">{bar.spread.median:,.{digits}f}</text>'
+
+
+# --- of a comparison --------------------------------------------------------------------------------------------------
+
+# File, title, case, figure, digits, and what is better.
+_PICTURES: Final = (
+    ("bench-bulk-cpu", "CPU ms per GB, bulk", "bulk", "cpu_ms_per_gb", 0, "less"),
+    ("bench-bulk", "Gbit/s, bulk", "bulk", "gbit_per_second", 1, "more"),
+    ("bench-messages-cpu", "CPU µs per message of 64 B", "ping-pong 64 B", "cpu_us_per_message", 1, "less"),
+    ("bench-messages", "Round trips of 64 B a second", "ping-pong 64 B", "round_trips_per_second", 0, "more"),
+    ("bench-admission", "CPU µs per leg: set up, and given up again", "admission", "cpu_us_per_leg", 0, "less"),
+)
+
+
+def write_pictures(record: Record, directory: Path) -> list[Path]:
+    """Draw what there are figures for; gives the files."""
+    directory.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, title, case, figure, digits, better in _PICTURES:
+        groups = []
+        for amount in dict.fromkeys(key.amount for key in record.results if key.case == case):
+            bars = [
+                Bar(record.names[subject], spread, subject.startswith("frelay"))
+                for subject in record.names
+                if (spread := record.spread(Key(case, amount, subject), figure)) is not None
+            ]
+            what = "" if case == "admission" else f"{amount} {'pair' if amount == 1 else 'pairs'}"
+            groups += [Group(what, bars)] if bars else []
+        if groups:
+            rounds = "one round" if record.rounds == 1 else f"median and range of {record.rounds} rounds"
+            path = directory / f"{name}.svg"
+            path.write_text(as_bars(title, f"{better} is better; {rounds}; {record.date}", groups, digits), "utf-8")
+            written.append(path)
+    return written

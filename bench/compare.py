@@ -1,0 +1,214 @@
+"""How does frelay compare? ``python bench/compare.py``, and nothing else has to be prepared.
+
+frelay, handed off and tunnelled, beside a direct connection, HAProxy (TCP mode, splice, mutual TLS, TLS on both sides),
+nginx, socat, syncthing's strelaysrv and the transit relay of magic-wormhole: installed from Debian and PyPI where they
+are missing and this is root, started on loopback, measured in one run, round by round and side by side, since only a
+ratio within one round survives a change of machine. It ends with the claims that frelay makes, and whether they hold.
+
+    python bench/compare.py --json all.json --svg docs      # everything, about 20 minutes
+    python bench/compare.py --quick                         # small sizes and one round: does it run?
+    python bench/compare.py --cases plain,admission --subjects frelay,haproxy,direct
+    python bench/compare.py --from all.json --update-readme # show a run that was saved, measure nothing
+
+Data goes to stdout, progress to stderr. Exit codes: 0 done (whether the claims are met or not), 1 failed, 2 usage, 130
+or 143 interrupted. Processes and files that it started are ended however it ends short of SIGKILL; what it installed
+stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import resource
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+# Run as a script, Python would look in bench/ alone; and the relay measured shall be the one beside this file.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench.bars import write_pictures
+from bench.cases import Makers, run_stage, stages
+from bench.flags import number, some_of, whole
+from bench.forwarders import HAProxy, HAProxyAccept, HAProxyFront, HAProxyTunnel, Nginx, Socat
+from bench.install import in_venv, install
+from bench.interrupt import Interrupted, raise_on_signals
+from bench.load import BenchError, CompiledGenerator
+from bench.meetings import Strelaysrv, TransitRelay
+from bench.pages import with_section
+from bench.parties import Frelay
+from bench.record import QUICK, Record, Sizes, about_machine, now, read_record
+from bench.subjects import Direct, Subject, checkout_root
+from bench.tables import as_markdown, as_text
+
+_STAGES: Final = ("plain", "tunnel", "admission", "memory", "idle", "routes")
+_README: Final = checkout_root() / "README.md"
+_PICTURES: Final = checkout_root() / "docs"
+# What a relay keeps for each pairing, idle or not: its two sockets, and the ends of a pipe for when it moves bulk.
+_OF_A_PAIRING: Final = 4
+_DESCRIPTORS_BESIDE: Final = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Entrant:
+    """Somebody who can take part."""
+
+    name: str
+    make: Callable[[Path], Subject]
+    program: str = ""
+    packages: tuple[str, ...] = ()
+    """Of Debian, which have the program."""
+
+
+ENTRANTS: Final[dict[str, Entrant]] = {
+    "direct": Entrant("no relay", Direct),
+    "direct-tls": Entrant("no relay, TLS", partial(Direct, in_tls=True)),
+    "frelay": Entrant("frelay, handed off", partial(Frelay, mode="handoff")),
+    "frelay-tunnel": Entrant("frelay, tunnelled", partial(Frelay, mode="tunnel")),
+    "haproxy": Entrant("HAProxy", HAProxy, "haproxy", ("haproxy",)),
+    "haproxy-splice": Entrant("HAProxy, splice", partial(HAProxy, splices=True), "haproxy", ("haproxy",)),
+    "haproxy-tls": Entrant("HAProxy, TLS to TLS", HAProxyTunnel, "haproxy", ("haproxy",)),
+    "haproxy-mtls": Entrant("HAProxy, mTLS in front", HAProxyFront, "haproxy", ("haproxy",)),
+    "haproxy-accept": Entrant("HAProxy, mTLS accept alone", HAProxyAccept, "haproxy", ("haproxy",)),
+    "nginx": Entrant("nginx stream", Nginx, "nginx", ("nginx", "libnginx-mod-stream")),
+    "socat": Entrant("socat", Socat, "socat", ("socat",)),
+    "strelaysrv": Entrant("strelaysrv", Strelaysrv, "strelaysrv", ("syncthing-relaysrv",)),
+    "transit-relay": Entrant("magic-wormhole-transit-relay", lambda directory: TransitRelay(directory, Path())),
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="compare.py",
+        description="Compare frelay with other relays and forwarders, in one run, over loopback.",
+        epilog="Exit codes: 0 done, 1 failed, 2 usage, 130 or 143 interrupted.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help="small sizes, short, one round: that it runs, not how fast anything is")
+    add("--cases", type=some_of(_STAGES), default=_STAGES, metavar="C[,C]", help=f"of {', '.join(_STAGES)}")
+    add("--subjects", type=some_of(tuple(ENTRANTS)), default=tuple(ENTRANTS), metavar="S[,S]",
+        help=f"of {', '.join(ENTRANTS)} (default: all)")  # fmt: skip
+    add("--rounds", type=lambda text: whole(text, 1000, "a number of rounds"), metavar="N",
+        help="how often all is measured; the median is shown (default: 5)")  # fmt: skip
+    add("--seconds", type=lambda text: number(text, 0.2, 3600, "a number of seconds"), metavar="S",
+        help="how long each measurement counts, from 0.2 (default: 1)")  # fmt: skip
+    add("--no-install", action="store_true", help="go on without what is not installed here")
+    add("--json", type=Path, metavar="FILE", help="save every figure of every round")
+    add("--svg", type=Path, metavar="DIR", help="draw bench-*.svg in there")
+    add("--from", dest="saved", type=Path, metavar="FILE", help="measure nothing, and show what --json has saved")
+    add("--update-readme", action="store_true", help="put the tables into README.md, and the pictures into docs/")
+    return parser
+
+
+def _fitting(sizes: Sizes, notes: list[str]) -> Sizes:
+    """The descriptor limit raised as far as it goes, and with a low one fewer idle pairings."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = sizes.idle[-1]
+    # A relay sets four aside for a pairing, and this process has both ends of all idle ones at once.
+    wanted = max(_OF_A_PAIRING * (most + sizes.beside), 2 * sum(sizes.idle)) + _DESCRIPTORS_BESIDE
+    granted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and granted > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (granted, hard))
+    if granted == wanted:
+        return sizes
+    carried = (granted - _DESCRIPTORS_BESIDE) // _OF_A_PAIRING - sizes.beside
+    fewer = min(carried, (granted - _DESCRIPTORS_BESIDE) // 2 - sum(sizes.idle[:-1])) // 100 * 100
+    if fewer <= sizes.idle[-2]:
+        raise BenchError(f"{wanted} descriptors are needed and the limit is {hard}: raise it with ulimit -n")
+    notes.append(
+        f"{fewer:,} idle pairings instead of {most:,}: these need {wanted} descriptors, and the limit is {hard}."
+    )
+    return replace(sizes, idle=(*sizes.idle[:-1], fewer))
+
+
+def _makers(record: Record, keys: Sequence[str], scratch: Path, *, allowed: bool) -> Makers:
+    """How to make everybody who can take part; who can't is in the record."""
+    numbers = itertools.count(1)
+    makers = Makers()
+    for key in ENTRANTS:
+        if key not in keys:
+            continue
+        entrant = ENTRANTS[key]
+        record.names[key] = entrant.name
+        make = entrant.make
+        if key == "transit-relay":
+            try:
+                twist = in_venv(allowed=allowed)
+            except BenchError as error:
+                record.missing[key] = str(error)
+                continue
+            make = partial(TransitRelay, twist=twist)
+        elif entrant.program and (reason := install(entrant.program, entrant.packages, allowed=allowed)):
+            record.missing[key] = reason
+            continue
+        makers[key] = lambda make=make: make(scratch / f"subject-{next(numbers)}")  # type: ignore[misc]
+    return makers
+
+
+def _say(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text[:110]}", end="", file=sys.stderr, flush=True)
+
+
+def measure(options: argparse.Namespace) -> Record:
+    """Install, start, measure and end everything; raises BenchError."""
+    notes: list[str] = []
+    sizes = _fitting(QUICK if options.quick else Sizes(), notes)
+    seconds = options.seconds or (0.2 if options.quick else 1.0)
+    record = Record(now(), about_machine(), seconds, options.rounds or (1 if options.quick else 5), sizes)
+    record.notes += notes
+    with ExitStack() as stack:
+        stack.callback(_say, "")
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="frelay-bench-")))
+        if reason := install(os.environ.get("CC") or "cc", ("gcc", "libc6-dev"), allowed=not options.no_install):
+            raise BenchError(f"the load generator must be compiled: {reason}")
+        plain = CompiledGenerator(scratch)
+        makers = _makers(record, options.subjects, scratch, allowed=not options.no_install)
+        more = itertools.count(1)
+
+        def frelay(routes: int, label: str) -> Frelay:
+            return Frelay(scratch / f"frelay-{next(more)}", "handoff", routes=routes, label=label)
+
+        known = stages(sizes, seconds, makers, frelay, plain)
+        for name in options.cases:
+            run_stage(known[name](), record, _say)
+    if not any(any(rounds) for rounds in record.results.values()):
+        raise BenchError("\n".join(["nothing could be measured", *record.missing.values(), *record.notes]))
+    return record
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The script; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    raise_on_signals()
+    try:
+        record = read_record(options.saved) if options.saved else measure(options)
+        # Saved before anything is drawn: a run of twenty minutes must not be lost to a directory that isn't there.
+        if options.json:
+            options.json.write_text(json.dumps(record.as_json(), indent=1) + "\n", encoding="utf-8")
+        print(as_text(record))
+        if options.svg:
+            write_pictures(record, options.svg)
+        if options.update_readme:
+            pictures = [str(path.relative_to(_README.parent)) for path in write_pictures(record, _PICTURES)]
+            section = as_markdown(record, pictures)
+            _README.write_text(with_section(_README.read_text("utf-8"), "compare.py", section), "utf-8")
+    except Interrupted as interruption:
+        print("compare.py: interrupted; everything that was started has been ended", file=sys.stderr)
+        return interruption.exit_code
+    except (BenchError, OSError) as error:
+        print(f"compare.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

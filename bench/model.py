@@ -1,0 +1,342 @@
+"""What does a machine carry, and what gives out first? ``python bench/model.py all.json --cores 8 --memory 16``
+
+``all.json`` is what ``compare.py --json`` has measured. The model is a sum: so much CPU for each join, message and
+gigabyte, so much memory and so many descriptors for each pairing; a core, a gibibyte and a limit are divided by that.
+It knows nothing of queues, so it keeps a share of each core free for what comes in bursts.
+
+    python bench/model.py all.json --check                 # measure 1 and 2 workers here, beside what it predicts
+    python bench/model.py all.json --check --update-docs   # ... and write that into docs/capacity.md
+
+Data goes to stdout, progress to stderr. Exit codes: 0 done, 1 failed, 2 usage, 130 or 143 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Final
+
+# Run as a script, Python would look in bench/ alone; and the relay measured shall be the one beside this file.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench.flags import number, whole
+from bench.interrupt import Interrupted, raise_on_signals
+from bench.load import BenchError, CompiledGenerator, Load
+from bench.measure import Figures, measure_load
+from bench.pages import with_section
+from bench.parties import Frelay
+from bench.record import Key, Record, read_record
+from bench.subjects import checkout_root
+from bench.tables import as_rows
+
+__all__ = ["Costs", "Machine", "Work", "carried", "costs_of", "needed"]
+
+_PAGE: Final = checkout_root() / "docs" / "capacity.md"
+
+# How much of a core may be planned for. Above that what comes in bursts waits, and the model knows no waiting.
+_USABLE: Final = 0.7
+# The kernel's, beside the relay's own: a TCP socket with its file and inode. A buffer only while bytes are in it.
+_KERNEL_KIB_A_SOCKET: Final = 4.0
+# What is left of the memory for everything else on the machine, and for buffers.
+_MEMORY_SHARE: Final = 0.7
+# limits.fd_budget, and the default hard limit of a service under systemd.
+_FD_BUDGET: Final = 0.8
+_DESCRIPTORS: Final = 524_288
+_SOCKETS: Final = 2
+# ... each with one more set aside for its share of the pipes, as the relay's admission does.
+_SET_ASIDE: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What was measured, each with its unit."""
+
+    join_us: float
+    """CPU for a pairing: both legs admitted, paired, handed off, and closed in the end."""
+    message_us: float
+    gigabyte_ms: float
+    rest_us: float
+    """CPU a second for a pairing that is idle."""
+    pairing_kib: float
+    waiting_kib: float
+    relay_mib: float
+    """A process without anybody."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What there is."""
+
+    cores: int
+    memory_gib: float
+    descriptors: int = _DESCRIPTORS
+    """RLIMIT_NOFILE of each worker; there is one worker a core."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What is to be carried."""
+
+    pairings: float
+    joins: float
+    """A second."""
+    messages: float
+    """A second, of all pairings, each way counted."""
+    gbit: float
+    """A second, in bulk."""
+    waiting: float = 0.0
+
+
+def costs_of(record: Record) -> Costs:
+    """The costs in a record; raises BenchError where it lacks one."""
+    sizes = record.sizes
+
+    def found(case: str, amount: int, figure: str) -> float:
+        spread = record.spread(Key(case, amount, "frelay"), figure)
+        if spread is None:
+            raise BenchError(
+                f"the record has no {figure} of frelay in {case!r}, {amount}: run compare.py with all cases"
+            )
+        return spread.median
+
+    none, most = sizes.idle[0], sizes.idle[-1]
+    at_rest = found("at rest", most, "subject_cores") - found("at rest", none, "subject_cores")
+    return Costs(
+        join_us=2 * found("admission", 1, "cpu_us_per_leg"),
+        message_us=found("ping-pong 64 B", sizes.pingpong[-1], "cpu_us_per_message"),
+        gigabyte_ms=found("bulk", sizes.bulk[-1], "cpu_ms_per_gb"),
+        rest_us=max(0.0, at_rest) * 1e6 / most,
+        pairing_kib=found("memory, paired", sizes.held, "kib_each"),
+        waiting_kib=found("memory, waiting", sizes.held, "kib_each"),
+        relay_mib=found("at rest", none, "mib"),
+    )
+
+
+def needed(costs: Costs, work: Work) -> dict[str, float]:
+    """Cores, GiB and descriptors for ``work``, without the processes themselves."""
+    micros = work.pairings * costs.rest_us + work.joins * costs.join_us + work.messages * costs.message_us
+    kib = work.pairings * (costs.pairing_kib + _SOCKETS * _KERNEL_KIB_A_SOCKET)
+    kib += work.waiting * (costs.waiting_kib + _KERNEL_KIB_A_SOCKET)
+    return {
+        "cores": micros / 1e6 + work.gbit / 8 * costs.gigabyte_ms / 1e3,
+        "memory": kib / 2**20,
+        "descriptors": _SET_ASIDE * (_SOCKETS * work.pairings + work.waiting),
+    }
+
+
+def _there(costs: Costs, machine: Machine) -> dict[str, float]:
+    processes = machine.cores * costs.relay_mib / 2**10
+    return {
+        "cores": machine.cores * _USABLE,
+        "memory": max(0.0, machine.memory_gib * _MEMORY_SHARE - processes),
+        "descriptors": machine.cores * machine.descriptors * _FD_BUDGET,
+    }
+
+
+def carried(costs: Costs, machine: Machine, work: Work) -> tuple[float, str]:
+    """How many times ``work`` the machine carries, and what gives out first."""
+    there, wanted = _there(costs, machine), needed(costs, work)
+    return min((there[what] / wanted[what] if wanted[what] else math.inf, what) for what in there)
+
+
+# --- checking itself --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One prediction, and what came of it."""
+
+    what: str
+    workers: int
+    predicted: float
+    measured: float
+
+    @property
+    def ratio(self) -> float:
+        """Measured to predicted."""
+        return self.measured / self.predicted
+
+
+def predict(cores: int, workers: int, relay: float, generator: float) -> float:
+    """Units a second on one machine with its own load generator, from the CPU seconds of both for a unit.
+
+    A worker uses one core at most, and all together no more than there are.
+    """
+    return min(workers / relay, cores / (relay + generator))
+
+
+_CHECKS: Final[tuple[tuple[Load, str, str, float], ...]] = (
+    ("pingpong", "ping-pong 64 B", "round_trips_per_second", 2.0),
+    ("bulk", "bulk", "gbit_per_second", 1 / 8),
+)
+
+
+def check(record: Record, rounds: int, seconds: float) -> list[Check]:
+    """Measure 1 and 2 workers, round by round; raises BenchError."""
+    cores = int(record.machine["cpus"])
+    found: dict[tuple[str, int], list[float]] = {}
+    with tempfile.TemporaryDirectory(prefix="frelay-bench-") as scratch:
+        generator = CompiledGenerator(Path(scratch))
+        with (
+            Frelay(Path(scratch) / "one", "handoff") as one,
+            Frelay(Path(scratch) / "two", "handoff", workers=2) as two,
+        ):
+            for _ in range(rounds):
+                for load, case, figure, _ in _CHECKS:
+                    pairs = (record.sizes.bulk if load == "bulk" else record.sizes.pingpong)[1]
+                    for workers, relay in ((1, one), (2, two)):
+                        figures: Figures = measure_load(relay, pairs, load, generator, seconds=seconds, size=64)
+                        found.setdefault((case, workers), []).append(getattr(figures, figure))
+    checks = []
+    for _, case, figure, _ in _CHECKS:
+        pairs = (record.sizes.bulk if case == "bulk" else record.sizes.pingpong)[1]
+        key = Key(case, pairs, "frelay")
+        rate, used, load_used = (record.spread(key, name) for name in (figure, "subject_cores", "generator_cores"))
+        if rate is None or used is None or load_used is None:
+            raise BenchError(f"the record has nothing of frelay in {case!r}")
+        for workers in (1, 2):
+            predicted = predict(cores, workers, used.median / rate.median, load_used.median / rate.median)
+            checks.append(Check(f"{case}, {figure}", workers, predicted, median(found[case, workers])))
+    return checks
+
+
+# --- showing it -------------------------------------------------------------------------------------------------------
+
+# A function's day: a message now and then, a minute of life, and of the bytes a hundredth in bulk.
+_EXAMPLES: Final = (
+    ("idle: a pairing lives for a day and says something each minute", Work(1, 1 / 86_400, 2 / 60, 0)),
+    ("chatty: lives for an hour, ten messages a second", Work(1, 1 / 3600, 10, 0)),
+    ("brief: lives for ten seconds, twenty messages in it", Work(1, 1 / 10, 2, 0, waiting=0.1)),
+    ("bulk: lives for a minute, 10 Mbit/s", Work(1, 1 / 60, 0, 0.01)),
+)
+_MILLION: Final = 1_000_000
+_MACHINE_OF_THE_PLAN: Final = Machine(16, 64)
+
+
+def _said(value: float) -> str:
+    if not math.isfinite(value):
+        return "any number"
+    digits = max(0, 2 - math.floor(math.log10(value))) if 0 < value < 100 else 0
+    rounded = value if value < 1000 else float(f"{value:.3g}")
+    return f"{rounded:,.{digits}f}"
+
+
+def rates(costs: Costs, machine: Machine) -> list[list[str]]:
+    """What it does at most of one thing alone."""
+    one = {
+        "idle pairings": Work(1, 0, 0, 0),
+        "waiting legs": Work(0, 0, 0, 0, waiting=1),
+        "joins a second (pairings set up)": Work(0, 1, 0, 0),
+        "messages of 64 B a second": Work(0, 0, 1, 0),
+        "Gbit/s in bulk": Work(0, 0, 0, 1),
+    }
+    return [[what, *(_said(part) if isinstance(part, float) else part for part in carried(costs, machine, work))]
+        for what, work in one.items()]  # fmt: skip
+
+
+def as_page(record: Record, costs: Costs, machines: Sequence[Machine], checks: Sequence[Check]) -> str:
+    """The section of docs/capacity.md."""
+    lines = [
+        f"Measured {record.date} on {record.machine['cpus']} cores ({record.machine['cpu']}), Linux "
+        f"{record.machine['kernel']}; {record.versions.get('frelay', 'frelay')}.",
+        "",
+        *as_rows([
+            ["what costs", "how much"],
+            ["a join: both legs admitted, paired, handed off, closed in the end", f"{costs.join_us:,.0f} µs of CPU"],
+            ["a message of 64 B, one way", f"{costs.message_us:.1f} µs"],
+            ["a gigabyte in bulk", f"{costs.gigabyte_ms:,.0f} ms"],
+            ["an idle pairing", f"{costs.rest_us:.2f} µs a second, {costs.pairing_kib:.1f} KiB, 4 descriptors"],
+            ["a waiting leg", f"{costs.waiting_kib:.1f} KiB, 2 descriptors"],
+            ["a relay process", f"{costs.relay_mib:.0f} MiB"],
+        ]),
+    ]  # fmt: skip
+    for machine in machines:
+        lines += ["", f"**{machine.cores} cores, {machine.memory_gib:g} GiB**, of one thing alone:", ""]
+        lines += as_rows([["what", "at most", "gives out first"], *rates(costs, machine)])
+        rows = [["pairings of a kind", "at most", "gives out first"]]
+        for text, work in _EXAMPLES:
+            times, first = carried(costs, machine, work)
+            rows.append([text, _said(times), first])
+        lines += ["", *as_rows(rows)]
+    if checks:
+        rows = [["checked here", "workers", "predicted", "measured", "measured : predicted"]]
+        rows += [[c.what, str(c.workers), _said(c.predicted), _said(c.measured), f"{c.ratio:.2f}"] for c in checks]
+        lines += ["", *as_rows(rows)]
+    lines += ["", *_plan(costs)]
+    return "\n".join(lines)
+
+
+def _plan(costs: Costs) -> list[str]:
+    machine = _MACHINE_OF_THE_PLAN
+    rows = [["a million pairings of a kind", "cores", "GiB", "machines", "... and one to spare"]]
+    for text, work in _EXAMPLES:
+        times, _ = carried(costs, machine, work)
+        wanted = needed(costs, work)
+        count = math.ceil(_MILLION / times)
+        cells = [_said(wanted["cores"] * _MILLION), _said(wanted["memory"] * _MILLION), f"{count:,}", f"{count + 1:,}"]
+        rows.append([text, *cells])
+    joins = carried(costs, machine, Work(0, 1, 0, 0))[0]
+    return [
+        f"**A million pairings** on machines of {machine.cores} cores and {machine.memory_gib:g} GiB:",
+        "",
+        *as_rows(rows),
+        "",
+        f"One such machine sets {_said(joins)} pairings up in a second: the {_said(_MILLION / 10)} of one that fails, "
+        f"of ten, are back on the other nine after {_said(_MILLION / 10 / joins / 9)} s at the earliest.",
+    ]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="model.py",
+        description="Compute what a machine carries from what compare.py has measured.",
+        epilog="Exit codes: 0 done, 1 failed, 2 usage, 130 or 143 interrupted.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("record", type=Path, metavar="FILE", help="what compare.py --json has saved")
+    add("--cores", type=lambda text: whole(text, 1024, "a number of cores"), metavar="N", help="of another machine")
+    add("--memory", type=lambda text: number(text, 0.5, 65536, "GiB"), metavar="GIB", help="of that machine")
+    add("--descriptors", type=lambda text: whole(text, 2**30, "a number of descriptors"), default=_DESCRIPTORS,
+        metavar="N", help=f"RLIMIT_NOFILE of each worker (default: {_DESCRIPTORS})")  # fmt: skip
+    add("--check", action="store_true", help="measure 1 and 2 workers here, beside what is predicted")
+    add("--rounds", type=lambda text: whole(text, 1000, "a number of rounds"), default=5, metavar="N",
+        help="of --check (default: 5)")  # fmt: skip
+    add("--seconds", type=lambda text: number(text, 0.2, 3600, "a number of seconds"), default=1.0, metavar="S",
+        help="of each measurement of --check (default: 1)")  # fmt: skip
+    add("--update-docs", action="store_true", help="write it into docs/capacity.md")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The script; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    raise_on_signals()
+    try:
+        record = read_record(options.record)
+        costs = costs_of(record)
+        cores = options.cores or int(record.machine["cpus"])
+        memory = options.memory or float(record.machine["memory_gib"])
+        machines = [Machine(cores, memory, options.descriptors)]
+        checks = check(record, options.rounds, options.seconds) if options.check else []
+        page = as_page(record, costs, machines, checks)
+        print(page)
+        if options.update_docs:
+            _PAGE.write_text(with_section(_PAGE.read_text("utf-8"), "model.py", page), "utf-8")
+    except Interrupted as interruption:
+        print("model.py: interrupted; everything that was started has been ended", file=sys.stderr)
+        return interruption.exit_code
+    except (BenchError, OSError) as error:
+        print(f"model.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""What a comparison found, as a value: every figure of every round, the claims' only source, and its JSON.
+
+Measuring and showing are apart. A record that was saved is shown again, put into the README, or fed to the model of
+capacity, without measuring anything anew; and a ratio is taken from it in one way only, round by round.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import ssl
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+from bench.load import BenchError
+from bench.measure import ratios
+
+__all__ = ["QUICK", "Key", "Record", "Round", "Sizes", "Spread", "about_machine", "now", "read_record"]
+
+Round = Mapping[str, float]
+
+
+class Key(NamedTuple):
+    """One cell: what was measured, at which number (of pairs, idle pairings or routes), of whom."""
+
+    case: str
+    amount: int
+    subject: str
+
+
+class Spread(NamedTuple):
+    """The middle of the rounds, and their ends."""
+
+    median: float
+    lowest: float
+    highest: float
+    rounds: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How big the cases are."""
+
+    bulk: tuple[int, ...] = (1, 16, 128)
+    pingpong: tuple[int, ...] = (1, 16, 256)
+    tls: tuple[int, ...] = (1, 16)
+    mixed: int = 16
+    greedy: int = 256
+    """So many ping-pong, and one more is the greedy one."""
+    held: int = 1000
+    """Legs or pairings to see what one costs in memory."""
+    idle: tuple[int, ...] = (0, 1000, 5000)
+    routes: tuple[int, ...] = (10, 1000)
+    beside: int = 16
+    """Pairs with load beside idle ones, or on many routes."""
+    ways: int = 30
+    """How often in a round the time to the first byte is taken."""
+
+
+QUICK = Sizes((1, 4), (1, 4), (1,), 4, 8, 40, (0, 40), (2, 20), 4, 5)
+
+
+@dataclass
+class Record:
+    """A run."""
+
+    date: str
+    machine: dict[str, Any]
+    seconds: float
+    rounds: int
+    sizes: Sizes
+    names: dict[str, str] = field(default_factory=dict)
+    """How the tables call each subject, by its key."""
+    versions: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    """Who could not take part, and why."""
+    notes: list[str] = field(default_factory=list)
+    results: dict[Key, list[Round]] = field(default_factory=dict)
+    """One item a round; an empty one where the measurement failed."""
+
+    def values(self, key: Key, figure: str) -> list[float | None]:
+        """One figure, one value a round."""
+        return [one.get(figure) for one in self.results.get(key, [])]
+
+    def spread(self, key: Key, figure: str) -> Spread | None:
+        """One figure over the rounds."""
+        return _spread([value for value in self.values(key, figure) if value is not None])
+
+    def ratio(self, ours: Key, theirs: Key, figure: str) -> Spread | None:
+        """Ours to theirs, taken within each round."""
+        one, other = self.values(ours, figure), self.values(theirs, figure)
+        return _spread(ratios(one, other)) if len(one) == len(other) else None
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs."""
+        return {
+            "date": self.date,
+            "machine": self.machine,
+            "seconds": self.seconds,
+            "rounds": self.rounds,
+            "sizes": asdict(self.sizes),
+            "names": self.names,
+            "versions": self.versions,
+            "missing": self.missing,
+            "notes": self.notes,
+            "results": [
+                {**key._asdict(), "rounds": [dict(one) for one in found]} for key, found in self.results.items()
+            ],
+        }
+
+
+def _spread(values: Sequence[float]) -> Spread | None:
+    return Spread(median(values), min(values), max(values), len(values)) if values else None
+
+
+def read_record(path: Path) -> Record:
+    """What ``as_json`` wrote; raises BenchError."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        results = {Key(one["case"], one["amount"], one["subject"]): one["rounds"] for one in found.pop("results")}
+        sizes: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in found.pop("sizes").items()}
+        return Record(**found, sizes=Sizes(**sizes), results=results)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BenchError(f"{path} is no record of a comparison: {error}") from None
+
+
+def about_machine() -> dict[str, Any]:
+    """Where it was measured."""
+    return {
+        "cpu": _field("/proc/cpuinfo", "model name") or platform.machine(),
+        "cpus": os.cpu_count(),
+        "memory_gib": round(int((_field("/proc/meminfo", "MemTotal") or "0").split()[0]) / 2**20, 1),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "generator_tls": ssl.OPENSSL_VERSION,
+    }
+
+
+def _field(path: str, name: str) -> str | None:
+    for line in Path(path).read_text().splitlines():
+        before, _, after = line.partition(":")
+        if before.strip() == name:
+            return after.strip()
+    return None
+
+
+def now() -> str:
+    """The date and the minute, UTC."""
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())

@@ -1,0 +1,174 @@
+"""bench/compare.py without its long runs: how it judges, what it shows, and what it keeps of what was measured."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from bench import strelay
+from bench.bars import write_pictures
+from bench.claims import Claim, Verdict, claims, judge
+from bench.compare import main
+from bench.cpu import read_cpu, read_memory
+from bench.load import BenchError
+from bench.pages import with_section
+from bench.record import QUICK, Key, Record, Sizes, Spread, read_record
+from bench.tables import as_markdown, as_text
+
+MACHINE = {"cpu": "a CPU", "cpus": 2, "memory_gib": 4.0, "kernel": "6.1", "python": "3.11", "generator_tls": "OpenSSL"}
+
+
+def a_record(**results: list[dict[str, float]]) -> Record:
+    record = Record("2026-01-01 12:00 UTC", dict(MACHINE), 1.0, 3, Sizes())
+    record.names = {"direct": "no relay", "frelay": "frelay, handed off", "haproxy": "HAProxy"}
+    record.results = {Key("bulk", 16, subject): list(rounds) for subject, rounds in results.items()}
+    return record
+
+
+def rounds(*values: float | None, figure: str = "cpu_ms_per_gb") -> list[dict[str, float]]:
+    return [{} if value is None else {figure: value} for value in values]
+
+
+def verdict_on(record: Record, goal: str) -> Verdict:
+    return next(one for one in judge(record) if one.claim.goal == goal)
+
+
+def test_a_ratio_is_taken_within_each_round() -> None:
+    # The machine became three times slower on the way; neither relay did.
+    record = a_record(frelay=rounds(100, 200, 300), haproxy=rounds(400, 800, 1200))
+    found = record.ratio(Key("bulk", 16, "frelay"), Key("bulk", 16, "haproxy"), "cpu_ms_per_gb")
+    assert found == Spread(0.25, 0.25, 0.25, 3)
+
+
+def test_a_round_that_failed_counts_for_nobody() -> None:
+    record = a_record(frelay=rounds(100, None, 300), haproxy=rounds(400, 400, 400))
+    found = record.ratio(Key("bulk", 16, "frelay"), Key("bulk", 16, "haproxy"), "cpu_ms_per_gb")
+    assert found == Spread(0.5, 0.25, 0.75, 2)
+
+
+@pytest.mark.parametrize(("ours", "is_met"), [(299, True), (300, True), (301, False)])
+def test_a_claim_is_met_by_the_median(ours: float, is_met: bool) -> None:
+    record = a_record(frelay=rounds(1, ours, 5000), haproxy=rounds(1000, 1000, 1000))
+    assert verdict_on(record, "Bulk, 16 pairs: CPU per GB to HAProxy's").is_met is is_met
+
+
+def test_what_was_not_measured_is_neither_met_nor_missed() -> None:
+    verdict = verdict_on(a_record(frelay=rounds(1, 1, 1)), "Bulk, 16 pairs: CPU per GB to HAProxy's")
+    assert verdict.found is None
+    assert verdict.is_met is None
+
+
+def test_at_least_is_the_other_way_round() -> None:
+    claim = Claim("", "", Key("", 0, ""), None, "at least", 1.8)
+    assert Verdict(claim, Spread(1.9, 1, 2, 3)).is_met is True
+    assert Verdict(claim, Spread(1.7, 1, 2, 3)).is_met is False
+
+
+def test_every_claim_has_a_goal_of_its_own() -> None:
+    for sizes in (Sizes(), QUICK):
+        goals = [claim.goal for claim in claims(sizes)]
+        assert len(set(goals)) == len(goals)
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
+    record = a_record(frelay=rounds(1, None, 3))
+    record.missing["haproxy"] = "not there"
+    (tmp_path / "all.json").write_text(json.dumps(record.as_json()))
+    assert read_record(tmp_path / "all.json") == record
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"results": [{}]}', '{"results": [], "sizes": {"other": 1}}'])
+def test_what_is_no_record_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "all.json").write_text(text)
+    with pytest.raises(BenchError, match="is no record"):
+        read_record(tmp_path / "all.json")
+
+
+def test_the_table_tells_spread_versions_and_who_is_missing() -> None:
+    record = a_record(frelay=rounds(100, 200, 300), direct=rounds(20, 20, 20, figure="gbit_per_second"))
+    record.versions["frelay"] = "frelay 9"
+    record.missing["haproxy"] = "haproxy is not installed"
+    text = as_text(record)
+    for expected in ("200 (100..300)", "frelay 9", "Missing: HAProxy: haproxy is not installed", "not measured"):
+        assert expected in text
+
+
+def test_the_readme_gets_its_section_and_keeps_the_rest(tmp_path: Path) -> None:
+    record = a_record(frelay=rounds(100, 200, 300), haproxy=rounds(1000, 1000, 1000))
+    pictures = write_pictures(record, tmp_path)
+    assert [path.name for path in pictures] == ["bench-bulk-cpu.svg"]
+    assert "HAProxy" in pictures[0].read_text(encoding="utf-8")
+    section = as_markdown(record, ["docs/bench-bulk-cpu.svg"])
+    readme = "before\n<!-- compare.py: begin -->\nold\n<!-- compare.py: end -->\nafter\n"
+    updated = with_section(readme, "compare.py", section)
+    assert updated.startswith("before\n")
+    assert updated.endswith("\nafter\n")
+    assert "old" not in updated
+    assert "| frelay, handed off | - | 200 |" in updated
+    assert with_section(updated, "compare.py", section) == updated
+
+
+@pytest.mark.parametrize(
+    "text", ["", "<!-- compare.py: end --><!-- compare.py: begin -->", "<!-- compare.py: begin -->"]
+)
+def test_a_readme_without_its_markers_is_left_alone(text: str) -> None:
+    with pytest.raises(BenchError):
+        with_section(text, "compare.py", "section")
+
+
+def test_wrong_flags_and_files_have_their_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.compare.raise_on_signals", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        main(["--cases", "nonsense"])
+    assert ended.value.code == 2
+    assert main(["--from", str(tmp_path / "missing.json")]) == 1
+
+
+def test_the_kernel_is_asked_for_a_process_and_its_children() -> None:
+    assert read_cpu([os.getpid()]).subject > 0
+    assert read_memory(os.getpid()) > 1024 * 1024
+    assert read_memory(2**22 + 1) == 0
+
+
+# --- strelaysrv's frames ------------------------------------------------------------------------------------------
+
+
+def test_a_frame_is_header_and_payload_in_xdr() -> None:
+    assert strelay.frame(strelay.JOIN_SESSION, strelay.opaque(b"abcde")) == bytes.fromhex(
+        "9e79bc40 00000003 0000000c 00000005 6162636465 000000"
+    )
+
+
+@pytest.mark.parametrize("portion", [1, 5, 1000])
+def test_frames_come_out_as_they_went_in_and_nothing_behind_them_is_read(portion: int) -> None:
+    stream = strelay.frame(strelay.PING) + strelay.frame(strelay.RESPONSE, b"\0\0\0\0\0\0\0\0") + b"raw bytes"
+    frames = strelay.Frames()
+    found: list[tuple[int, bytes]] = []
+    while len(found) < 2:
+        count = min(portion, frames.missing)
+        if (one := frames.receive(stream[:count])) is not None:
+            found.append(one)
+        stream = stream[count:]
+    assert found == [(strelay.PING, b""), (strelay.RESPONSE, bytes(8))]
+    assert stream == b"raw bytes"
+
+
+def test_response_and_invitation_are_understood() -> None:
+    assert strelay.response_of(b"\0\0\0\2" + strelay.opaque(b"already connected")) == (2, "already connected")
+    payload = strelay.opaque(b"i" * 32) + strelay.opaque(b"the key") + strelay.opaque(b"") + bytes(8)
+    assert strelay.session_key_of(payload) == b"the key"
+
+
+@pytest.mark.parametrize("data", [b"HTTP/1.1 400", bytes.fromhex("9e79bc40 00000004 00100000")])
+def test_what_is_no_frame_is_refused(data: bytes) -> None:
+    with pytest.raises(ValueError, match="not a frame"):
+        strelay.Frames().receive(data)
+
+
+@pytest.mark.parametrize("payload", [b"", b"\0\0\0\0", b"\0\0\0\0\0\0\0\x09short"])
+def test_a_payload_cut_short_is_refused(payload: bytes) -> None:
+    with pytest.raises(ValueError, match=r"a (response|payload|field)"):
+        strelay.response_of(payload)
