@@ -182,26 +182,24 @@ def _rejection(number: int, depth: int, text: str, certificate: str | None = Non
 
 def verified_peer(connection: SSL.Connection, trust: OuterTls) -> VerifiedPeer:
     """What the finished handshake of ``connection`` verified about the party."""
-    try:
-        chain = connection.get_verified_chain() or []
-        identity, credential = _read(tuple(crypto.dump_certificate(crypto.FILETYPE_ASN1, one) for one in chain))
-    except Exception as error:
-        # OpenSSL takes what ``cryptography`` cannot read, such as a version or a date that there is not. It was signed
-        # by one of ours, so this is no attack and no bug; but who it is nobody can say, and nobody is let in.
-        return VerifiedPeer(identity=nobody(error), credential=Credential(b"", (), 0.0), trust=trust)
+    chain = connection.get_verified_chain()
     if not chain:
         # Unreachable with FAIL_IF_NO_PEER_CERT; if it ever is reached, nobody is let in on the strength of it.
         raise AssertionError("a handshake without a verified certificate chain")
+    identity, credential = _read(tuple(crypto.dump_certificate(crypto.FILETYPE_ASN1, one) for one in chain))
     return VerifiedPeer(identity=identity, credential=credential, trust=trust)
 
 
 @functools.lru_cache(maxsize=_READ_BEFORE)
 def _read(chain: tuple[bytes, ...]) -> tuple[PeerIdentity, Credential]:
     """What a verified chain in DER, the leaf first, says of its party."""
-    if not chain:
-        return nobody(ValueError("no certificate")), Credential(b"", (), 0.0)
-    certificates = [x509.load_der_x509_certificate(der) for der in chain]
-    not_after = min(certificate.not_valid_after_utc.timestamp() for certificate in certificates)
+    try:
+        certificates = [x509.load_der_x509_certificate(der) for der in chain]
+        not_after = min(certificate.not_valid_after_utc.timestamp() for certificate in certificates)
+    except Exception as error:
+        # OpenSSL takes what ``cryptography`` cannot read, such as a version or a date that there is not. It was signed
+        # by one of ours, so this is no attack and no bug; but who it is nobody can say, and nobody is let in.
+        return nobody(error), Credential(b"", (), 0.0)
     return identities(certificates[0]), _credential(chain[:-1] or chain, not_after)
 
 

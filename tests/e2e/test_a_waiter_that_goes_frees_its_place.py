@@ -195,7 +195,7 @@ async def test_leaving_at_the_moment_of_being_paired(site: Site, delay: int, goo
         "LEAVE": {"handoff-aborted"},
         "garbage": {"protocol-error"},
         # To a leg that is paired already it is the answer of its hand-off, and then an end without a byte.
-        "close_notify": {"handoff-aborted", "closed", "reset"},
+        "close_notify": {"handoff-aborted", "closed", "reset", "hung-up"},
     }
     async with site.relay() as relay:
         for _ in range(6):
