@@ -53,7 +53,8 @@ from frelay.route import LiveRoute
 from frelay.sockets import look_up
 from frelay.systemd import RESERVED, Inherited, ServiceManager
 from frelay.tickets import TicketOffice
-from frelay.tls.context import OuterTls, load_outer_tls, openssl_version
+from frelay.tls.context import OuterTls, openssl_version
+from frelay.tls.loading import load_outer_tls
 
 if TYPE_CHECKING:
     from frelay.admin.office import Office
@@ -76,7 +77,7 @@ def prepare(
 ) -> OuterTls | None:
     """Load what the configuration refers to; raises ConfigError. This and loading the file is `frelay check`.
 
-    ``contents`` and ``now`` are those of :func:`~frelay.tls.context.load_outer_tls`.
+    ``contents`` and ``now`` are those of :func:`~frelay.tls.loading.load_outer_tls`.
     """
     find_account(config)
     if config.tls is None:
