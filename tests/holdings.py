@@ -45,7 +45,7 @@ def holdings(relay: RelayInProcess) -> Holdings:
         pipes_in_use=forwarding.pipes.in_use,
         waiting=relay.waiting(),
         pairings=len(inner.pairings),
-        retired_routes=len(inner._retired),
+        retired_routes=len(inner._now.retired),
         legs=admission.legs,
         free_slots=admission._free.value,
         hosts_with_strangers=len(admission._by_host),

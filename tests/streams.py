@@ -16,7 +16,7 @@ import trio
 from OpenSSL import SSL
 
 from frelay.config.load import load
-from frelay.tls.context import load_outer_tls
+from frelay.tls.loading import load_outer_tls
 from frelay.tls.stream import TlsStream
 from rig import Site
 

@@ -22,12 +22,13 @@ import trio
 
 from frelay.admin.office import Counts
 from frelay.config.model import Config
-from frelay.config.plan import ListenerKey, Plan, listener_key, plan
+from frelay.config.plan import ListenerKey, listener_key, plan
 from frelay.config.written import config_as_written
 from frelay.errors import ConfigError, Problem
 from frelay.journal import Draining
 from frelay.listener import Listener
-from frelay.relay import Relay, Staged, prepare
+from frelay.relay import Relay, prepare
+from frelay.reload import Staged
 from frelay.systemd import Inherited, ServiceManager
 from frelay.tls.context import OuterTls
 from frelay.workers.letters import Papers, counts_to_json, key_to_json
@@ -113,7 +114,8 @@ class Supervisor(Relay):
 
     # --- changing ----------------------------------------------------------------------------------------------
 
-    async def _prepare(self, config: Config) -> OuterTls | None:
+    async def prepare(self, config: Config) -> OuterTls | None:
+        """As in a relay; what was read is kept for the workers."""
         contents: dict[Path, bytes] = {}
         now = time.time()
         load = partial(prepare, config, contents=contents, now=now)
@@ -124,13 +126,13 @@ class Supervisor(Relay):
     async def stage(self, new: Config, trust: OuterTls | None, *, instead_of: Config | None) -> Staged:
         """As in a relay; and each worker has staged its share."""
         changes, papers = plan(instead_of, new), self._read
-        opened = self._open_missing(new, await self._look_up_missing(new))
+        opened = await self._open_missing(new)
         placed = spread(map(listener_key, new.routes), (post.number for post in self.posts), self._placed)
         asked: list[tuple[Post, WorkerProcess]] = []
 
         async def put_in_force() -> None:
             self._papers, self._placed = papers, placed
-            self._take_over(new, trust, changes, opened)
+            self._hold(new, trust, opened)
             if not self._has_crew:
                 await self._assemble()
             else:
@@ -190,16 +192,15 @@ class Supervisor(Relay):
         except WorkerLost:
             worker.kill()  # it may have staged, and must not keep the sockets
 
-    def _take_over(
-        self, new: Config, trust: OuterTls | None, changes: Plan, opened: dict[ListenerKey, Listener]
-    ) -> None:
+    def _hold(self, new: Config, trust: OuterTls | None, opened: dict[ListenerKey, Listener]) -> None:
+        """Put ``new`` in force, of which this process serves no route: it keeps the sockets, for workers to come."""
         now = self._now
         now.config, now.trust = new, trust
         now.listeners |= opened
         needed = {listener_key(route) for route in new.routes}
         for key in [key for key in now.listeners if key not in needed]:
             now.listeners.pop(key).close()
-        self._announce(opened)
+        now.announce(opened)
 
     # --- the crew ----------------------------------------------------------------------------------------------
 
@@ -295,7 +296,7 @@ class Supervisor(Relay):
 
     async def _install_again(self, post: Post, worker: WorkerProcess) -> None:
         # What is in force must not change in the meantime.
-        async with self._changing:
+        async with self._reloader.changing:
             await self._install(post, worker)
 
     async def _watch_over(self, post: Post, worker: WorkerProcess) -> None:

@@ -29,7 +29,7 @@ import trio
 
 from frelay import log, privileges
 from frelay.admin.office import Counts
-from frelay.config.model import Address, Config
+from frelay.config.model import Config
 from frelay.config.plan import ListenerKey, listener_key
 from frelay.config.written import load_written
 from frelay.errors import ConfigError, Problem
@@ -37,7 +37,8 @@ from frelay.journal import Entry, Journal, RouteTotals
 from frelay.lag import LoopLag
 from frelay.listener import Listener
 from frelay.office import RelayOffice
-from frelay.relay import Places, Relay, Staged, prepare
+from frelay.relay import Relay, prepare
+from frelay.reload import Staged
 from frelay.tls.context import OuterTls
 from frelay.workers.channel import Channel, ChannelEnded, Received
 from frelay.workers.letters import (
@@ -65,22 +66,18 @@ class _WorkerRelay(Relay):
         super().__init__(config, watch_files=False, log=log)
         self.papers = papers
         """Those of the configuration that is to be prepared."""
-        self.everywhere = everywhere
-        """The names of all routes in force, those of other workers, too."""
+        self._now.everywhere = everywhere
         self.handed: Final[dict[ListenerKey, list[socket.socket]]] = {}
         """Sockets from the supervisor that nothing listens on yet."""
 
-    async def _prepare(self, config: Config) -> OuterTls | None:
+    async def prepare(self, config: Config) -> OuterTls | None:
         papers = self.papers
         return await trio.to_thread.run_sync(lambda: prepare(config, contents=dict(papers.contents), now=papers.at))
 
     async def _obey_signals(self, *, task_status: trio.TaskStatus[None]) -> None:
         task_status.started()  # they are the supervisor's
 
-    async def _look_up_missing(self, new: Config) -> Mapping[Address, Places]:
-        return {}  # what is bound was looked up by whoever bound it
-
-    def _open_missing(self, new: Config, places: Mapping[Address, Places]) -> dict[ListenerKey, Listener]:
+    async def _open_missing(self, new: Config) -> dict[ListenerKey, Listener]:
         missing = {listener_key(route): route.listen for route in new.routes}
         return {
             key: Listener(address, self.handed.pop(key))
@@ -88,23 +85,18 @@ class _WorkerRelay(Relay):
             if key not in self._now.listeners
         }
 
-    def _forget_if_gone(self, name: str) -> None:
-        # A route that has moved to another worker has its totals in both, and their sum must not fall.
-        if name not in self.everywhere:
-            super()._forget_if_gone(name)
-
     async def prepare_and_stage(self, new: Config, papers: Papers) -> Staged:
         """Everything of a reload that can fail."""
         self.papers = papers
-        trust = await self._prepare(new)
-        self._forbid_when_draining()
-        return await self.stage(new, trust, instead_of=self.config)
+        return await self._reloader.stage(new)
 
-    def forget_what_is_gone(self) -> None:
-        """Forget the totals of routes that are in force nowhere any more."""
+    async def put_in_force(self, staged: Staged, everywhere: frozenset[str]) -> None:
+        """The rest of it, after which ``everywhere`` are the names of all routes in force."""
+        self._now.everywhere = everywhere
+        await staged.put_in_force()
         for name in tuple(self.journal.totals):
             if name:
-                self._forget_if_gone(name)
+                self._now.forget_if_gone(name)
 
 
 class _Outbox:
@@ -220,10 +212,11 @@ class _Worker:
         message = first.message
         config = await trio.to_thread.run_sync(load_written, message["config"])
         papers = Papers.from_json(message["papers"])
-        relay = _WorkerRelay(config, papers, frozenset(message["everywhere"]), log=self._relay_log)
+        everywhere = frozenset(message["everywhere"])
+        relay = _WorkerRelay(config, papers, everywhere, log=self._relay_log)
         self._take_sockets(relay, first)
         if message["counts"] is not None:
-            _continue_from(counts_from_json(message["counts"]), relay.journal, relay.everywhere)
+            _continue_from(counts_from_json(message["counts"]), relay.journal, everywhere)
         return relay
 
     def _take_sockets(self, relay: _WorkerRelay, received: Received) -> None:
@@ -296,9 +289,7 @@ class _Worker:
     async def _commit(self, message: Mapping[str, Any]) -> None:
         if self._staged is None:
             raise AssertionError("a commit of nothing")
-        self._relay.everywhere = frozenset(message["everywhere"])
-        await self._staged.put_in_force()
-        self._relay.forget_what_is_gone()
+        await self._relay.put_in_force(self._staged, frozenset(message["everywhere"]))
         self._staged = None
 
     async def _abandon(self) -> None:

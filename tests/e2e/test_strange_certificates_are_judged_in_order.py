@@ -21,7 +21,7 @@ from frelay.config.load import load
 from frelay.pki.authority import Authority
 from frelay.pki.files import certificates_pem
 from frelay.tls.context import Credential as Judged
-from frelay.tls.context import load_outer_tls
+from frelay.tls.loading import load_outer_tls
 from rig import Party, RelayInProcess, Site, eventually
 
 FUNC1: Final = [x509.DNSName("func1.demo")]

@@ -279,7 +279,7 @@ class World:
             "strangers": len(inner.admission._by_host),
             "pairings": len(inner.pairings),
             "pairings in all": inner._forwarding.pairings,
-            "retired": len(inner._retired),
+            "retired": len(inner._now.retired),
             "pipes": inner._forwarding.pipes.descriptors,
             "wires": len(inner._forwarding.readiness),
             "tickets": len(inner._tickets),
@@ -311,7 +311,7 @@ class World:
                 for name, live in relay.routes.items()
             },
             "pairings": {name: pairings(live) for name, live in relay.routes.items()},
-            "retired": sorted((live.name, pairings(live)) for live in relay._retired),
+            "retired": sorted((live.name, pairings(live)) for live in relay._now.retired),
             "totals": {
                 name: (
                     dict(totals.outcomes),

@@ -97,6 +97,18 @@ HOUSE: Final = (
         "fastapi starlette hypercorn pydantic prometheus_client trio structlog",
         "what an operator sees and changes; it asks an Office, and does not know whose",
     ),
+    Room(
+        "in_force",
+        "errors outcome protocol journal config admission sockets tls lobby pairing route inspection listener systemd",
+        "trio",
+        "one configuration and what was made of it, replaced as a whole",
+    ),
+    Room(
+        "reload",
+        "errors journal config config.store config.watch systemd tls",
+        "trio",
+        "when a configuration changes, whatever there is to be replaced",
+    ),
     Room("office", "admin config config.store errors journal lobby protocol", "", "the relay's side of that"),
     Room(
         "servers",
@@ -106,14 +118,14 @@ HOUSE: Final = (
     ),
     Room(
         "relay",
-        f"{LEAVES} journal config config.store config.watch names admission privileges sockets tls tickets lobby pump "
-        "pairing route reception inspection listener systemd office servers",
+        f"{LEAVES} journal config config.store config.watch names admission privileges tls tickets lobby pump pairing "
+        "route reception inspection listener systemd in_force reload office servers",
         "trio structlog",
         "the nursery tree",
     ),
     Room(
         "workers",
-        "admin config errors journal lag listener log office outcome privileges relay systemd tls",
+        "admin config errors journal lag listener log office outcome privileges reload relay systemd tls",
         "trio structlog",
         "loaded only by a relay with several processes; it divides a relay, and knows nothing of a connection",
     ),
@@ -349,6 +361,8 @@ def test_the_reader_of_imports_misses_none() -> None:
         ("frelay.relay", "frelay.cli.app"),
         ("frelay.tls.stream", "frelay.relay"),
         ("frelay.lobby", "frelay.leg"),
+        ("frelay.reload", "frelay.in_force"),
+        ("frelay.in_force", "frelay.relay"),
         ("frelay.relay", "frelay.client.blocking"),
         ("frelay.listener", "frelay.pki.authority"),
     ],

@@ -22,8 +22,8 @@ from frelay.pki.authority import Authority
 from frelay.pki.files import crl_number, read_certificates, read_crl
 from frelay.pki.init import initialise, summary
 from frelay.protocol.identity import match, parse_selector
-from frelay.tls.context import load_outer_tls
 from frelay.tls.identity import identities
+from frelay.tls.loading import load_outer_tls
 
 NAMES = [
     "certs/ca.pem",

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from certs import Credential, TestAuthority, content, der, elements, pem, san_der
 from frelay.config.load import load
 from frelay.errors import ConfigError
-from frelay.tls.context import load_outer_tls
+from frelay.tls.loading import load_outer_tls
 from rig import Site
 
 Edit = Callable[[list[bytes]], None]

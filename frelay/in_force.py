@@ -1,0 +1,260 @@
+"""What is in force: one configuration, with the certificates, routes and listeners that were made of it.
+
+It is replaced as a whole, in two halves. :meth:`InForce.open_missing` is the one that can fail: it finds and binds the
+addresses that nobody has yet, all or none. :meth:`InForce.take_over` cannot: it swaps the references and stops what is
+gone. A route whose wiring is unchanged keeps its socket, its waiting legs and its pairings. One that was removed or
+replaced has *retired*: it takes nobody in any more, and is known until its last pairing has ended.
+
+Nothing here starts a task. Who has the nursery says how a new listener is served.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import trio
+
+from frelay.admission import Admission
+from frelay.config.model import Address, Config, Route
+from frelay.config.plan import ListenerKey, Plan, listener_key
+from frelay.errors import ConfigError, Problem
+from frelay.inspection import judge_again
+from frelay.journal import Journal
+from frelay.listener import Listener
+from frelay.lobby import Withdrawn
+from frelay.outcome import Outcome
+from frelay.pairing import Forwarding, Pairing
+from frelay.protocol.messages import Refused
+from frelay.route import LiveRoute
+from frelay.sockets import look_up
+from frelay.systemd import RESERVED, Inherited
+from frelay.tls.context import OuterTls
+
+__all__ = ["InForce"]
+
+_Places = tuple[Address, ...] | OSError
+"""What the name of an address stands for, or why nobody knows."""
+
+
+class InForce:
+    """The configuration in force, and what it made; at first ``config`` with nothing made of it.
+
+    ``serve`` gives a listener that is new its task, and is called with the key under which its routes are found.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        admission: Admission,
+        forwarding: Forwarding,
+        journal: Journal,
+        inherited: Inherited,
+        log: Any,
+        serve: Callable[[ListenerKey, Listener], None],
+    ) -> None:
+        self._admission: Final = admission
+        self._forwarding: Final = forwarding
+        self._journal: Final = journal
+        self._inherited: Final = inherited
+        self._log: Final[Any] = log
+        self._serve: Final = serve
+        self.config = config
+        self.trust: OuterTls | None = None
+        self.routes: dict[str, LiveRoute] = {}
+        self.listeners: dict[ListenerKey, Listener] = {}
+        self.tables: dict[ListenerKey, dict[str, LiveRoute]] = {}
+        """The routes behind each listener."""
+        self.retired: Final[set[LiveRoute]] = set()
+        """Routes that were removed or replaced and still have pairings."""
+        self.everywhere: frozenset[str] = frozenset()
+        """In a worker, the names of all routes in force, those of other workers, too."""
+        self.inspection_due = trio.Event()
+
+    # --- looking -----------------------------------------------------------------------------------------------
+
+    @property
+    def all_routes(self) -> tuple[LiveRoute, ...]:
+        """The routes in force, and those that have retired."""
+        return (*self.routes.values(), *self.retired)
+
+    @property
+    def pairings(self) -> list[Pairing]:
+        """All pairings that run, those of retired routes too."""
+        return [pairing for route in self.all_routes for pairing in route.pairings.values()]
+
+    def describe(self) -> str:
+        """How much it is, in half a line for systemctl."""
+        routes, addresses = len(self.config.routes), len(self.listeners)
+        return f"{routes} route{'' if routes == 1 else 's'} on {addresses} address{'' if addresses == 1 else 'es'}"
+
+    # --- what can fail -----------------------------------------------------------------------------------------
+
+    async def open_missing(self, new: Config) -> dict[ListenerKey, Listener]:
+        """Bind what ``new`` needs and nobody has yet; raises ConfigError with nothing bound."""
+        places = await self._look_up_missing(new)
+        return self._open(self._missing(new), places)
+
+    def _missing(self, new: Config) -> dict[ListenerKey, list[Route]]:
+        """What ``new`` needs and nobody has bound yet: the routes that share each."""
+        missing: dict[ListenerKey, list[Route]] = {}
+        for route in new.routes:
+            if listener_key(route) not in self.listeners:
+                missing.setdefault(listener_key(route), []).append(route)
+        return missing
+
+    async def _look_up_missing(self, new: Config) -> Mapping[Address, _Places]:
+        """The IP addresses that are to be bound for ``new``. A name server may let us wait, while all else goes on."""
+        found: dict[Address, _Places] = {}
+
+        async def look(address: Address) -> None:
+            try:
+                found[address] = await look_up(address)
+            except OSError as error:
+                found[address] = error
+
+        async with trio.open_nursery() as nursery:
+            for address in {sharers[-1].listen for sharers in self._missing(new).values()}:
+                nursery.start_soon(look, address)
+        return found
+
+    def _open(
+        self, wanted: dict[ListenerKey, list[Route]], places: Mapping[Address, _Places]
+    ) -> dict[ListenerKey, Listener]:
+        """Bind all the new addresses or none; each comes with the routes that share it."""
+        opened: dict[ListenerKey, Listener] = {}
+        problems = []
+        for key, sharers in wanted.items():
+            route = sharers[-1]
+            names = [sharer.name for sharer in sharers]
+            try:
+                found = places[route.listen]
+                if isinstance(found, OSError):
+                    raise found
+                passed = self._inherited.open(names, route.listen, found)
+                opened[key] = Listener(route.listen, passed) if passed else Listener.open(route.listen, found)
+            except (OSError, ValueError) as error:
+                text = f"cannot listen on {route.listen}: {getattr(error, 'strerror', None) or error}"
+                own = next((old for old in self.listeners.values() if old.address.overlaps(route.listen)), None)
+                if own is not None:
+                    text += (
+                        f"; this relay itself has {own.address}: remove that route in one reload, add this in a second"
+                    )
+                elif self._inherited.were_taken(names):
+                    text += "; systemd holds it, since it once passed it for a route that is gone: restart the relay"
+                problems.append(Problem(route.source, text, key=f"route[{route.name}].listen", is_conflict=True))
+        if problems:
+            for listener in opened.values():
+                listener.close()
+            raise ConfigError(problems)
+        return opened
+
+    # --- what cannot -------------------------------------------------------------------------------------------
+
+    def take_over(
+        self, new: Config, trust: OuterTls | None, changes: Plan, opened: dict[ListenerKey, Listener]
+    ) -> None:
+        """Put ``new`` in force. Nothing in here can fail."""
+        needed = {listener_key(route) for route in new.routes}
+        old_routes = self.routes
+        keep = {kept.route.name for kept in changes.keep}
+        self.config, self.trust = new, trust
+        self.inspection_due.set()
+        ends = new.relay.policy_ends_pairings
+        self.routes = {}
+        self.tables = {key: {} for key in needed}
+        for route in new.routes:
+            if route.name in keep:
+                live = old_routes[route.name]
+                live.retune(route, new.limits, policy_ends_pairings=ends)
+            else:
+                live = LiveRoute(
+                    route,
+                    new.limits,
+                    policy_ends_pairings=ends,
+                    forwarding=self._forwarding,
+                    trust=lambda: self.trust,
+                )
+            self.routes[route.name] = live
+            self._journal.keep(route.name)
+            self.tables[listener_key(route)][route.name] = live
+        self._admission.limits = new.limits
+        for key, listener in opened.items():
+            self.listeners[key] = listener
+            self._serve(key, listener)
+        self.announce(opened)
+        for name, live in old_routes.items():
+            if name not in keep:
+                self._retire(live)
+                self.forget_if_gone(name)
+        for key in [key for key in self.listeners if key not in needed]:
+            self.listeners.pop(key).stop()
+
+    def announce(self, opened: dict[ListenerKey, Listener]) -> None:
+        """Say where it listens now, and let go of what systemd has passed for that."""
+        for route in self.config.routes:
+            key = listener_key(route)
+            if key in opened:
+                self._log.info("listening", route=route.name, address=", ".join(opened[key].bound))
+                if route.name not in RESERVED:
+                    for original in self._inherited.take(route.name):
+                        original.close()  # its duplicate listens
+
+    def _retire(self, live: LiveRoute) -> None:
+        if live.pairings:
+            self.retired.add(live)
+        settings = self.config.relay
+        patience = settings.drain_timeout if settings.policy_ends_pairings else math.inf
+        live.close(
+            Withdrawn(Refused("route-removed", f"the route {live.name!r} was removed or replaced", retry_after=1.0)),
+            outcome=Outcome.ROUTE_REMOVED,
+            cut_at=trio.current_time() + patience,
+        )
+
+    # --- what comes of it --------------------------------------------------------------------------------------
+
+    def unpair(self, route: LiveRoute, pairing: Pairing) -> None:
+        """``pairing`` has ended, and with its last one a retired route."""
+        route.unpair(pairing)
+        if not route.pairings:
+            self.retired.discard(route)
+            self.forget_if_gone(route.name)
+
+    def forget_if_gone(self, name: str) -> None:
+        """Give up the totals of a route that is not in force, once no pairing of that name runs any more."""
+        # A name that was removed, added and removed again may have retired twice. One that has moved to another worker
+        # has its totals in both, and their sum must not fall.
+        if name not in self.routes and name not in self.everywhere and all(live.name != name for live in self.retired):
+            self._journal.forget(name)
+
+    async def inspect_when_due(self) -> None:
+        """After each reload: those who are in came in by certificates and lists that may not be the ones in force."""
+        while True:
+            await self.inspection_due.wait()
+            self.inspection_due = trio.Event()
+            if self.trust is None:
+                continue
+            try:
+                await judge_again(
+                    self.all_routes,
+                    self.trust,
+                    ends_pairings=self.config.relay.policy_ends_pairings,
+                )
+            except Exception:
+                # As with a reload: what nobody thought of must not end the pairings of everybody.
+                self._log.exception("a bug in frelay ended the inspection after this reload")
+
+    def warn_of_unclaimed_sockets(self) -> None:
+        """Once the first configuration is in force."""
+        for name, places in self._inherited.unclaimed.items():
+            if name in RESERVED and getattr(self.config, name) is not None:
+                continue
+            self._log.warning(
+                "systemd passed a socket that nothing here uses",
+                name=name,
+                address=", ".join(places),
+                remedy="set FileDescriptorName= in its unit to the name of a route with that listen address, "
+                "or to admin or metrics where the route file has that section",
+            )
