@@ -81,7 +81,7 @@ THROUGH_FAULTS: Final = os.environ.get("FRELAY_THROUGH_FAULTS", "")
 """A seed: then all parties of all tests reach their relay through a network that splits and merges segments by it."""
 
 direct: Final = pytest.mark.skipif(THROUGH_FAULTS != "", reason="about the one connection between party and relay")
-"""Marks a test that would be about the network between them: addresses, segments, what waits where in the kernel."""
+"""Marks a test that is about what waits in the kernel between the two, or that has a network of its own."""
 
 PATIENCE: Final = 20.0
 """Seconds after which a wait for an event is a failure; on an idle machine all of them take milliseconds."""

@@ -132,7 +132,7 @@ async def test_bytes_and_half_close_are_as_without_it(site: Site, mode1: Mode, m
         assert (ended["bytes_func1_to_func2"], ended["bytes_func2_to_func1"]) == (len(question), len(answer))
 
 
-@direct
+@direct  # the network would not read on to the reset while it has bytes that nobody takes
 @pytest.mark.parametrize("who", ["func1", "func2"])
 async def test_a_reset_is_told_while_bytes_wait_for_their_turn(site: Site, who: str) -> None:
     """What the victim had sent before would last for minutes at this rate; the other is told at the next turn."""
