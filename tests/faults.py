@@ -16,9 +16,13 @@ How a network lets a connection down, in :attr:`Weather.fault`:
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import random
+import select
 import socket
 import struct
+import termios
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -26,7 +30,7 @@ from typing import Final, Literal
 
 import trio
 
-__all__ = ["Fault", "FaultyNetwork", "Weather", "a_network"]
+__all__ = ["Fault", "FaultyNetwork", "Weather", "a_network", "descriptors_of_networks"]
 
 Fault = Literal["cut", "reset", "silence"]
 
@@ -37,6 +41,10 @@ _COARSE: Final = (1460, 4096, 16 * 1024, 64 * 1024)
 _INTRICATE: Final = 8 * 1024
 _LONGEST_DELAY: Final = 0.005
 _TCP_CLOSE: Final = 7  # include/net/tcp_states.h
+# How often is looked for what the kernel tells nobody, in seconds.
+_LOOKS: Final = 0.005
+# Who has taken nothing for so many looks is not waited for.
+_STANDS_STILL: Final = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +72,21 @@ class _Connection:
     number: int
     ended: set[trio.SocketStream] = field(default_factory=set)
     """The sides that were sent FIN."""
+    broken: dict[trio.SocketStream, int] = field(default_factory=dict)
+    """The sides that were found to be gone, and with which error."""
+
+    def note(self, side: trio.SocketStream, error: trio.BrokenResourceError) -> None:
+        """``side`` broke with ``error``. Linux tells of a reset once, and whoever comes later finds another error."""
+        cause = error.__cause__
+        self.broken.setdefault(side, (cause.errno or 0) if isinstance(cause, OSError) else 0)
+
+    def was_reset(self, side: trio.SocketStream) -> bool:
+        """Whether ``side``, which reads as ended, is gone by an RST alone. It is EPIPE where FIN had come before."""
+        if side in self.ended or not _is_dead(side):
+            return False
+        if side not in self.broken and side.socket.fileno() != -1:
+            self.broken[side] = side.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        return self.broken.get(side) != errno.EPIPE
 
 
 class FaultyNetwork:
@@ -74,30 +97,36 @@ class FaultyNetwork:
         self.has_struck = False
         """Whether the fault has come."""
         self._nursery = nursery
-        self._ways: dict[int, int] = {}
+        self._ways: dict[tuple[str, int], int] = {}
         self._count = 0
         self._open: set[trio.SocketStream] = set()
+        self._listeners: set[socket.socket] = set()
+        self._watches: set[select.epoll] = set()
         self.port_beyond: Final[dict[int, int]] = {}
         """Under which port the other side sees a connection, by the port that it really comes from."""
         chance = random.Random(f"fault {weather.seed}")
         self._victim = (chance.randrange(weather.connections), chance.choice(("forth", "back")))
         self._at = chance.randrange(weather.fault_within)
 
-    def way_to(self, port: int) -> int:
-        """A port of 127.0.0.1 that leads to ``port`` through this network."""
-        if port not in self._ways:
-            sock = socket.create_server(("127.0.0.1", 0), backlog=4096)
-            self._ways[port] = sock.getsockname()[1]
+    def way_to(self, port: int, host: str = "127.0.0.1") -> int:
+        """A port of ``host`` that leads to ``port`` of it through this network."""
+        way = (host, port)
+        if way not in self._ways:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            sock = socket.create_server((host, 0), family=family, backlog=4096)
+            self._ways[way] = sock.getsockname()[1]
             listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
             sock.setblocking(False)
-            self._nursery.start_soon(self._serve, listener, port)
-        return self._ways[port]
+            self._listeners.add(sock)
+            self._nursery.start_soon(self._serve, listener, host, port)
+        return self._ways[way]
 
-    async def _serve(self, listener: trio.SocketListener, port: int) -> None:
+    async def _serve(self, listener: trio.SocketListener, host: str, port: int) -> None:
         async def carry(near: trio.SocketStream) -> None:
             number, self._count = self._count, self._count + 1
             try:
-                far = await trio.open_tcp_stream("127.0.0.1", port)
+                # Whoever comes from 127.0.0.2 is seen to do so beyond, too; only the port is another.
+                far = await trio.open_tcp_stream(host, port, local_address=near.socket.getpeername()[0])
             except OSError:
                 _reset(near)  # nobody listens there any more
                 return
@@ -105,6 +134,20 @@ class FaultyNetwork:
 
         async with listener:
             await trio.serve_listeners(carry, [listener], handler_nursery=self._nursery)
+
+    def descriptors(self) -> set[int]:
+        """What is open here: none of it is the relay's, though it may be of the same process."""
+        found = {stream.socket.fileno() for stream in self._open}
+        found |= {listener.fileno() for listener in self._listeners}
+        return found | {watch.fileno() for watch in self._watches}
+
+    def tasks(self) -> int:
+        """How many tasks this network consists of."""
+
+        def count(nursery: trio.Nursery) -> int:
+            return sum(1 + sum(map(count, task.child_nurseries)) for task in nursery.child_tasks)
+
+        return count(self._nursery)
 
     async def _connect(self, number: int, near: trio.SocketStream, far: trio.SocketStream) -> None:
         connection = _Connection(number)
@@ -117,6 +160,10 @@ class FaultyNetwork:
             async with trio.open_nursery() as both:
                 both.start_soon(self._carry, connection, "forth", near, far)
                 both.start_soon(self._carry, connection, "back", far, near)
+            # A side that is gone was not sent all of the other's. To close with that unread is RST, as from a host that
+            # is gone, but it must not destroy what was said before.
+            await _delivered(near)
+            await _delivered(far)
         except* trio.BrokenResourceError:
             # Either side was reset: then so is the other.
             _reset(near)
@@ -142,11 +189,22 @@ class FaultyNetwork:
         chance = random.Random(f"{weather.seed} {number} {name}")
         left = self._at if weather.fault is not None and (number, name) == self._victim else None
         passed = 0
-        while data := await source.receive_some(_size(chance, passed)):
-            if chance.random() < 0.2:
+
+        async def receive() -> bytes:
+            try:
+                data = bytes(await source.receive_some(_size(chance, passed)))
+            except trio.BrokenResourceError as error:
+                connection.note(source, error)
+                # An RST overtakes nothing that was acknowledged, and that it was, by us.
+                await _delivered(sink)
+                raise
+            if data and chance.random() < 0.2:
                 # Merge: what comes next may yet travel with this.
                 await self._pause(chance)
                 data += _what_is_there(source)
+            return data
+
+        while data := await receive():
             while data:
                 size = _size(chance, passed)
                 piece, data = data[:size], data[size:]
@@ -155,20 +213,38 @@ class FaultyNetwork:
                     raise _LetDownError
                 try:
                     await sink.send_all(piece)
-                except trio.BrokenResourceError:
+                except trio.BrokenResourceError as error:
                     # What the sink said before it broke is still under way; whoever reads it finds the break.
+                    connection.note(sink, error)
                     return
                 passed += len(piece)
                 left = None if left is None else left - len(piece)
                 await self._pause(chance)
-        if source not in connection.ended and _is_dead(source):
-            # Linux tells of a reset once, and told the one who sent; to us it looks like FIN.
+        if connection.was_reset(source):
+            await _delivered(sink)
             raise trio.BrokenResourceError
         connection.ended.add(sink)
         try:
             await sink.send_eof()
         except trio.BrokenResourceError:
             return
+        # An RST may follow the FIN, from a host that takes no answer any more. No read finds it.
+        await self._hung_up(source)
+        if source not in connection.ended:
+            await _delivered(sink)
+            raise trio.BrokenResourceError
+
+    async def _hung_up(self, stream: trio.SocketStream) -> None:
+        """Wait until both directions of ``stream`` are over."""
+        if stream.socket.fileno() == -1:
+            return  # see go_down
+        with select.epoll() as watch:
+            watch.register(stream.socket.fileno(), 0)  # EPOLLHUP comes unasked
+            self._watches.add(watch)
+            try:
+                await trio.lowlevel.wait_readable(watch.fileno())
+            finally:
+                self._watches.discard(watch)
 
     async def _pause(self, chance: random.Random) -> None:
         if self.weather.delays and chance.random() < 0.1:
@@ -202,14 +278,25 @@ def _is_dead(stream: trio.SocketStream) -> bool:
     return stream.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE
 
 
+async def _delivered(stream: trio.SocketStream) -> None:
+    """Wait until all that was sent is acknowledged; not for who takes nothing, nor for who is gone."""
+    left, stands_still = -1, 0
+    while not _is_dead(stream) and stands_still < _STANDS_STILL:
+        before = left
+        (left,) = struct.unpack("i", fcntl.ioctl(stream.socket.fileno(), termios.TIOCOUTQ, bytes(4)))
+        if left == 0:
+            return
+        stands_still = stands_still + 1 if left == before else 0
+        await trio.sleep(_LOOKS)
+
+
 def _what_is_there(stream: trio.SocketStream) -> bytes:
-    try:
-        return stream.socket._sock.recv(65536)  # type: ignore[attr-defined, no-any-return]
-    except BlockingIOError:
-        return b""
-    except OSError as error:
-        # It is told once; the next read would find what looks like FIN.
-        raise trio.BrokenResourceError from error
+    count = bytearray(4)
+    if stream.socket.fileno() != -1:  # see FaultyNetwork.go_down
+        fcntl.ioctl(stream.socket.fileno(), termios.FIONREAD, count)
+    if not any(count):
+        return b""  # and an error that is pending, which is told once, is left to the next read
+    return stream.socket._sock.recv(65536)  # type: ignore[attr-defined, no-any-return]
 
 
 async def _end(stream: trio.SocketStream) -> None:
@@ -228,12 +315,22 @@ def _reset(stream: trio.SocketStream) -> None:
         stream.socket.close()
 
 
+_networks: Final[set[FaultyNetwork]] = set()
+
+
+def descriptors_of_networks() -> set[int]:
+    """The descriptors of this process that are networks'."""
+    return {descriptor for network in _networks for descriptor in network.descriptors()}
+
+
 @asynccontextmanager
 async def a_network(weather: Weather) -> AsyncIterator[FaultyNetwork]:
     """A network that is there for as long as the context."""
     async with trio.open_nursery() as nursery:
         network = FaultyNetwork(weather, nursery)
+        _networks.add(network)
         try:
             yield network
         finally:
+            _networks.discard(network)
             nursery.cancel_scope.cancel()

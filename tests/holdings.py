@@ -40,7 +40,7 @@ def holdings(relay: RelayInProcess) -> Holdings:
     return Holdings(
         # Free pipes stay in their pool, bounded; they are not what a leak looks like.
         descriptors=len(open_descriptors()) - 2 * len(forwarding.pipes._free),
-        tasks=trio.lowlevel.current_statistics().tasks_living,
+        tasks=trio.lowlevel.current_statistics().tasks_living - (relay.network.tasks() if relay.network else 0),
         watched_wires=len(forwarding.readiness),
         pipes_in_use=forwarding.pipes.in_use,
         waiting=relay.waiting(),

@@ -40,7 +40,7 @@ import structlog
 import trio
 
 from certs import Credential, TestAuthority
-from faults import FaultyNetwork, Weather, a_network
+from faults import FaultyNetwork, Weather, a_network, descriptors_of_networks
 from frelay.config.load import load
 from frelay.relay import Relay
 
@@ -81,7 +81,7 @@ THROUGH_FAULTS: Final = os.environ.get("FRELAY_THROUGH_FAULTS", "")
 """A seed: then all parties of all tests reach their relay through a network that splits and merges segments by it."""
 
 direct: Final = pytest.mark.skipif(THROUGH_FAULTS != "", reason="about the one connection between party and relay")
-"""Marks a test that would be about the network between them: addresses, segments, what waits where in the kernel."""
+"""Marks a test that is about what waits in the kernel between the two, or that has a network of its own."""
 
 PATIENCE: Final = 20.0
 """Seconds after which a wait for an event is a failure; on an idle machine all of them take milliseconds."""
@@ -378,8 +378,8 @@ async def at_any_pace(test: Callable[[float], Awaitable[None]], limit: float) ->
 
 def address_seen(relay: RelayInProcess | RelayProcess, party: Party) -> str:
     """The address of ``party`` as ``relay`` sees it."""
-    port = party.socket.getsockname()[1]
-    return f"127.0.0.1:{port if relay.network is None else relay.network.port_beyond[port]}"
+    host, port = party.socket.getsockname()[:2]
+    return f"{host}:{port if relay.network is None else relay.network.port_beyond[port]}"
 
 
 @contextmanager
@@ -393,10 +393,13 @@ def reserved_port() -> Iterator[int]:
 
 
 def open_descriptors(pid: int | str = "self") -> dict[int, str]:
-    """The descriptors of a process and what they are."""
+    """The descriptors of a process and what they are, without those of the network between parties and relay."""
     found = {}
+    others = descriptors_of_networks() if pid == "self" else set()
     directory = f"/proc/{pid}/fd"
     for name in os.listdir(directory):
+        if int(name) in others:
+            continue
         try:
             found[int(name)] = os.readlink(f"{directory}/{name}")
         except FileNotFoundError:
@@ -408,6 +411,14 @@ def descriptor_kinds() -> Counter[str]:
     """How many descriptors of each kind that a relay opens this process has."""
     kinds = Counter(link.partition("[")[0] for link in open_descriptors().values())
     return Counter({kind: kinds[kind] for kind in ("socket:", "pipe:", "anon_inode:")})
+
+
+def _way(address: str, network: FaultyNetwork | None) -> int:
+    """The port on which parties find who listens on ``address``."""
+    host, _, port = address.rpartition(":")
+    if network is None:
+        return int(port)
+    return network.way_to(int(port), "::1" if host == "[::1]" else "127.0.0.1")
 
 
 # --- relays ---------------------------------------------------------------------------------------------------------
@@ -424,8 +435,11 @@ class RelayInProcess:
 
     def port(self, route: str = "demo") -> int:
         """Where parties find ``route``."""
-        port = int(self.relay.bound(route)[0].rpartition(":")[2])
-        return port if self.network is None else self.network.way_to(port)
+        return _way(self.relay.bound(route)[0], self.network)
+
+    def own_port(self, route: str = "demo") -> int:
+        """Where the relay itself listens, whatever lies between."""
+        return _way(self.relay.bound(route)[0], None)
 
     def logged(self, event: str, **fields: Any) -> list[MutableMapping[str, Any]]:
         """The log entries of this name with these fields, so far."""
@@ -492,8 +506,12 @@ class RelayProcess:
         return found[count - 1]
 
     def port(self, route: str = "demo") -> int:
-        port = int(self.logged("listening", route=route)[-1]["address"].rpartition(":")[2])
-        return port if self.network is None else self.network.way_to(port)
+        """Where parties find ``route``."""
+        return _way(self.logged("listening", route=route)[-1]["address"], self.network)
+
+    def own_port(self, route: str = "demo") -> int:
+        """Where the relay itself listens, whatever lies between."""
+        return _way(self.logged("listening", route=route)[-1]["address"], None)
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)

@@ -197,6 +197,7 @@ export class OneRecordAtATime extends Duplex {
   #socket;
   #isWanted = false;
   #isReleased = false;
+  #header = null; // of a record whose rest has not come yet
   #look = () => this.#read();
   #fail = (error) => this.destroy(error instanceof Error ? error : new Error('the connection to the relay broke'));
 
@@ -216,13 +217,17 @@ export class OneRecordAtATime extends Duplex {
     if (!this.#isWanted || this.#isReleased || this.destroyed) {
       return;
     }
-    const header = this.#socket.read(5);
-    if (header === null) {
-      return;
+    // Kept here, not put back until the rest has come: Node calls a socket readable anew for what is put back, at once and
+    // before it looks at the network again.
+    this.#header ??= this.#socket.read(5);
+    if (this.#header === null || this.#header.length < 5) {
+      return; // less than five are the last before the end
     }
-    this.#socket.unshift(header);
-    const record = header.length < 5 ? null : this.#socket.read(5 + header.readUInt16BE(3));
-    if (record !== null) {
+    const length = this.#header.readUInt16BE(3);
+    const body = length === 0 ? Buffer.alloc(0) : this.#socket.read(length);
+    if (body?.length === length) {
+      const record = Buffer.concat([this.#header, body]);
+      this.#header = null;
       this.#isWanted = false;
       this.push(record);
     }
@@ -246,8 +251,12 @@ export class OneRecordAtATime extends Duplex {
   /** Gives the socket back, with all that has not been read from it. */
   release() {
     this.#isReleased = true;
-    return this.#socket
+    this.#socket
       .off('readable', this.#look).off('end', this.#fail).off('close', this.#fail).off('error', this.#fail);
+    if (this.#header !== null) {
+      this.#socket.unshift(this.#header);
+    }
+    return this.#socket;
   }
 }
 

@@ -14,7 +14,7 @@ from collections import Counter
 import pytest
 import trio
 
-from rig import DEMO, PATIENCE, Party, RelayProcess, Site, direct, eventually, pair
+from rig import DEMO, PATIENCE, Party, RelayProcess, Site, eventually, pair
 
 COUNT = int(os.environ.get("FRELAY_BURST", "300"))
 # The functions come from as many addresses as it takes to stay below max_pre_auth_per_ip; that one closes unheard.
@@ -56,7 +56,6 @@ async def come(site: Site, relay: RelayProcess, number: int, context: ssl.SSLCon
     party.close()
 
 
-@direct
 @pytest.mark.timeout(60 + COUNT)
 async def test_a_burst(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     """TESTPLAN 37: every single one gets an answer of the protocol; a queue has 16 places, so it may be a refusal."""
@@ -87,7 +86,6 @@ async def test_a_burst(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
             print(f"\n{COUNT} connects at once: {dict(words)} in {seconds:.1f} s")
 
 
-@direct
 async def test_over_the_limit_of_one_address_it_is_a_close(site: Site) -> None:
     """TESTPLAN 37: nothing was spoken yet, so nothing can be said; those within the limit are served."""
     route = DEMO + "max_waiting_per_party = 1000\n"

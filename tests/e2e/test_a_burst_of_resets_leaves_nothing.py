@@ -9,7 +9,7 @@ import trio
 
 from ends import OPEN, PAIRS_OF_MODES, PLAIN, End, block, join_ends
 from holdings import as_before, holdings
-from rig import RelayInProcess, Site, eventually
+from rig import RelayInProcess, Site, address_seen, eventually
 
 RESETS = 1000
 LIMITS = f"[limits]\nmax_pre_auth_per_ip = {3 * RESETS}\nmax_pairings = {2 * RESETS}\n"
@@ -20,12 +20,12 @@ DATA = block(20_000)
 
 async def crowd(site: Site, relay: RelayInProcess, count: int) -> list[tuple[End, End]]:
     """Pairings of a plain route, which cost no handshake; as (func1, func2), whoever has met whom."""
-    ends: dict[str, End] = {}
+    arrived: list[End] = []
     for _ in range(2 * count):
         end = End(await site.connect(relay, None, route="plain"), "plain")
-        host, port = end.party.socket.getsockname()
-        ends[f"{host}:{port}"] = end
+        arrived.append(end)
     await eventually(lambda: len(relay.logged("handed off", route="plain")) == count, "all are paired")
+    ends = {address_seen(relay, end.party): end for end in arrived}
     pairings = [pairing for pairing in relay.relay.pairings if pairing.route == "plain"]
     return [(ends[one.legs["func1"].address], ends[one.legs["func2"].address]) for one in pairings]
 

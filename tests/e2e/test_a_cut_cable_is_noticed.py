@@ -15,7 +15,7 @@ import trio
 
 from ends import OPEN, End, Mode, block, join_ends, pause_reading
 from netns import Network, network
-from rig import PATIENCE, Party, RelayProcess, Site, eventually, open_descriptors
+from rig import PATIENCE, Party, RelayProcess, Site, direct, eventually, open_descriptors
 
 ROUTES = OPEN + OPEN.replace('"demo"', '"lobby"')
 SHORT = """
@@ -31,6 +31,9 @@ user_timeout = 3
 
 CUTS = {"both ways": (True, True), "to func1 only": (True, False), "from func1 only": (False, True)}
 DATA = block(1 << 18)
+
+# The network between is one of these tests' own.
+pytestmark = direct
 
 
 @asynccontextmanager

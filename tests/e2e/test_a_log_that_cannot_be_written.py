@@ -129,6 +129,9 @@ async def test_what_was_lost_is_counted_afterwards(site: Site, tmp_path: Path) -
     writing = os.open(fifo, os.O_WRONLY)
     try:
         async with relay_logging_to(site, writing, "--log-format", "json") as (process, port):
+            # Who can be dialled has not written its first line yet: a thread does that.
+            with trio.fail_after(PATIENCE):
+                await trio.lowlevel.wait_readable(first)
             os.close(first)
             await meet(site, port)
             second = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)

@@ -57,14 +57,19 @@ async def test_a_route_carries_its_rate(site: Site, busy: str) -> None:
                     readers.append(Reader(receiver))
                     nursery.start_soon(flood, sender)
                     nursery.start_soon(readers[-1].run)
+            # A tunnel's first record has to come whole, raw bytes go as they come. So shares are equal once all flow.
+            await eventually(lambda: all(reader.count for reader in readers), "all flow")
+            before = [reader.count for reader in readers]
             await trio.sleep(seconds)
-            total, elapsed = sum(reader.count for reader in readers), trio.current_time() - began
+            counts, elapsed = [reader.count for reader in readers], trio.current_time() - began
+            total = sum(counts)
             nursery.cancel_scope.cancel()
         # A quarter of a second may be saved up before the flood.
         assert total <= RATE * (elapsed + 0.26) * 1.05
         assert total >= RATE * elapsed * 0.8
         ways = 1 if busy == "one way" else 2
-        each = [sum(reader.count for reader in readers[at : at + ways]) for at in range(0, len(readers), ways)]
+        since = [count - first for count, first in zip(counts, before, strict=True)]
+        each = [sum(since[at : at + ways]) for at in range(0, len(since), ways)]
         assert min(each) >= 0.6 * max(each)
 
     await at_any_pace(carry, 3.0)
@@ -133,7 +138,7 @@ async def test_bytes_and_half_close_are_as_without_it(site: Site, mode1: Mode, m
         assert (ended["bytes_func1_to_func2"], ended["bytes_func2_to_func1"]) == (len(question), len(answer))
 
 
-@direct
+@direct  # the network would not read on to the reset while it has bytes that nobody takes
 @pytest.mark.parametrize("who", ["func1", "func2"])
 async def test_a_reset_is_told_while_bytes_wait_for_their_turn(site: Site, who: str) -> None:
     """What the victim had sent before would last for minutes at this rate; the other is told at the next turn."""

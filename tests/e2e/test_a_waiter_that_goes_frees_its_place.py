@@ -194,7 +194,8 @@ async def test_leaving_at_the_moment_of_being_paired(site: Site, delay: int, goo
     outcomes = {
         "LEAVE": {"handoff-aborted"},
         "garbage": {"protocol-error"},
-        # To a leg that is paired already it is the answer of its hand-off, and then an end without a byte.
+        # To a leg that is paired already it is the answer of its hand-off, and then an end without a byte: FIN, and RST
+        # for what the relay had said meanwhile. How much of that has come when the hand-off is over is the network's.
         "close_notify": {"handoff-aborted", "closed", "reset", "hung-up"},
     }
     async with site.relay() as relay:

@@ -22,7 +22,7 @@ async def test_a_route_is_served_before_the_answer_is_read(site: Site) -> None:
         two = await site.party(relay, "func2", route="two")
         paired, _ = await pair(one, two)
         assert paired["route"] == "two"
-        assert answer.json()["bound"] == [f"127.0.0.1:{relay.port('two')}"]
+        assert answer.json()["bound"] == [f"127.0.0.1:{relay.own_port('two')}"]
         assert answer.headers["etag"] == answer.json()["etag"]
 
 
@@ -68,7 +68,7 @@ async def test_a_deleted_route_gives_its_port_back_and_others_never_notice(site:
     async with site.relay(OPEN, sections=ADMIN) as relay, admin(site) as api:
         one, two = await join_ends(site, relay)
         await api.put("/v1/routes/two", json=route_body())
-        port = relay.port("two")
+        port = relay.own_port("two")
         waiting = await site.party(relay, "func1", route="two")
         await waiting.join()
         await waiting.expect("WAITING")

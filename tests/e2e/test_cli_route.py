@@ -95,7 +95,7 @@ async def test_a_list_for_a_person_and_for_a_program(site: Site) -> None:
         shown = await route(site, "show", "demo")
     head, demo, other = said.stdout.splitlines()
     assert head.split() == ["NAME", "LISTEN", "FUNC1", "FUNC2", "WAITING", "1/2", "PAIRINGS", "BYTES", "FILE"]
-    address = f"127.0.0.1:{relay.port()}"
+    address = f"127.0.0.1:{relay.own_port()}"
     assert demo.split() == ["demo", address, "dns:func1.demo", "dns:func2.demo", "1/0", "0", "0", "B", str(site.config)]
     assert other.startswith("a-longer-name  127.0.0.1:")
     # Aligned: whatever is in a column, it begins where its heading does.

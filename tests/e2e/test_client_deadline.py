@@ -106,6 +106,7 @@ async def test_each_address_of_a_name_is_tried(site: Site, monkeypatch: pytest.M
     real = socket.getaddrinfo
     with reserved_port() as nobody:
         async with site.relay() as relay:
+            port_of_relay = relay.port()
 
             def getaddrinfo(host: Any, port: Any, *args: Any, **more: Any) -> Any:
                 if host != "relay.twice":
@@ -113,7 +114,7 @@ async def test_each_address_of_a_name_is_tried(site: Site, monkeypatch: pytest.M
                 if more.get("flags"):
                     raise socket.gaierror(socket.EAI_NONAME, "a name")
                 found = socket.AF_INET, socket.SOCK_STREAM, 6, ""
-                return [(*found, ("127.0.0.1", nobody)), (*found, ("127.0.0.1", relay.port()))]
+                return [(*found, ("127.0.0.1", nobody)), (*found, ("127.0.0.1", port_of_relay))]
 
             monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
             given = (options(site, "func1", "func2"), options(site, "func2", "func1"))

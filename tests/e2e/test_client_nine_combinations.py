@@ -10,7 +10,7 @@ import trio
 from clients import PAIRS_OF_CLIENTS, Client, answer, ask, meet, options
 from ends import block
 from frelay.protocol.messages import Mode
-from rig import DEMO, Site, direct, eventually
+from rig import DEMO, Site, eventually
 
 # Each mode on each side, and beside another one.
 MODES: tuple[tuple[Mode, Mode], ...] = (
@@ -40,7 +40,6 @@ async def test_two_clients_exchange_megabytes(site: Site, clients: tuple[Client,
         await eventually(lambda: relay.legs == 0, "the relay holds nothing")
 
 
-@direct
 async def test_the_clients_wait_for_each_other_over_ipv6(site: Site) -> None:
     async with site.relay(DEMO.replace("127.0.0.1", "[::1]")) as relay:
         address = f"[::1]:{relay.port()}"

@@ -171,15 +171,16 @@ class Function:
 async def test_the_with_statement_ends_in_order(site: Site) -> None:
     """As in the README: no call but ``with``."""
     async with site.relay() as relay:
+        address = f"127.0.0.1:{relay.port()}"
 
         def one() -> bytes:
-            with frelay.connect(f"127.0.0.1:{relay.port()}", **options(site, "func1")) as wire:
+            with frelay.connect(address, **options(site, "func1")) as wire:
                 wire.settimeout(PATIENCE)
                 wire.sendall(b"hello")
                 return read_to_end(wire)
 
         def two() -> bytes:
-            with frelay.connect(f"127.0.0.1:{relay.port()}", **options(site, "func2")) as wire:
+            with frelay.connect(address, **options(site, "func2")) as wire:
                 wire.settimeout(PATIENCE)
                 return wire.recv(5)
 

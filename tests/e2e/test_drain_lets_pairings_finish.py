@@ -51,7 +51,7 @@ async def test_five_transfers_of_8_mib_are_completed(site: Site, number: signal.
     data = block(8 * MIB)
     half = len(data) // 2
     async with site.process(OPEN) as relay:
-        port = relay.port()
+        port = relay.own_port()
         pairs = await join_all(site, relay, TRANSFERS)
         received: list[str] = []
 
@@ -91,7 +91,7 @@ async def test_the_doors_are_shut_before_it_is_said(site: Site, monkeypatch: pyt
     """TESTPLAN 45: who reads in the log that the relay drains cannot come in any more, not even in the same moment."""
     answers: list[int] = []
     async with site.relay(OPEN) as relay:
-        port = relay.port()
+        port = relay.own_port()
 
         class DialsAtOnce:
             """A log whose reader is as quick as can be."""

@@ -18,7 +18,7 @@ from certs import Credential, TestAuthority, san_der, self_signed
 from frelay.pki.authority import Authority
 from frelay.protocol.messages import REFUSAL_CODES
 from handoffs import relay_has_read
-from rig import DEMO, Party, RelayInProcess, Site, address_seen, direct, eventually, frame, pair, while_it_lasts
+from rig import DEMO, Party, RelayInProcess, Site, address_seen, eventually, frame, pair, while_it_lasts
 
 OTHER: Final = DEMO.replace('"demo"', '"other"')
 
@@ -277,7 +277,6 @@ async def test_a_replaced_route_sends_its_waiters_away_and_takes_them_back(site:
         again.close()
 
 
-@direct
 async def test_whoever_comes_while_draining_is_told_so(site: Site) -> None:
     """A handshake that was under way when the drain began still gets its answer, on the old address."""
     async with site.relay() as relay:
@@ -285,7 +284,7 @@ async def test_whoever_comes_while_draining_is_told_so(site: Site) -> None:
         await eventually(lambda: relay.legs == 1, "the leg")
         keeper1, keeper2 = await site.party(relay, "func1"), await site.party(relay, "func2")
         await pair(keeper1, keeper2)
-        port = relay.port()
+        port = relay.own_port()
         relay.relay.drain(reason="maintenance")
         await slow.join()
         assert (await slow.refusal())["code"] == "draining"

@@ -378,6 +378,40 @@ async def test_what_follows_the_end_of_the_outer_tls_is_not_swallowed_in_node(si
     assert heard == b"all is here"
 
 
+async def test_a_record_may_come_in_any_pieces_in_node() -> None:
+    """However the network splits it; its five bytes of header alone once made Node turn in a circle for ever.
+
+    Nothing here waits for time: each piece is there when Node has nothing else to do.
+    """
+    script = f"""
+        import {{ Duplex }} from 'node:stream';
+        import {{ OneRecordAtATime }} from '{(EXAMPLES / "node/frelay.mjs").as_uri()}';
+
+        const turns = async () => {{ for (let i = 0; i < 5; i++) await new Promise(setImmediate); }};
+        const record = (size) => Buffer.concat([Buffer.from([0x17, 3, 3, 0, size]), Buffer.alloc(size, 'x')]);
+        for (const size of [0, 1, 5, 30]) {{
+          for (let offset = 1; offset < 2 * (5 + size); offset++) {{
+            const socket = new Duplex({{ read() {{}}, write(data, encoding, done) {{ done(); }} }});
+            const under = new OneRecordAtATime(socket);
+            const came = [];
+            under.on('data', (data) => came.push(data.toString('hex')));
+            const sent = Buffer.concat([record(size), record(size), Buffer.from('raw')]);
+            for (const piece of [sent.subarray(0, offset), sent.subarray(offset)]) {{
+              socket.push(piece);
+              await turns();
+            }}
+            const wanted = Array(2).fill(record(size).toString('hex'));
+            const rest = under.release().read()?.toString();
+            if (came.join() !== wanted.join() || rest !== 'raw') {{
+              throw new Error(`size ${{size}}, split at ${{offset}}: ${{came}}, then ${{rest}}`);
+            }}
+          }}
+        }}
+    """
+    with trio.fail_after(PATIENCE):
+        await trio.run_process([tool("node"), "--input-type=module", "-e", script])
+
+
 async def _step(stream: trio.SocketStream, come: ssl.MemoryBIO, go: ssl.MemoryBIO, call: Callable[[], T]) -> T:
     """Drive one call of a TLS object over ``stream`` until it has what it wants."""
     while True:

@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from ends import OPEN, PAIRS_OF_MODES, End, block, join_all, join_ends, pause_reading
-from rig import TLS_HEADER, RelayInProcess, Site, at_any_pace, eventually, pair, while_it_lasts
+from rig import TLS_HEADER, RelayInProcess, Site, at_any_pace, direct, eventually, pair, while_it_lasts
 
 ALL = len(PAIRS_OF_MODES)
 
@@ -88,6 +88,7 @@ async def test_a_reader_that_takes_nothing_ends_at_stall_timeout(site: Site) -> 
             assert await two.ended() == "reset"
 
 
+@direct  # the pace that the relay sees would be the network's
 async def test_a_reader_that_is_slow_but_alive_survives(site: Site) -> None:
     """TESTPLAN 33: what counts is that the reader takes some bytes, not that the kernel's buffer has room again.
 

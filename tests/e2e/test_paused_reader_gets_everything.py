@@ -8,7 +8,7 @@ import pytest
 import trio
 
 from ends import OPEN, PAIRS_OF_MODES, End, Mode, block, join_all, join_ends, pause_reading
-from rig import RelayInProcess, Site, at_any_pace, eventually
+from rig import RelayInProcess, Site, at_any_pace, direct, eventually
 
 MIB = 1024 * 1024
 
@@ -84,6 +84,7 @@ async def test_the_writer_has_closed_its_socket_long_before_the_reader_resumes(s
     assert (ended["outcome"], ended["bytes_func1_to_func2"]) == ("closed", sent)
 
 
+@direct  # the network would take the last bytes out of the kernel in which they wait
 async def test_a_pause_longer_than_half_close_timeout(site: Site) -> None:
     """What a reader has not taken yet is not silence: after a half-close the last bytes wait for it, too.
 

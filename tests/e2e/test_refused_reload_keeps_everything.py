@@ -245,7 +245,7 @@ async def test_a_port_in_use(site: Site) -> None:
         await works(site, relay)
         changes = await relay.relay.reload()
         assert [added.route.name for added in changes.add] == ["good", "bad"]
-        assert relay.port("bad") == port
+        assert relay.own_port("bad") == port
 
 
 async def test_a_fault_in_loading_is_a_refused_reload_and_no_more(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

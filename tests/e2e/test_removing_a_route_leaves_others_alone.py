@@ -106,7 +106,7 @@ async def test_its_port_is_free_at_once(site: Site) -> None:
             await talks(one, two)
             # And the relay itself can have it again.
             await reload(site, relay, B + route("c", port))
-            assert relay.port("c") == port
+            assert relay.own_port("c") == port
             await talks(*await join_ends(site, relay, route="c"))
             await talks(one, two)
 
@@ -194,7 +194,7 @@ async def test_a_route_that_moves_to_another_port(site: Site) -> None:
         async with site.relay(route("a", first)) as relay:
             one, two = await join_ends(site, relay, route="a")
             await reload(site, relay, route("a", second))
-            assert relay.port("a") == second
+            assert relay.own_port("a") == second
             assert can_bind(first)
             await talks(*await join_ends(site, relay, route="a"))
             await talks(one, two)

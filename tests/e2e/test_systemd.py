@@ -125,7 +125,7 @@ async def test_a_passed_socket_is_the_route_of_its_name(site: Site) -> None:
     with listening() as sock:
         port = sock.getsockname()[1]
         async with relay_with(site, [("demo", sock)], route(port)) as relay:
-            assert relay.port() == port
+            assert relay.own_port() == port
             await check_that_they_meet(site, port)
             assert not [event for event in relay.events if event["level"] == "warning"]
 

@@ -314,7 +314,7 @@ async def test_a_reload_while_a_worker_is_down_reaches_it(site: Site) -> None:
 
 async def test_no_orphan_outlives_its_supervisor(site: Site) -> None:
     async with two_workers(site) as relay:
-        workers, port = [relay.worker(1), relay.worker(2)], relay.port("one")
+        workers, port = [relay.worker(1), relay.worker(2)], relay.own_port("one")
         one, _ = await join_ends(site, relay, route="one")
         relay.signal(signal.SIGKILL)
         assert await relay.exit_code() == -signal.SIGKILL
@@ -336,7 +336,7 @@ async def test_a_drain_lets_pairings_of_all_workers_finish(site: Site) -> None:
         assert (await relay.log("draining"))["pairings"] == 4
         await waiter.expect("DRAINING")
         for name in NAMES:
-            assert can_bind(("127.0.0.1", relay.port(name)))
+            assert can_bind(("127.0.0.1", relay.own_port(name)))
         for one, two in ends:
             await speak(one, two)
         for done, (one, two) in enumerate(ends, start=1):
