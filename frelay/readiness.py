@@ -58,7 +58,7 @@ _IN: Final = select.EPOLLIN
 _OUT: Final = select.EPOLLOUT
 _TROUBLE: Final = select.EPOLLERR | select.EPOLLHUP
 # How many descriptors one round takes at most: after a round everything else in the process gets its turn.
-_ROUND: Final = 256
+_ROUND: Final = 64
 _FDINFO: Final = Path("/proc/self/fdinfo")
 
 
