@@ -8,7 +8,6 @@ import termios
 
 import structlog
 import trio
-import trio.testing
 
 from ends import OPEN, End, block, join_ends, pause_reading
 from frelay.config.load import load
@@ -16,6 +15,7 @@ from frelay.outcome import Outcome
 from frelay.pump import PipePool, RawPump
 from frelay.relay import Relay
 from rig import DEMO, PATIENCE, RelayInProcess, Site, eventually, open_descriptors
+from rounds import settled
 
 MIB = 1024 * 1024
 
@@ -46,12 +46,12 @@ async def clog(relay: RelayInProcess, one: End, two: End) -> None:
     with trio.fail_after(PATIENCE):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(flood)
-            await trio.testing.wait_all_tasks_blocked(0.01)
+            await settled(0.01)
             while pump._pipe is None or not pump._in_pipe or not pump.is_blocked:
                 # All stands still, and the pump with a few bytes that it has copied, as they happened to come. Behind
                 # them there is more by now, for which it takes a pipe.
                 await two.receive()
-                await trio.testing.wait_all_tasks_blocked(0.01)
+                await settled(0.01)
             # What the pump says is there is what the kernel says is there.
             assert bytes_in(pump._pipe.read_end) == pump._in_pipe
             nursery.cancel_scope.cancel()
