@@ -508,7 +508,8 @@ class StreamPump:
     """Carries bytes from one stream to another through the process.
 
     It waits only when there is nothing to receive, or no room to send: what is there goes through one buffer that all
-    such pumps share, and between the receiving and the sending no other gets a turn.
+    such pumps share, and between the receiving and the sending no other gets a turn. (So one thread a process may run
+    such pumps, as in a relay.)
     """
 
     __slots__ = ("_probe", "_share", "_sides", "_sink", "_source", "is_blocked", "is_held_back", "moved")

@@ -32,7 +32,9 @@ Rules:
    pairing (a reset must not go unnoticed behind back-pressure), and a mere HUP (both directions shut, input unread)
    takes the descriptor out of the set until a pump wants it again: level-triggered, it would spin otherwise.
 4. A descriptor leaves the set before it is closed. Its task sees to that in ``finally``.
-5. Whoever wakes a task from within a step does it through :meth:`ReadinessSet.wake`, or Trio would sleep on.
+5. No descriptor that Trio waits for may be read by another process as well: what has made its set ready for us must
+   still be there when Trio looks, or both sleep on. So a listening socket belongs to one worker (``workers.spread``).
+6. Whoever wakes a task from within a step does it through :meth:`ReadinessSet.wake`, or Trio would sleep on.
 """
 
 from __future__ import annotations

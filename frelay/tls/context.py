@@ -186,6 +186,8 @@ def _read(chain: tuple[bytes, ...]) -> tuple[PeerIdentity, Credential]:
     try:
         certificates = [x509.load_der_x509_certificate(der) for der in chain]
         not_after = min(certificate.not_valid_after_utc.timestamp() for certificate in certificates)
+    except MemoryError:
+        raise  # says nothing of the chain, and must not be remembered of it
     except Exception as error:
         # OpenSSL takes what ``cryptography`` cannot read, such as a version or a date that there is not. It was signed
         # by one of ours, so this is no attack and no bug; but who it is nobody can say, and nobody is let in.

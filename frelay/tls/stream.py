@@ -61,6 +61,9 @@ T = TypeVar("T")
 # One TLS record's plaintext at most; asking for more gains nothing without read-ahead.
 _RECORD = 16384
 _SPOKE_AFTER_END: Final = object()
+# While OpenSSL has a part of a KeyUpdate it writes nothing before it has read the rest. That message has five bytes:
+# who spreads it over two records does so to have us wait for reading in both directions, which only one task may.
+_IN_PIECES: Final = "a handshake message in pieces"
 
 
 @cache
@@ -75,6 +78,13 @@ def _event_callback() -> Any:
                 connection.set_app_data(_SPOKE_AFTER_END)
 
     return _ffi.callback("void (*)(const SSL *, int, int)", note)
+
+
+def _send_some(connection: SSL.Connection, data: memoryview) -> int:
+    try:
+        return connection.send(data)
+    except SSL.WantReadError:
+        raise TlsFault(_IN_PIECES) from None
 
 
 class TlsStream(trio.abc.HalfCloseableStream):
@@ -213,7 +223,7 @@ class TlsStream(trio.abc.HalfCloseableStream):
                 rest = view[sent:]
                 self._send_is_broken = True
                 try:
-                    sent += await self._retry(lambda connection, rest=rest: connection.send(rest))  # type: ignore[misc]
+                    sent += await self._retry(lambda connection, rest=rest: _send_some(connection, rest))  # type: ignore[misc]
                 except SSL.ZeroReturnError:
                     raise BrokenStream("the TLS connection is over") from None
                 self._send_is_broken = False
@@ -230,25 +240,29 @@ class TlsStream(trio.abc.HalfCloseableStream):
             # Each record is a write of its own; the kernel shall make large segments of them all the same.
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
         sent = 0
-        with _ffi.from_buffer(data) as start:
-            while sent < size:
-                _openssl.ERR_clear_error()
-                result = _openssl.SSL_write(connection._ssl, start + sent, size - sent)
-                if result <= 0:
-                    # As in a send that was cancelled, until the rest has gone.
-                    self._send_is_broken = True
-                    self._note_send_failure(connection, result)
-                    break
-                sent += result
-        if corks and self._sock is not None:
-            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
+        try:
+            with _ffi.from_buffer(data) as start:
+                while sent < size:
+                    _openssl.ERR_clear_error()
+                    result = _openssl.SSL_write(connection._ssl, start + sent, size - sent)
+                    if result <= 0:
+                        # As in a send that was cancelled, until the rest has gone.
+                        self._send_is_broken = True
+                        self._note_send_failure(connection, result)
+                        break
+                    sent += result
+        finally:
+            if corks and self._sock is not None:
+                self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
         return sent
 
     def _note_send_failure(self, connection: SSL.Connection, result: int) -> None:
         try:
             connection._raise_ssl_error(connection._ssl, result)
-        except (SSL.WantReadError, SSL.WantWriteError):
+        except SSL.WantWriteError:
             return
+        except SSL.WantReadError:
+            raise TlsFault(_IN_PIECES) from None
         except SSL.ZeroReturnError:
             raise BrokenStream("the TLS connection is over") from None
         except SSL.Error as error:

@@ -680,3 +680,26 @@ async def test_last_words_and_close_notify_come_in_one_segment(site: Site) -> No
 def segments_out(sock: socket.socket) -> int:
     """Segments with data that the kernel has sent: tcpi_data_segs_out in include/uapi/linux/tcp.h."""
     return int(struct.unpack_from("=I", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 160), 156)[0])
+
+
+@pytest.mark.parametrize("way", ["send_now", "send_all"])
+async def test_a_handshake_message_in_pieces_is_the_partys_fault(site: Site, tmp_path: Path, way: str) -> None:
+    """Until it has the rest OpenSSL wants to read before it writes, and another task waits for that already."""
+    async with server_and_party(site, keylog=tmp_path / "keys") as (server, party):
+        forge = RecordForge(party.tls, tmp_path / "keys")
+        await party.send_raw(forge.record(b"\x18\x00\x00\x01", HANDSHAKE))
+        await trio.lowlevel.wait_readable(server.sock)
+        assert server.receive_now(room()) == 0
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.lowlevel.wait_readable, server.sock)
+            await trio.testing.wait_all_tasks_blocked()
+            with pytest.raises(RemoteProtocolError, match="in pieces"):
+                await send_one_way_or_the_other(server, way)
+            nursery.cancel_scope.cancel()
+
+
+async def send_one_way_or_the_other(stream: TlsStream, way: str) -> None:
+    if way == "send_now":
+        stream.send_now(memoryview(b"hello"))
+    else:
+        await stream.send_all(b"hello")
