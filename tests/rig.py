@@ -27,6 +27,7 @@ import subprocess
 import sys
 import time
 import uuid
+import zlib
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -78,7 +79,10 @@ func2 = "dns:func2.demo"
 """
 
 THROUGH_FAULTS: Final = os.environ.get("FRELAY_THROUGH_FAULTS", "")
-"""A seed: then all parties of all tests reach their relay through a network that splits and merges segments by it."""
+"""A seed: then all parties of all tests reach their relay through a network that splits and merges segments by it.
+
+Or a range of seeds, such as ``1-200``: then each test gets one of them, always the same, by its name.
+"""
 
 direct: Final = pytest.mark.skipif(THROUGH_FAULTS != "", reason="about the one connection between party and relay")
 """Marks a test that is about what waits in the kernel between the two, or that has a network of its own."""
@@ -530,8 +534,18 @@ async def _weather_of_the_day(relay: RelayInProcess | RelayProcess) -> AsyncIter
     if not THROUGH_FAULTS:
         yield
         return
-    async with a_network(Weather(int(THROUGH_FAULTS), delays=False)) as relay.network:
+    async with a_network(Weather(_seed_of_the_day(), delays=False)) as relay.network:
         yield
+
+
+def _seed_of_the_day() -> int:
+    first, _, last = THROUGH_FAULTS.partition("-")
+    seed = int(first)
+    if last:
+        # "tests/e2e/test_x.py::test_y[z] (call)"
+        test = os.environ["PYTEST_CURRENT_TEST"].rpartition(" ")[0]
+        seed += zlib.crc32(test.encode()) % (int(last) - seed + 1)
+    return seed
 
 
 class Site:
