@@ -27,9 +27,11 @@ from frelay.errors import ConnectionBroken, RemoteProtocolError
 from frelay.leg import Leg
 from frelay.outcome import Ending, Outcome, Record, Side
 from frelay.protocol.messages import Paired, PartyName
-from frelay.pump import Cut, PipePool, Pump, RawPump, StreamPump, TlsProbe
+from frelay.pump import Cut, Pump, TlsProbe
+from frelay.raw_pump import PipePool, RawPump
 from frelay.readiness import ReadinessSet, Wire
 from frelay.sockets import RawStream
+from frelay.stream_pump import StreamPump
 from frelay.tcp import unacknowledged
 
 __all__ = ["Forwarding", "Pairing", "PairingLimits", "log_record"]

@@ -52,7 +52,7 @@ import structlog
 import trio
 
 if TYPE_CHECKING:
-    from frelay.pump import RawPump
+    from frelay.raw_pump import RawPump
 
 __all__ = ["ReadinessSet", "Want", "Wire"]
 

@@ -44,7 +44,7 @@ from frelay.outcome import Outcome, Record
 from frelay.pairing import Forwarding, Pairing
 from frelay.privileges import find_account
 from frelay.protocol.messages import Refused
-from frelay.pump import PipePool
+from frelay.raw_pump import PipePool
 from frelay.reception import Door
 from frelay.reload import Reloader, Staged
 from frelay.route import LiveRoute

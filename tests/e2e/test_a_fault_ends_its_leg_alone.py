@@ -17,7 +17,7 @@ from cryptography.x509.oid import NameOID
 
 import frelay.leg
 import frelay.pairing
-import frelay.pump
+import frelay.raw_pump
 import frelay.reception
 import frelay.route
 import frelay.tls.context
@@ -113,7 +113,7 @@ async def test_a_fault_in_a_pairing_ends_that_pairing_alone(
     """Outcome ``internal-error``: both functions are cut, the record says whose fault it was, and others go on."""
     owner, name = {
         "hand-off": (frelay.leg.FramedLeg, "begin"),
-        "pumps": (frelay.pump.RawPump, "run"),
+        "pumps": (frelay.raw_pump.RawPump, "run"),
         "watch": (frelay.pairing.Pairing, "_watch"),
     }[step]
 

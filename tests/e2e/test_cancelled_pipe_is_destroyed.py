@@ -12,7 +12,7 @@ import trio
 from ends import OPEN, End, block, join_ends, pause_reading
 from frelay.config.load import load
 from frelay.outcome import Outcome
-from frelay.pump import PipePool, RawPump
+from frelay.raw_pump import PipePool, RawPump
 from frelay.relay import Relay
 from rig import DEMO, PATIENCE, RelayInProcess, Site, eventually, open_descriptors
 from rounds import settled

@@ -29,11 +29,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from OpenSSL import SSL
 
-from frelay import pump as pump_module
+from frelay import raw_pump as raw_pump_module
 from frelay.outcome import Outcome, Side
-from frelay.pump import Cut, PipePool, Pump, RawPump, StreamPump, splice_is_available
+from frelay.pump import Cut, Pump
+from frelay.raw_pump import PipePool, RawPump, splice_is_available
 from frelay.readiness import Wire
 from frelay.sockets import RawStream, close_with_reset
+from frelay.stream_pump import StreamPump
 from frelay.tls.stream import TlsStream
 from rig import Site, descriptor_kinds
 from rounds import CountedRounds, nothing_is_ready
@@ -331,7 +333,7 @@ class HalfClose(RuleBasedStateMachine):
         self.is_spoiled = False
         """Whether the worst that may happen to this pairing has happened."""
         # The size of a pipe is a constant of the module; so small, it is full with a single page.
-        self.small_pipes = mock.patch.object(pump_module, "_PIPE_SIZE", 4096 if way == "tiny pipes" else 1 << 20)
+        self.small_pipes = mock.patch.object(raw_pump_module, "_PIPE_SIZE", 4096 if way == "tiny pipes" else 1 << 20)
         self.small_pipes.start()
         self.trio = Trio()
         self.bound = 16 * sum(buffers) + 131072 if all(buffers) else None  # type: ignore[arg-type]

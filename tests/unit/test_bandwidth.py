@@ -12,7 +12,7 @@ import trio.testing
 
 from frelay.bandwidth import Bandwidth, Share
 from frelay.outcome import Side
-from frelay.pump import StreamPump
+from frelay.stream_pump import StreamPump
 
 SIDES: tuple[Side, Side] = ("func1", "func2")
 SECONDS = 5.0

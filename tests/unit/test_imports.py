@@ -72,8 +72,15 @@ HOUSE: Final = (
     Room("lobby", "errors protocol", "trio", "who waits; it only holds legs, and knows nothing of how they work"),
     Room("readiness", "", "trio structlog", "steps pumps without knowing what a pairing is"),
     Room("bandwidth", "", "trio", "a budget, whoever spends it"),
-    Room("pump", "errors outcome tcp bandwidth readiness sockets", "trio", "one direction, whatever the two ends are"),
-    Room("pairing", f"{LEAVES} leg bandwidth pump readiness sockets", "trio structlog", "two legs, and how they ended"),
+    Room("pump", "outcome", "", "one direction, whatever the two ends are, and how it can end"),
+    Room("raw_pump", "outcome pump readiness sockets", "trio", "between sockets; the kernel moves the bytes"),
+    Room("stream_pump", "errors outcome bandwidth pump sockets", "trio", "the bytes pass through the process"),
+    Room(
+        "pairing",
+        f"{LEAVES} leg bandwidth pump raw_pump stream_pump readiness sockets",
+        "trio structlog",
+        "two legs, and how they ended",
+    ),
     Room(
         "route", f"{LEAVES} config choice tls leg lobby bandwidth pairing", "trio", "the one decision: who meets whom"
     ),
@@ -118,8 +125,8 @@ HOUSE: Final = (
     ),
     Room(
         "relay",
-        f"{LEAVES} journal config config.store config.watch names admission privileges tls tickets lobby pump pairing "
-        "route reception inspection listener systemd in_force reload office servers",
+        f"{LEAVES} journal config config.store config.watch names admission privileges tls tickets lobby raw_pump "
+        "pairing route reception inspection listener systemd in_force reload office servers",
         "trio structlog",
         "the nursery tree",
     ),

@@ -19,9 +19,11 @@ import trio.testing
 
 from frelay.config.model import TcpSection
 from frelay.outcome import Outcome, Side
-from frelay.pump import Cut, PipePool, RawPump, StreamPump, splice_is_available
+from frelay.pump import Cut
+from frelay.raw_pump import PipePool, RawPump, splice_is_available
 from frelay.readiness import ReadinessSet, Wire
 from frelay.sockets import RawStream, close_with_reset, tune
+from frelay.stream_pump import StreamPump
 from rig import eventually, open_descriptors
 from rounds import CountedRounds, nothing_is_ready
 from streams import tcp_pair

@@ -13,7 +13,7 @@ import pytest
 import trio
 
 from frelay import readiness as module
-from frelay.pump import PipePool, RawPump
+from frelay.raw_pump import PipePool, RawPump
 from frelay.readiness import ReadinessSet, Wire
 from frelay.sockets import close_with_reset
 from rig import PATIENCE, Site, eventually

@@ -1,0 +1,399 @@
+"""The pump between two raw legs: it copies what is small, and has the kernel move what is big.
+
+Theory of operation
+===================
+
+Its unit is the *step*: a function call that moves what can be moved now and says what it waits for
+(:class:`~frelay.readiness.Want`). It never waits itself; the readiness set calls it. A small message is cheapest as a
+``read`` and a ``write``, and the two are steps of their own, so that a round can read for all of its pumps first. But
+once a read brings as much as was asked for, the source has more than that, and the pump turns to ``splice(2)`` through
+a pipe, where the bytes stay in the kernel. A few short reads in a row turn it back, or a look of the watch that finds
+nothing moved, and the pipe goes back to the pool. So an idle or chatty pairing holds no pipe, and a bulk one holds one
+a direction.
+
+That nothing is read while anything is undelivered also makes the famous trap of splice harmless: a pipe fills by slots
+rather than bytes, so EAGAIN can mean "pipe full" although the source is readable; a pump whose pipe is empty whenever
+it reads cannot meet it.
+
+A pump that is cancelled leaves no descriptor: a pipe with bytes in it is closed, never pooled, for its next user would
+deliver somebody else's bytes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from collections.abc import Callable
+from os import read, write
+from typing import Final
+
+import trio
+
+from frelay.outcome import Outcome, Side
+from frelay.pump import Cut, TlsProbe
+from frelay.readiness import ReadinessSet, Want, Wire
+from frelay.sockets import broken
+
+__all__ = ["PipePool", "RawPump", "splice_is_available"]
+
+# Below this a copy is cheaper than two splices and a pipe; a read that fills it announces more.
+_COPY_BUFFER: Final = 16 * 1024
+# Twice a typical socket buffer's worth, and the most that an unprivileged process may ask for by default
+# (fs.pipe-max-size). Splice moves whole pages, so a pipe of this size never limits a step.
+_PIPE_SIZE: Final = 1024 * 1024
+# How many pipes wait for their next use: two descriptors each, and bulk pairings come and go in bursts.
+_POOLED_PIPES: Final = 32
+# Rounds of one step in bulk: enough to save wake-ups, few enough to be fair to 255 chatty neighbours (about 1 ms).
+_BULK_ROUNDS: Final = 4
+# A round that brought less than this has probably emptied the source, so that another would only meet EAGAIN.
+_SHORT_READ: Final = 64 * 1024
+# That many short rounds in a row say that the bulk is over.
+_SHORT_READS_TO_CALM: Final = 8
+
+_SPLICE: Final[Callable[..., int] | None] = getattr(os, "splice", None)
+_NONBLOCK: Final[int] = getattr(os, "SPLICE_F_NONBLOCK", 0) | getattr(os, "SPLICE_F_MOVE", 0)
+_F_SETPIPE_SZ: Final = 1031
+
+# Looked up with every message, and a member of an enumeration is not found as quickly as a name of this module.
+_READABLE: Final = Want.SOURCE_READABLE
+_WRITABLE: Final = Want.SINK_WRITABLE
+
+
+def splice_is_available() -> bool:
+    """Whether this system has splice(2); without it raw legs are joined by copying."""
+    return _SPLICE is not None
+
+
+# --- pipes --------------------------------------------------------------------------------------------------------
+
+
+class Pipe:
+    """A kernel pipe: two descriptors and the size it was granted."""
+
+    __slots__ = ("read_end", "size", "write_end")
+
+    def __init__(self) -> None:
+        self.read_end, self.write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            self.size = fcntl.fcntl(self.write_end, _F_SETPIPE_SZ, _PIPE_SIZE)
+        except OSError:
+            # Over the user's soft limit (fs.pipe-user-pages-soft) the pipe keeps its default size, and still works.
+            self.size = 65536
+
+    def close(self) -> None:
+        os.close(self.read_end)
+        os.close(self.write_end)
+
+
+class PipePool:
+    """Empty pipes for the next bulk transfer. Only :class:`RawPump` takes and gives."""
+
+    def __init__(self, *, capacity: int = 4096) -> None:
+        self._free: list[Pipe] = []
+        self.in_use = 0
+        self._capacity = capacity
+
+    @property
+    def descriptors(self) -> int:
+        """How many descriptors all pipes, used and free, hold."""
+        return 2 * (self.in_use + len(self._free))
+
+    def take(self) -> Pipe | None:
+        """An empty pipe, or None when there is no descriptor left for one."""
+        if self._free:
+            pipe = self._free.pop()
+        elif self.in_use >= self._capacity:
+            return None
+        else:
+            try:
+                pipe = Pipe()
+            except OSError:
+                return None
+        self.in_use += 1
+        return pipe
+
+    def give(self, pipe: Pipe, *, is_empty: bool) -> None:
+        """Take a pipe back; one that is not empty is destroyed."""
+        self.in_use -= 1
+        if is_empty and len(self._free) < _POOLED_PIPES:
+            self._free.append(pipe)
+        else:
+            pipe.close()
+
+    def close(self) -> None:
+        """Close the free pipes."""
+        while self._free:
+            self._free.pop().close()
+
+
+# --- raw to raw ---------------------------------------------------------------------------------------------------
+
+
+class RawPump:
+    """Carries bytes between two raw legs, stepped by the readiness set."""
+
+    __slots__ = (
+        "_failure",
+        "_finished",
+        "_held",
+        "_in_pipe",
+        "_pipe",
+        "_pipes",
+        "_probe",
+        "_readiness",
+        "_short_reads",
+        "_sides",
+        "_sink",
+        "_sink_fd",
+        "_source_fd",
+        "_splice",
+        "moved",
+        "source",
+        "wants",
+    )
+
+    def __init__(
+        self,
+        source: Wire,
+        sink: Wire,
+        *,
+        sides: tuple[Side, Side],
+        readiness: ReadinessSet,
+        pipes: PipePool,
+        probe: TlsProbe | None = None,
+        splice: Callable[..., int] | None = _SPLICE,
+    ) -> None:
+        self.source = source
+        self._sink = sink
+        self._sides = sides
+        self._readiness = readiness
+        self._pipes = pipes
+        self._probe = probe
+        self._splice = splice
+        self._source_fd = source.fd
+        self._sink_fd = sink.fd
+        self._held: bytes | memoryview = b""
+        self._pipe: Pipe | None = None
+        self._in_pipe = 0
+        self._short_reads = 0
+        self._finished = trio.Event()
+        self._failure: Exception | None = None
+        self.moved = 0
+        self.wants = _READABLE
+
+    @property
+    def is_blocked(self) -> bool:
+        """Whether bytes are held that the sink has not accepted."""
+        return self.wants is _WRITABLE
+
+    @property
+    def is_held_back(self) -> bool:
+        """Never: a route with a budget has no such pumps."""
+        return False
+
+    @property
+    def has_finished(self) -> bool:
+        """Whether this direction has ended, in whatever way."""
+        return self._finished.is_set()
+
+    async def run(self) -> None:
+        """Take part in the readiness set until this direction ends; raises Cut."""
+        self.source.reader = self
+        self._sink.writer = self
+        try:
+            self._readiness.refresh(self.source)
+            self._readiness.refresh(self._sink)
+            await self._finished.wait()
+        finally:
+            self.wants = Want.NOTHING
+            self.source.reader = None
+            self._sink.writer = None
+            self._release_pipe()
+            self._readiness.refresh(self.source)
+            self._readiness.refresh(self._sink)
+        if self._failure is not None:
+            raise self._failure
+
+    def rest(self) -> None:
+        """Give the pipe back if it is empty; the next bulk takes one again."""
+        if not self._in_pipe:
+            self._release_pipe()
+
+    # --- one step ------------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Move what can be moved now."""
+        if self.wants is _WRITABLE and not self._deliver():
+            return
+        if self.take():
+            self.give()
+
+    def take(self) -> bool:
+        """Read what a copying pump can read; whether it is now to :meth:`give` that.
+
+        In two parts, because what a round has read is best sent in one go: a receiver that sleeps is woken once, and
+        finds more than one message.
+        """
+        if self._pipe is not None:
+            self._move_bulk()
+            return False
+        try:
+            data = read(self._source_fd, _COPY_BUFFER)
+        except BlockingIOError:
+            self._want(_READABLE)
+            return False
+        except OSError as error:
+            self.break_off(self.source, error)
+            return False
+        if data and self._probe is None:
+            self._held = data
+            return True
+        if data:
+            self._judge_first(data)
+        else:
+            self._pass_on_end()
+        return False
+
+    def give(self) -> None:
+        """Send what :meth:`take` has read."""
+        data = self._held
+        try:
+            sent = write(self._sink_fd, data)
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            return self.break_off(self._sink, error)
+        self.moved += sent
+        if sent < len(data):
+            self._held = memoryview(data)[sent:]
+            return self._want(_WRITABLE)
+        self._held = b""
+        if sent == _COPY_BUFFER and self._splice is not None:
+            self._pipe = self._pipes.take()
+            self._short_reads = 0
+            if self._pipe is not None:
+                return self._move_bulk()
+        if self.wants is not _READABLE:
+            self._want(_READABLE)
+        return None
+
+    def _judge_first(self, data: bytes) -> None:
+        """Hold the leg's first bytes back until they are known to be TLS."""
+        assert self._probe is not None  # noqa: S101  for the type checker
+        first = bytes(self._held) + data
+        try:
+            verdict = self._probe.check(first)
+        except Cut as cut:
+            return self._finish(cut)
+        self._held = first
+        if verdict is None:
+            return self._want(_READABLE)
+        self._probe = None
+        if self._deliver():
+            self._want(_READABLE)
+        return None
+
+    def _deliver(self) -> bool:
+        """Offer what is held, in the buffer or in the pipe, to the sink; True once nothing is held."""
+        try:
+            while self._in_pipe:
+                assert self._pipe is not None  # noqa: S101  for the type checker
+                assert self._splice is not None  # noqa: S101
+                accepted = self._splice(self._pipe.read_end, self._sink.fd, self._in_pipe, flags=_NONBLOCK)
+                self._in_pipe -= accepted
+                self.moved += accepted
+            while self._held:
+                accepted = self._sink.socket.send(self._held)
+                self._held = memoryview(self._held)[accepted:]
+                self.moved += accepted
+            # Even an empty view of them keeps the bytes, 16 KiB for as long as the pairing is silent.
+            self._held = b""
+        except BlockingIOError:
+            self._want(_WRITABLE)
+            return False
+        except OSError as error:
+            self.break_off(self._sink, error)
+            return False
+        return True
+
+    def _move_bulk(self) -> None:
+        pipe, splice = self._pipe, self._splice
+        assert pipe is not None  # noqa: S101  for the type checker
+        assert splice is not None  # noqa: S101
+        for _ in range(_BULK_ROUNDS):
+            try:
+                count = splice(self.source.fd, pipe.write_end, pipe.size, flags=_NONBLOCK)
+            except BlockingIOError:
+                self._short_reads += 1
+                break
+            except OSError as error:
+                return self.break_off(self.source, error)
+            if count == 0:
+                # The end, or an urgent byte (MSG_OOB) with more behind it: splice cannot get past one, recv can.
+                self._release_pipe()
+                if self.take():
+                    self.give()
+                return None
+            self._in_pipe = count
+            if not self._deliver():
+                return None
+            if count < _SHORT_READ:
+                self._short_reads += 1
+                break
+            self._short_reads = 0
+        if self._short_reads >= _SHORT_READS_TO_CALM:
+            self._release_pipe()
+        return self._want(_READABLE)
+
+    # --- changes -------------------------------------------------------------------------------------------------
+
+    def _want(self, want: Want) -> None:
+        # Between its two parts a step may see the end: what happens at the sink is served in the same round.
+        if self.wants is not want and (want is Want.NOTHING or not self.has_finished):
+            self.wants = want
+            self._readiness.refresh(self.source)
+            self._readiness.refresh(self._sink)
+
+    def _release_pipe(self) -> None:
+        if self._pipe is not None:
+            self._pipes.give(self._pipe, is_empty=self._in_pipe == 0)
+            self._pipe = None
+            self._in_pipe = 0
+
+    def _pass_on_end(self) -> None:
+        if self.source.error is not None:
+            # Linux tells of a reset once, and told the pump that writes to this wire; to us it looks like FIN.
+            return self.break_off(self.source, self.source.error)
+        if self._probe is not None:
+            try:
+                self._probe.check_end(len(self._held))
+            except Cut as cut:
+                return self._finish(cut)
+        try:
+            self._sink.socket.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            return self.break_off(self._sink, error)
+        return self._finish(None)
+
+    def break_off(self, wire: Wire, error: OSError) -> None:
+        """End this direction because the connection of ``wire`` broke, unless it has ended already."""
+        if self.has_finished:
+            return
+        # A new one: the traceback of the old one would keep this pump alive through the wire.
+        wire.error = OSError(error.errno, error.strerror)
+        side = self._sides[0] if wire is self.source else self._sides[1]
+        self._finish(Cut(Outcome.RESET, side, str(broken(error))))
+
+    def fail(self, error: Exception) -> None:
+        """A step came to grief through a bug of ours: have the task of this pump raise ``error``."""
+        if not self.has_finished:
+            self._failure = error
+            self._readiness.wake(self._finished)
+            # Not by way of epoll, which may be what failed; the task takes both wires out of it.
+            self.wants = Want.NOTHING
+
+    def _finish(self, cut: Cut | None) -> None:
+        self._failure = cut
+        self._readiness.wake(self._finished)
+        self._want(Want.NOTHING)
