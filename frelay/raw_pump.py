@@ -5,11 +5,12 @@ Theory of operation
 
 Its unit is the *step*: a function call that moves what can be moved now and says what it waits for
 (:class:`~frelay.readiness.Want`). It never waits itself; the readiness set calls it. A small message is cheapest as a
-``read`` and a ``write``, and the two are steps of their own, so that a round can read for all of its pumps first. But
-once a read brings as much as was asked for, the source has more than that, and the pump turns to ``splice(2)`` through
-a pipe, where the bytes stay in the kernel. A few short reads in a row turn it back, or a look of the watch that finds
-nothing moved, and the pipe goes back to the pool. So an idle or chatty pairing holds no pipe, and a bulk one holds one
-a direction.
+``read`` and a ``write``; and since the read brings less than was asked for, the source is empty then, so that the pump
+need not be told of it again before more comes (``Want.ARRIVAL``; :func:`carry_arrivals` serves all that have it in one
+go). But once a read brings as much as was asked for, the source has more than that, and the pump turns to ``splice(2)``
+through a pipe, where the bytes stay in the kernel. A few short reads in a row turn it back, or a look of the watch that
+finds nothing moved, and the pipe goes back to the pool. So an idle or chatty pairing holds no pipe, and a bulk one
+holds one a direction.
 
 That nothing is read while anything is undelivered also makes the famous trap of splice harmless: a pipe fills by slots
 rather than bytes, so EAGAIN can mean "pipe full" although the source is readable; a pump whose pipe is empty whenever
@@ -24,18 +25,21 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from enum import IntEnum
 from os import read, write
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import trio
 
 from frelay.outcome import Outcome, Side
 from frelay.pump import Cut, TlsProbe
-from frelay.readiness import ReadinessSet, Want, Wire
 from frelay.sockets import broken
 
-__all__ = ["PipePool", "RawPump", "splice_is_available"]
+if TYPE_CHECKING:
+    from frelay.readiness import ReadinessSet, Wire
+
+__all__ = ["PipePool", "RawPump", "Want", "carry_arrivals", "splice_is_available"]
 
 # Below this a copy is cheaper than two splices and a pipe; a read that fills it announces more.
 _COPY_BUFFER: Final = 16 * 1024
@@ -55,9 +59,21 @@ _SPLICE: Final[Callable[..., int] | None] = getattr(os, "splice", None)
 _NONBLOCK: Final[int] = getattr(os, "SPLICE_F_NONBLOCK", 0) | getattr(os, "SPLICE_F_MOVE", 0)
 _F_SETPIPE_SZ: Final = 1031
 
+
+class Want(IntEnum):
+    """What a pump needs before its next step makes sense."""
+
+    NOTHING = 0
+    SOURCE_READABLE = 1
+    SINK_WRITABLE = 2
+    ARRIVAL = 3
+    """That something comes to its source, which it has read empty. It holds nothing, then, and has no pipe."""
+
+
 # Looked up with every message, and a member of an enumeration is not found as quickly as a name of this module.
 _READABLE: Final = Want.SOURCE_READABLE
 _WRITABLE: Final = Want.SINK_WRITABLE
+_ARRIVAL: Final = Want.ARRIVAL
 
 
 def splice_is_available() -> bool:
@@ -142,6 +158,7 @@ class RawPump:
         "_pipes",
         "_probe",
         "_readiness",
+        "_short_is_empty",
         "_short_reads",
         "_sides",
         "_sink",
@@ -171,6 +188,9 @@ class RawPump:
         self._pipes = pipes
         self._probe = probe
         self._splice = splice
+        # Whether a read that brings less than was asked for has emptied the source, unless epoll says that more than
+        # bytes has come (FIN, an urgent byte). A Unix socket's read also ends where the sender changes.
+        self._short_is_empty = source.socket.family != socket.AF_UNIX
         self._source_fd = source.fd
         self._sink_fd = sink.fd
         self._held: bytes | memoryview = b""
@@ -226,38 +246,28 @@ class RawPump:
         """Move what can be moved now."""
         if self.wants is _WRITABLE and not self._deliver():
             return
-        if self.take():
-            self.give()
-
-    def take(self) -> bool:
-        """Read what a copying pump can read; whether it is now to :meth:`give` that.
-
-        In two parts, because what a round has read is best sent in one go: a receiver that sleeps is woken once, and
-        finds more than one message.
-        """
-        if self._pipe is not None:
+        if self.wants is _ARRIVAL:
+            # More has come than bytes; from here on nothing is told just once.
+            self._want(_READABLE)
+        if self._pipe is None:
+            self._copy()
+        else:
             self._move_bulk()
-            return False
+
+    def _copy(self) -> None:
         try:
             data = read(self._source_fd, _COPY_BUFFER)
         except BlockingIOError:
-            self._want(_READABLE)
-            return False
+            return self._want(_READABLE)
         except OSError as error:
-            self.break_off(self.source, error)
-            return False
-        if data and self._probe is None:
-            self._held = data
-            return True
-        if data:
-            self._judge_first(data)
-        else:
-            self._pass_on_end()
-        return False
+            return self.break_off(self.source, error)
+        if not data:
+            return self._pass_on_end()
+        if self._probe is not None:
+            return self._judge_first(data)
+        return self._send(data)
 
-    def give(self) -> None:
-        """Send what :meth:`take` has read."""
-        data = self._held
+    def _send(self, data: bytes) -> None:
         try:
             sent = write(self._sink_fd, data)
         except BlockingIOError:
@@ -265,18 +275,21 @@ class RawPump:
         except OSError as error:
             return self.break_off(self._sink, error)
         self.moved += sent
+        return self._go_on(data, sent)
+
+    def _go_on(self, data: bytes, sent: int) -> None:
+        """What comes after ``data``, of which the sink took ``sent`` bytes."""
         if sent < len(data):
             self._held = memoryview(data)[sent:]
             return self._want(_WRITABLE)
-        self._held = b""
-        if sent == _COPY_BUFFER and self._splice is not None:
+        if sent < _COPY_BUFFER:
+            return self._want(_ARRIVAL if self._short_is_empty else _READABLE)
+        if self._splice is not None:
             self._pipe = self._pipes.take()
             self._short_reads = 0
             if self._pipe is not None:
                 return self._move_bulk()
-        if self.wants is not _READABLE:
-            self._want(_READABLE)
-        return None
+        return self._want(_READABLE)
 
     def _judge_first(self, data: bytes) -> None:
         """Hold the leg's first bytes back until they are known to be TLS."""
@@ -332,9 +345,7 @@ class RawPump:
             if count == 0:
                 # The end, or an urgent byte (MSG_OOB) with more behind it: splice cannot get past one, recv can.
                 self._release_pipe()
-                if self.take():
-                    self.give()
-                return None
+                return self._copy()
             self._in_pipe = count
             if not self._deliver():
                 return None
@@ -349,7 +360,7 @@ class RawPump:
     # --- changes -------------------------------------------------------------------------------------------------
 
     def _want(self, want: Want) -> None:
-        # Between its two parts a step may see the end: what happens at the sink is served in the same round.
+        # In between a step may have seen the end: what happens at the sink is served in the same round.
         if self.wants is not want and (want is Want.NOTHING or not self.has_finished):
             self.wants = want
             self._readiness.refresh(self.source)
@@ -394,6 +405,42 @@ class RawPump:
             self.wants = Want.NOTHING
 
     def _finish(self, cut: Cut | None) -> None:
+        if self.has_finished:
+            return  # by its sink, in the same round in which its source has something to say
         self._failure = cut
         self._readiness.wake(self._finished)
         self._want(Want.NOTHING)
+
+
+def carry_arrivals(pumps: Iterable[RawPump]) -> None:
+    """What :meth:`RawPump.step` is for anything else, for all pumps of a round that want an arrival and have it.
+
+    This is what a small message costs, so it is written out. And all is read before any of it is sent: a receiver that
+    sleeps is then woken once, and finds more than one message. A bug ends the pairing that met it.
+    """
+    loads: list[tuple[RawPump, bytes]] = []
+    for pump in pumps:
+        try:
+            data = read(pump._source_fd, _COPY_BUFFER)
+            if data:
+                loads.append((pump, data))
+            else:
+                pump._pass_on_end()
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            pump.break_off(pump.source, error)
+        except Exception as error:
+            pump.source.fail(error)
+    for pump, data in loads:
+        try:
+            sent = write(pump._sink_fd, data)
+            pump.moved += sent
+            if sent < len(data) or sent == _COPY_BUFFER:
+                pump._go_on(data, sent)
+        except BlockingIOError:
+            pump._go_on(data, 0)
+        except OSError as error:
+            pump.break_off(pump._sink, error)
+        except Exception as error:
+            pump.source.fail(error)

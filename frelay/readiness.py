@@ -5,10 +5,10 @@ Theory of operation
 
 Trio parks a task by telling its epoll set about one descriptor, once, and switches tasks when it fires. For a relay of
 small messages that is most of the work: an ``epoll_ctl`` and two task switches for every hundred bytes. So raw legs
-are registered *here*, level-triggered and for good, and every ready pump is stepped inline, as a plain function call. A
-pump's own task sleeps on an event all the while and wakes only for what is not bytes: the end of its direction, a
-fault, a cancellation. So structured concurrency keeps the last word (a pump exists exactly as long as its task runs),
-and bytes do not pay for it.
+are registered *here*, for good, and every ready pump is stepped inline, as a plain function call. A pump's own task
+sleeps on an event all the while and wakes only for what is not bytes: the end of its direction, a fault, a
+cancellation. So structured concurrency keeps the last word (a pump exists exactly as long as its task runs), and bytes
+do not pay for it.
 
 Who sleeps on this set? If a Trio task did, each wake-up would be a turn of Trio's loop: its epoll set fires because
 ours did, a task is switched to, ours is asked again. With one pairing that costs more than moving its bytes does. So it
@@ -25,12 +25,15 @@ ours after all, which costs CPU time and nothing else.
 Rules:
 
 1. A :class:`Wire` is one raw leg: the pump that reads from it and the pump that writes to it. Its epoll mask follows
-   from what these two want; it is changed only when that changes, which for a flowing stream is never.
+   from what these two want; it is changed only when that changes, which for a flowing stream is never. It is
+   level-triggered, except for a pump that has read its source empty (``Want.ARRIVAL``): then the kernel need not look
+   at the socket a second time only to find that. What a short read can leave behind comes as more than ``EPOLLIN``,
+   and whoever gets more than that goes back to level-triggered, where nothing is told just once.
 2. A step never waits and is bounded, so one greedy pairing gets one step a round like everyone else; and after each
    round Trio gets its turn, if there is anything in it for Trio.
 3. ERR and HUP are reported by epoll whether asked for or not. If no pump wants the descriptor, an error ends the
    pairing (a reset must not go unnoticed behind back-pressure), and a mere HUP (both directions shut, input unread)
-   takes the descriptor out of the set until a pump wants it again: level-triggered, it would spin otherwise.
+   takes the descriptor out of the set until a pump wants it again: it would spin otherwise.
 4. A descriptor leaves the set before it is closed. Its task sees to that in ``finally``.
 5. No descriptor that Trio waits for may be read by another process as well: what has made its set ready for us must
    still be there when Trio looks, or both sleep on. So a listening socket belongs to one worker (``workers.spread``).
@@ -44,37 +47,30 @@ import select
 import socket
 import time
 from collections.abc import Iterable
-from enum import IntEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import structlog
 import trio
 
-if TYPE_CHECKING:
-    from frelay.raw_pump import RawPump
+from frelay.raw_pump import RawPump, Want, carry_arrivals
 
-__all__ = ["ReadinessSet", "Want", "Wire"]
+__all__ = ["ReadinessSet", "Wire"]
 
 _IN: Final = select.EPOLLIN
 _OUT: Final = select.EPOLLOUT
+# Told once, when something comes; and told apart, what a short read may leave behind: a FIN, bytes after an urgent one.
+_ARRIVES: Final = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLPRI | select.EPOLLET
 _TROUBLE: Final = select.EPOLLERR | select.EPOLLHUP
 # How many descriptors one round takes at most: after a round everything else in the process gets its turn.
 _ROUND: Final = 64
 _FDINFO: Final = Path("/proc/self/fdinfo")
 
 
-class Want(IntEnum):
-    """What a pump needs before its next step makes sense."""
-
-    NOTHING = 0
-    SOURCE_READABLE = 1
-    SINK_WRITABLE = 2
-
-
 # Looked up with every event, and a member of an enumeration is not found as quickly as a name of this module.
 _READABLE: Final = Want.SOURCE_READABLE
 _WRITABLE: Final = Want.SINK_WRITABLE
+_ARRIVAL: Final = Want.ARRIVAL
 
 
 class Wire:
@@ -94,6 +90,12 @@ class Wire:
         self._mask: int | None = None
         """The mask registered with epoll; None while it is not in the set."""
 
+    def fail(self, error: Exception) -> None:
+        """A step raised: a bug, and it must stay that of one pairing, for everybody's bytes depend on this loop."""
+        for pump in (self.reader, self.writer):
+            if pump is not None:
+                pump.fail(error)
+
 
 class ReadinessSet:
     """The set, and the task that stands behind it; one for a relay process."""
@@ -101,6 +103,8 @@ class ReadinessSet:
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._wires: dict[int, Wire] = {}
+        self._chatty: dict[int, RawPump] = {}
+        """Of the wires, those that are registered for an arrival, and the pump that waits for it."""
         self._woke_a_task = False
         self.sleeps_for_trio = False
         """Whether bytes are moved without a turn of Trio's loop."""
@@ -117,18 +121,25 @@ class ReadinessSet:
         if reader is None and writer is None:
             return self._forget(wire)
         mask = 0
-        if reader is not None and reader.wants is _READABLE:
-            mask = _IN
         if writer is not None and writer.wants is _WRITABLE:
-            mask |= _OUT
+            mask = _OUT
+        if reader is not None and reader.wants is _READABLE:
+            mask |= _IN
+        elif reader is not None and reader.wants is _ARRIVAL:
+            mask = mask | _IN if mask else _ARRIVES
         if mask == wire._mask:
             return None
         if wire._mask is None:
             self._epoll.register(wire.fd, mask)
             self._wires[wire.fd] = wire
         else:
+            # However it was registered before: this looks again, so what came before is not missed.
             self._epoll.modify(wire.fd, mask)
         wire._mask = mask
+        if reader is not None and mask == _ARRIVES:
+            self._chatty[wire.fd] = reader
+        else:
+            self._chatty.pop(wire.fd, None)
         return None
 
     def wake(self, event: trio.Event) -> None:
@@ -140,6 +151,7 @@ class ReadinessSet:
         if wire._mask is not None:
             wire._mask = None
             del self._wires[wire.fd]
+            self._chatty.pop(wire.fd, None)
             self._epoll.unregister(wire.fd)
 
     # --- who sleeps on it ----------------------------------------------------------------------------------------
@@ -209,36 +221,28 @@ class ReadinessSet:
 
     def serve(self, ready: Iterable[tuple[int, int]], trio_epoll: int = -1) -> bool:
         """Step the pumps of what epoll has found; whether ``trio_epoll`` was among it."""
-        wires, is_for_trio = self._wires, False
-        loaded: list[RawPump] = []
+        wires, chatty, is_for_trio = self._wires, self._chatty, False
+        arrivals: list[RawPump] = []
         for fd, events in ready:
             # A pump stepped earlier in this round may have ended, and its task cannot have run since, so the number
             # still means the same connection; but the wire may have left the set.
-            wire = wires.get(fd)
-            if wire is None:
-                is_for_trio = is_for_trio or fd == trio_epoll
-                continue
-            try:
-                if events == _IN and (reader := wire.reader) is not None and reader.wants is _READABLE:
-                    if reader.take():
-                        loaded.append(reader)
-                else:
+            if events == _IN and fd in chatty:
+                arrivals.append(chatty[fd])
+            elif (wire := wires.get(fd)) is not None:
+                try:
                     self._serve_other(wire, events)
-            except Exception as error:
-                _fail(wire, error)
-        # What was read is sent in one go: who sleeps at the other end is woken once, and finds more than one message.
-        for pump in loaded:
-            try:
-                pump.give()
-            except Exception as error:
-                _fail(pump.source, error)
+                except Exception as error:
+                    wire.fail(error)
+            elif fd == trio_epoll:
+                is_for_trio = True
+        carry_arrivals(arrivals)
         return is_for_trio
 
     def _serve_other(self, wire: Wire, events: int) -> None:
-        """Whatever is not simply something to read."""
+        """Whatever is not simply an arrival."""
         stepped = False
         reader, writer = wire.reader, wire.writer
-        if reader is not None and reader.wants is _READABLE and events & ~_OUT:
+        if reader is not None and reader.wants in (_READABLE, _ARRIVAL) and events & ~_OUT:
             reader.step()
             stepped = True
         if writer is not None and writer.wants is _WRITABLE and events & ~_IN:
@@ -251,13 +255,6 @@ class ReadinessSet:
                 victim.break_off(wire, OSError(error, os.strerror(error)))
             else:
                 self._forget(wire)
-
-
-def _fail(wire: Wire, error: Exception) -> None:
-    """A step raised: a bug, and it must stay that of one pairing, for everybody's bytes depend on this loop."""
-    for pump in (wire.reader, wire.writer):
-        if pump is not None:
-            pump.fail(error)
 
 
 # --- in Trio's stead ----------------------------------------------------------------------------------------------

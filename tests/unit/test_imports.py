@@ -70,10 +70,10 @@ HOUSE: Final = (
     Room("leg", f"{LEAVES} admission sockets tls tickets", "trio", "one party's connection, hand-off included"),
     Room("frameless", f"{LEAVES} admission sockets tls leg", "trio", "legs that speak no frames"),
     Room("lobby", "errors protocol", "trio", "who waits; it only holds legs, and knows nothing of how they work"),
-    Room("readiness", "", "trio structlog", "steps pumps without knowing what a pairing is"),
     Room("bandwidth", "", "trio", "a budget, whoever spends it"),
     Room("pump", "outcome", "", "one direction, whatever the two ends are, and how it can end"),
-    Room("raw_pump", "outcome pump readiness sockets", "trio", "between sockets; the kernel moves the bytes"),
+    Room("raw_pump", "outcome pump sockets", "trio", "between sockets; the kernel moves the bytes"),
+    Room("readiness", "raw_pump", "trio structlog", "steps pumps without knowing what a pairing is"),
     Room("stream_pump", "errors outcome bandwidth pump sockets", "trio", "the bytes pass through the process"),
     Room(
         "pairing",

@@ -20,13 +20,13 @@ import trio.testing
 from frelay.config.model import TcpSection
 from frelay.outcome import Outcome, Side
 from frelay.pump import Cut
-from frelay.raw_pump import PipePool, RawPump, splice_is_available
+from frelay.raw_pump import PipePool, RawPump, Want, carry_arrivals, splice_is_available
 from frelay.readiness import ReadinessSet, Wire
 from frelay.sockets import RawStream, close_with_reset, tune
 from frelay.stream_pump import StreamPump
 from rig import eventually, open_descriptors
 from rounds import CountedRounds, nothing_is_ready
-from streams import tcp_pair
+from streams import SocketMaker, tcp_pair, unix_pair
 
 PATIENCE = 20.0
 FORTH: tuple[Side, Side] = ("func1", "func2")
@@ -44,12 +44,15 @@ needs_splice = pytest.mark.skipif(not splice_is_available(), reason="no splice(2
 class Joined:
     """Two raw legs joined by two pumps; ``one`` and ``two`` are the parties' ends."""
 
-    def __init__(self, readiness: ReadinessSet, pipes: PipePool, splice: Callable[..., int] | None) -> None:
-        inner1, self.one = tcp_pair(BUFFER)
-        inner2, self.two = tcp_pair(BUFFER)
+    def __init__(
+        self, readiness: ReadinessSet, pipes: PipePool, splice: Callable[..., int] | None, pair: SocketMaker
+    ) -> None:
+        inner1, self.one = pair(BUFFER)
+        inner2, self.two = pair(BUFFER)
         self.inner = inner1, inner2
         for sock in self.inner:
-            tune(sock, TcpSection())
+            if sock.family != socket.AF_UNIX:
+                tune(sock, TcpSection())
         wire1, wire2 = Wire(inner1), Wire(inner2)
         self.forth = RawPump(wire1, wire2, sides=FORTH, readiness=readiness, pipes=pipes, splice=splice)
         self.back = RawPump(wire2, wire1, sides=BACK, readiness=readiness, pipes=pipes, splice=splice)
@@ -100,8 +103,10 @@ class Bench:
         self.pipes = PipePool()
         self.all: list[Joined] = []
 
-    def join(self, splice: Callable[..., int] | None = SPLICE, *, starts: bool = True) -> Joined:
-        joined = Joined(self.readiness, self.pipes, splice)
+    def join(
+        self, splice: Callable[..., int] | None = SPLICE, *, starts: bool = True, pair: SocketMaker = tcp_pair
+    ) -> Joined:
+        joined = Joined(self.readiness, self.pipes, splice, pair)
         self.all.append(joined)
         if starts:
             self.start(joined)
@@ -208,6 +213,110 @@ async def test_an_urgent_byte_in_the_middle_of_bulk_is_no_end() -> None:
         assert joined.failures == []
 
 
+# --- arrivals ------------------------------------------------------------------------------------------------------
+
+
+async def chat(joined: Joined) -> None:
+    """Small messages both ways, until both pumps wait for the next one alone."""
+    for source, sink in ((joined.one, joined.two), (joined.two, joined.one)):
+        await send(source, b"hello")
+        assert await receive(sink, 5) == b"hello"
+    assert (joined.forth.wants, joined.back.wants) == (Want.ARRIVAL, Want.ARRIVAL)
+
+
+async def test_the_end_that_comes_with_the_last_message_is_not_missed() -> None:
+    """An arrival is told once, and the read that it leads to takes the bytes and leaves the FIN."""
+    async with bench() as found:
+        joined = found.join()
+        await chat(joined)
+        joined.one.send(b"bye")
+        joined.one.shutdown(socket.SHUT_WR)
+        assert await receive(joined.two, 3) == b"bye"
+        assert await eof(joined.two)
+        await send(joined.two, b"you too")
+        assert await receive(joined.one, 7) == b"you too"
+        await nothing_is_ready(found.readiness, 0.01)
+        assert joined.failures == []
+
+
+async def test_what_comes_with_an_urgent_byte_is_not_missed() -> None:
+    """A read stops before it, and at it, with more behind."""
+    async with bench() as found:
+        joined = found.join()
+        await chat(joined)
+        for _ in range(3):
+            joined.one.send(b"before")
+            joined.one.send(b"!", socket.MSG_OOB)
+            joined.one.send(b"after")
+            assert await receive(joined.two, 12) == b"before!after"
+            await nothing_is_ready(found.readiness, 0.01)
+        await chat(joined)
+
+
+async def test_the_reset_of_a_chatty_leg_is_noticed() -> None:
+    async with bench() as found:
+        joined = found.join()
+        await chat(joined)
+        close_with_reset(joined.one)
+        await eventually(lambda: len(joined.failures) == 1)
+        (cut,) = joined.failures
+        assert isinstance(cut, Cut)
+        assert (cut.outcome, cut.side) == (Outcome.RESET, "func1")
+        await nothing_is_ready(found.readiness, 0.01)
+
+
+async def test_a_message_that_is_larger_than_the_copies_does_not_stop_the_flow() -> None:
+    """Small, exactly one buffer, large, and small again, each in one piece: none is the last one that is told."""
+    async with bench() as found:
+        joined = found.join()
+        for size in (10, 16 * 1024, 10, 16 * 1024 + 1, 10, 60_000, 1, 16 * 1024, 16 * 1024):
+            message = os.urandom(size)
+            await send(joined.one, message)
+            assert await receive(joined.two, size) == message
+        await nothing_is_ready(found.readiness, 0.01)
+
+
+async def test_a_unix_sockets_short_read_is_not_taken_for_all() -> None:
+    """It ends where descriptors were sent along, whatever comes behind."""
+    async with bench() as found:
+        joined = found.join(pair=unix_pair)
+        for source, sink in ((joined.one, joined.two), (joined.two, joined.one)):
+            await send(source, b"hello")
+            assert await receive(sink, 5) == b"hello"
+        for _ in range(3):
+            socket.send_fds(joined.one, [b"with one"], [0])
+            joined.one.send(b" and more")
+            assert await receive(joined.two, 17) == b"with one and more"
+        await nothing_is_ready(found.readiness, 0.01)
+
+
+async def test_both_ends_of_a_pairing_in_one_round() -> None:
+    """The sink's reset ends the pump, and then its source's FIN is served, in one round or the other way round."""
+    for _ in range(20):
+        async with bench() as found:
+            joined = found.join()
+            await chat(joined)
+            joined.one.send(b"bye")
+            joined.one.shutdown(socket.SHUT_WR)
+            close_with_reset(joined.two)
+            await eventually(lambda joined=joined: joined.ended == 2)  # type: ignore[misc]
+            assert all(isinstance(cut, Cut) and cut.side == "func2" for cut in joined.failures)
+            assert joined.failures
+
+
+async def test_an_end_in_the_same_round_does_not_hide_why_the_pump_ended() -> None:
+    """Its sink was served first; what its source has to say was already on the list."""
+    bug = RuntimeError("a bug")
+    async with bench() as found:
+        joined = found.join()
+        await chat(joined)
+        joined.one.shutdown(socket.SHUT_WR)
+        joined.forth.fail(bug)
+        carry_arrivals([joined.forth])
+        await eventually(lambda: joined.ended == 1)
+        assert joined.failures == [bug]
+
+
 # --- faults --------------------------------------------------------------------------------------------------------
 
 
@@ -237,7 +346,7 @@ async def test_when_all_is_cancelled_at_once_the_pumps_still_leave_nothing() -> 
     gc.collect()
     before = len(open_descriptors())
     readiness, pipes = ReadinessSet(), PipePool()
-    joined = Joined(readiness, pipes, SPLICE)
+    joined = Joined(readiness, pipes, SPLICE, tcp_pair)
     with trio.fail_after(PATIENCE):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(readiness.run)
