@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Final
@@ -109,26 +109,26 @@ def _at_rest(seconds: float) -> Measure:
 
 
 def _memory_of_pairs(count: int) -> Measure:
-    def measure(subject: Subject) -> Round:
-        with subject.pairs(_SETTLING):
-            pass
-        time.sleep(_SETTLE)
-        before = subject.memory
-        with subject.pairs(count):
-            time.sleep(_SETTLE)
-            return {"kib_each": (subject.memory - before) / count / _KIB}
-
-    return measure
+    return _memory_of_each(count, lambda subject: subject.pairs(count))
 
 
 def _memory_of_waiting(count: int) -> Measure:
-    def measure(subject: Subject) -> Round:
+    def waiting(subject: Subject) -> AbstractContextManager[None]:
         assert isinstance(subject, Frelay | TransitRelay)
+        return subject.waiting(count)
+
+    return _memory_of_each(count, waiting)
+
+
+def _memory_of_each(count: int, hold: Callable[[Subject], AbstractContextManager[object]]) -> Measure:
+    """KiB of resident memory for each of the ``count`` that ``hold`` has the subject hold while it is entered."""
+
+    def measure(subject: Subject) -> Round:
         with subject.pairs(_SETTLING):
             pass
         time.sleep(_SETTLE)
         before = subject.memory
-        with subject.waiting(count):
+        with hold(subject):
             time.sleep(_SETTLE)
             return {"kib_each": (subject.memory - before) / count / _KIB}
 
