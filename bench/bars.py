@@ -1,21 +1,19 @@
-"""Bars as an SVG: one group a number of pairs, one bar for each who took part, its spread as a line across its end.
-
-Written by hand, in the style of the curves in ``plot.py``, for light and for dark surroundings.
-"""
+"""Bars as an SVG: one group a number of pairs, one bar for each who took part, its spread as a line across its end."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Final
 
 from bench.record import Key, Record, Spread
+from bench.svg import WIDTH, drawing, text_of
 
 __all__ = ["Bar", "Group", "as_bars", "write_pictures"]
 
-_WIDTH: Final = 860
+# Where the titles begin, and where the bars do: between them stand the names.
+_MARGIN: Final = 20
 _LEFT: Final = 210
 _RIGHT: Final = 90
 _TOP: Final = 62
@@ -23,18 +21,10 @@ _BAR: Final = 15
 _STEP: Final = 20
 _GROUP: Final = 34
 
-_STYLE: Final = """
-text { font: 12px ui-sans-serif, system-ui, sans-serif; fill: #57606a }
-.title { font-size: 16px; font-weight: 600; fill: #1f2328 }
-.name { font-weight: 600; fill: #1f2328 }
-.ground { fill: #ffffff }
-.bar { fill: #afb8c1 } .ours { fill: #0969da }
-.spread { stroke: #1f2328; stroke-width: 1.2 }
-@media (prefers-color-scheme: dark) {
-  text { fill: #9198a1 } .title, .name { fill: #f0f6fc } .ground { fill: #0d1117 } .bar { fill: #484f58 }
-  .ours { fill: #4493f8 } .spread { stroke: #f0f6fc }
-}
-"""
+_LIGHT: Final = """.bar { fill: #afb8c1 } .ours { fill: #0969da }
+.spread { stroke: #1f2328; stroke-width: 1.2 }"""
+_DARK: Final = """.bar { fill: #484f58 }
+  .ours { fill: #4493f8 } .spread { stroke: #f0f6fc }"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,33 +48,26 @@ def as_bars(title: str, subtitle: str, groups: Sequence[Group], digits: int) -> 
     """The picture; all groups have one scale, from zero."""
     highest = max((bar.spread.highest for group in groups for bar in group.bars), default=1.0) or 1.0
     height = _TOP + sum(_GROUP + _STEP * len(group.bars) for group in groups) + 16
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" role="img"',
-        f' aria-label="{escape(title)}">',
-        f"<style>{_STYLE}</style>",
-        f'<rect class="ground" width="{_WIDTH}" height="{height}"/>',
-        f'<text class="title" x="20" y="26">{escape(title)}</text>',
-        f'<text x="20" y="44">{escape(subtitle)}</text>',
-    ]
+    lines: list[str] = []
     top = float(_TOP)
     for group in groups:
-        lines.append(f'<text class="name" x="20" y="{top + 16}">{escape(group.title)}</text>')
+        lines.append(f'<text class="name" x="{_MARGIN}" y="{top + 16}">{text_of(group.title)}</text>')
         top += _GROUP - 8
         for bar in group.bars:
             lines += _bar(bar, top, highest, digits)
             top += _STEP
         top += 8
-    return "\n".join([*lines, "</svg>", ""])
+    return drawing(title, subtitle, lines, height=height, left=_MARGIN, light=_LIGHT, dark=_DARK)
 
 
 def _bar(bar: Bar, top: float, highest: float, digits: int) -> Iterator[str]:
     def x(value: float) -> float:
-        return round(_LEFT + (_WIDTH - _LEFT - _RIGHT) * value / highest, 1)
+        return round(_LEFT + (WIDTH - _LEFT - _RIGHT) * value / highest, 1)
 
     middle = top + _BAR / 2
     low, high = x(bar.spread.lowest), x(bar.spread.highest)
     kind = "ours" if bar.is_ours else "bar"
-    yield f'<text x="{_LEFT - 8}" y="{middle + 4}" text-anchor="end">{escape(bar.name)}</text>'
+    yield f'<text x="{_LEFT - 8}" y="{middle + 4}" text-anchor="end">{text_of(bar.name)}</text>'
     yield f'<rect class="{kind}" x="{_LEFT}" y="{top}" width="{x(bar.spread.median) - _LEFT:.1f}" height="{_BAR}"/>'
     yield f'<line class="spread" x1="{low}" x2="{high}" y1="{middle}" y2="{middle}"/>'
     yield f'<text x="{high + 6}" y="{middle + 4}">{bar.spread.median:,.{digits}f}</text>'

@@ -1,22 +1,18 @@
-"""Curves over time as an SVG, written by hand: panels one above the other, each with its own scale from zero on.
-
-No library: the picture is looked at in a browser or on a code host, and both draw SVG. It has colours for light and for
-dark surroundings.
-"""
+"""Curves over time as an SVG: panels one above the other, each with its own scale from zero on."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Final
+
+from bench.svg import WIDTH, drawing, text_of
 
 __all__ = ["Curve", "Panel", "as_svg"]
 
 Point = tuple[float, float]
 
-_WIDTH: Final = 860
 _LEFT: Final = 64
 _RIGHT: Final = 20
 _TOP: Final = 72
@@ -26,21 +22,13 @@ _BOTTOM: Final = 36
 # More points than pixels only make the file big.
 _MOST_POINTS: Final = 800
 
-_STYLE: Final = """
-text { font: 12px ui-sans-serif, system-ui, sans-serif; fill: #57606a }
-.title { font-size: 16px; font-weight: 600; fill: #1f2328 }
-.name { font-weight: 600; fill: #1f2328 }
-.ground { fill: #ffffff }
-.grid { stroke: #d8dee4; stroke-width: 1 }
+_LIGHT: Final = """.grid { stroke: #d8dee4; stroke-width: 1 }
 .early { fill: #eaeef2 }
 .curve { fill: none; stroke-width: 1.4; stroke-linejoin: round }
 .c0 { stroke: #0969da } .c1 { stroke: #bc4c00 }
-.trend { stroke: #1a7f37; stroke-width: 1.6; stroke-dasharray: 6 4 }
-@media (prefers-color-scheme: dark) {
-  text { fill: #9198a1 } .title, .name { fill: #f0f6fc } .ground { fill: #0d1117 } .grid { stroke: #30363d }
-  .early { fill: #151b23 } .c0 { stroke: #4493f8 } .c1 { stroke: #db6d28 } .trend { stroke: #3fb950 }
-}
-"""
+.trend { stroke: #1a7f37; stroke-width: 1.6; stroke-dasharray: 6 4 }"""
+_DARK: Final = """.grid { stroke: #30363d }
+  .early { fill: #151b23 } .c0 { stroke: #4493f8 } .c1 { stroke: #db6d28 } .trend { stroke: #3fb950 }"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,26 +55,15 @@ def as_svg(title: str, subtitle: str, panels: Sequence[Panel], *, warm_up: float
     bottom = _TOP + len(panels) * (_PANEL + _GAP) - _GAP
     height = bottom + _BOTTOM
     last = max((point[0] for panel in panels for curve in panel.curves for point in curve.points), default=1.0)
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" role="img"',
-        f' aria-label="{_text(title)}">',
-        f"<style>{_STYLE}</style>",
-        f'<rect class="ground" width="{_WIDTH}" height="{height}"/>',
-        f'<text class="title" x="{_LEFT}" y="26">{_text(title)}</text>',
-        f'<text x="{_LEFT}" y="44">{_text(subtitle)}</text>',
-    ]
+    lines: list[str] = []
     for number, panel in enumerate(panels):
         lines += _panel(panel, _TOP + number * (_PANEL + _GAP), last, warm_up)
     lines += _time_axis(bottom + 20, last)
-    return "\n".join([*lines, "</svg>", ""])
-
-
-def _text(text: str) -> str:
-    return escape(text, quote=True)
+    return drawing(title, subtitle, lines, height=height, left=_LEFT, light=_LIGHT, dark=_DARK)
 
 
 def _x(seconds: float, last: float) -> float:
-    return round(_LEFT + (_WIDTH - _LEFT - _RIGHT) * seconds / last, 1)
+    return round(_LEFT + (WIDTH - _LEFT - _RIGHT) * seconds / last, 1)
 
 
 def _panel(panel: Panel, top: float, last: float, warm_up: float) -> Iterator[str]:
@@ -98,13 +75,13 @@ def _panel(panel: Panel, top: float, last: float, warm_up: float) -> Iterator[st
         return round(top + _PANEL * (1 - value / ceiling), 1)
 
     legend = " and ".join(curve.name for curve in panel.curves if curve.name)
-    yield f'<text x="{_LEFT}" y="{top - 7}"><tspan class="name">{_text(panel.title)}</tspan> {_text(legend)}</text>'
+    yield f'<text x="{_LEFT}" y="{top - 7}"><tspan class="name">{text_of(panel.title)}</tspan> {text_of(legend)}</text>'
     yield f'<rect class="early" x="{_LEFT}" y="{top}" width="{_x(warm_up, last) - _LEFT:.1f}" height="{_PANEL}"/>'
     for tick in range(round(ceiling / step) + 1):
         at = y(tick * step)
-        yield f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{at}" y2="{at}"/>'
+        yield f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{at}" y2="{at}"/>'
         label = f"{tick * step:g} {panel.unit}" if tick == round(ceiling / step) else f"{tick * step:g}"
-        yield f'<text x="{_LEFT - 6}" y="{at + 4}" text-anchor="end">{_text(label.strip())}</text>'
+        yield f'<text x="{_LEFT - 6}" y="{at + 4}" text-anchor="end">{text_of(label.strip())}</text>'
     for number, curve in enumerate(panel.curves):
         points = " ".join(f"{_x(when, last)},{y(value)}" for when, value in _thinned(curve.points))
         yield f'<polyline class="curve c{number}" points="{points}"/>'
