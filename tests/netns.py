@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import ssl
 import subprocess
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
@@ -25,7 +24,7 @@ from typing import Final
 import pytest
 import trio
 
-from rig import Party, RelayInProcess, RelayProcess, Site
+from rig import RelayInProcess, RelayProcess, Site
 from tools import needs_root, tool
 
 __all__ = ["Network", "network"]
@@ -100,16 +99,7 @@ class Network(Site):
         async with self.process(routes, sections=sections, launcher=launcher) as relay:
             yield relay
 
-    async def connect(
-        self,
-        relay: RelayInProcess | RelayProcess | int,
-        name: str | None = "func1",
-        *,
-        route: str = "demo",
-        alpn: Sequence[str] = ("frelay/1",),
-        server_hostname: str | None = "localhost",
-        context: ssl.SSLContext | None = None,
-    ) -> Party:
+    async def dial(self, relay: RelayInProcess | RelayProcess | int, name: str | None, route: str) -> trio.SocketStream:
         """As a site's, from the place of that name."""
         assert name is not None
         assert isinstance(relay, RelayProcess)
@@ -117,9 +107,7 @@ class Network(Site):
             # A socket is where it was made, whatever becomes of the thread.
             sock = trio.socket.socket()
         await sock.connect((f"10.99.{self._numbers[name]}.1", relay.port(route)))
-        party = Party(trio.SocketStream(sock), context or self.context(name, alpn=alpn), server_hostname)
-        self.parties.append(party)
-        return party
+        return trio.SocketStream(sock)
 
 
 @contextmanager

@@ -663,6 +663,10 @@ client_ca = "{self.ca_path.name}"
             context.set_alpn_protocols(list(alpn))
         return context
 
+    async def dial(self, relay: RelayInProcess | RelayProcess | int, name: str | None, route: str) -> trio.SocketStream:
+        """The TCP connection of the party ``name`` to a relay, or to a port of 127.0.0.1; raises OSError."""
+        return await trio.open_tcp_stream("127.0.0.1", relay if isinstance(relay, int) else relay.port(route))
+
     async def connect(
         self,
         relay: RelayInProcess | RelayProcess | int,
@@ -674,8 +678,7 @@ client_ca = "{self.ca_path.name}"
         context: ssl.SSLContext | None = None,
     ) -> Party:
         """A party with its TCP connection, before the handshake."""
-        port = relay if isinstance(relay, int) else relay.port(route)
-        stream = await trio.open_tcp_stream("127.0.0.1", port)
+        stream = await self.dial(relay, name, route)
         party = Party(stream, context or self.context(name, alpn=alpn), server_hostname)
         self.parties.append(party)
         return party
