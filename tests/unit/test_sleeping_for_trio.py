@@ -40,6 +40,16 @@ async def joined(readiness: ReadinessSet) -> AsyncIterator[tuple[socket.socket, 
             close_with_reset(sock)
 
 
+@asynccontextmanager
+async def running(readiness: ReadinessSet) -> AsyncIterator[trio.Nursery]:
+    """``readiness`` runs, in the nursery that this gives, until the end of the block, which must come in good time."""
+    with trio.fail_after(PATIENCE):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(readiness.run)
+            yield nursery
+            nursery.cancel_scope.cancel()
+
+
 async def say(sender: socket.socket, receiver: socket.socket, message: bytes = b"hello") -> None:
     sender.send(message)
     await trio.lowlevel.wait_readable(receiver)
@@ -57,99 +67,83 @@ class CountedTurns(trio.abc.Instrument):
 
 async def test_bytes_cost_no_turn_of_trios_loop() -> None:
     readiness = ReadinessSet()
-    with trio.fail_after(PATIENCE):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(readiness.run)
-            async with joined(readiness) as (one, two):
-                await say(one, two)
-                assert readiness.sleeps_for_trio
-                counted = CountedTurns()
-                trio.lowlevel.add_instrument(counted)
+    async with running(readiness), joined(readiness) as (one, two):
+        await say(one, two)
+        assert readiness.sleeps_for_trio
+        counted = CountedTurns()
+        trio.lowlevel.add_instrument(counted)
 
-                def talk() -> None:
-                    """In a thread of its own, where Trio has nothing to do with it."""
-                    one.setblocking(True)
-                    two.setblocking(True)
-                    for _ in range(500):
-                        one.send(b"hello")
-                        assert two.recv(100) == b"hello"
+        def talk() -> None:
+            """In a thread of its own, where Trio has nothing to do with it."""
+            one.setblocking(True)
+            two.setblocking(True)
+            for _ in range(500):
+                one.send(b"hello")
+                assert two.recv(100) == b"hello"
 
-                await trio.to_thread.run_sync(talk)
-                trio.lowlevel.remove_instrument(counted)
-                # What it takes to start a thread, and to hear that it is done.
-                assert counted.turns < 20
-            nursery.cancel_scope.cancel()
+        await trio.to_thread.run_sync(talk)
+        trio.lowlevel.remove_instrument(counted)
+        # What it takes to start a thread, and to hear that it is done.
+        assert counted.turns < 20
 
 
 async def test_deadlines_threads_and_tasks_are_heard_while_bytes_flow() -> None:
     readiness = ReadinessSet()
-    with trio.fail_after(PATIENCE):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(readiness.run)
-            async with joined(readiness) as (one, two):
-                over = False
+    async with running(readiness), joined(readiness) as (one, two):
+        over = False
 
-                def flood() -> None:
-                    while not over:
-                        one.send(b"hello")
-                        two.recv(100)
+        def flood() -> None:
+            while not over:
+                one.send(b"hello")
+                two.recv(100)
 
-                one.setblocking(True)
-                two.setblocking(True)
-                async with trio.open_nursery() as talking:
-                    talking.start_soon(trio.to_thread.run_sync, flood)
-                    for _ in range(20):
-                        await trio.sleep(0.001)
-                        assert await trio.to_thread.run_sync(os.getpid) == os.getpid()
-                        left, right = trio.socket.socketpair()
-                        with left, right:
-                            await left.send(b"x")
-                            assert await right.recv(1) == b"x"
-                    over = True
-            nursery.cancel_scope.cancel()
+        one.setblocking(True)
+        two.setblocking(True)
+        async with trio.open_nursery() as talking:
+            talking.start_soon(trio.to_thread.run_sync, flood)
+            for _ in range(20):
+                await trio.sleep(0.001)
+                assert await trio.to_thread.run_sync(os.getpid) == os.getpid()
+                left, right = trio.socket.socketpair()
+                with left, right:
+                    await left.send(b"x")
+                    assert await right.recv(1) == b"x"
+            over = True
 
 
 async def test_a_deadline_is_kept_while_nothing_flows() -> None:
     readiness = ReadinessSet()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(readiness.run)
-        async with joined(readiness):
-            for _ in range(5):
-                with trio.move_on_after(0.01) as scope:
-                    await trio.sleep_forever()
-                assert scope.cancelled_caught
-        nursery.cancel_scope.cancel()
+    async with running(readiness), joined(readiness):
+        for _ in range(5):
+            with trio.move_on_after(0.01) as scope:
+                await trio.sleep_forever()
+            assert scope.cancelled_caught
 
 
 async def test_a_signal_is_heard_while_it_sleeps() -> None:
     readiness = ReadinessSet()
-    with trio.fail_after(PATIENCE), trio.open_signal_receiver(signal.SIGUSR1) as signals:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(readiness.run)
-            async with joined(readiness) as (one, two):
-                await say(one, two)
-                for _ in range(5):
-                    nursery.start_soon(trio.to_thread.run_sync, os.kill, os.getpid(), signal.SIGUSR1)
-                    assert await anext(signals) == signal.SIGUSR1
-            nursery.cancel_scope.cancel()
+    with trio.open_signal_receiver(signal.SIGUSR1) as signals:
+        async with running(readiness) as nursery, joined(readiness) as (one, two):
+            await say(one, two)
+            for _ in range(5):
+                nursery.start_soon(trio.to_thread.run_sync, os.kill, os.getpid(), signal.SIGUSR1)
+                assert await anext(signals) == signal.SIGUSR1
 
 
 async def test_two_sets_in_one_run_both_move_their_bytes() -> None:
     """Two that sleep for one Trio would not hear each other's sockets; the second has a task sleep instead."""
     first, second = ReadinessSet(), ReadinessSet()
     with trio.fail_after(PATIENCE):
+        # The second begins after the first and outlives it.
         async with trio.open_nursery() as outer:
-            async with trio.open_nursery() as inner:
-                inner.start_soon(first.run)
-                async with joined(first) as (one, two):
-                    await say(one, two)
-                    outer.start_soon(second.run)
-                    async with joined(second) as (three, four):
-                        for _ in range(3):
-                            await say(one, two)
-                            await say(three, four)
-                        assert (first.sleeps_for_trio, second.sleeps_for_trio) == (True, False)
-                inner.cancel_scope.cancel()
+            async with running(first), joined(first) as (one, two):
+                await say(one, two)
+                outer.start_soon(second.run)
+                async with joined(second) as (three, four):
+                    for _ in range(3):
+                        await say(one, two)
+                        await say(three, four)
+                    assert (first.sleeps_for_trio, second.sleeps_for_trio) == (True, False)
             # And it goes on without the first.
             async with joined(second) as (three, four):
                 await say(three, four)
@@ -166,14 +160,10 @@ async def test_where_trios_set_cannot_be_seen_a_task_sleeps_instead(
 ) -> None:
     monkeypatch.setattr(module, "_FDINFO", tmp_path / "nothing")
     readiness = ReadinessSet()
-    with trio.fail_after(PATIENCE):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(readiness.run)
-            async with joined(readiness) as (one, two):
-                await say(one, two)
-                await say(two, one)
-                assert not readiness.sleeps_for_trio
-            nursery.cancel_scope.cancel()
+    async with running(readiness), joined(readiness) as (one, two):
+        await say(one, two)
+        await say(two, one)
+        assert not readiness.sleeps_for_trio
     assert "small messages cost more than they should" in capsys.readouterr().out
 
 
@@ -185,15 +175,10 @@ async def test_a_bug_while_sleeping_for_trio_ends_the_run_with_it() -> None:
             raise RuntimeError("a bug")
 
     readiness = Sick()
-    with (
-        trio.fail_after(PATIENCE),
-        pytest.RaisesGroup(pytest.RaisesExc(RuntimeError, match="a bug"), flatten_subgroups=True),
-    ):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(readiness.run)
-            async with joined(readiness) as (one, _):
-                one.send(b"hello")
-                await trio.sleep_forever()
+    with pytest.RaisesGroup(pytest.RaisesExc(RuntimeError, match="a bug"), flatten_subgroups=True):
+        async with running(readiness), joined(readiness) as (one, _):
+            one.send(b"hello")
+            await trio.sleep_forever()
 
 
 @pytest.mark.parametrize("sections", ["", "[relay]\nworkers = 2\n"], ids=["one process", "two workers"])
