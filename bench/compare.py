@@ -36,15 +36,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.bars import write_pictures
 from bench.cases import Makers, run_stage, stages
-from bench.flags import number, some_of, whole
+from bench.flags import duration, round_count, some_of
 from bench.forwarders import HAProxy, HAProxyAccept, HAProxyFront, HAProxyTunnel, Nginx, Socat
 from bench.install import in_venv, install
-from bench.interrupt import Interrupted, raise_on_signals
 from bench.load import BenchError, CompiledGenerator
 from bench.meetings import Strelaysrv, TransitRelay
-from bench.pages import with_section
+from bench.pages import write_section
 from bench.parties import Frelay
 from bench.record import QUICK, Record, Sizes, about_machine, now, read_record
+from bench.script import parser_of, run
 from bench.subjects import Direct, Subject, checkout_root
 from bench.tables import as_markdown, as_text
 
@@ -85,21 +85,14 @@ ENTRANTS: Final[dict[str, Entrant]] = {
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="compare.py",
-        description="Compare frelay with other relays and forwarders, in one run, over loopback.",
-        epilog="Exit codes: 0 done, 1 failed, 2 usage, 130 or 143 interrupted.",
-        allow_abbrev=False,
-    )
+    parser = parser_of("compare.py", "Compare frelay with other relays and forwarders, in one run, over loopback.")
     add = parser.add_argument
     add("--quick", action="store_true", help="small sizes, short, one round: that it runs, not how fast anything is")
     add("--cases", type=some_of(_STAGES), default=_STAGES, metavar="C[,C]", help=f"of {', '.join(_STAGES)}")
     add("--subjects", type=some_of(tuple(ENTRANTS)), default=tuple(ENTRANTS), metavar="S[,S]",
         help=f"of {', '.join(ENTRANTS)} (default: all)")  # fmt: skip
-    add("--rounds", type=lambda text: whole(text, 1000, "a number of rounds"), metavar="N",
-        help="how often all is measured; the median is shown (default: 5)")  # fmt: skip
-    add("--seconds", type=lambda text: number(text, 0.2, 3600, "a number of seconds"), metavar="S",
-        help="how long each measurement counts, from 0.2 (default: 1)")  # fmt: skip
+    add("--rounds", type=round_count, metavar="N", help="how often all is measured; the median is shown (default: 5)")
+    add("--seconds", type=duration, metavar="S", help="how long each measurement counts, from 0.2 (default: 1)")
     add("--no-install", action="store_true", help="go on without what is not installed here")
     add("--json", type=Path, metavar="FILE", help="save every figure of every round")
     add("--svg", type=Path, metavar="DIR", help="draw bench-*.svg in there")
@@ -185,29 +178,23 @@ def measure(options: argparse.Namespace) -> Record:
     return record
 
 
+def compare(options: argparse.Namespace) -> None:
+    """Measure, or take what was saved, and show it wherever it was asked for; raises BenchError and OSError."""
+    record = read_record(options.saved) if options.saved else measure(options)
+    # Saved before anything is drawn: a run of twenty minutes must not be lost to a directory that isn't there.
+    if options.json:
+        options.json.write_text(json.dumps(record.as_json(), indent=1) + "\n", encoding="utf-8")
+    print(as_text(record))
+    if options.svg:
+        write_pictures(record, options.svg)
+    if options.update_readme:
+        pictures = [str(path.relative_to(_README.parent)) for path in write_pictures(record, _PICTURES)]
+        write_section(_README, "compare.py", as_markdown(record, pictures))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The script; returns the exit code."""
-    options = _parser().parse_args(arguments)
-    raise_on_signals()
-    try:
-        record = read_record(options.saved) if options.saved else measure(options)
-        # Saved before anything is drawn: a run of twenty minutes must not be lost to a directory that isn't there.
-        if options.json:
-            options.json.write_text(json.dumps(record.as_json(), indent=1) + "\n", encoding="utf-8")
-        print(as_text(record))
-        if options.svg:
-            write_pictures(record, options.svg)
-        if options.update_readme:
-            pictures = [str(path.relative_to(_README.parent)) for path in write_pictures(record, _PICTURES)]
-            section = as_markdown(record, pictures)
-            _README.write_text(with_section(_README.read_text("utf-8"), "compare.py", section), "utf-8")
-    except Interrupted as interruption:
-        print("compare.py: interrupted; everything that was started has been ended", file=sys.stderr)
-        return interruption.exit_code
-    except (BenchError, OSError) as error:
-        print(f"compare.py: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run(_parser(), compare, arguments)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 
-__all__ = ["number", "some_of", "whole"]
+__all__ = ["duration", "number", "round_count", "some_of", "whole"]
 
 
 def number(text: str, lowest: float, highest: float, what: str) -> float:
@@ -26,6 +26,16 @@ def whole(text: str, highest: int, what: str) -> int:
     if value != int(value):
         raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
     return int(value)
+
+
+def round_count(text: str) -> int:
+    """How often all is measured; raises ArgumentTypeError."""
+    return whole(text, 1000, "a number of rounds")
+
+
+def duration(text: str) -> float:
+    """How long one measurement counts, in seconds; raises ArgumentTypeError."""
+    return number(text, 0.2, 3600, "a number of seconds")
 
 
 def some_of(allowed: Sequence[str]) -> Callable[[str], tuple[str, ...]]:

@@ -25,13 +25,13 @@ from typing import Final
 # Run as a script, Python would look in bench/ alone; and the relay measured shall be the one beside this file.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.flags import number, whole
-from bench.interrupt import Interrupted, raise_on_signals
+from bench.flags import duration, number, round_count, whole
 from bench.load import BenchError, CompiledGenerator, Load
 from bench.measure import Figures, measure_load
-from bench.pages import with_section
+from bench.pages import write_section
 from bench.parties import Frelay
 from bench.record import Key, Record, read_record
+from bench.script import parser_of, run
 from bench.subjects import checkout_root
 from bench.tables import as_rows
 
@@ -293,12 +293,7 @@ def _plan(costs: Costs) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="model.py",
-        description="Compute what a machine carries from what compare.py has measured.",
-        epilog="Exit codes: 0 done, 1 failed, 2 usage, 130 or 143 interrupted.",
-        allow_abbrev=False,
-    )
+    parser = parser_of("model.py", "Compute what a machine carries from what compare.py has measured.")
     add = parser.add_argument
     add("record", type=Path, metavar="FILE", help="what compare.py --json has saved")
     add("--cores", type=lambda text: whole(text, 1024, "a number of cores"), metavar="N", help="of another machine")
@@ -306,36 +301,29 @@ def _parser() -> argparse.ArgumentParser:
     add("--descriptors", type=lambda text: whole(text, 2**30, "a number of descriptors"), default=_DESCRIPTORS,
         metavar="N", help=f"RLIMIT_NOFILE of each worker (default: {_DESCRIPTORS})")  # fmt: skip
     add("--check", action="store_true", help="measure 1 and 2 workers here, beside what is predicted")
-    add("--rounds", type=lambda text: whole(text, 1000, "a number of rounds"), default=5, metavar="N",
-        help="of --check (default: 5)")  # fmt: skip
-    add("--seconds", type=lambda text: number(text, 0.2, 3600, "a number of seconds"), default=1.0, metavar="S",
-        help="of each measurement of --check (default: 1)")  # fmt: skip
+    add("--rounds", type=round_count, default=5, metavar="N", help="of --check (default: 5)")
+    add("--seconds", type=duration, default=1.0, metavar="S", help="of each measurement of --check (default: 1)")
     add("--update-docs", action="store_true", help="write it into docs/capacity.md")
     return parser
 
 
+def answer(options: argparse.Namespace) -> None:
+    """Compute, check if asked to, and show it; raises BenchError and OSError."""
+    record = read_record(options.record)
+    costs = costs_of(record)
+    cores = options.cores or int(record.machine["cpus"])
+    memory = options.memory or float(record.machine["memory_gib"])
+    machines = [Machine(cores, memory, options.descriptors)]
+    checks = check(record, options.rounds, options.seconds) if options.check else []
+    page = as_page(record, costs, machines, checks)
+    print(page)
+    if options.update_docs:
+        write_section(_PAGE, "model.py", page)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The script; returns the exit code."""
-    options = _parser().parse_args(arguments)
-    raise_on_signals()
-    try:
-        record = read_record(options.record)
-        costs = costs_of(record)
-        cores = options.cores or int(record.machine["cpus"])
-        memory = options.memory or float(record.machine["memory_gib"])
-        machines = [Machine(cores, memory, options.descriptors)]
-        checks = check(record, options.rounds, options.seconds) if options.check else []
-        page = as_page(record, costs, machines, checks)
-        print(page)
-        if options.update_docs:
-            _PAGE.write_text(with_section(_PAGE.read_text("utf-8"), "model.py", page), "utf-8")
-    except Interrupted as interruption:
-        print("model.py: interrupted; everything that was started has been ended", file=sys.stderr)
-        return interruption.exit_code
-    except (BenchError, OSError) as error:
-        print(f"model.py: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run(_parser(), answer, arguments)
 
 
 if __name__ == "__main__":

@@ -22,18 +22,18 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 # Run as a script, Python would look in bench/ alone; and the relay measured shall be the one beside this file.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.flags import number, some_of, whole
+from bench.flags import duration, round_count, some_of, whole
 from bench.forwarders import HAProxy
-from bench.interrupt import Interrupted, raise_on_signals
 from bench.load import BenchError, CompiledGenerator, Generator, Load, NoCompiler, PythonGenerator
 from bench.measure import Case, Plan, run_rounds
 from bench.parties import Frelay
 from bench.report import Run, as_json, as_table
+from bench.script import parser_of, run
 from bench.subjects import Direct, Subject
 
 MODES: Final = ("direct", "handoff", "tunnel", "direct-tls")
@@ -62,17 +62,12 @@ def _rival(text: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="throughput.py",
-        description="Measure what the relay forwards and what CPU that costs it, over loopback.",
-        epilog="Exit codes: 0 done, 1 failed, 2 usage, 130 or 143 interrupted.",
-        allow_abbrev=False,
-    )
+    parser = parser_of("throughput.py", "Measure what the relay forwards and what CPU that costs it, over loopback.")
     add = parser.add_argument
     add("--pairs", type=_pairs, default=(1, 16), metavar="N[,N]", help="how many pairs at a time (default: 1,16)")
-    add("--seconds", type=lambda text: number(text, 0.2, 3600, "a number of seconds"), default=2.0, metavar="S",
+    add("--seconds", type=duration, default=2.0, metavar="S",
         help="how long each measurement counts, from 0.2 (default: 2)")  # fmt: skip
-    add("--rounds", type=lambda text: whole(text, 1000, "a number of rounds"), default=3, metavar="N",
+    add("--rounds", type=round_count, default=3, metavar="N",
         help="how often all is measured; the median is shown (default: 3)")  # fmt: skip
     add("--modes", type=some_of(MODES), default=MODES, metavar="M[,M]",
         help=f"of {', '.join(MODES)}; the direct ones have no relay (default: all)")  # fmt: skip
@@ -181,21 +176,15 @@ def measure(options: argparse.Namespace) -> Run:
         return Run(plan, subjects, generators, versions, results, notes, compared)
 
 
+def report(options: argparse.Namespace) -> None:
+    """Measure, and print what was found; raises BenchError."""
+    found = measure(options)
+    print(json.dumps(as_json(found), indent=2) if options.json else as_table(found))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The script; returns the exit code."""
-    options = _parser().parse_args(arguments)
-    raise_on_signals()
-    try:
-        run = measure(options)
-        report: Any = json.dumps(as_json(run), indent=2) if options.json else as_table(run)
-        print(report)
-    except Interrupted as interruption:
-        print("throughput.py: interrupted; everything that was started has been ended", file=sys.stderr)
-        return interruption.exit_code
-    except BenchError as error:
-        print(f"throughput.py: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run(_parser(), report, arguments)
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def test_a_readme_without_its_markers_is_left_alone(text: str) -> None:
 
 
 def test_wrong_flags_and_files_have_their_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench.compare.raise_on_signals", lambda: None)
+    monkeypatch.setattr("bench.script.raise_on_signals", lambda: None)
     with pytest.raises(SystemExit) as ended:
         main(["--cases", "nonsense"])
     assert ended.value.code == 2

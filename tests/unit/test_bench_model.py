@@ -78,7 +78,7 @@ def test_the_generator_takes_its_share_of_the_cores() -> None:
 
 def test_the_page_is_computed_from_a_saved_record(tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    monkeypatch.setattr("bench.model.raise_on_signals", lambda: None)
+    monkeypatch.setattr("bench.script.raise_on_signals", lambda: None)
     saved = tmp_path / "all.json"
     saved.write_text(json.dumps(a_record().as_json()))
     assert main([str(saved), "--cores", "8", "--memory", "16"]) == 0

@@ -1,0 +1,47 @@
+"""How the scripts that measure are run: their flags read, signals obeyed, and an exit code for however it ends.
+
+A script has a parser made by :func:`parser_of` and one function that does the work and is given the options; ``main``
+is :func:`run` with these.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from bench.interrupt import Interrupted, raise_on_signals
+from bench.load import BenchError
+
+__all__ = ["parser_of", "run"]
+
+
+def parser_of(script: str, description: str) -> argparse.ArgumentParser:
+    """A parser without flags yet; its help tells the exit codes of :func:`run`."""
+    return argparse.ArgumentParser(
+        prog=script,
+        description=description,
+        epilog="Exit codes: 0 done, 1 failed, 2 usage, 130 or 143 interrupted.",
+        allow_abbrev=False,
+    )
+
+
+def run(
+    parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], None], arguments: Sequence[str] | None
+) -> int:
+    """Do the work that ``arguments`` (None: the command line's) ask for; gives the exit code.
+
+    If that is not 0, it has said on stderr why: a sentence for what ``work`` is known to raise, which is BenchError and
+    OSError. Anything else is a bug, and comes out. Raises SystemExit for flags that are wrong, and for ``--help``.
+    """
+    options = parser.parse_args(arguments)
+    raise_on_signals()
+    try:
+        work(options)
+    except Interrupted as interruption:
+        print(f"{parser.prog}: interrupted; everything that was started has been ended", file=sys.stderr)
+        return interruption.exit_code
+    except (BenchError, OSError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    return 0
