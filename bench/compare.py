@@ -44,7 +44,7 @@ from bench.meetings import Strelaysrv, TransitRelay
 from bench.pages import write_section
 from bench.parties import Frelay
 from bench.record import QUICK, Record, Sizes, about_machine, now, read_record
-from bench.script import parser_of, run
+from bench.script import parser_of, progress, run
 from bench.subjects import Direct, Subject, checkout_root
 from bench.tables import as_markdown, as_text
 
@@ -146,11 +146,6 @@ def _makers(record: Record, keys: Sequence[str], scratch: Path, *, allowed: bool
     return makers
 
 
-def _say(text: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{text[:110]}", end="", file=sys.stderr, flush=True)
-
-
 def measure(options: argparse.Namespace) -> Record:
     """Install, start, measure and end everything; raises BenchError."""
     notes: list[str] = []
@@ -159,7 +154,7 @@ def measure(options: argparse.Namespace) -> Record:
     record = Record(now(), about_machine(), seconds, options.rounds or (1 if options.quick else 5), sizes)
     record.notes += notes
     with ExitStack() as stack:
-        stack.callback(_say, "")
+        stack.callback(progress, "")
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="frelay-bench-")))
         if reason := install(os.environ.get("CC") or "cc", ("gcc", "libc6-dev"), allowed=not options.no_install):
             raise BenchError(f"the load generator must be compiled: {reason}")
@@ -172,7 +167,7 @@ def measure(options: argparse.Namespace) -> Record:
 
         known = stages(sizes, seconds, makers, frelay, plain)
         for name in options.cases:
-            run_stage(known[name](), record, _say)
+            run_stage(known[name](), record, progress)
     if not any(any(rounds) for rounds in record.results.values()):
         raise BenchError("\n".join(["nothing could be measured", *record.missing.values(), *record.notes]))
     return record

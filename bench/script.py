@@ -1,4 +1,4 @@
-"""How the scripts that measure are run: their flags read, signals obeyed, and an exit code for however it ends.
+"""How the scripts that measure are run: flags read, signals obeyed, progress shown, and an exit code however it ends.
 
 A script has a parser made by :func:`parser_of` and one function that does the work and is given the options; ``main``
 is :func:`run` with these.
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from bench.interrupt import Interrupted, raise_on_signals
 from bench.load import BenchError
 
-__all__ = ["parser_of", "run"]
+__all__ = ["parser_of", "progress", "run"]
 
 
 def parser_of(script: str, description: str) -> argparse.ArgumentParser:
@@ -45,3 +45,10 @@ def run(
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def progress(text: str) -> None:
+    """Say on stderr, if that is a terminal, what is going on, in place of what was said before; "" takes it away."""
+    if sys.stderr.isatty():
+        # Cut, because a line that wraps could not be taken away again.
+        print(f"\r\x1b[K{text[:100]}", end="", file=sys.stderr, flush=True)

@@ -39,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench.churn import Actor, Ground, actors, ask
 from bench.flat import Finding, Gauge, judge, warm_up
 from bench.plot import Curve, Panel, as_svg
+from bench.script import progress
 from bench.subjects import checkout_root
 
 _START: Final = 60.0
@@ -252,10 +253,10 @@ async def _traffic(
                     sample.lag, sample.longest_lag = lags[-1][0], max(longest for _, longest in lags)
                     lags.clear()
                 samples.append(sample)
-                _show(f"{at:.0f} of {seconds:.0f} s: {sample.descriptors} descriptors, {sample.memory:.1f} MiB")
+                progress(f"{at:.0f} of {seconds:.0f} s: {sample.descriptors} descriptors, {sample.memory:.1f} MiB")
                 await trio.sleep_until(began + len(samples))
             over.set()
-            _show("the last scenes come to their end")
+            progress("the last scenes come to their end")
         beside.cancel_scope.cancel(reason="time is up")
     return samples
 
@@ -294,7 +295,7 @@ async def run(options: argparse.Namespace, directory: Path) -> Result:
         before = await relay.settled()  # what is made once, for the first caller, is no leak
         cast = actors(ground, options.seed)
         samples = await _traffic(ground, relay, cast, options.seconds, troubles)
-        _show("coming to rest")
+        progress("coming to rest")
         after = await relay.at_rest()
         with trio.move_on_after(_REST):
             while after != before:
@@ -321,11 +322,6 @@ async def run(options: argparse.Namespace, directory: Path) -> Result:
 
 
 # --- telling ----------------------------------------------------------------------------------------------------------
-
-
-def _show(text: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{text[:100]}", end="", file=sys.stderr, flush=True)
 
 
 def as_table(result: Result) -> str:
@@ -443,7 +439,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="frelay-soak-") as scratch:
         result = trio.run(_until_signalled, options, Path(scratch) / "relay")
-    _show("")
+    progress("")
     if isinstance(result, int):
         print("soak.py: interrupted; everything that was started has been ended", file=sys.stderr)
         return 128 + result

@@ -33,7 +33,7 @@ from bench.load import BenchError, CompiledGenerator, Generator, Load, NoCompile
 from bench.measure import Case, Plan, run_rounds
 from bench.parties import Frelay
 from bench.report import Run, as_json, as_table
-from bench.script import parser_of, run
+from bench.script import parser_of, progress, run
 from bench.subjects import Direct, Subject
 
 MODES: Final = ("direct", "handoff", "tunnel", "direct-tls")
@@ -144,14 +144,7 @@ def _raise_descriptor_limit(pairs: int) -> None:
 
 
 def _show_progress(number: int, total: int, case: Case) -> None:
-    if sys.stderr.isatty():
-        text = f"{number}/{total}  {case.subject}, {case.pairs} {'pair' if case.pairs == 1 else 'pairs'}, {case.load}"
-        print(f"\r\x1b[K{text[:100]}", end="", file=sys.stderr, flush=True)
-
-
-def _clear_progress() -> None:
-    if sys.stderr.isatty():
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    progress(f"{number}/{total}  {case.subject}, {case.pairs} {'pair' if case.pairs == 1 else 'pairs'}, {case.load}")
 
 
 def measure(options: argparse.Namespace) -> Run:
@@ -159,7 +152,7 @@ def measure(options: argparse.Namespace) -> Run:
     plan = Plan(options.pairs, options.loads, options.seconds, options.rounds, options.size)
     notes: list[str] = []
     with ExitStack() as stack:
-        stack.callback(_clear_progress)
+        stack.callback(progress, "")
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="frelay-bench-")))
         subjects, compared = _subjects(options.modes, options.against, options.workers, scratch)
         if not subjects:
