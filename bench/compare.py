@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.bars import write_pictures
 from bench.cases import Makers, run_stage, stages
-from bench.flags import duration, round_count, some_of
+from bench.flags import duration, output_directory, output_file, round_count, some_of
 from bench.forwarders import HAProxy, HAProxyAccept, HAProxyFront, HAProxyTunnel, Nginx, Socat
 from bench.install import in_venv, install
 from bench.load import BenchError, CompiledGenerator
@@ -94,8 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", type=round_count, metavar="N", help="how often all is measured; the median is shown (default: 5)")
     add("--seconds", type=duration, metavar="S", help="how long each measurement counts, from 0.2 (default: 1)")
     add("--no-install", action="store_true", help="go on without what is not installed here")
-    add("--json", type=Path, metavar="FILE", help="save every figure of every round")
-    add("--svg", type=Path, metavar="DIR", help="draw bench-*.svg in there")
+    add("--json", type=output_file, metavar="FILE", help="save every figure of every round")
+    add("--svg", type=output_directory, metavar="DIR", help="draw bench-*.svg in there")
     add("--from", dest="saved", type=Path, metavar="FILE", help="measure nothing, and show what --json has saved")
     add("--update-readme", action="store_true", help="put the tables into README.md, and the pictures into docs/")
     return parser
@@ -176,7 +176,7 @@ def measure(options: argparse.Namespace) -> Record:
 def compare(options: argparse.Namespace) -> None:
     """Measure, or take what was saved, and show it wherever it was asked for; raises BenchError and OSError."""
     record = read_record(options.saved) if options.saved else measure(options)
-    # Saved before anything is drawn: a run of twenty minutes must not be lost to a directory that isn't there.
+    # Saved before anything is drawn: a run of twenty minutes must not be lost to a picture.
     if options.json:
         options.json.write_text(json.dumps(record.as_json(), indent=1) + "\n", encoding="utf-8")
     print(as_text(record))

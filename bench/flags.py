@@ -1,12 +1,14 @@
-"""What the flags of the scripts here have in common: numbers within limits, and lists of words."""
+"""What the flags of the scripts here have in common: numbers within limits, lists of words, and where to write."""
 
 from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
-__all__ = ["duration", "number", "round_count", "some_of", "whole"]
+__all__ = ["duration", "number", "output_directory", "output_file", "round_count", "some_of", "whole"]
 
 
 def number(text: str, lowest: float, highest: float, what: str) -> float:
@@ -49,3 +51,32 @@ def some_of(allowed: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
         return chosen
 
     return read
+
+
+# What is found is written at the end. That it can't be must be said before minutes of measuring, not after them.
+
+
+def output_file(text: str) -> Path:
+    """A file to write, there or not yet; raises ArgumentTypeError if it can't be written as things are."""
+    path = Path(text)
+    if os.path.isdir(path):
+        raise argparse.ArgumentTypeError(f"{text!r} is a directory: give a file in it")
+    if not os.path.isdir(path.parent):
+        raise argparse.ArgumentTypeError(f"{text!r}: {str(path.parent)!r} is no directory; make it first")
+    return _writable(path if os.path.exists(path) else path.parent, path)
+
+
+def output_directory(text: str) -> Path:
+    """A directory to write into, there or to be made; raises ArgumentTypeError if that can't be as things are."""
+    path = Path(text)
+    nearest = next(place for place in (path, *path.parents) if os.path.exists(place))
+    if not os.path.isdir(nearest):
+        raise argparse.ArgumentTypeError(f"{text!r} can be no directory: {str(nearest)!r} is a file")
+    return _writable(nearest, path)
+
+
+def _writable(place: Path, path: Path) -> Path:
+    """``path``, if ``place``, on which that depends, may be written."""
+    if not os.access(place, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{str(place)!r} may not be written by this user: give another place")
+    return path

@@ -40,6 +40,7 @@ __all__ = [
     "PythonGenerator",
     "SocketPair",
     "Tally",
+    "UsageError",
 ]
 
 Load = Literal["bulk", "pingpong", "mixed", "greedy"]
@@ -57,6 +58,10 @@ _AFTERWARDS: Final = 200_000_000
 
 class BenchError(Exception):
     """A measurement could not be made; the message is for the person who ran it."""
+
+
+class UsageError(BenchError):
+    """What a script was given is no good, so nothing was measured; the message names it, and the remedy."""
 
 
 class NoCompiler(BenchError):

@@ -26,7 +26,7 @@ from typing import Final
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.flags import duration, number, round_count, whole
-from bench.load import BenchError, CompiledGenerator, Load
+from bench.load import CompiledGenerator, Load, UsageError
 from bench.measure import Figures, measure_load
 from bench.pages import write_section
 from bench.parties import Frelay
@@ -94,16 +94,11 @@ class Work:
 
 
 def costs_of(record: Record) -> Costs:
-    """The costs in a record; raises BenchError where it lacks one."""
+    """The costs in a record; raises UsageError where it lacks one."""
     sizes = record.sizes
 
     def found(case: str, amount: int, figure: str) -> float:
-        spread = record.spread(Key(case, amount, "frelay"), figure)
-        if spread is None:
-            raise BenchError(
-                f"the record has no {figure} of frelay in {case!r}, {amount}: run compare.py with all cases"
-            )
-        return spread.median
+        return _median(record, Key(case, amount, "frelay"), figure)
 
     none, most = sizes.idle[0], sizes.idle[-1]
     at_rest = found("at rest", most, "subject_cores") - found("at rest", none, "subject_cores")
@@ -116,6 +111,17 @@ def costs_of(record: Record) -> Costs:
         waiting_kib=found("memory, waiting", sizes.held, "kib_each"),
         relay_mib=found("at rest", none, "mib"),
     )
+
+
+def _median(record: Record, key: Key, figure: str) -> float:
+    """One figure over the rounds; raises UsageError where the record lacks it."""
+    spread = record.spread(key, figure)
+    if spread is None:
+        raise UsageError(
+            f"the record has no {figure} of {key.subject} in {key.case!r}, {key.amount}; "
+            "run bench/compare.py --json FILE with all cases first, and give that file"
+        )
+    return spread.median
 
 
 def needed(costs: Costs, work: Work) -> dict[str, float]:
@@ -178,8 +184,10 @@ _CHECKS: Final[tuple[tuple[Load, str, str, float], ...]] = (
 
 
 def check(record: Record, rounds: int, seconds: float) -> list[Check]:
-    """Measure 1 and 2 workers, round by round; raises BenchError."""
-    cores = int(record.machine["cpus"])
+    """Measure 1 and 2 workers, round by round; raises BenchError, and UsageError where the record lacks a figure."""
+    # All that is taken from the record, first: what it lacks shall be told before anything is measured.
+    costs = {case: _seconds_a_unit(record, _key(record, case), figure) for _, case, figure, _ in _CHECKS}
+    cores = record.machine["cpus"]
     found: dict[tuple[str, int], list[float]] = {}
     with tempfile.TemporaryDirectory(prefix="frelay-bench-") as scratch:
         generator = CompiledGenerator(Path(scratch))
@@ -189,21 +197,26 @@ def check(record: Record, rounds: int, seconds: float) -> list[Check]:
         ):
             for _ in range(rounds):
                 for load, case, figure, _ in _CHECKS:
-                    pairs = (record.sizes.bulk if load == "bulk" else record.sizes.pingpong)[1]
+                    pairs = _key(record, case).amount
                     for workers, relay in ((1, one), (2, two)):
                         figures: Figures = measure_load(relay, pairs, load, generator, seconds=seconds, size=64)
                         found.setdefault((case, workers), []).append(getattr(figures, figure))
     checks = []
     for _, case, figure, _ in _CHECKS:
-        pairs = (record.sizes.bulk if case == "bulk" else record.sizes.pingpong)[1]
-        key = Key(case, pairs, "frelay")
-        rate, used, load_used = (record.spread(key, name) for name in (figure, "subject_cores", "generator_cores"))
-        if rate is None or used is None or load_used is None:
-            raise BenchError(f"the record has nothing of frelay in {case!r}")
         for workers in (1, 2):
-            predicted = predict(cores, workers, used.median / rate.median, load_used.median / rate.median)
+            predicted = predict(cores, workers, *costs[case])
             checks.append(Check(f"{case}, {figure}", workers, predicted, median(found[case, workers])))
     return checks
+
+
+def _key(record: Record, case: str) -> Key:
+    return Key(case, (record.sizes.bulk if case == "bulk" else record.sizes.pingpong)[1], "frelay")
+
+
+def _seconds_a_unit(record: Record, key: Key, figure: str) -> tuple[float, float]:
+    """CPU seconds of the relay, and of the load generator, for each unit of ``figure``, a rate; raises UsageError."""
+    rate, used, load_used = (_median(record, key, name) for name in (figure, "subject_cores", "generator_cores"))
+    return used / rate, load_used / rate
 
 
 # --- showing it -------------------------------------------------------------------------------------------------------
@@ -310,11 +323,15 @@ def _parser() -> argparse.ArgumentParser:
 def answer(options: argparse.Namespace) -> None:
     """Compute, check if asked to, and show it; raises BenchError and OSError."""
     record = read_record(options.record)
-    costs = costs_of(record)
-    cores = options.cores or int(record.machine["cpus"])
-    memory = options.memory or float(record.machine["memory_gib"])
+    try:
+        costs = costs_of(record)
+        checks = check(record, options.rounds, options.seconds) if options.check else []
+    except UsageError as error:
+        # Which file it was is known here alone.
+        raise UsageError(f"{options.record}: {error}") from None
+    cores = options.cores or record.machine["cpus"]
+    memory = options.memory or record.machine["memory_gib"]
     machines = [Machine(cores, memory, options.descriptors)]
-    checks = check(record, options.rounds, options.seconds) if options.check else []
     page = as_page(record, costs, machines, checks)
     print(page)
     if options.update_docs:

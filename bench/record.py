@@ -6,7 +6,6 @@ capacity, without measuring anything anew; and a ratio is taken from it in one w
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import ssl
@@ -15,12 +14,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
-from bench.load import BenchError
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # typing's own is too little for pydantic before Python 3.12
+
+from bench.load import UsageError
 from bench.measure import ratios
 
-__all__ = ["QUICK", "Key", "Record", "Round", "Sizes", "Spread", "about_machine", "now", "read_record"]
+__all__ = ["QUICK", "AboutMachine", "Key", "Record", "Round", "Sizes", "Spread", "about_machine", "now", "read_record"]
 
 Round = Mapping[str, float]
 
@@ -65,12 +67,23 @@ class Sizes:
 QUICK = Sizes((1, 4), (1, 4), (1,), 4, 8, 40, (0, 40), (2, 20), 4, 5)
 
 
+class AboutMachine(TypedDict):
+    """Where it was measured."""
+
+    cpu: str
+    cpus: int
+    memory_gib: float
+    kernel: str
+    python: str
+    generator_tls: str
+
+
 @dataclass
 class Record:
     """A run."""
 
     date: str
-    machine: dict[str, Any]
+    machine: AboutMachine
     seconds: float
     rounds: int
     sizes: Sizes
@@ -118,22 +131,60 @@ def _spread(values: Sequence[float]) -> Spread | None:
     return Spread(median(values), min(values), max(values), len(values)) if values else None
 
 
+@dataclass(frozen=True, slots=True)
+class _Cell:
+    """An item of "results", as ``as_json`` writes it."""
+
+    case: str
+    amount: int
+    subject: str
+    rounds: list[Round]
+
+
+class _Cells(TypedDict):
+    results: list[_Cell]
+
+
+_OBJECT: Final = TypeAdapter(dict[str, Any])
+_CELLS: Final = TypeAdapter(_Cells)
+_RECORD: Final = TypeAdapter(Record)
+
+
 def read_record(path: Path) -> Record:
-    """What ``as_json`` wrote; raises BenchError."""
+    """What ``as_json`` wrote; raises UsageError, which says what is wrong with the file."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        results = {Key(one["case"], one["amount"], one["subject"]): one["rounds"] for one in found.pop("results")}
-        sizes: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in found.pop("sizes").items()}
-        return Record(**found, sizes=Sizes(**sizes), results=results)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BenchError(f"{path} is no record of a comparison: {error}") from None
+        return _parsed(path.read_bytes())
+    except FileNotFoundError:
+        wrong = "does not exist"
+    except OSError as error:
+        wrong = f"cannot be read: {error.strerror}"
+    except ValidationError as error:
+        wrong = f"is no record of a comparison: {_first(error)}"
+    raise UsageError(f"{path} {wrong}; run bench/compare.py --json FILE first, and give that file")
 
 
-def about_machine() -> dict[str, Any]:
-    """Where it was measured."""
+def _parsed(text: bytes) -> Record:
+    """Raises ValidationError."""
+    found = _OBJECT.validate_json(text)
+    cells = _CELLS.validate_python(found)["results"]
+    results = {Key(cell.case, cell.amount, cell.subject): cell.rounds for cell in cells}
+    return _RECORD.validate_python({**found, "results": results})
+
+
+def _first(error: ValidationError) -> str:
+    """The first of the mistakes, with where it is."""
+    mistake = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in mistake["loc"])
+    if mistake["type"] == "missing":
+        return f"it lacks {place!r}"
+    return f"{place}: {mistake['msg']}" if place else mistake["msg"]
+
+
+def about_machine() -> AboutMachine:
+    """Where this runs."""
     return {
         "cpu": _field("/proc/cpuinfo", "model name") or platform.machine(),
-        "cpus": os.cpu_count(),
+        "cpus": os.cpu_count() or 1,
         "memory_gib": round(int((_field("/proc/meminfo", "MemTotal") or "0").split()[0]) / 2**20, 1),
         "kernel": platform.release(),
         "python": platform.python_version(),

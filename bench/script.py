@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from bench.interrupt import Interrupted, raise_on_signals
-from bench.load import BenchError
+from bench.load import BenchError, UsageError
 
 __all__ = ["parser_of", "progress", "run"]
 
@@ -42,9 +42,16 @@ def run(
         print(f"{parser.prog}: interrupted; everything that was started has been ended", file=sys.stderr)
         return interruption.exit_code
     except (BenchError, OSError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 1
+        print(f"{parser.prog}: {_said(error)}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
     return 0
+
+
+def _said(error: BenchError | OSError) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        # The number of the error, which str() begins with, tells a reader nothing.
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def progress(text: str) -> None:

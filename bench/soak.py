@@ -37,6 +37,7 @@ import trio
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.churn import Actor, Ground, actors, ask
+from bench.flags import output_file
 from bench.flat import Finding, Gauge, judge, warm_up
 from bench.plot import Curve, Panel, as_svg
 from bench.script import progress
@@ -411,8 +412,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--seconds", type=_seconds, default=60.0, metavar="S", help="how long, from 20 (default: 60)")
     add("--seed", type=int, default=1, metavar="N", help="for what the scenes choose (default: 1)")
-    add("--json", type=Path, metavar="FILE", help="write everything, each sample included")
-    add("--plot", type=Path, metavar="FILE", help="write the curves as SVG")
+    add("--json", type=output_file, metavar="FILE", help="write everything, each sample included")
+    add("--plot", type=output_file, metavar="FILE", help="write the curves as SVG")
     return parser
 
 

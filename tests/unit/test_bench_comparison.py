@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
@@ -13,16 +14,24 @@ from bench.bars import write_pictures
 from bench.claims import Claim, Verdict, claims, judge
 from bench.compare import main
 from bench.cpu import read_cpu, read_memory
+from bench.flags import output_directory, output_file
 from bench.load import BenchError
 from bench.pages import with_section
-from bench.record import QUICK, Key, Record, Sizes, Spread, read_record
+from bench.record import QUICK, AboutMachine, Key, Record, Sizes, Spread, read_record
 from bench.tables import as_markdown, as_text
 
-MACHINE = {"cpu": "a CPU", "cpus": 2, "memory_gib": 4.0, "kernel": "6.1", "python": "3.11", "generator_tls": "OpenSSL"}
+MACHINE: AboutMachine = {
+    "cpu": "a CPU",
+    "cpus": 2,
+    "memory_gib": 4.0,
+    "kernel": "6.1",
+    "python": "3.11",
+    "generator_tls": "OpenSSL",
+}
 
 
 def a_record(**results: list[dict[str, float]]) -> Record:
-    record = Record("2026-01-01 12:00 UTC", dict(MACHINE), 1.0, 3, Sizes())
+    record = Record("2026-01-01 12:00 UTC", MACHINE.copy(), 1.0, 3, Sizes())
     record.names = {"direct": "no relay", "frelay": "frelay, handed off", "haproxy": "HAProxy"}
     record.results = {Key("bulk", 16, subject): list(rounds) for subject, rounds in results.items()}
     return record
@@ -124,7 +133,45 @@ def test_wrong_flags_and_files_have_their_exit_codes(tmp_path: Path, monkeypatch
     with pytest.raises(SystemExit) as ended:
         main(["--cases", "nonsense"])
     assert ended.value.code == 2
-    assert main(["--from", str(tmp_path / "missing.json")]) == 1
+    assert main(["--from", str(tmp_path / "missing.json")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("flag", "path", "remedy"),
+    [
+        ("--json", "", "give a file in it"),
+        ("--json", "missing/all.json", "'{}/missing' is no directory; make it first"),
+        ("--json", "file/all.json", "'{}/file' is no directory; make it first"),
+        ("--svg", "file", "'{}/file' is a file"),
+        ("--svg", "file/pictures", "'{}/file' is a file"),
+    ],
+)
+def test_where_nothing_can_be_written_nothing_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, flag: str, path: str, remedy: str) -> None:  # fmt: skip
+    monkeypatch.setattr("bench.compare.measure", lambda options: pytest.fail("it began to measure"))
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as ended:
+        main([flag, str(tmp_path / path)])
+    assert ended.value.code == 2
+    assert remedy.format(tmp_path) in capsys.readouterr().err
+
+
+def test_what_may_not_be_written_is_said_before_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The tests may run as root, who may write everywhere.
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    for kind, path in ((output_file, "all.json"), (output_directory, "new/pictures")):
+        with pytest.raises(ArgumentTypeError, match=f"'{tmp_path}' may not be written"):
+            kind(str(tmp_path / path))
+
+
+def test_where_something_can_be_written_it_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("all.json").touch()
+    assert [str(output_file(text)) for text in ("all.json", "new.json", "/dev/null")] == [
+        "all.json", "new.json", "/dev/null"
+    ]  # fmt: skip
+    assert [str(output_directory(text)) for text in (".", "new", "new/deep")] == [".", "new", "new/deep"]
+    assert sorted(os.listdir()) == ["all.json"]
 
 
 def test_the_kernel_is_asked_for_a_process_and_its_children() -> None:

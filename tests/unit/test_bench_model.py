@@ -9,7 +9,7 @@ import pytest
 
 from bench.load import BenchError
 from bench.model import Costs, Machine, Work, carried, costs_of, main, needed, predict
-from bench.record import Key, Record, Sizes
+from bench.record import AboutMachine, Key, Record, Sizes
 
 COSTS = Costs(
     join_us=2000, message_us=10, gigabyte_ms=250, rest_us=1, pairing_kib=12, waiting_kib=60, relay_mib=64
@@ -17,7 +17,14 @@ COSTS = Costs(
 
 
 def a_record() -> Record:
-    machine = {"cpu": "a CPU", "cpus": 2, "memory_gib": 4.0, "kernel": "6.1", "python": "3.11", "generator_tls": ""}
+    machine: AboutMachine = {
+        "cpu": "a CPU",
+        "cpus": 2,
+        "memory_gib": 4.0,
+        "kernel": "6.1",
+        "python": "3.11",
+        "generator_tls": "",
+    }
     record = Record("2026-01-01 12:00 UTC", machine, 1.0, 1, Sizes())
     for case, amount, figures in (
         ("admission", 1, {"cpu_us_per_leg": 1000.0}),
@@ -85,4 +92,41 @@ def test_the_page_is_computed_from_a_saved_record(tmp_path: Path, capsys: pytest
     shown = capsys.readouterr().out
     assert "**8 cores, 16 GiB**" in shown
     assert "| joins a second (pairings set up) | 2,800 | cores |" in shown
-    assert main([str(tmp_path / "missing.json")]) == 1
+
+
+@pytest.mark.parametrize("flags", [[], ["--check"]], ids=["", "before it measures anything"])
+@pytest.mark.parametrize(
+    ("content", "wrong"),
+    [
+        (None, "does not exist"),
+        (b"\xff", "is no record of a comparison: Invalid JSON"),
+        (b'{"date": "2026-', "is no record of a comparison: Invalid JSON"),
+        (b"[]", "is no record of a comparison: Input should be an object"),
+        (json.dumps({**a_record().as_json(), "machine": {"cpus": 2}}).encode(), "it lacks 'machine.cpu'"),
+        (json.dumps({**a_record().as_json(), "results": []}).encode(), "the record has no subject_cores of frelay"),
+    ],
+    ids=["no file", "no text", "cut short", "other JSON", "no machine", "no figures"],
+)
+def test_a_file_that_is_no_good_is_named_with_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, flags: list[str], content: bytes | None, wrong: str) -> None:  # fmt: skip
+    monkeypatch.setattr("bench.script.raise_on_signals", lambda: None)
+    given = tmp_path / "all.json"
+    if content is not None:
+        given.write_bytes(content)
+    assert main([str(given), *flags]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith(f"model.py: {given}")
+    assert wrong in shown.err
+    assert "run bench/compare.py --json FILE" in shown.err
+    assert len(shown.err.splitlines()) == 1
+
+
+def test_a_check_needs_figures_of_the_generator_and_says_so_first(tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setattr("bench.script.raise_on_signals", lambda: None)
+    monkeypatch.setattr("bench.model.CompiledGenerator", lambda directory: pytest.fail("it began to measure"))
+    saved = tmp_path / "all.json"
+    saved.write_text(json.dumps(a_record().as_json()))
+    assert main([str(saved), "--check"]) == 2
+    assert f"{saved}: the record has no round_trips_per_second of frelay" in capsys.readouterr().err
