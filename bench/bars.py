@@ -75,33 +75,70 @@ def _bar(bar: Bar, top: float, highest: float, digits: int) -> Iterator[str]:
 
 # --- of a comparison --------------------------------------------------------------------------------------------------
 
-# File, title, case, figure, digits, and what is better.
+
+@dataclass(frozen=True, slots=True)
+class _Picture:
+    """One figure of one case, of everybody who has it."""
+
+    name: str
+    """Of its file, without the suffix."""
+    title: str
+    shows: str
+    """The figure in words, for who can't see the picture."""
+    case: str
+    figure: str
+    digits: int
+    better: str
+
+
 _PICTURES: Final = (
-    ("bench-bulk-cpu", "CPU ms per GB, bulk", "bulk", "cpu_ms_per_gb", 0, "less"),
-    ("bench-bulk", "Gbit/s, bulk", "bulk", "gbit_per_second", 1, "more"),
-    ("bench-messages-cpu", "CPU µs per message of 64 B", "ping-pong 64 B", "cpu_us_per_message", 1, "less"),
-    ("bench-messages", "Round trips of 64 B a second", "ping-pong 64 B", "round_trips_per_second", 0, "more"),
-    ("bench-admission", "CPU µs per leg: set up, and given up again", "admission", "cpu_us_per_leg", 0, "less"),
-)
+    _Picture("bench-bulk-cpu", "CPU ms per GB, bulk", "CPU time per GB relayed in bulk",
+             "bulk", "cpu_ms_per_gb", 0, "less"),
+    _Picture("bench-bulk", "Gbit/s, bulk", "Throughput in bulk",
+             "bulk", "gbit_per_second", 1, "more"),
+    _Picture("bench-messages-cpu", "CPU µs per message of 64 B", "CPU time per message of 64 bytes",
+             "ping-pong 64 B", "cpu_us_per_message", 1, "less"),
+    _Picture("bench-messages", "Round trips of 64 B a second", "Round trips a second of messages of 64 bytes",
+             "ping-pong 64 B", "round_trips_per_second", 0, "more"),
+    _Picture("bench-admission", "CPU µs per leg: set up, and given up again", "CPU time to set a leg up and give it up",
+             "admission", "cpu_us_per_leg", 0, "less"),
+)  # fmt: skip
 
 
-def write_pictures(record: Record, directory: Path) -> list[Path]:
-    """Draw what there are figures for; gives the files."""
+def write_pictures(record: Record, directory: Path) -> dict[Path, str]:
+    """Draw what there are figures for; gives the files, each with a sentence that says what is to be seen in it.
+
+    Raises OSError.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    written = []
-    for name, title, case, figure, digits, better in _PICTURES:
+    written = {}
+    for picture in _PICTURES:
         groups = []
-        for amount in dict.fromkeys(key.amount for key in record.results if key.case == case):
+        for amount in dict.fromkeys(key.amount for key in record.results if key.case == picture.case):
             bars = [
                 Bar(record.names[subject], spread, subject.startswith("frelay"))
                 for subject in record.names
-                if (spread := record.spread(Key(case, amount, subject), figure)) is not None
+                if (spread := record.spread(Key(picture.case, amount, subject), picture.figure)) is not None
             ]
-            what = "" if case == "admission" else f"{amount} {'pair' if amount == 1 else 'pairs'}"
+            what = "" if picture.case == "admission" else f"{amount} {'pair' if amount == 1 else 'pairs'}"
             groups += [Group(what, bars)] if bars else []
         if groups:
             rounds = "one round" if record.rounds == 1 else f"median and range of {record.rounds} rounds"
-            path = directory / f"{name}.svg"
-            path.write_text(as_bars(title, f"{better} is better; {rounds}; {record.date}", groups, digits), "utf-8")
-            written.append(path)
+            subtitle = f"{picture.better} is better; {rounds}; {record.date}"
+            path = directory / f"{picture.name}.svg"
+            path.write_text(as_bars(picture.title, subtitle, groups, picture.digits), "utf-8")
+            written[path] = f"{picture.shows}: {_compared(groups)}"
     return written
+
+
+def _compared(groups: Sequence[Group]) -> str:
+    """Who is there: frelay, and two of the others by name; the tables have all of them.
+
+    Whoever takes part in several ways, which are behind a comma in the name, is named once.
+    """
+    bars = [bar for group in groups for bar in group.bars]
+    ours, theirs = (
+        list(dict.fromkeys(bar.name.partition(",")[0] for bar in bars if bar.is_ours is own)) for own in (True, False)
+    )
+    others = f"{theirs[0]}, {theirs[1]} and others" if len(theirs) > 2 else " and ".join(theirs)
+    return " beside ".join(part for part in (*ours, others) if part)

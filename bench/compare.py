@@ -183,8 +183,9 @@ def compare(options: argparse.Namespace) -> None:
     if options.svg:
         write_pictures(record, options.svg)
     if options.update_readme:
-        pictures = [str(path.relative_to(_README.parent)) for path in write_pictures(record, _PICTURES)]
-        write_section(_README, "compare.py", as_markdown(record, pictures))
+        pictures = write_pictures(record, _PICTURES)
+        from_there = {str(path.relative_to(_README.parent)): shown for path, shown in pictures.items()}
+        write_section(_README, "compare.py", as_markdown(record, from_there))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

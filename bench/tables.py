@@ -6,7 +6,7 @@ hides who is ahead, and nobody who was asked for falls out silently: who could n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 from bench.claims import Verdict, judge
@@ -172,8 +172,11 @@ def as_rows(rows: Sequence[Sequence[str]]) -> list[str]:
     return lines + [f"| {' | '.join(row)} |" for row in body]
 
 
-def as_markdown(record: Record, pictures: Sequence[str]) -> str:
-    """The README's section: who is how fast at what cost, and the claims. ``pictures`` are paths from the README."""
+def as_markdown(record: Record, pictures: Mapping[str, str]) -> str:
+    """The README's section: who is how fast at what cost, and the claims.
+
+    ``pictures`` are paths from the README, each with what it says to whoever can't see it.
+    """
     some = {"bulk": record.sizes.bulk[1], "ping-pong 64 B": record.sizes.pingpong[1], "admission": 1}
     rows = [[f"{record.sizes.bulk[1]} pairs", *(title for _, title, _, _ in _SUMMARY)]]
     for name in record.names:
@@ -187,13 +190,9 @@ def as_markdown(record: Record, pictures: Sequence[str]) -> str:
             ]
             rows.append([_named(record, name), *cells])
     verdicts = judge(record)
-    lines = [*as_rows(rows), "", *(f"![{_alt(path)}]({path})" for path in pictures), ""]
+    lines = [*as_rows(rows), "", *(f"![{alternative}]({path})" for path, alternative in pictures.items()), ""]
     lines += as_rows([["the claims", "goal", "measured (lowest..highest)", "met"], *(_claim_row(v) for v in verdicts)])
     return "\n".join([*lines, "", *about(record)])
-
-
-def _alt(path: str) -> str:
-    return path.rpartition("/")[2].removesuffix(".svg").replace("-", " ")
 
 
 def _claim_row(verdict: Verdict) -> list[str]:

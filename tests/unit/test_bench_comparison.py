@@ -109,15 +109,33 @@ def test_the_readme_gets_its_section_and_keeps_the_rest(tmp_path: Path) -> None:
     record = a_record(frelay=rounds(100, 200, 300), haproxy=rounds(1000, 1000, 1000))
     pictures = write_pictures(record, tmp_path)
     assert [path.name for path in pictures] == ["bench-bulk-cpu.svg"]
-    assert "HAProxy" in pictures[0].read_text(encoding="utf-8")
-    section = as_markdown(record, ["docs/bench-bulk-cpu.svg"])
+    assert "HAProxy" in (tmp_path / "bench-bulk-cpu.svg").read_text(encoding="utf-8")
+    section = as_markdown(record, {f"docs/{path.name}": shown for path, shown in pictures.items()})
     readme = "before\n<!-- compare.py: begin -->\nold\n<!-- compare.py: end -->\nafter\n"
     updated = with_section(readme, "compare.py", section)
     assert updated.startswith("before\n")
     assert updated.endswith("\nafter\n")
     assert "old" not in updated
     assert "| frelay, handed off | - | 200 |" in updated
+    assert "![CPU time per GB relayed in bulk: frelay beside HAProxy](docs/bench-bulk-cpu.svg)" in updated
     assert with_section(updated, "compare.py", section) == updated
+
+
+@pytest.mark.parametrize(
+    ("names", "compared"),
+    [
+        (("frelay", "frelay, tunnelled"), "frelay"),
+        (("HAProxy", "nginx stream"), "HAProxy and nginx stream"),
+        (("no relay", "frelay", "frelay, tunnelled", "HAProxy", "HAProxy, splice", "socat"),
+         "frelay beside no relay, HAProxy and others"),
+    ],
+)  # fmt: skip
+def test_a_picture_says_in_a_sentence_who_is_in_it(tmp_path: Path, names: tuple[str, ...], compared: str) -> None:
+    record = a_record()
+    record.names = {name.lower(): name for name in names}
+    for key in record.names:
+        record.results[Key("bulk", 1, key)] = record.results[Key("bulk", 16, key)] = [*rounds(1, 2, 3)]
+    assert list(write_pictures(record, tmp_path).values()) == [f"CPU time per GB relayed in bulk: {compared}"]
 
 
 @pytest.mark.parametrize(
