@@ -366,10 +366,10 @@ class Pairing:
         one, two = self.legs["func1"].stream(), self.legs["func2"].stream()
         forth: tuple[Side, Side] = ("func1", "func2")
         back: tuple[Side, Side] = ("func2", "func1")
-        share = self._share
+        share, readiness = self._share, self._forwarding.readiness
         if share is None and isinstance(one, RawStream) and isinstance(two, RawStream):
             wire1, wire2 = Wire(one.sock), Wire(two.sock)
-            readiness, pipes = self._forwarding.readiness, self._forwarding.pipes
+            pipes = self._forwarding.pipes
             return {
                 "func1": RawPump(
                     wire1, wire2, sides=forth, readiness=readiness, pipes=pipes, probe=self._probe("func1")
@@ -379,8 +379,8 @@ class Pairing:
                 ),
             }
         return {
-            "func1": StreamPump(one, two, sides=forth, probe=self._probe("func1"), share=share),
-            "func2": StreamPump(two, one, sides=back, probe=self._probe("func2"), share=share),
+            "func1": StreamPump(one, two, sides=forth, readiness=readiness, probe=self._probe("func1"), share=share),
+            "func2": StreamPump(two, one, sides=back, readiness=readiness, probe=self._probe("func2"), share=share),
         }
 
     async def _forward(self) -> None:

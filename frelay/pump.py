@@ -3,6 +3,10 @@
 There are two kinds with one face (:class:`Pump`): :class:`~frelay.raw_pump.RawPump` joins two raw legs, whose bytes
 stay in the kernel, and :class:`~frelay.stream_pump.StreamPump` two streams whose bytes pass through the process.
 
+The unit of both is the *step*: a function call that moves what can be moved now, never waits, and says what the next
+one waits for (:class:`Want`). :mod:`frelay.readiness` calls it, while the task of the pump sleeps until something other
+than bytes happens.
+
 Both end a direction the same way: the source's end is passed on as the sink's end (FIN or close_notify), after all
 bytes. Both read nothing while anything read before is undelivered. That is all of back-pressure: the source's kernel
 buffer fills, its window closes, its sender waits. Both check a leg's first bytes where ``require_inner_tls`` holds
@@ -12,11 +16,23 @@ A pump that fails raises :class:`Cut`, which says with what outcome and by whose
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import Final, Protocol
 
 from frelay.outcome import Outcome, Side
 
-__all__ = ["Cut", "Pump", "TlsProbe"]
+__all__ = ["Cut", "Pump", "TlsProbe", "Want"]
+
+
+class Want(IntEnum):
+    """What a pump needs before its next step makes sense."""
+
+    NOTHING = 0
+    """No step would: it has ended, or its task is at work."""
+    SOURCE_READABLE = 1
+    SINK_WRITABLE = 2
+    ARRIVAL = 3
+    """That something comes to its source, which it has read empty. Only for raw pumps, when they copy."""
 
 
 class Cut(Exception):

@@ -3,14 +3,12 @@
 Theory of operation
 ===================
 
-Its unit is the *step*: a function call that moves what can be moved now and says what it waits for
-(:class:`~frelay.readiness.Want`). It never waits itself; the readiness set calls it. A small message is cheapest as a
-``read`` and a ``write``; and since the read brings less than was asked for, the source is empty then, so that the pump
-need not be told of it again before more comes (``Want.ARRIVAL``; :func:`carry_arrivals` serves all that have it in one
-go). But once a read brings as much as was asked for, the source has more than that, and the pump turns to ``splice(2)``
-through a pipe, where the bytes stay in the kernel. A few short reads in a row turn it back, or a look of the watch that
-finds nothing moved, and the pipe goes back to the pool. So an idle or chatty pairing holds no pipe, and a bulk one
-holds one a direction.
+A small message is cheapest as a ``read`` and a ``write``; and since the read brings less than was asked for, the source
+is empty then, so that the pump need not be told of it again before more comes (``Want.ARRIVAL``; :func:`carry_arrivals`
+serves all that have it in one go). But once a read brings as much as was asked for, the source has more than that, and
+the pump turns to ``splice(2)`` through a pipe, where the bytes stay in the kernel. A few short reads in a row turn it
+back, or a look of the watch that finds nothing moved, and the pipe goes back to the pool. So an idle or chatty pairing
+holds no pipe, and a bulk one holds one a direction.
 
 That nothing is read while anything is undelivered also makes the famous trap of splice harmless: a pipe fills by slots
 rather than bytes, so EAGAIN can mean "pipe full" although the source is readable; a pump whose pipe is empty whenever
@@ -26,20 +24,19 @@ import fcntl
 import os
 import socket
 from collections.abc import Callable, Iterable
-from enum import IntEnum
 from os import read, write
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from frelay.outcome import Outcome, Side
-from frelay.pump import Cut, TlsProbe
+from frelay.pump import Cut, TlsProbe, Want
 from frelay.sockets import broken
 
 if TYPE_CHECKING:
     from frelay.readiness import ReadinessSet, Wire
 
-__all__ = ["PipePool", "RawPump", "Want", "carry_arrivals", "splice_is_available"]
+__all__ = ["PipePool", "RawPump", "carry_arrivals", "splice_is_available"]
 
 # Below this a copy is cheaper than two splices and a pipe; a read that fills it announces more.
 _COPY_BUFFER: Final = 16 * 1024
@@ -58,17 +55,6 @@ _SHORT_READS_TO_CALM: Final = 8
 _SPLICE: Final[Callable[..., int] | None] = getattr(os, "splice", None)
 _NONBLOCK: Final[int] = getattr(os, "SPLICE_F_NONBLOCK", 0) | getattr(os, "SPLICE_F_MOVE", 0)
 _F_SETPIPE_SZ: Final = 1031
-
-
-class Want(IntEnum):
-    """What a pump needs before its next step makes sense."""
-
-    NOTHING = 0
-    SOURCE_READABLE = 1
-    SINK_WRITABLE = 2
-    ARRIVAL = 3
-    """That something comes to its source, which it has read empty. It holds nothing, then, and has no pipe."""
-
 
 # Looked up with every message, and a member of an enumeration is not found as quickly as a name of this module.
 _READABLE: Final = Want.SOURCE_READABLE

@@ -1,21 +1,21 @@
-"""One epoll set for all raw legs: which sockets can move bytes now, asked once for all of them.
+"""One epoll set for all paired legs: which sockets can move bytes now, asked once for all of them.
 
 Theory of operation
 ===================
 
 Trio parks a task by telling its epoll set about one descriptor, once, and switches tasks when it fires. For a relay of
-small messages that is most of the work: an ``epoll_ctl`` and two task switches for every hundred bytes. So raw legs
-are registered *here*, for good, and every ready pump is stepped inline, as a plain function call. A pump's own task
-sleeps on an event all the while and wakes only for what is not bytes: the end of its direction, a fault, a
-cancellation. So structured concurrency keeps the last word (a pump exists exactly as long as its task runs), and bytes
-do not pay for it.
+small messages that is most of the work: an ``epoll_ctl`` and two task switches for every hundred bytes. So paired legs
+are registered *here*, for as long as nothing but bytes comes, and every ready pump is stepped inline, as a plain
+function call. A pump's own task sleeps on an event all the while and wakes only for what is not bytes: the end of its
+direction, a fault, a cancellation. So structured concurrency keeps the last word (a pump exists exactly as long as its
+task runs), and bytes do not pay for it.
 
 Who sleeps on this set? If a Trio task did, each wake-up would be a turn of Trio's loop: its epoll set fires because
 ours did, a task is switched to, ours is asked again. With one pairing that costs more than moving its bytes does. So it
 is the other way round. Trio tells its instruments when it has nothing left to run and is about to sleep until a
 deadline (``before_io_wait``). We sleep in its stead, on our set, in which Trio's own set is one more descriptor: bytes
-that come for a raw leg are moved here and now, and whatever comes for anybody else is a return to Trio, which finds it
-in its own set. Two things Trio could not find there by itself: a task that a step has made runnable, and a deadline
+that come for a paired leg are moved here and now, and whatever comes for anybody else is a return to Trio, which finds
+it in its own set. Two things Trio could not find there by itself: a task that a step has made runnable, and a deadline
 that has passed meanwhile. For those we ring a doorbell, an eventfd that a task of ours has Trio watch.
 
 Trio has no public name for its epoll set. The kernel knows it: it is the one that watches the doorbell, which
@@ -24,7 +24,7 @@ ours after all, which costs CPU time and nothing else.
 
 Rules:
 
-1. A :class:`Wire` is one raw leg: the pump that reads from it and the pump that writes to it. Its epoll mask follows
+1. A :class:`Wire` is one leg: the pump that reads from it and the pump that writes to it. Its epoll mask follows
    from what these two want; it is changed only when that changes, which for a flowing stream is never. It is
    level-triggered, except for a pump that has read its source empty (``Want.ARRIVAL``): then the kernel need not look
    at the socket a second time only to find that. What a short read can leave behind comes as more than ``EPOLLIN``,
@@ -48,12 +48,16 @@ import socket
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import structlog
 import trio
 
-from frelay.raw_pump import RawPump, Want, carry_arrivals
+from frelay.pump import Want
+from frelay.raw_pump import RawPump, carry_arrivals
+
+if TYPE_CHECKING:
+    from frelay.stream_pump import StreamPump
 
 __all__ = ["ReadinessSet", "Wire"]
 
@@ -74,17 +78,17 @@ _ARRIVAL: Final = Want.ARRIVAL
 
 
 class Wire:
-    """One raw leg's socket, as the readiness set knows it."""
+    """One leg's socket, as the readiness set knows it."""
 
     __slots__ = ("_mask", "error", "fd", "reader", "socket", "writer")
 
     def __init__(self, sock: socket.socket) -> None:
         self.socket = sock
         self.fd = sock.fileno()
-        self.reader: RawPump | None = None
+        self.reader: RawPump | StreamPump | None = None
         """The pump whose source this is."""
         self.writer: RawPump | None = None
-        """The pump whose sink this is."""
+        """The pump whose sink this is, if that is stepped when the sink has room."""
         self.error: OSError | None = None
         """How the connection broke, once a pump was told of it."""
         self._mask: int | None = None
@@ -136,7 +140,8 @@ class ReadinessSet:
             # However it was registered before: this looks again, so what came before is not missed.
             self._epoll.modify(wire.fd, mask)
         wire._mask = mask
-        if reader is not None and mask == _ARRIVES:
+        if mask == _ARRIVES:
+            assert isinstance(reader, RawPump)  # noqa: S101  for the type checker
             self._chatty[wire.fd] = reader
         else:
             self._chatty.pop(wire.fd, None)
@@ -248,13 +253,17 @@ class ReadinessSet:
         if writer is not None and writer.wants is _WRITABLE and events & ~_IN:
             writer.step()
             stepped = True
-        if not stepped and events & _TROUBLE:
+        if stepped or not events & _TROUBLE:
+            return
+        victim = reader if reader is not None and not reader.has_finished else writer
+        error = 0
+        if victim is not None and not victim.has_finished:
+            # Asked once, it is gone; and who has finished, or will look for itself, must not find it gone.
             error = wire.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            victim = reader if reader is not None and not reader.has_finished else writer
-            if error and victim is not None and not victim.has_finished:
+            if error:
                 victim.break_off(wire, OSError(error, os.strerror(error)))
-            else:
-                self._forget(wire)
+        if not error:
+            self._forget(wire)
 
 
 # --- in Trio's stead ----------------------------------------------------------------------------------------------

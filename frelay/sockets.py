@@ -339,6 +339,11 @@ class RawStream(trio.abc.HalfCloseableStream):
                         raise broken(self._send_error)
                     return data
 
+    @property
+    def has_met_more(self) -> bool:
+        """Never: of an end the kernel tells until :meth:`receive_some` has seen it."""
+        return False
+
     def receive_now(self, room: memoryview) -> int:
         """Receive what is there into ``room``; how many bytes that was. Raises BrokenStream.
 

@@ -15,7 +15,8 @@ import trio
 from frelay.bandwidth import Share
 from frelay.errors import ConnectionBroken, RemoteProtocolError, Truncated
 from frelay.outcome import Outcome, Side
-from frelay.pump import Cut, TlsProbe
+from frelay.pump import Cut, TlsProbe, Want
+from frelay.readiness import ReadinessSet, Wire
 from frelay.sockets import broken
 
 __all__ = ["Stream", "StreamPump"]
@@ -24,8 +25,6 @@ __all__ = ["Stream", "StreamPump"]
 _STREAM_CHUNK: Final = 64 * 1024
 # Eight whole TLS records, at two segments of 64 KiB each way: with less, a wake-up costs more than its bytes do.
 _ROOM: Final = 128 * 1024
-# After so many rounds everybody else gets a turn; about 1 ms, most of it in the ciphers.
-_STREAM_ROUNDS: Final = 4
 
 _room: Final = memoryview(bytearray(_ROOM))
 
@@ -36,6 +35,10 @@ class Stream(Protocol):
     @property
     def sock(self) -> socket.socket:
         """The socket under it."""
+
+    @property
+    def has_met_more(self) -> bool:
+        """Whether :meth:`receive_now` has met more than bytes: :meth:`receive_some` knows what, the socket does not."""
 
     def receive_now(self, room: memoryview) -> int:
         """Bytes received into ``room``; 0 if the socket must become readable first; -1: ask :meth:`receive_some`."""
@@ -56,12 +59,27 @@ class Stream(Protocol):
 class StreamPump:
     """Carries bytes from one stream to another through the process.
 
-    It waits only when there is nothing to receive, or no room to send: what is there goes through one buffer that all
-    such pumps share, and between the receiving and the sending no other gets a turn. (So one thread a process may run
-    such pumps, as in a relay.)
+    As long as there is nothing to it but bytes, it is stepped by the readiness set: what is there goes through one
+    buffer that all such pumps share, and between the receiving and the sending no other gets a turn. (So one thread a
+    process may run such pumps, as in a relay.) All else is done by its task, which the step wakes for it: a sink
+    without room, the end, TLS that wants to write before it reads, the first bytes that must be TLS, a budget.
     """
 
-    __slots__ = ("_probe", "_share", "_sides", "_sink", "_source", "is_blocked", "is_held_back", "moved")
+    __slots__ = (
+        "_failure",
+        "_held",
+        "_probe",
+        "_readiness",
+        "_share",
+        "_sides",
+        "_sink",
+        "_source",
+        "_stopped",
+        "is_blocked",
+        "is_held_back",
+        "moved",
+        "wants",
+    )
 
     def __init__(
         self,
@@ -69,57 +87,114 @@ class StreamPump:
         sink: Stream,
         *,
         sides: tuple[Side, Side],
+        readiness: ReadinessSet | None = None,
         probe: TlsProbe | None = None,
         share: Share | None = None,
     ) -> None:
+        """Without a ``share`` of a budget a ``readiness`` set is needed."""
         self._source = source
         self._sink = sink
         self._sides = sides
+        self._readiness = readiness
         self._probe = probe
         self._share = share
+        self._held = b""
+        self._stopped = trio.Event()
+        self._failure: Exception | None = None
         self.moved = 0
         self.is_blocked = False
         self.is_held_back = False
+        self.wants = Want.NOTHING
 
     async def run(self) -> None:
         """Receive and send until the source ends; raises Cut."""
-        is_over = False
-        while not is_over:
-            if self._probe is None and self._share is None:
-                is_over = await self._flow()
-            else:
-                is_over = await self._pass_on_some()
-
-    async def _flow(self) -> bool:
-        """Carry what comes, as long as nothing but bytes does; whether the direction has ended."""
-        source, sink, rounds = self._source, self._sink, 0
         while True:
-            try:
-                count = source.receive_now(_room)
-            except (ConnectionBroken, RemoteProtocolError) as error:
-                raise _cut(error, self._sides[0]) from None
-            if count < 0:
-                return await self._pass_on_some()
-            if not count:
-                await trio.lowlevel.wait_readable(source.sock)
-                rounds = 0
-                continue
-            try:
-                sent = sink.send_now(_room[:count])
-                self.moved += sent
-                if sent < count:
-                    rest = bytes(_room[sent:count])
-                    self.is_blocked = True
-                    await sink.send_rest(rest)
-                    self.is_blocked = False
-                    self.moved += len(rest)
-                    rest, rounds = b"", 0
-            except (ConnectionBroken, RemoteProtocolError) as error:
-                raise _cut(error, self._sides[1]) from None
-            rounds += 1
-            if rounds == _STREAM_ROUNDS:
-                await trio.lowlevel.checkpoint()
-                rounds = 0
+            if self._probe is None and self._share is None:
+                await self._flow()
+                if self._held:
+                    await self._deliver()
+                    continue
+            if await self._pass_on_some():
+                return
+
+    # --- stepped -------------------------------------------------------------------------------------------------
+
+    async def _flow(self) -> None:
+        """Carry what comes as long as it is but bytes; then something is held, or the source is to be asked."""
+        readiness = self._readiness
+        assert readiness is not None  # noqa: S101  see __init__
+        wire = Wire(self._source.sock)
+        wire.reader = self
+        self._stopped = trio.Event()
+        self.wants = Want.SOURCE_READABLE
+        try:
+            # TLS may have taken something out of the kernel already, and no epoll tells of that.
+            self.step()
+            if not self.has_finished:
+                readiness.refresh(wire)
+                await self._stopped.wait()
+        finally:
+            self.wants = Want.NOTHING
+            wire.reader = None
+            readiness.refresh(wire)
+        if self._failure is not None:
+            raise self._failure
+
+    @property
+    def has_finished(self) -> bool:
+        """Whether no step is to come, until its task has done what is to be done."""
+        return self._stopped.is_set()
+
+    def step(self) -> None:
+        """Carry what is there: one buffer of it, for the ciphers of one take long enough, a fifth of a millisecond."""
+        try:
+            count = self._source.receive_now(_room)
+        except (ConnectionBroken, RemoteProtocolError) as error:
+            return self.fail(_cut(error, self._sides[0]))
+        if count < 0:
+            return self._stop()
+        if count == 0:
+            return None
+        try:
+            sent = self._sink.send_now(_room[:count])
+        except (ConnectionBroken, RemoteProtocolError) as error:
+            return self.fail(_cut(error, self._sides[1]))
+        self.moved += sent
+        if sent < count:
+            self._held = bytes(_room[sent:count])
+            self.is_blocked = True
+            self._stop()
+        elif self._source.has_met_more:
+            self._stop()
+        return None
+
+    def _stop(self) -> None:
+        """Have the task go on."""
+        self.wants = Want.NOTHING
+        if self._readiness is not None:
+            self._readiness.wake(self._stopped)
+
+    def fail(self, error: Exception) -> None:
+        """Have the task raise ``error``, unless it is awake already."""
+        if not self.has_finished:
+            self._failure = error
+            self._stop()
+
+    def break_off(self, wire: Wire, error: OSError) -> None:
+        """The connection of the source broke."""
+        self.fail(_cut(broken(error), self._sides[0]))
+
+    # --- by its task ---------------------------------------------------------------------------------------------
+
+    async def _deliver(self) -> None:
+        """Send what a step has left."""
+        rest, self._held = self._held, b""
+        try:
+            await self._sink.send_rest(rest)
+        except (ConnectionBroken, RemoteProtocolError) as error:
+            raise _cut(error, self._sides[1]) from None
+        self.is_blocked = False
+        self.moved += len(rest)
 
     async def _pass_on_some(self) -> bool:
         """Carry one portion, or the end; whether the direction has ended."""

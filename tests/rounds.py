@@ -1,6 +1,6 @@
-"""When is a relay in this process at rest? With a raw leg, ``wait_all_tasks_blocked`` with a cushion cannot tell.
+"""When is a relay in this process at rest? With a pairing, ``wait_all_tasks_blocked`` with a cushion cannot tell.
 
-It waits for Trio to sleep through the whole cushion, and with a raw leg :class:`~frelay.readiness.ReadinessSet` sleeps
+It waits for Trio to sleep through the whole cushion, and with a pairing :class:`~frelay.readiness.ReadinessSet` sleeps
 in Trio's stead and then wakes it.
 """
 

@@ -108,6 +108,7 @@ class TlsStream(trio.abc.HalfCloseableStream):
         """How the connection broke, once either half was told of it."""
         self._room_is_awaited: trio.Event | None = None
         self._receive_failure: tuple[type[ConnectionBroken | RemoteProtocolError], str] | None = None
+        self._has_met_more = False
 
     # --- the parts, for those who are allowed to look ------------------------------------------------------
 
@@ -317,6 +318,7 @@ class TlsStream(trio.abc.HalfCloseableStream):
                 # Asked again, OpenSSL would call a truncation something else.
                 kind, text = self._receive_failure
                 raise kind(text)
+            self._has_met_more = False
             size = min(max_bytes or _RECORD, _RECORD)
             try:
                 return await self._retry(lambda connection: connection.recv(size))
@@ -328,6 +330,14 @@ class TlsStream(trio.abc.HalfCloseableStream):
                 self._receive_failure = type(failure), str(failure)
                 raise
 
+    @property
+    def has_met_more(self) -> bool:
+        """Whether :meth:`receive_now` has met more than bytes, which the socket may never tell again.
+
+        An end, a fault, or a wish to write first. What it is, :meth:`receive_some` knows.
+        """
+        return self._has_met_more
+
     def receive_now(self, room: memoryview) -> int:
         """Receive what is there, record after record, into ``room``, as long as it has room for a whole one.
 
@@ -335,7 +345,7 @@ class TlsStream(trio.abc.HalfCloseableStream):
         and :meth:`receive_some` has more to say.
         """
         connection = self.connection
-        if self._eof_was_received or self._receive_failure is not None:
+        if self._has_met_more or self._eof_was_received or self._receive_failure is not None:
             return -1
         received, last = 0, len(room) - _RECORD
         with _ffi.from_buffer(room, require_writable=True) as start:
@@ -345,6 +355,7 @@ class TlsStream(trio.abc.HalfCloseableStream):
                 if result <= 0:
                     if _openssl.SSL_get_error(connection._ssl, result) == _openssl.SSL_ERROR_WANT_READ:
                         return received
+                    self._has_met_more = True
                     self._note_receive_failure(connection, result)
                     return received or -1
                 received += result

@@ -250,7 +250,8 @@ class Middle:
     def _make_pumps(self, way: Way) -> list[Pump]:
         one, two = self.legs
         if not (isinstance(one, RawStream) and isinstance(two, RawStream)):
-            return [StreamPump(one, two, sides=SIDES), StreamPump(two, one, sides=(SIDES[1], SIDES[0]))]
+            flow = partial(StreamPump, readiness=self.readiness)
+            return [flow(one, two, sides=SIDES), flow(two, one, sides=(SIDES[1], SIDES[0]))]
         wires = Wire(one.sock), Wire(two.sock)
         splice = None
         if way != "copy":

@@ -32,6 +32,8 @@ class End:
 
     sock: Any = Whole()
 
+    has_met_more = False
+
     def receive_now(self, room: memoryview) -> int:
         raise AssertionError("with a budget it is to be asked for a portion")
 

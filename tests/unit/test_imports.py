@@ -73,8 +73,10 @@ HOUSE: Final = (
     Room("bandwidth", "", "trio", "a budget, whoever spends it"),
     Room("pump", "outcome", "", "one direction, whatever the two ends are, and how it can end"),
     Room("raw_pump", "outcome pump sockets", "trio", "between sockets; the kernel moves the bytes"),
-    Room("readiness", "raw_pump", "trio structlog", "steps pumps without knowing what a pairing is"),
-    Room("stream_pump", "errors outcome bandwidth pump sockets", "trio", "the bytes pass through the process"),
+    Room("readiness", "pump raw_pump", "trio structlog", "steps pumps without knowing what a pairing is"),
+    Room(
+        "stream_pump", "errors outcome bandwidth pump readiness sockets", "trio", "the bytes pass through the process"
+    ),
     Room(
         "pairing",
         f"{LEAVES} leg bandwidth pump raw_pump stream_pump readiness sockets",

@@ -19,13 +19,13 @@ import trio.testing
 
 from frelay.config.model import TcpSection
 from frelay.outcome import Outcome, Side
-from frelay.pump import Cut
-from frelay.raw_pump import PipePool, RawPump, Want, carry_arrivals, splice_is_available
+from frelay.pump import Cut, Want
+from frelay.raw_pump import PipePool, RawPump, carry_arrivals, splice_is_available
 from frelay.readiness import ReadinessSet, Wire
 from frelay.sockets import RawStream, close_with_reset, tune
 from frelay.stream_pump import StreamPump
 from rig import eventually, open_descriptors
-from rounds import CountedRounds, nothing_is_ready
+from rounds import CountedRounds, nothing_is_ready, settled
 from streams import SocketMaker, tcp_pair, unix_pair
 
 PATIENCE = 20.0
@@ -421,15 +421,17 @@ class Reluctant(RawStream):
 @pytest.mark.parametrize("sink_of", [RawStream, Reluctant])
 async def test_a_stream_pump_keeps_nothing_while_it_waits(sink_of: type[RawStream]) -> None:
     (inner1, one), (inner2, two) = tcp_pair(1 << 20), tcp_pair(1 << 20)
-    pump = StreamPump(RawStream(inner1), sink_of(inner2), sides=FORTH)
+    readiness = ReadinessSet()
+    pump = StreamPump(RawStream(inner1), sink_of(inner2), sides=FORTH, readiness=readiness)
     await send(one, bytes(50_000))
     tracemalloc.start()
     try:
         with trio.fail_after(PATIENCE):
             async with trio.open_nursery() as nursery:
+                nursery.start_soon(readiness.run)
                 nursery.start_soon(pump.run)
                 assert await receive(two, 50_000) == bytes(50_000)
-                await trio.testing.wait_all_tasks_blocked()
+                await settled(0.01)
                 assert pump.moved == 50_000
                 assert tracemalloc.get_traced_memory()[0] < 50_000
                 nursery.cancel_scope.cancel()

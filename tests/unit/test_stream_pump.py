@@ -1,0 +1,177 @@
+"""What the pump of a tunnel promises beside the bytes, whose every order of writes and ends is in ``tests/fuzz``.
+
+It is stepped as long as nothing but bytes comes. The tests are about the border: whatever else there is, the step finds
+it and the task is woken for it, for no event of the socket may tell of it again.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import trio
+import trio.testing
+
+from frelay.outcome import Outcome, Side
+from frelay.pump import Cut
+from frelay.sockets import RawStream, close_with_reset
+from frelay.stream_pump import StreamPump
+from frelay.tls.stream import TlsStream
+from rig import Party, Site, eventually
+from rounds import CountedRounds, nothing_is_ready
+from streams import server_context, tcp_pair
+
+PATIENCE = 20.0
+FORTH: tuple[Side, Side] = ("func1", "func2")
+
+
+@dataclass
+class Tunnel:
+    """A pump from a party in TLS to a bare socket, ``far``."""
+
+    readiness: CountedRounds
+    party: Party
+    far: socket.socket
+    pump: StreamPump
+    failures: list[Exception] = field(default_factory=list)
+    has_ended: trio.Event = field(default_factory=trio.Event)
+
+    async def run(self) -> None:
+        try:
+            await self.pump.run()
+        except Exception as error:
+            self.failures.append(error)
+        self.has_ended.set()
+
+    async def hear(self, count: int) -> bytes:
+        data = b""
+        while len(data) < count:
+            await trio.lowlevel.wait_readable(self.far)
+            part = self.far.recv(count - len(data))
+            assert part, f"EOF after {len(data)} of {count} bytes"
+            data += part
+        return data
+
+
+class Strange(RawStream):
+    """A sink with a bug."""
+
+    def send_now(self, data: memoryview) -> int:
+        raise ZeroDivisionError
+
+
+@asynccontextmanager
+async def tunnel(
+    site: Site,
+    *,
+    buffer: int | None = None,
+    sink_of: type[RawStream] = RawStream,
+    readiness: CountedRounds | None = None,
+) -> AsyncIterator[Tunnel]:
+    one, near = tcp_pair()
+    inner, far = tcp_pair(buffer)
+    server = TlsStream(one, server_context(site))
+    party = Party(trio.SocketStream(trio.socket.from_stdlib_socket(near)), site.context("func1"), "localhost")
+    own = readiness is None
+    readiness = readiness or CountedRounds()
+    found = Tunnel(readiness, party, far, StreamPump(server, sink_of(inner), sides=FORTH, readiness=readiness))
+    try:
+        with trio.fail_after(PATIENCE):
+            async with trio.open_nursery() as root:
+                if own:
+                    root.start_soon(readiness.run)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(server.do_handshake)
+                    nursery.start_soon(party.handshake)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(found.run)
+                    yield found
+                    nursery.cancel_scope.cancel()
+                assert not own or len(readiness) == 0
+                root.cancel_scope.cancel()
+    finally:
+        server.close()
+        party.close()
+        for sock in (inner, far):
+            close_with_reset(sock)
+
+
+async def test_the_end_in_one_segment_with_the_last_bytes_is_not_missed(site: Site) -> None:
+    """TLS takes both out of the kernel at once, which then has nothing more to tell."""
+    async with tunnel(site) as found:
+        await found.party.send(b"first")
+        assert await found.hear(5) == b"first"
+        found.party.tls.write(b"last")
+        await found.party.stream.send_all(found.party.close_notify())
+        assert await found.hear(4) == b"last"
+        await found.has_ended.wait()
+        assert found.failures == []
+        await trio.lowlevel.wait_readable(found.far)
+        assert found.far.recv(1) == b""
+        assert found.pump.moved == 9
+
+
+async def test_the_bytes_before_a_cut_arrive_and_the_cut_is_told(site: Site) -> None:
+    async with tunnel(site) as found:
+        await found.party.send(b"last")
+        await found.party.stream.send_eof()  # without close_notify
+        assert await found.hear(4) == b"last"
+        await found.has_ended.wait()
+        (cut,) = found.failures
+        assert isinstance(cut, Cut)
+        assert (cut.outcome, cut.side) == (Outcome.TRUNCATED, "func1")
+
+
+async def test_what_a_full_sink_does_not_take_is_sent_later_and_counted(site: Site) -> None:
+    async with tunnel(site, buffer=8192) as found:
+        data = bytes(range(256)) * 4000
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(found.party.send, data)
+            await eventually(lambda: found.pump.is_blocked, "the sink is full")
+            assert found.pump.moved < len(data)
+            assert await found.hear(len(data)) == data
+        await eventually(lambda: not found.pump.is_blocked, "nothing is held")
+        assert found.pump.moved == len(data)
+        # And from here on it is stepped again.
+        await found.party.send(b"more")
+        assert await found.hear(4) == b"more"
+        await nothing_is_ready(found.readiness, 0.01)
+
+
+async def test_a_bug_in_a_step_ends_its_own_pump_alone(site: Site) -> None:
+    async with (
+        tunnel(site) as healthy,
+        tunnel(site, sink_of=Strange, readiness=healthy.readiness) as sick,
+    ):
+        await sick.party.send(b"hello")
+        await sick.has_ended.wait()
+        assert [type(error) for error in sick.failures] == [ZeroDivisionError]
+        await healthy.party.send(b"hello")
+        assert await healthy.hear(5) == b"hello"
+        assert not healthy.has_ended.is_set()
+
+
+class Steps(trio.abc.Instrument):
+    """Counts the steps of the tasks of pumps."""
+
+    count = 0
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        self.count += "Tunnel.run" in task.name
+
+
+async def test_a_message_costs_no_turn_of_the_pumps_task(site: Site) -> None:
+    steps = Steps()
+    async with tunnel(site) as found:
+        await found.party.send(b"hello")
+        assert await found.hear(5) == b"hello"
+        trio.lowlevel.add_instrument(steps)
+        try:
+            for _ in range(20):
+                await found.party.send(b"hello")
+                assert await found.hear(5) == b"hello"
+        finally:
+            trio.lowlevel.remove_instrument(steps)
+    assert steps.count == 0
