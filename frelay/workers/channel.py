@@ -15,6 +15,7 @@ import array
 import json
 import socket
 import struct
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -53,13 +54,16 @@ class Channel:
     def __init__(self, sock: socket.socket) -> None:
         self._sock: Final = trio.socket.from_stdlib_socket(sock)
         self._buffer: Final = bytearray()
-        self._descriptors: list[int] = []
+        self._descriptors: deque[tuple[int, array.array[int]]] = deque()
+        """With how many bytes had come when they had."""
+        self._come = 0
+        self._taken = 0
 
     def close(self) -> None:
         """Let go of it; the other end notices."""
-        for descriptor in self._descriptors:
-            socket.close(descriptor)
-        self._descriptors.clear()
+        while self._descriptors:
+            for descriptor in self._descriptors.popleft()[1]:
+                socket.close(descriptor)
         self._sock.close()
 
     async def send(self, message: Mapping[str, Any], sockets: Sequence[socket.socket] = ()) -> None:
@@ -90,8 +94,10 @@ class Channel:
             raise ChannelEnded from error
 
     def _received(self, message: dict[str, Any]) -> Received:
-        sockets = [socket.socket(fileno=descriptor) for descriptor in self._descriptors]
-        self._descriptors = []
+        # A read may bring the end of this message, and the beginning of the next one with the sockets of that.
+        sockets = []
+        while self._descriptors and self._descriptors[0][0] <= self._taken:
+            sockets += [socket.socket(fileno=descriptor) for descriptor in self._descriptors.popleft()[1]]
         for sock in sockets:
             sock.setblocking(False)
         return Received(message, sockets, is_complete=len(sockets) == message.pop("sockets"))
@@ -100,14 +106,17 @@ class Channel:
         while len(self._buffer) < count:
             room = socket.CMSG_SPACE(_MOST_DESCRIPTORS * struct.calcsize("i"))
             data, ancillary, _, _ = await self._sock.recvmsg(_PIECE, room, socket.MSG_CMSG_CLOEXEC)
+            self._come += len(data)
             for level, kind, content in ancillary:
                 if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                     found = array.array("i")
                     found.frombytes(content[: len(content) - len(content) % found.itemsize])
-                    self._descriptors += found
+                    # The kernel ends a read with the bytes that they were sent with: these, or the first of these.
+                    self._descriptors.append((self._come, found))
             if not data:
                 raise ChannelEnded
             self._buffer.extend(data)
         taken = bytes(self._buffer[:count])
         del self._buffer[:count]
+        self._taken += count
         return taken

@@ -119,6 +119,19 @@ async def test_more_sockets_than_the_kernel_takes_at_once() -> None:
                 received.close()
 
 
+async def test_sockets_belong_to_their_message_however_many_are_read_at_once() -> None:
+    """All of it is there before the first read, which ends with the bytes that came with sockets, and not before."""
+    with closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as sock, channels() as (one, two):
+        sent = [0, 1, 0, 0, 2, 3, 0]
+        for number, count in enumerate(sent):
+            await one.send({"n": number}, [sock] * count)
+        for number, count in enumerate(sent):
+            received = await two.receive()
+            assert (received.message, len(received.sockets)) == ({"n": number}, count)
+            assert received.is_complete
+            received.close()
+
+
 async def test_an_end_is_told_and_not_a_message() -> None:
     with channels() as (one, two):
         await one.send({"last": True})
