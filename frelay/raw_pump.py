@@ -4,11 +4,12 @@ Theory of operation
 ===================
 
 A small message is cheapest as a ``read`` and a ``write``; and since the read brings less than was asked for, the source
-is empty then, so that the pump need not be told of it again before more comes (``Want.ARRIVAL``; :func:`carry_arrivals`
-serves all that have it in one go). But once a read brings as much as was asked for, the source has more than that, and
-the pump turns to ``splice(2)`` through a pipe, where the bytes stay in the kernel. A few short reads in a row turn it
-back, or a look of the watch that finds nothing moved, and the pipe goes back to the pool. So an idle or chatty pairing
-holds no pipe, and a bulk one holds one a direction.
+is empty then (of TCP it is, but for a FIN or an urgent byte, which epoll tells apart), so that the pump need not be
+told of it again before more comes (``Want.ARRIVAL``; :func:`carry_arrivals` serves all that have it in one go). But
+once a read brings as much as was asked for, the source has more than that, and the pump turns to ``splice(2)`` through
+a pipe, where the bytes stay in the kernel. A few short reads in a row turn it back, or a look of the watch that finds
+nothing moved, and the pipe goes back to the pool. So an idle or chatty pairing holds no pipe, and a bulk one holds one
+a direction.
 
 That nothing is read while anything is undelivered also makes the famous trap of splice harmless: a pipe fills by slots
 rather than bytes, so EAGAIN can mean "pipe full" although the source is readable; a pump whose pipe is empty whenever
@@ -175,8 +176,8 @@ class RawPump:
         self._probe = probe
         self._splice = splice
         # Whether a read that brings less than was asked for has emptied the source, unless epoll says that more than
-        # bytes has come (FIN, an urgent byte). A Unix socket's read also ends where the sender changes.
-        self._short_is_empty = source.socket.family != socket.AF_UNIX
+        # bytes has come (FIN, an urgent byte). TCP's does. A Unix socket's also ends where descriptors were sent along.
+        self._short_is_empty = source.socket.family in (socket.AF_INET, socket.AF_INET6)
         self._source_fd = source.fd
         self._sink_fd = sink.fd
         self._held: bytes | memoryview = b""
@@ -222,9 +223,15 @@ class RawPump:
             raise self._failure
 
     def rest(self) -> None:
-        """Give the pipe back if it is empty; the next bulk takes one again."""
+        """Give the pipe back if it is empty; the next bulk takes one again.
+
+        And have the kernel look at the source once more, however it was registered. There is one arrival that it tells
+        nobody of: bytes that came before their urgent pointer did, in a segment of a sender whose TCP is not like ours.
+        """
         if not self._in_pipe:
             self._release_pipe()
+        if self.wants is _ARRIVAL:
+            self._want(_READABLE)
 
     # --- one step ------------------------------------------------------------------------------------------------
 
@@ -233,7 +240,8 @@ class RawPump:
         if self.wants is _WRITABLE and not self._deliver():
             return
         if self.wants is _ARRIVAL:
-            # More has come than bytes; from here on nothing is told just once.
+            # More has come than bytes. To change the registration, and change it back after a short read, has the
+            # kernel look again, and tell again what the read has left.
             self._want(_READABLE)
         if self._pipe is None:
             self._copy()
@@ -271,10 +279,9 @@ class RawPump:
         if sent < _COPY_BUFFER:
             return self._want(_ARRIVAL if self._short_is_empty else _READABLE)
         if self._splice is not None:
+            # It is used in the next round. In this one others may have a message to be sent.
             self._pipe = self._pipes.take()
             self._short_reads = 0
-            if self._pipe is not None:
-                return self._move_bulk()
         return self._want(_READABLE)
 
     def _judge_first(self, data: bytes) -> None:
@@ -346,7 +353,7 @@ class RawPump:
     # --- changes -------------------------------------------------------------------------------------------------
 
     def _want(self, want: Want) -> None:
-        # In between a step may have seen the end: what happens at the sink is served in the same round.
+        # It may have finished earlier in this round: then it wants nothing more.
         if self.wants is not want and (want is Want.NOTHING or not self.has_finished):
             self.wants = want
             self._readiness.refresh(self.source)
@@ -391,42 +398,47 @@ class RawPump:
             self.wants = Want.NOTHING
 
     def _finish(self, cut: Cut | None) -> None:
-        if self.has_finished:
-            return  # by its sink, in the same round in which its source has something to say
         self._failure = cut
         self._readiness.wake(self._finished)
         self._want(Want.NOTHING)
 
 
 def carry_arrivals(pumps: Iterable[RawPump]) -> None:
-    """What :meth:`RawPump.step` is for anything else, for all pumps of a round that want an arrival and have it.
+    """Carry a message for each of these pumps, which were told of an arrival in one round.
 
-    This is what a small message costs, so it is written out. And all is read before any of it is sent: a receiver that
-    sleeps is then woken once, and finds more than one message. A bug ends the pairing that met it.
+    It does what :meth:`RawPump.step` does, but for all of them: first everything is read and then everything is sent,
+    so that a receiver that sleeps is woken once and finds more than one message. A small message costs what is written
+    here, so it is written out. Raises nothing: a bug ends the pairing that met it.
     """
     loads: list[tuple[RawPump, bytes]] = []
     for pump in pumps:
         try:
-            data = read(pump._source_fd, _COPY_BUFFER)
+            if pump.wants is not _ARRIVAL:
+                continue  # it has finished since it was told
+            try:
+                data = read(pump._source_fd, _COPY_BUFFER)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                pump.break_off(pump.source, error)
+                continue
             if data:
                 loads.append((pump, data))
             else:
                 pump._pass_on_end()
-        except BlockingIOError:
-            pass
-        except OSError as error:
-            pump.break_off(pump.source, error)
         except Exception as error:
             pump.source.fail(error)
     for pump, data in loads:
         try:
-            sent = write(pump._sink_fd, data)
+            try:
+                sent = write(pump._sink_fd, data)
+            except BlockingIOError:
+                sent = 0
+            except OSError as error:
+                pump.break_off(pump._sink, error)
+                continue
             pump.moved += sent
             if sent < len(data) or sent == _COPY_BUFFER:
                 pump._go_on(data, sent)
-        except BlockingIOError:
-            pump._go_on(data, 0)
-        except OSError as error:
-            pump.break_off(pump._sink, error)
         except Exception as error:
             pump.source.fail(error)

@@ -28,7 +28,8 @@ Rules:
    from what these two want; it is changed only when that changes, which for a flowing stream is never. It is
    level-triggered, except for a pump that has read its source empty (``Want.ARRIVAL``): then the kernel need not look
    at the socket a second time only to find that. What a short read can leave behind comes as more than ``EPOLLIN``,
-   and whoever gets more than that goes back to level-triggered, where nothing is told just once.
+   and who gets more than that registers anew: then the kernel looks, and tells again what is there. That is the one
+   thing to rely on; and a pump that rests does it too, for what no theory knows of.
 2. A step never waits and is bounded, so one greedy pairing gets one step a round like everyone else; and after each
    round Trio gets its turn, if there is anything in it for Trio.
 3. ERR and HUP are reported by epoll whether asked for or not. If no pump wants the descriptor, an error ends the
@@ -36,7 +37,8 @@ Rules:
    takes the descriptor out of the set until a pump wants it again: it would spin otherwise.
 4. A descriptor leaves the set before it is closed. Its task sees to that in ``finally``.
 5. No descriptor that Trio waits for may be read by another process as well: what has made its set ready for us must
-   still be there when Trio looks, or both sleep on. So a listening socket belongs to one worker (``workers.spread``).
+   still be there when Trio looks, or Trio sleeps without us until its next deadline. So a listening socket belongs to
+   one worker (``workers.spread``).
 6. Whoever wakes a task from within a step does it through :meth:`ReadinessSet.wake`, or Trio would sleep on.
 """
 
@@ -69,7 +71,6 @@ _TROUBLE: Final = select.EPOLLERR | select.EPOLLHUP
 # How many descriptors one round takes at most: after a round everything else in the process gets its turn.
 _ROUND: Final = 64
 _FDINFO: Final = Path("/proc/self/fdinfo")
-
 
 # Looked up with every event, and a member of an enumeration is not found as quickly as a name of this module.
 _READABLE: Final = Want.SOURCE_READABLE

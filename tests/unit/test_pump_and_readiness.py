@@ -5,6 +5,7 @@ The bytes themselves, with every order of writes, pauses and ends, are in ``test
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import select
@@ -315,6 +316,70 @@ async def test_an_end_in_the_same_round_does_not_hide_why_the_pump_ended() -> No
         carry_arrivals([joined.forth])
         await eventually(lambda: joined.ended == 1)
         assert joined.failures == [bug]
+
+
+async def test_a_pump_that_rests_has_the_kernel_look_again() -> None:
+    """Whatever was not told: here, because the test takes the telling away."""
+    async with bench() as found:
+        joined = found.join()
+        await chat(joined)
+        del found.readiness._chatty[joined.forth.source.fd]
+        joined.forth.wants, wanted = Want.NOTHING, joined.forth.wants
+        await send(joined.one, b"unheard")
+        await nothing_is_ready(found.readiness, 0.01)
+        joined.forth.wants = wanted
+        joined.forth.rest()
+        assert await receive(joined.two, 7) == b"unheard"
+        await chat(joined)
+
+
+@pytest.mark.parametrize("what", ["a full sink", "a reset", "an end", "a message"])
+async def test_a_bug_behind_an_arrival_ends_that_pairing_and_no_other(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the step came to it; and an error of ours is not the sink's."""
+    bug = OSError(errno.ENOSPC, "no room in epoll")
+    async with bench() as found:
+        healthy, sick = found.join(), found.join()
+        for joined in (healthy, sick):
+            await chat(joined)
+        if what == "a full sink":
+            filled = 0
+            while select.select([], [sick.inner[1]], [], 0)[1]:
+                filled += sick.inner[1].send(bytes(1000))
+        refresh = found.readiness.refresh
+
+        def break_for_the_sick(wire: Wire) -> None:
+            if wire is sick.forth.source and wire.reader is not None:
+                raise bug
+            refresh(wire)
+
+        monkeypatch.setattr(found.readiness, "refresh", break_for_the_sick)
+        if what == "a reset":
+            close_with_reset(sick.one)
+        elif what == "an end":
+            sick.one.shutdown(socket.SHUT_WR)
+        else:
+            sick.one.send(bytes(16 * 1024))
+        healthy.one.send(b"hello")
+        assert await receive(healthy.two, 5) == b"hello"
+        await eventually(lambda: sick.ended == 2)
+        assert sick.failures == [bug, bug]
+        assert healthy.ended == 0
+
+
+async def test_a_pump_that_failed_reads_nothing_more() -> None:
+    """It may hold bytes: what came after them must not be sent as if it came next."""
+    async with bench() as found:
+        joined = found.join()
+        await chat(joined)
+        joined.one.send(b"after the gap")
+        joined.forth.fail(RuntimeError("a bug"))
+        carry_arrivals([joined.forth])
+        await eventually(lambda: joined.ended == 1)
+        assert joined.forth.moved == 5
+        with pytest.raises(BlockingIOError):
+            joined.two.recv(1)
 
 
 # --- faults --------------------------------------------------------------------------------------------------------
