@@ -48,6 +48,7 @@ from frelay.raw_pump import PipePool
 from frelay.reception import Door
 from frelay.reload import Reloader, Staged
 from frelay.route import LiveRoute
+from frelay.sockets import why_not
 from frelay.systemd import Inherited, ServiceManager
 from frelay.tickets import TicketOffice
 from frelay.tls.context import OuterTls, openssl_version
@@ -71,6 +72,9 @@ def prepare(
     ``contents`` and ``now`` are those of :func:`~frelay.tls.loading.load_outer_tls`.
     """
     find_account(config)
+    chosen = config.tcp.congestion_control
+    if chosen is not None and (objection := why_not(chosen)) is not None:
+        raise ConfigError([Problem(config.path, f'"{chosen}" {objection}', key="tcp.congestion_control")])
     if config.tls is None:
         return None
     serves_http = config.admin is not None and config.admin.address is not None

@@ -17,6 +17,8 @@ from __future__ import annotations
 import errno
 import socket
 import struct
+from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Final
 
@@ -42,6 +44,7 @@ __all__ = [
     "format_address",
     "look_up",
     "tune",
+    "why_not",
 ]
 
 # How many connections may linger at a time. Who is refused decides how long that takes, up to its limit, and can be
@@ -54,6 +57,8 @@ _DELIVERY_LOOK: Final = 0.02
 _DROPS_PER_LOOK: Final = 64
 # Linux caps it at net.core.somaxconn anyway; a burst of 5,000 connects must find room in the kernel, not in us.
 _BACKLOG: Final = 4096
+_AVAILABLE: Final = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")
+_ALLOWED: Final = Path("/proc/sys/net/ipv4/tcp_allowed_congestion_control")
 _TO_BIND: Final = socket.AI_PASSIVE | socket.AI_NUMERICSERV
 
 
@@ -145,7 +150,7 @@ def format_address(place: tuple[str, int]) -> str:
 
 
 def tune(sock: socket.socket, tcp: TcpSection) -> None:
-    """Set keepalive, user timeout and nodelay on a TCP socket.
+    """Set keepalive, user timeout, nodelay and congestion control on a TCP socket.
 
     Keepalive asks an idle peer whether it is there, TCP_USER_TIMEOUT limits the wait for an answer, be it to bytes in
     flight or to such a question; neither covers the other's case. With both, Linux does not go by keepalive's count
@@ -161,6 +166,28 @@ def tune(sock: socket.socket, tcp: TcpSection) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
     if tcp.nodelay:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if tcp.congestion_control is not None:
+        # What is allowed may have changed since the configuration was loaded, and is no reason to lose a connection.
+        with suppress(OSError):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, tcp.congestion_control.encode())
+
+
+def why_not(congestion_control: str) -> str | None:
+    """What keeps a process of any user from using this congestion control here, and the remedy; None: nothing does.
+
+    Of any user, because a relay gives up what it may do more than others.
+    """
+    try:
+        available = _AVAILABLE.read_text().split()
+        allowed = _ALLOWED.read_text().split()
+    except OSError:
+        return None  # a kernel that does not say: then each connection keeps what it has
+    if congestion_control in allowed:
+        return None
+    if congestion_control in available:
+        both = " ".join([*allowed, congestion_control])
+        return f'may not be used by everybody; sysctl -w net.ipv4.tcp_allowed_congestion_control="{both}" changes that'
+    return f"is not known to this kernel, which has {', '.join(available)}; modprobe tcp_{congestion_control} may help"
 
 
 # --- closing ---------------------------------------------------------------------------------------------------

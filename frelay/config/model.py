@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 from frelay.config.address import Address, Network, parse_address, parse_network
 from frelay.config.values import (
     Account,
+    CongestionControl,
     Count,
     Dial,
     Duration,
@@ -144,11 +145,15 @@ class Limits(RouteLimits):
 
 
 class TcpSection(Section):
-    """``[tcp]``: ``keepalive`` is (idle seconds, interval seconds, count), ``user_timeout`` is in seconds."""
+    """``[tcp]``: ``keepalive`` is (idle seconds, interval seconds, count), ``user_timeout`` is in seconds.
+
+    ``congestion_control`` is a name that this kernel has for it (tcp(7)), None for the machine's own choice.
+    """
 
     keepalive: KeepAlive = (30, 10, 3)
     user_timeout: UserTimeout = 120
     nodelay: bool = True
+    congestion_control: CongestionControl | None = None
 
 
 class AdminSection(Section):

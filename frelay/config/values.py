@@ -35,6 +35,7 @@ from frelay.protocol.identity import Selector, parse_selector
 
 __all__ = [
     "Account",
+    "CongestionControl",
     "Count",
     "Dial",
     "Duration",
@@ -55,6 +56,8 @@ __all__ = [
 ]
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
+# TCP_CA_NAME_MAX of Linux, less its NUL.
+_CONGESTION_CONTROL: Final = re.compile(r"[a-z0-9_-]{1,15}\Z")
 # What useradd(8) takes, and the capitals and dots of other directories.
 _ACCOUNT: Final = re.compile(r"[A-Za-z_][A-Za-z0-9._-]{0,31}\Z")
 _MAX_UNIX_PATH: Final = 107  # sun_path of unix(7), less its NUL
@@ -121,6 +124,15 @@ def _name(value: object) -> str:
             "file name, a metric label and a TLS server name"
         )
     return value
+
+
+def _congestion_control(value: object) -> str:
+    text = _text(value, "the name of one of the kernel's, such as cubic or bbr")
+    if _CONGESTION_CONTROL.match(text) is None:
+        raise ValueError(
+            "is not a name of congestion control: at most 15 small letters, digits, '_' and '-', as in cubic"
+        )
+    return text
 
 
 def _account(value: object) -> str:
@@ -295,6 +307,7 @@ PartyValue = Annotated[Party, PlainValidator(_party)]
 Networks = Annotated[tuple[Network, ...], PlainValidator(_networks)]
 InnerTls = Annotated[bool | Literal["always"], PlainValidator(_inner_tls)]
 Workers = Annotated[int | Literal["auto"], PlainValidator(_workers)]
+CongestionControl = Annotated[str, PlainValidator(_congestion_control)]
 UnixOrAddress = Annotated[str, PlainValidator(_unix_or_address)]
 # The kernel takes an int of milliseconds, and reads 0 as "its own default".
 UserTimeout = Annotated[float, Field(ge=0.001, le=2_147_483, allow_inf_nan=False)]

@@ -17,7 +17,7 @@ from frelay.frameless import BareLeg
 from frelay.leg import FramedLeg
 from rig import DEMO, Party, Site, address_seen, eventually
 
-TCP = "[tcp]\nkeepalive = [11, 7, 2]\nuser_timeout = 130\n"
+TCP = '[tcp]\nkeepalive = [11, 7, 2]\nuser_timeout = 130\ncongestion_control = "reno"\n'
 
 
 def check_probes(sock: socket.socket) -> None:
@@ -27,6 +27,8 @@ def check_probes(sock: socket.socket) -> None:
     assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == 7
     assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) == 2
     assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 130_000
+    # No probe, but set in the same place, and of the same legs.
+    assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0") == b"reno"
 
 
 @pytest.mark.parametrize("mode", ["raw", "tunnel", "bare", "plain"])

@@ -87,6 +87,14 @@ def test_the_certificates_are_looked_at_too(site: Site) -> None:
     assert said.messages[1] == f"{config}: 1 problem"
 
 
+def test_a_congestion_control_that_is_not_here(site: Site) -> None:
+    said = frelay_command("check", "-c", site.write(sections='[tcp]\ncongestion_control = "vegas2"\n'))
+    assert said.code == 1
+    assert 'tcp.congestion_control: "vegas2" is not known to this kernel, which has ' in said.stderr
+    assert "reno" in said.stderr
+    assert "modprobe tcp_vegas2 may help" in said.stderr
+
+
 def test_a_missing_file(tmp_path: Path) -> None:
     said = frelay_command("check", "-c", tmp_path / "relay.toml")
     assert (said.code, said.stdout) == (1, "")

@@ -332,6 +332,10 @@ BROKEN = [
     ("[limits]\nmax_pairings = 1.0\n", "limits.max_pairings", 2, "must be a whole number, not 1.0"),
     ("[limits]\nmax_pairings = true\n", "limits.max_pairings", 2, "must be a whole number, not true"),
     ("[tcp]\nnodelay = 1\n", "tcp.nodelay", 2, "must be true or false, not 1"),
+    ("[tcp]\ncongestion_control = 1\n", "tcp.congestion_control", 2, "must be text"),
+    ('[tcp]\ncongestion_control = "Cubic"\n', "tcp.congestion_control", 2, "as in cubic"),
+    ('[tcp]\ncongestion_control = "sixteen_letters_"\n', "tcp.congestion_control", 2, "at most 15"),
+    ('[tcp]\ncongestion_control = ""\n', "tcp.congestion_control", 2, "at most 15"),
     ("[relay]\nname = 1\n", "relay.name", 2, "letter or digit"),
     ("[relay]\nroutes_dir = 1\n", "relay.routes_dir", 2, "must be text"),
     ('[relay]\nroutes_dir = ""\n', "relay.routes_dir", 2, "is not a path"),
@@ -734,6 +738,6 @@ def _uncommented(text: str, sections: tuple[str, ...]) -> str:
         if header := _HEADER.match(line):
             section = header["name"]
         is_code = _HEADER.match(line) or _KEY.match(line)
-        is_choice = line.startswith(('# outer = "mtls"', "# crl", "# max_bytes_per_second", "# user"))
+        is_choice = line.startswith(('# outer = "mtls"', "# crl", "# max_bytes_per_second", "# user", "# congestion"))
         lines.append(line.removeprefix("# ") if is_code and section in sections and not is_choice else line)
     return "\n".join(lines)

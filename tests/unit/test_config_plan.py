@@ -171,6 +171,7 @@ TLS = TlsSection(certificate=Path("/c"), private_key=Path("/k"), client_ca=Path(
     [
         ({}, {"limits": Limits(handshake_timeout=1)}, ("limits.handshake_timeout",), ()),
         ({}, {"tcp": TcpSection(nodelay=False)}, ("tcp.nodelay",), ()),
+        ({}, {"tcp": TcpSection(congestion_control="reno")}, ("tcp.congestion_control",), ()),
         ({}, {"relay": RelaySection(drain_timeout=1)}, ("relay.drain_timeout",), ()),
         ({}, {"relay": RelaySection(name="x")}, (), ("relay.name",)),
         ({}, {"relay": RelaySection(user="frelay")}, (), ("relay.user",)),

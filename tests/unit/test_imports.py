@@ -128,7 +128,7 @@ HOUSE: Final = (
     Room(
         "relay",
         f"{LEAVES} journal config config.store config.watch names admission privileges tls tickets lobby raw_pump "
-        "pairing route reception inspection listener systemd in_force reload office servers",
+        "pairing route reception inspection listener sockets systemd in_force reload office servers",
         "trio structlog",
         "the nursery tree",
     ),
