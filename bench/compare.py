@@ -41,6 +41,7 @@ from bench.forwarders import HAProxy, HAProxyAccept, HAProxyFront, HAProxyTunnel
 from bench.install import in_venv, install
 from bench.load import BenchError, CompiledGenerator
 from bench.meetings import Strelaysrv, TransitRelay
+from bench.own_network import enter_own_network
 from bench.pages import write_section
 from bench.parties import Frelay
 from bench.record import QUICK, Record, Sizes, about_machine, now, read_record
@@ -93,6 +94,8 @@ def _parser() -> argparse.ArgumentParser:
         help=f"of {', '.join(ENTRANTS)} (default: all)")  # fmt: skip
     add("--rounds", type=round_count, metavar="N", help="how often all is measured; the median is shown (default: 5)")
     add("--seconds", type=duration, metavar="S", help="how long each measurement counts, from 0.2 (default: 1)")
+    add("--congestion-control", metavar="NAME",
+        help="measure in a network of its own, where TCP sends by NAME, such as cubic (root)")  # fmt: skip
     add("--no-install", action="store_true", help="go on without what is not installed here")
     add("--json", type=output_file, metavar="FILE", help="save every figure of every round")
     add("--svg", type=output_directory, metavar="DIR", help="draw bench-*.svg in there")
@@ -151,8 +154,7 @@ def measure(options: argparse.Namespace) -> Record:
     notes: list[str] = []
     sizes = _fitting(QUICK if options.quick else Sizes(), notes)
     seconds = options.seconds or (0.2 if options.quick else 1.0)
-    record = Record(now(), about_machine(), seconds, options.rounds or (1 if options.quick else 5), sizes)
-    record.notes += notes
+    record = Record(now(), about_machine(), seconds, options.rounds or (1 if options.quick else 5), sizes, notes=notes)
     with ExitStack() as stack:
         stack.callback(progress, "")
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="frelay-bench-")))
@@ -160,6 +162,10 @@ def measure(options: argparse.Namespace) -> Record:
             raise BenchError(f"the load generator must be compiled: {reason}")
         plain = CompiledGenerator(scratch)
         makers = _makers(record, options.subjects, scratch, allowed=not options.no_install)
+        if options.congestion_control:
+            # Last, because from there nothing can be installed.
+            enter_own_network(options.congestion_control, allowed=not options.no_install)
+            record.machine = about_machine()
         more = itertools.count(1)
 
         def frelay(routes: int, label: str) -> Frelay:

@@ -21,6 +21,7 @@ from typing_extensions import TypedDict  # typing's own is too little for pydant
 
 from bench.load import UsageError
 from bench.measure import ratios
+from bench.own_network import congestion_control
 
 __all__ = ["QUICK", "AboutMachine", "Key", "Record", "Round", "Sizes", "Spread", "about_machine", "now", "read_record"]
 
@@ -76,6 +77,8 @@ class AboutMachine(TypedDict):
     kernel: str
     python: str
     generator_tls: str
+    congestion_control: str
+    """What TCP sent by."""
 
 
 @dataclass
@@ -189,6 +192,7 @@ def about_machine() -> AboutMachine:
         "kernel": platform.release(),
         "python": platform.python_version(),
         "generator_tls": ssl.OPENSSL_VERSION,
+        "congestion_control": congestion_control(),
     }
 
 

@@ -113,7 +113,8 @@ def about(record: Record) -> list[str]:
     rounds = "one round" if record.rounds == 1 else f"median (lowest..highest) of {record.rounds} interleaved rounds"
     lines = [
         f"{record.date}: {rounds} of {record.seconds:g} s on {machine['cpus']} CPUs ({machine['cpu']}), "
-        f"{machine['memory_gib']} GiB, Linux {machine['kernel']}, Python {machine['python']}.",
+        f"{machine['memory_gib']} GiB, Linux {machine['kernel']}, Python {machine['python']}; TCP sends by "
+        f"{machine['congestion_control']}.",
         f"{'; '.join(dict.fromkeys(record.versions.values()))}.",
         "CPU is the relay's user and system time as the kernel counted it, with all its processes. 1 GB = 10^9 bytes.",
         *generator(record),

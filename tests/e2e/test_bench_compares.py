@@ -43,6 +43,24 @@ def test_a_quick_comparison_measures_and_judges(tmp_path: Path) -> None:
     assert again.stdout == done.stdout
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="a network of one's own takes root")
+def test_in_a_network_of_its_own_tcp_sends_as_it_is_told(tmp_path: Path) -> None:
+    """The kernel always has reno, and no machine has it for its choice."""
+    saved = tmp_path / "all.json"
+    command = [*COMMAND, "--cases", "admission", "--subjects", "frelay", "--congestion-control", "reno"]
+    done = subprocess.run([*command, "--json", str(saved)], capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(saved.read_text())["machine"]["congestion_control"] == "reno"
+    assert "TCP sends by reno." in done.stdout
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a network of one's own takes root")
+def test_a_congestion_control_that_is_not_here_is_named() -> None:
+    done = subprocess.run([*COMMAND, "--congestion-control", "vegas2"], capture_output=True, text=True, timeout=90)
+    assert done.returncode == 2
+    assert "--congestion-control vegas2: the kernel does not know it" in done.stderr
+
+
 def test_interrupted_it_ends_what_it_started(tmp_path: Path) -> None:
     command = [*COMMAND, "--cases", "plain", "--subjects", "frelay", "--seconds", "60"]
     variables = {**os.environ, "TMPDIR": str(tmp_path)}

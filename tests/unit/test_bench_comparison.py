@@ -27,6 +27,7 @@ MACHINE: AboutMachine = {
     "kernel": "6.1",
     "python": "3.11",
     "generator_tls": "OpenSSL",
+    "congestion_control": "cubic",
 }
 
 

@@ -24,6 +24,7 @@ def a_record() -> Record:
         "kernel": "6.1",
         "python": "3.11",
         "generator_tls": "",
+        "congestion_control": "cubic",
     }
     record = Record("2026-01-01 12:00 UTC", machine, 1.0, 1, Sizes())
     for case, amount, figures in (

@@ -1,0 +1,63 @@
+"""A network namespace for one comparison: loopback and nothing else, and everybody's TCP sends by what it is told to.
+
+What a machine's TCP sends by decides how fast anything can be here, relays and no relay alike, and each machine has its
+own choice (``net.ipv4.tcp_congestion_control``). Figures of different machines are comparable where it was the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+import subprocess
+from pathlib import Path
+from typing import Final
+
+from bench.install import install
+from bench.load import BenchError, UsageError
+
+__all__ = ["congestion_control", "enter_own_network"]
+
+_CLONE_NEWNET: Final = 0x40000000  # include/uapi/linux/sched.h
+# Both of the routes that loopback has: the one of the network, and the one of the address.
+_ROUTES: Final = (("127.0.0.0/8",), ("127.0.0.1", "src", "127.0.0.1"))
+_AVAILABLE: Final = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")
+_NAME_SIZE: Final = 16  # TCP_CA_NAME_MAX
+
+
+def congestion_control() -> str:
+    """What TCP sends by over loopback, here and now."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_connection(listener.getsockname()) as sock,
+    ):
+        return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, _NAME_SIZE).rstrip(b"\0").decode()
+
+
+def enter_own_network(name: str, *, allowed: bool) -> None:
+    """Move this process, and all that it starts from now on, to a network of its own where TCP sends by ``name``.
+
+    There is no way back, and nothing can be installed from there. ``allowed`` is whether what this needs may be. Raises
+    UsageError for whoever is not root and for a name that the kernel does not know, BenchError for what went wrong.
+    """
+    if os.geteuid() != 0:
+        raise UsageError("--congestion-control takes root: it makes a network namespace; leave it out or use sudo")
+    known = _AVAILABLE.read_text().split()
+    if name not in known:
+        raise UsageError(f"--congestion-control {name}: the kernel does not know it; it has {', '.join(known)}")
+    if reason := install("ip", ("iproute2",), allowed=allowed):
+        raise BenchError(reason)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(_CLONE_NEWNET) != 0:
+        raise BenchError(f"no network namespace: {os.strerror(ctypes.get_errno())}")
+    _ip("link", "set", "lo", "up")
+    for route in _ROUTES:
+        _ip("route", "replace", "local", *route, "dev", "lo", "table", "local", "congctl", name)
+    if (found := congestion_control()) != name:
+        raise BenchError(f"TCP was told to send by {name}, and sends by {found}")
+
+
+def _ip(*arguments: str) -> None:
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise BenchError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
