@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench.flags import duration, number, round_count, whole
 from bench.load import CompiledGenerator, Load, UsageError
 from bench.measure import Figures, measure_load
+from bench.own_network import congestion_control, enter_own_network
 from bench.pages import write_section
 from bench.parties import Frelay
 from bench.record import Key, Record, read_record
@@ -188,6 +189,9 @@ def check(record: Record, rounds: int, seconds: float) -> list[Check]:
     # All that is taken from the record, first: what it lacks shall be told before anything is measured.
     costs = {case: _seconds_a_unit(record, _key(record, case), figure) for _, case, figure, _ in _CHECKS}
     cores = record.machine["cpus"]
+    if (wanted := record.machine["congestion_control"]) != congestion_control():
+        # What was measured there says nothing of a network in which TCP sends by something else.
+        enter_own_network(wanted, allowed=False)
     found: dict[tuple[str, int], list[float]] = {}
     with tempfile.TemporaryDirectory(prefix="frelay-bench-") as scratch:
         generator = CompiledGenerator(Path(scratch))
@@ -257,7 +261,8 @@ def as_page(record: Record, costs: Costs, machines: Sequence[Machine], checks: S
     """The section of docs/capacity.md."""
     lines = [
         f"Measured {record.date} on {record.machine['cpus']} cores ({record.machine['cpu']}), Linux "
-        f"{record.machine['kernel']}; {record.versions.get('frelay', 'frelay')}.",
+        f"{record.machine['kernel']}; TCP sends by {record.machine['congestion_control']}; "
+        f"{record.versions.get('frelay', 'frelay')}.",
         "",
         *as_rows([
             ["what costs", "how much"],

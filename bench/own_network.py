@@ -41,10 +41,10 @@ def enter_own_network(name: str, *, allowed: bool) -> None:
     UsageError for whoever is not root and for a name that the kernel does not know, BenchError for what went wrong.
     """
     if os.geteuid() != 0:
-        raise UsageError("--congestion-control takes root: it makes a network namespace; leave it out or use sudo")
+        raise UsageError(f"a network of its own, in which TCP sends by {name}, takes root; use sudo, or go without")
     known = _AVAILABLE.read_text().split()
     if name not in known:
-        raise UsageError(f"--congestion-control {name}: the kernel does not know it; it has {', '.join(known)}")
+        raise UsageError(f"this kernel's TCP cannot send by {name}; it can by {', '.join(known)}")
     if reason := install("ip", ("iproute2",), allowed=allowed):
         raise BenchError(reason)
     libc = ctypes.CDLL(None, use_errno=True)
