@@ -1,4 +1,7 @@
-"""A relay with hardly any file descriptors serves as many as they carry, and keeps some back for its own work."""
+"""A relay with hardly any file descriptors serves as many as they carry, and keeps some back for its own work.
+
+Limit and budget are a process's, so it is one that is looked at here, with however many workers the other tests run.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ async def pairs_up(site: Site, relay: RelayProcess) -> None:
 
 async def test_64_descriptors_and_100_connects(site: Site) -> None:
     """TESTPLAN 35: alive, it still logs, reloads and answers its operator; and it serves again once they have gone."""
-    async with site.process(sections=LIMITS + ADMIN, launcher=FEW) as relay:
+    async with site.process(sections=LIMITS + ADMIN, launcher=FEW, workers=1) as relay:
         await pairs_up(site, relay)
         async with connections(relay.port(), 100):
             budget = "the share of file descriptors for legs is used up (limits.fd_budget)"
@@ -68,7 +71,7 @@ async def test_64_descriptors_and_100_connects(site: Site) -> None:
 
 async def test_the_soft_limit_is_raised_to_the_hard_one(site: Site) -> None:
     """60 would not carry a relay and ten legs; nobody has to know about ulimit for what is allowed anyway."""
-    async with site.process(sections=LIMITS + ADMIN, launcher=SOFT) as relay, admin(site) as api:
+    async with site.process(sections=LIMITS + ADMIN, launcher=SOFT, workers=1) as relay, admin(site) as api:
         assert (await api.get("/v1/status")).json()["descriptors"]["limit"] == 500
         async with connections(relay.port(), 60):
             await eventually(lambda: len(open_descriptors(relay.process.pid)) > 60, "all 60 have been accepted")

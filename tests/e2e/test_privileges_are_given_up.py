@@ -182,7 +182,7 @@ async def test_the_api_is_nobodys_too(site: Site) -> None:
 async def test_its_workers_are_nobody_too(site: Site) -> None:
     """With the relay's key in their memory, and without its one capability: they are given their sockets."""
     address = low_address()
-    async with site.process(at(address), sections=USER + "workers = 2\n", launcher=launcher()) as relay:
+    async with site.process(at(address), sections=USER, workers=2, launcher=launcher()) as relay:
         assert_is_nobody(relay.process.pid, NET_BIND_SERVICE)
         workers = children(relay.process.pid)
         assert len(workers) == 2
