@@ -30,10 +30,11 @@ Rules:
    at the socket a second time only to find that. What a short read can leave behind comes as more than ``EPOLLIN``,
    and who gets more than that registers anew: then the kernel looks, and tells again what is there. That is the one
    thing to rely on; and a pump that rests does it too, for what no theory knows of.
-2. A step never waits and is bounded, so one greedy pairing gets one step a round like everyone else; and after each
-   round Trio gets its turn, if there is anything in it for Trio.
+2. A step never waits and is bounded, in bytes and in records, so one greedy pairing gets one step a round like everyone
+   else. Small messages come first in it, and after each round Trio gets its turn, if there is anything in it for Trio.
 3. ERR and HUP are reported by epoll whether asked for or not. If no pump wants the descriptor, an error ends the
-   pairing (a reset must not go unnoticed behind back-pressure), and a mere HUP (both directions shut, input unread)
+   pairing (a raw leg's reset must not go unnoticed behind back-pressure; a tunnel's does until its pump has delivered
+   what it holds, or stall_timeout), and a mere HUP (both directions shut, input unread)
    takes the descriptor out of the set until a pump wants it again: it would spin otherwise.
 4. A descriptor leaves the set before it is closed. Its task sees to that in ``finally``.
 5. No descriptor that Trio waits for may be read by another process as well: what has made its set ready for us must
@@ -68,8 +69,9 @@ _OUT: Final = select.EPOLLOUT
 # Told once, when something comes; and told apart, what a short read may leave behind: a FIN, bytes after an urgent one.
 _ARRIVES: Final = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLPRI | select.EPOLLET
 _TROUBLE: Final = select.EPOLLERR | select.EPOLLHUP
-# How many descriptors one round takes at most: after a round everything else in the process gets its turn.
-_ROUND: Final = 64
+# How many descriptors one round takes at most: after a round everything else in the process gets its turn, and epoll
+# goes on with those that it has not told of. Enough to make the asking cheap, few enough for bulk to take 20 ms of it.
+_ROUND: Final = 16
 _FDINFO: Final = Path("/proc/self/fdinfo")
 
 # Looked up with every event, and a member of an enumeration is not found as quickly as a name of this module.
@@ -229,19 +231,24 @@ class ReadinessSet:
         """Step the pumps of what epoll has found; whether ``trio_epoll`` was among it."""
         wires, chatty, is_for_trio = self._wires, self._chatty, False
         arrivals: list[RawPump] = []
+        others: list[tuple[int, int]] = []
         for fd, events in ready:
-            # A pump stepped earlier in this round may have ended, and its task cannot have run since, so the number
-            # still means the same connection; but the wire may have left the set.
             if events == _IN and fd in chatty:
                 arrivals.append(chatty[fd])
-            elif (wire := wires.get(fd)) is not None:
+            elif fd == trio_epoll:
+                is_for_trio = True
+            else:
+                others.append((fd, events))
+        # First, for they are soon done: what is bulk may take a millisecond each.
+        carry_arrivals(arrivals)
+        for fd, events in others:
+            # A pump stepped earlier in this round may have ended, and its task cannot have run since, so the number
+            # still means the same connection; but the wire may have left the set.
+            if (wire := wires.get(fd)) is not None:
                 try:
                     self._serve_other(wire, events)
                 except Exception as error:
                     wire.fail(error)
-            elif fd == trio_epoll:
-                is_for_trio = True
-        carry_arrivals(arrivals)
         return is_for_trio
 
     def _serve_other(self, wire: Wire, events: int) -> None:

@@ -142,11 +142,11 @@ class StreamPump:
 
     @property
     def has_finished(self) -> bool:
-        """Whether no step is to come, until its task has done what is to be done."""
+        """Whether no step is to come: of a raw pump for good, of this one until its task has done its part."""
         return self._stopped.is_set()
 
     def step(self) -> None:
-        """Carry what is there: one buffer of it, for the ciphers of one take long enough, a fifth of a millisecond."""
+        """Carry what is there: one buffer of it at most, which takes the ciphers a fifth of a millisecond and more."""
         try:
             count = self._source.receive_now(_room)
         except (ConnectionBroken, RemoteProtocolError) as error:
@@ -169,7 +169,7 @@ class StreamPump:
         return None
 
     def _stop(self) -> None:
-        """Have the task go on."""
+        """Have the task go on. Its first deed is to take the source out of the set, so that need not be done here."""
         self.wants = Want.NOTHING
         if self._readiness is not None:
             self._readiness.wake(self._stopped)
@@ -189,6 +189,8 @@ class StreamPump:
     async def _deliver(self) -> None:
         """Send what a step has left."""
         rest, self._held = self._held, b""
+        # A sink that has room again each time must not keep the others waiting.
+        await trio.lowlevel.checkpoint()
         try:
             await self._sink.send_rest(rest)
         except (ConnectionBroken, RemoteProtocolError) as error:
@@ -232,14 +234,14 @@ class StreamPump:
         return False
 
     def _check_source(self) -> None:
-        # The kernel gives what came before a reset first, and at the rate of a budget that may last for minutes. As
-        # with back-pressure, the other party is to know at once.
+        # The kernel gives what came before a reset first, and at the rate of a budget that may last for minutes. The
+        # other party is to know at once.
         number = self._source.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if number:
             raise Cut(Outcome.RESET, self._sides[0], str(broken(OSError(number, os.strerror(number)))))
 
     def rest(self) -> None:
-        """There is nothing to give up."""
+        """There is nothing to give up, and nothing that the kernel tells only once."""
 
 
 def _cut(error: ConnectionBroken | RemoteProtocolError, side: Side) -> Cut:

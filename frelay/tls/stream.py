@@ -60,6 +60,8 @@ T = TypeVar("T")
 
 # One TLS record's plaintext at most; asking for more gains nothing without read-ahead.
 _RECORD = 16384
+# Twice what fills the buffer of a pump if they are full.
+_RECORDS_AT_ONCE: Final = 16
 _SPOKE_AFTER_END: Final = object()
 # While OpenSSL has a part of a KeyUpdate it writes nothing before it has read the rest. That message has five bytes:
 # who spreads it over two records does so to have us wait for reading in both directions, which only one task may.
@@ -160,7 +162,10 @@ class TlsStream(trio.abc.HalfCloseableStream):
             # Linux tells of a reset once, and told the other half of this stream; to this one it looks like FIN.
             return BrokenStream(self._breakage)
         if error.args == ([],):
-            # Nothing new: the other half has met the end of the connection before this one.
+            # Nothing new: the other half has met it before this one, and knows what it was.
+            if self._receive_failure is not None:
+                kind, text = self._receive_failure
+                return kind(text)
             return BrokenStream(self._breakage or "the connection has failed before")
         return TlsFault(_reason(error))
 
@@ -341,6 +346,7 @@ class TlsStream(trio.abc.HalfCloseableStream):
     def receive_now(self, room: memoryview) -> int:
         """Receive what is there, record after record, into ``room``, as long as it has room for a whole one.
 
+        No more than a few: who sends a byte in each record must not keep everybody else waiting for 100,000 of them.
         How many bytes that was. 0 if there are none and the socket must become readable first; -1 if there are none
         and :meth:`receive_some` has more to say.
         """
@@ -349,7 +355,9 @@ class TlsStream(trio.abc.HalfCloseableStream):
             return -1
         received, last = 0, len(room) - _RECORD
         with _ffi.from_buffer(room, require_writable=True) as start:
-            while received <= last:
+            for _ in range(_RECORDS_AT_ONCE):
+                if received > last:
+                    break
                 _openssl.ERR_clear_error()
                 result = _openssl.SSL_read(connection._ssl, start + received, _RECORD)
                 if result <= 0:

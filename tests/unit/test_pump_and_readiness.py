@@ -18,6 +18,7 @@ import pytest
 import trio
 import trio.testing
 
+import frelay.readiness as readiness_module
 from frelay.config.model import TcpSection
 from frelay.outcome import Outcome, Side
 from frelay.pump import Cut, Want
@@ -289,6 +290,29 @@ async def test_a_unix_sockets_short_read_is_not_taken_for_all() -> None:
             joined.one.send(b" and more")
             assert await receive(joined.two, 17) == b"with one and more"
         await nothing_is_ready(found.readiness, 0.01)
+
+
+async def test_a_message_does_not_wait_for_the_bulk_of_its_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with bench() as found:
+        bulky, chatty = found.join(), found.join()
+        await chat(chatty)
+        served: list[str] = []
+        step, send_on = RawPump.step, carry_arrivals
+
+        def noted_step(pump: RawPump) -> None:
+            served.append("bulk")
+            step(pump)
+
+        def noted_arrivals(pumps: list[RawPump]) -> None:
+            served.extend("message" for _ in pumps)
+            send_on(pumps)
+
+        monkeypatch.setattr(RawPump, "step", noted_step)
+        monkeypatch.setattr(readiness_module, "carry_arrivals", noted_arrivals)
+        bulky.one.send(b"x")
+        chatty.one.send(b"x")
+        found.readiness.serve([(bulky.forth.source.fd, select.EPOLLIN), (chatty.forth.source.fd, select.EPOLLIN)])
+        assert served == ["message", "bulk"]
 
 
 async def test_both_ends_of_a_pairing_in_one_round() -> None:

@@ -11,9 +11,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+import pytest
 import trio
 import trio.testing
 
+from frelay.errors import RemoteProtocolError, Truncated
 from frelay.outcome import Outcome, Side
 from frelay.pump import Cut
 from frelay.sockets import RawStream, close_with_reset
@@ -151,6 +153,47 @@ async def test_a_bug_in_a_step_ends_its_own_pump_alone(site: Site) -> None:
         await healthy.party.send(b"hello")
         assert await healthy.hear(5) == b"hello"
         assert not healthy.has_ended.is_set()
+
+
+async def test_records_of_one_byte_keep_nobody_waiting(site: Site) -> None:
+    """A step takes a few of them, however many are there: each costs what a full one does."""
+    async with tunnel(site) as found:
+        for _ in range(1000):
+            found.party.tls.write(b"x")
+        before = found.readiness.rounds
+        await found.party.flush()
+        assert await found.hear(1000) == b"x" * 1000
+        assert found.readiness.rounds - before >= 50
+
+
+@pytest.mark.parametrize("how", ["cut", "garbage"])
+async def test_what_one_direction_has_met_the_other_calls_by_the_same_name(site: Site, how: str) -> None:
+    """Whichever of the two tells it first: a cut is no reset because bytes were on their way to who was cut."""
+    one, near = tcp_pair()
+    server = TlsStream(one, server_context(site))
+    party = Party(trio.SocketStream(trio.socket.from_stdlib_socket(near)), site.context("func1"), "localhost")
+    try:
+        with trio.fail_after(PATIENCE):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(server.do_handshake)
+                nursery.start_soon(party.handshake)
+            if how == "garbage":
+                await party.send_raw(b"\x17\x03\x03\x00\x20" + bytes(32))
+            await party.stream.send_eof()
+            await trio.lowlevel.wait_readable(one)
+            assert server.receive_now(memoryview(bytearray(1 << 17))) == -1
+            with pytest.raises(Truncated if how == "cut" else RemoteProtocolError):
+                await send_until_it_fails(server)
+    finally:
+        server.close()
+        party.close()
+
+
+async def send_until_it_fails(stream: TlsStream) -> None:
+    """The kernel may take the first ones."""
+    while True:
+        stream.send_now(memoryview(b"hello"))
+        await trio.sleep(0.001)
 
 
 class Steps(trio.abc.Instrument):
