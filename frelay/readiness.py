@@ -69,9 +69,10 @@ _OUT: Final = select.EPOLLOUT
 # Told once, when something comes; and told apart, what a short read may leave behind: a FIN, bytes after an urgent one.
 _ARRIVES: Final = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLPRI | select.EPOLLET
 _TROUBLE: Final = select.EPOLLERR | select.EPOLLHUP
-# How many descriptors one round takes at most: after a round everything else in the process gets its turn, and epoll
-# goes on with those that it has not told of. Enough to make the asking cheap, few enough for bulk to take 20 ms of it.
-_ROUND: Final = 16
+# How many descriptors one round takes at most: after a round everything else in the process gets its turn.
+_ROUND: Final = 64
+# And how many of these may be more than a message: up to a millisecond each.
+_BULK_OF_A_ROUND: Final = 16
 _FDINFO: Final = Path("/proc/self/fdinfo")
 
 # Looked up with every event, and a member of an enumeration is not found as quickly as a name of this module.
@@ -112,6 +113,7 @@ class ReadinessSet:
         self._wires: dict[int, Wire] = {}
         self._chatty: dict[int, RawPump] = {}
         """Of the wires, those that are registered for an arrival, and the pump that waits for it."""
+        self._turn = 0
         self._woke_a_task = False
         self.sleeps_for_trio = False
         """Whether bytes are moved without a turn of Trio's loop."""
@@ -239,8 +241,10 @@ class ReadinessSet:
                 is_for_trio = True
             else:
                 others.append((fd, events))
-        # First, for they are soon done: what is bulk may take a millisecond each.
+        # First, for they are soon done.
         carry_arrivals(arrivals)
+        if len(others) > _BULK_OF_A_ROUND:
+            others = self._some_of(others)
         for fd, events in others:
             # A pump stepped earlier in this round may have ended, and its task cannot have run since, so the number
             # still means the same connection; but the wire may have left the set.
@@ -250,6 +254,14 @@ class ReadinessSet:
                 except Exception as error:
                     wire.fail(error)
         return is_for_trio
+
+    def _some_of(self, others: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """What this round serves of so many: all that epoll tells once, and some, in turn, of what it tells again."""
+        once = [one for one in others if one[0] in self._chatty]
+        again = [one for one in others if one[0] not in self._chatty]
+        first = self._turn % max(1, len(again))
+        self._turn += _BULK_OF_A_ROUND
+        return once + (again[first:] + again[:first])[:_BULK_OF_A_ROUND]
 
     def _serve_other(self, wire: Wire, events: int) -> None:
         """Whatever is not simply an arrival."""

@@ -315,6 +315,24 @@ async def test_a_message_does_not_wait_for_the_bulk_of_its_round(monkeypatch: py
         assert served == ["message", "bulk"]
 
 
+async def test_of_much_bulk_a_round_serves_some_in_turn_and_no_end_waits() -> None:
+    async with bench() as found:
+        bulky, chatty = [found.join() for _ in range(40)], found.join()
+        await chat(chatty)
+        for joined in bulky:
+            joined.one.send(b"x")
+        chatty.one.shutdown(socket.SHUT_WR)
+        # As epoll tells it again and again: in the same order.
+        ready = [(joined.forth.source.fd, select.EPOLLIN) for joined in bulky]
+        end = chatty.forth.source.fd, select.EPOLLIN | select.EPOLLRDHUP
+        moved = []
+        for told in ([*ready, end], ready, ready):
+            found.readiness.serve(told)
+            moved.append(sum(joined.forth.moved for joined in bulky))
+            assert chatty.forth.has_finished
+        assert moved == [16, 32, 40]
+
+
 async def test_both_ends_of_a_pairing_in_one_round() -> None:
     """The sink's reset ends the pump, and then its source's FIN is served, in one round or the other way round."""
     for _ in range(20):
