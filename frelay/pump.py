@@ -5,7 +5,7 @@ stay in the kernel, and :class:`~frelay.stream_pump.StreamPump` two streams whos
 
 The unit of both is the *step*: a function call that moves what can be moved now, never waits, and says what the next
 one waits for (:class:`Want`). :mod:`frelay.readiness` calls it, while the task of the pump sleeps until something other
-than bytes happens.
+than bytes happens. (A pump of streams that must count, for a budget, is no such thing: its task does all of it.)
 
 Both end a direction the same way: the source's end is passed on as the sink's end (FIN or close_notify), after all
 bytes. Both read nothing while anything read before is undelivered. That is all of back-pressure: the source's kernel

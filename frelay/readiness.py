@@ -275,10 +275,11 @@ class ReadinessSet:
             stepped = True
         if stepped or not events & _TROUBLE:
             return
-        victim = reader if reader is not None and not reader.has_finished else writer
+        # Of raw pumps: one of streams is in the set as long as it wants to be stepped, and looks for itself.
+        victim = next((pump for pump in (reader, writer) if isinstance(pump, RawPump) and not pump.has_finished), None)
         error = 0
-        if victim is not None and not victim.has_finished:
-            # Asked once, it is gone; and who has finished, or will look for itself, must not find it gone.
+        if victim is not None:
+            # Asked once, it is gone, and whoever looks for itself must not find it gone.
             error = wire.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if error:
                 victim.break_off(wire, OSError(error, os.strerror(error)))

@@ -48,7 +48,7 @@ from frelay.raw_pump import PipePool
 from frelay.reception import Door
 from frelay.reload import Reloader, Staged
 from frelay.route import LiveRoute
-from frelay.sockets import why_not
+from frelay.sockets import objection_to_congestion_control
 from frelay.systemd import Inherited, ServiceManager
 from frelay.tickets import TicketOffice
 from frelay.tls.context import OuterTls, openssl_version
@@ -72,13 +72,23 @@ def prepare(
     ``contents`` and ``now`` are those of :func:`~frelay.tls.loading.load_outer_tls`.
     """
     find_account(config)
-    chosen = config.tcp.congestion_control
-    if chosen is not None and (objection := why_not(chosen)) is not None:
-        raise ConfigError([Problem(config.path, f'"{chosen}" {objection}', key="tcp.congestion_control")])
+    _check_congestion_control(config)
     if config.tls is None:
         return None
     serves_http = config.admin is not None and config.admin.address is not None
     return load_outer_tls(config.tls, source=config.path, serves_http=serves_http, contents=contents, now=now)
+
+
+def _check_congestion_control(config: Config) -> None:
+    chosen = config.tcp.congestion_control
+    if chosen is None:
+        return
+    try:
+        objection = objection_to_congestion_control(chosen)
+    except OSError as error:
+        objection = f"cannot be looked for: {error.filename}: {error.strerror}; leave the key out"
+    if objection is not None:
+        raise ConfigError([Problem(config.path, f'"{chosen}" {objection}', key="tcp.congestion_control")])
 
 
 class Relay:

@@ -43,8 +43,8 @@ __all__ = [
     "close_with_reset",
     "format_address",
     "look_up",
+    "objection_to_congestion_control",
     "tune",
-    "why_not",
 ]
 
 # How many connections may linger at a time. Who is refused decides how long that takes, up to its limit, and can be
@@ -172,22 +172,18 @@ def tune(sock: socket.socket, tcp: TcpSection) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, tcp.congestion_control.encode())
 
 
-def why_not(congestion_control: str) -> str | None:
-    """What keeps a process of any user from using this congestion control here, and the remedy; None: nothing does.
+def objection_to_congestion_control(name: str) -> str | None:
+    """What keeps a process of any user from sending by ``name`` here, and the remedy; None: nothing does.
 
-    Of any user, because a relay gives up what it may do more than others.
+    Of any user, because a relay gives up what it may do more than others. Raises OSError where the kernel does not say.
     """
-    try:
-        available = _AVAILABLE.read_text().split()
-        allowed = _ALLOWED.read_text().split()
-    except OSError:
-        return None  # a kernel that does not say: then each connection keeps what it has
-    if congestion_control in allowed:
+    available, allowed = _AVAILABLE.read_text().split(), _ALLOWED.read_text().split()
+    if name in allowed:
         return None
-    if congestion_control in available:
-        both = " ".join([*allowed, congestion_control])
+    if name in available:
+        both = " ".join([*allowed, name])
         return f'may not be used by everybody; sysctl -w net.ipv4.tcp_allowed_congestion_control="{both}" changes that'
-    return f"is not known to this kernel, which has {', '.join(available)}; modprobe tcp_{congestion_control} may help"
+    return f"is not known to this kernel, which has {', '.join(available)}; modprobe tcp_{name} may help"
 
 
 # --- closing ---------------------------------------------------------------------------------------------------

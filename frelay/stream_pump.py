@@ -87,11 +87,10 @@ class StreamPump:
         sink: Stream,
         *,
         sides: tuple[Side, Side],
-        readiness: ReadinessSet | None = None,
+        readiness: ReadinessSet,
         probe: TlsProbe | None = None,
         share: Share | None = None,
     ) -> None:
-        """Without a ``share`` of a budget a ``readiness`` set is needed."""
         self._source = source
         self._sink = sink
         self._sides = sides
@@ -121,8 +120,6 @@ class StreamPump:
 
     async def _flow(self) -> None:
         """Carry what comes as long as it is but bytes; then something is held, or the source is to be asked."""
-        readiness = self._readiness
-        assert readiness is not None  # noqa: S101  see __init__
         wire = Wire(self._source.sock)
         wire.reader = self
         self._stopped = trio.Event()
@@ -130,20 +127,15 @@ class StreamPump:
         try:
             # TLS may have taken something out of the kernel already, and no epoll tells of that.
             self.step()
-            if not self.has_finished:
-                readiness.refresh(wire)
+            if not self._stopped.is_set():
+                self._readiness.refresh(wire)
                 await self._stopped.wait()
         finally:
             self.wants = Want.NOTHING
             wire.reader = None
-            readiness.refresh(wire)
+            self._readiness.refresh(wire)
         if self._failure is not None:
             raise self._failure
-
-    @property
-    def has_finished(self) -> bool:
-        """Whether no step is to come: of a raw pump for good, of this one until its task has done its part."""
-        return self._stopped.is_set()
 
     def step(self) -> None:
         """Carry what is there: one buffer of it at most, which takes the ciphers a fifth of a millisecond and more."""
@@ -171,18 +163,13 @@ class StreamPump:
     def _stop(self) -> None:
         """Have the task go on. Its first deed is to take the source out of the set, so that need not be done here."""
         self.wants = Want.NOTHING
-        if self._readiness is not None:
-            self._readiness.wake(self._stopped)
+        self._readiness.wake(self._stopped)
 
     def fail(self, error: Exception) -> None:
         """Have the task raise ``error``, unless it is awake already."""
-        if not self.has_finished:
+        if not self._stopped.is_set():
             self._failure = error
             self._stop()
-
-    def break_off(self, wire: Wire, error: OSError) -> None:
-        """The connection of the source broke."""
-        self.fail(_cut(broken(error), self._sides[0]))
 
     # --- by its task ---------------------------------------------------------------------------------------------
 

@@ -110,7 +110,8 @@ class TlsStream(trio.abc.HalfCloseableStream):
         """How the connection broke, once either half was told of it."""
         self._room_is_awaited: trio.Event | None = None
         self._receive_failure: tuple[type[ConnectionBroken | RemoteProtocolError], str] | None = None
-        self._has_met_more = False
+        self._must_write_first = False
+        """Whether :meth:`receive_now` came upon something that OpenSSL wants to answer before it reads on."""
 
     # --- the parts, for those who are allowed to look ------------------------------------------------------
 
@@ -323,7 +324,7 @@ class TlsStream(trio.abc.HalfCloseableStream):
                 # Asked again, OpenSSL would call a truncation something else.
                 kind, text = self._receive_failure
                 raise kind(text)
-            self._has_met_more = False
+            self._must_write_first = False
             size = min(max_bytes or _RECORD, _RECORD)
             try:
                 return await self._retry(lambda connection: connection.recv(size))
@@ -341,17 +342,17 @@ class TlsStream(trio.abc.HalfCloseableStream):
 
         An end, a fault, or a wish to write first. What it is, :meth:`receive_some` knows.
         """
-        return self._has_met_more
+        return self._must_write_first or self._eof_was_received or self._receive_failure is not None
 
     def receive_now(self, room: memoryview) -> int:
         """Receive what is there, record after record, into ``room``, as long as it has room for a whole one.
 
-        No more than a few: who sends a byte in each record must not keep everybody else waiting for 100,000 of them.
         How many bytes that was. 0 if there are none and the socket must become readable first; -1 if there are none
-        and :meth:`receive_some` has more to say.
+        and :meth:`receive_some` has more to say. It takes a few records at most: who sends a byte in each must not keep
+        everybody else waiting for 100,000 of them.
         """
         connection = self.connection
-        if self._has_met_more or self._eof_was_received or self._receive_failure is not None:
+        if self.has_met_more:
             return -1
         received, last = 0, len(room) - _RECORD
         with _ffi.from_buffer(room, require_writable=True) as start:
@@ -363,7 +364,6 @@ class TlsStream(trio.abc.HalfCloseableStream):
                 if result <= 0:
                     if _openssl.SSL_get_error(connection._ssl, result) == _openssl.SSL_ERROR_WANT_READ:
                         return received
-                    self._has_met_more = True
                     self._note_receive_failure(connection, result)
                     return received or -1
                 received += result
@@ -374,7 +374,7 @@ class TlsStream(trio.abc.HalfCloseableStream):
         try:
             connection._raise_ssl_error(connection._ssl, result)
         except SSL.WantWriteError:
-            pass
+            self._must_write_first = True
         except SSL.ZeroReturnError:
             self._eof_was_received = True
         except SSL.Error as error:

@@ -56,8 +56,8 @@ class Channel:
         self._buffer: Final = bytearray()
         self._descriptors: deque[tuple[int, array.array[int]]] = deque()
         """With how many bytes had come when they had."""
-        self._come = 0
         self._taken = 0
+        """How many bytes were taken from the buffer."""
 
     def close(self) -> None:
         """Let go of it; the other end notices."""
@@ -106,13 +106,12 @@ class Channel:
         while len(self._buffer) < count:
             room = socket.CMSG_SPACE(_MOST_DESCRIPTORS * struct.calcsize("i"))
             data, ancillary, _, _ = await self._sock.recvmsg(_PIECE, room, socket.MSG_CMSG_CLOEXEC)
-            self._come += len(data)
             for level, kind, content in ancillary:
                 if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                     found = array.array("i")
                     found.frombytes(content[: len(content) - len(content) % found.itemsize])
                     # The kernel ends a read with the bytes that they were sent with: these, or the first of these.
-                    self._descriptors.append((self._come, found))
+                    self._descriptors.append((self._taken + len(self._buffer) + len(data), found))
             if not data:
                 raise ChannelEnded
             self._buffer.extend(data)

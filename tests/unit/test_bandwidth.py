@@ -17,6 +17,9 @@ from frelay.stream_pump import StreamPump
 SIDES: tuple[Side, Side] = ("func1", "func2")
 SECONDS = 5.0
 
+NOT_NEEDED: Any = None
+"""With a budget a pump is not stepped, and asks no readiness set for anything."""
+
 RATES = [10_000, 1_000_000, 20_000_000]
 
 
@@ -78,7 +81,7 @@ class Drain(End):
 
 def flow(nursery: trio.Nursery, share: Share, most: int | None = None) -> tuple[Spring, Drain]:
     source, sink = Spring(most), Drain()
-    nursery.start_soon(StreamPump(source, sink, sides=SIDES, share=share).run)
+    nursery.start_soon(StreamPump(source, sink, sides=SIDES, readiness=NOT_NEEDED, share=share).run)
     return source, sink
 
 
@@ -199,7 +202,7 @@ async def test_a_pump_that_waits_for_its_turn_says_so(autojump_clock: trio.testi
     """So that no time limit takes it for silent, or its receiver for stalled."""
     bandwidth = Bandwidth(1)
     source, sink = Spring(), Drain()
-    pump = StreamPump(source, sink, sides=SIDES, share=Share(bandwidth))
+    pump = StreamPump(source, sink, sides=SIDES, readiness=NOT_NEEDED, share=Share(bandwidth))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(pump.run)
         await trio.sleep(1)  # the first portion went at once, and the second costs a quarter of an hour
