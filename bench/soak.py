@@ -1,12 +1,12 @@
 """Does it stay as it is? ``python bench/soak.py --seconds 1800``
 
-A real ``frelay run`` is given everything at once, good and hostile (bench/churn.py says what), and looked at each
+A real ``frelay run`` is given everything at once, good and hostile (bench/churn says what), and looked at each
 second: open descriptors, memory, tasks, and how late its event loop is. After a warm-up none of them may rise
 (bench/flat.py says how that is judged), and once all traffic has stopped the relay must hold exactly the sockets and
 tasks that it held before: what leaks by the drop shows in the second, what is kept on purpose and for ever in the
 first.
 
-    python bench/soak.py --seconds 30                                  # what CI does
+    python bench/soak.py --seconds 120                                 # what CI does
     nice python bench/soak.py --seconds 1800 --json soak.json --plot docs/soak.svg
 
 The table goes to stdout, progress to stderr if that is a terminal. Exit codes: 0 flat and no trouble, 1 not, 2 usage,
@@ -18,18 +18,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import signal
 import ssl
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import trio
 
@@ -38,69 +36,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.churn import Actor, Ground, actors, ask
 from bench.flags import output_file
-from bench.flat import Finding, Gauge, judge, warm_up
-from bench.plot import Curve, Panel, as_svg
+from bench.flat import judge, warm_up
 from bench.script import progress
+from bench.soaked import GAUGES, Result, Sample, as_json, as_picture, as_table
 from bench.subjects import checkout_root
 
 _START: Final = 60.0
 _REST: Final = 40.0
-
-GAUGES: Final = {
-    "descriptors": Gauge("open descriptors", "", 8, "the pool keeps the pipes of the busiest moment, two ends each"),
-    "memory": Gauge("memory (RSS)", "MiB", 4, "arenas of Python and malloc, filled anew by whatever comes"),
-    "tasks": Gauge("tasks", "", 10, "three pairings more at the end than at the beginning, by chance"),
-    "lag": Gauge("loop lag, median", "ms", 5, "what others do on the machine, which may become twice as much", 1.0),
-}
-
-
-@dataclass(slots=True)
-class Sample:
-    """What was seen in one second."""
-
-    at: float
-    descriptors: int
-    memory: float
-    """MiB."""
-    threads: int
-    tasks: int
-    cpu: float
-    """Seconds so far."""
-    lag: float | None = None
-    longest_lag: float | None = None
-    """Milliseconds: the median and the longest way of a byte through the relay."""
-
-
-@dataclass
-class Result:
-    """A finished run."""
-
-    seconds: float
-    warm_up: float
-    samples: list[Sample]
-    findings: list[Finding]
-    before: dict[str, int]
-    after: dict[str, int]
-    """What it held at rest, before and after."""
-    scenes: dict[str, int]
-    outcomes: Counter[str]
-    troubles: Counter[str]
-    others: list[str] = field(default_factory=list)
-
-    @property
-    def is_good(self) -> bool:
-        """Whether all is as it must be."""
-        return not self.faults()
-
-    def faults(self) -> list[str]:
-        """What is not as it must be."""
-        found = [f"{f.gauge.name} grew by {f.line.growth:.1f} {f.gauge.unit}" for f in self.findings if not f.is_flat]
-        found += [
-            f"at rest it holds {self.after[name]} {name}, and held {count} before"
-            for name, count in self.before.items()
-            if self.after[name] != count
-        ]
-        return [*found, *(f"{text} ({count} times)" for text, count in self.troubles.items()), *self.others]
 
 
 class _Relay:
@@ -192,8 +134,7 @@ class _Relay:
 
     async def at_rest(self) -> dict[str, int]:
         """What it holds that must come back to the same number."""
-        directory = f"/proc/{self.process.pid}/fd"
-        kinds = [os.readlink(f"{directory}/{name}") for name in os.listdir(directory)]
+        kinds = list(self._open_files())
         _, status = await ask(self._ground, "GET", "/v1/status")
         return {
             "sockets": sum(kind.startswith("socket:") for kind in kinds),
@@ -203,6 +144,15 @@ class _Relay:
             "pairings": status["pairings"],
             "waiting legs": status["waiting"],
         }
+
+    def _open_files(self) -> Iterator[str]:
+        """What each open descriptor is, as proc(5) has it."""
+        directory = f"/proc/{self.process.pid}/fd"
+        for name in os.listdir(directory):
+            try:
+                yield os.readlink(f"{directory}/{name}")
+            except FileNotFoundError:
+                pass  # closed since it was listed
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
@@ -320,76 +270,6 @@ async def run(options: argparse.Namespace, directory: Path) -> Result:
     return Result(
         options.seconds, early, samples, findings, before, after, dict(scenes), relay.outcomes, troubles, others
     )
-
-
-# --- telling ----------------------------------------------------------------------------------------------------------
-
-
-def as_table(result: Result) -> str:
-    """The figures, for a person."""
-    rows = [["", "mean", "highest", "growth", "+/-", "may grow", ""]]
-    for f in result.findings:
-        unit, grown = f" {f.gauge.unit}".rstrip(), f.line.growth
-        numbers = (f.mean, f.highest, grown, 2 * f.line.error)
-        shown = [f"{number:.1f}{unit}" for number in numbers]
-        rows.append([f.gauge.name, *shown, f"{f.may_grow:.1f}{unit}", "flat" if f.is_flat else "NOT FLAT"])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        pads = [str.ljust, *[str.rjust] * (len(row) - 2), str.ljust]
-        lines.append("  ".join(pad(cell, width) for pad, cell, width in zip(pads, row, widths, strict=True)).rstrip())
-    cpu = (result.samples[-1].cpu - result.samples[0].cpu) / (result.samples[-1].at - result.samples[0].at)
-    scenes = ", ".join(f"{count} {name}" for name, count in result.scenes.items())
-    outcomes = ", ".join(f"{count} {name}" for name, count in result.outcomes.most_common())
-    longest = max((s.longest_lag or 0.0) for s in result.samples)
-    lines += [
-        "",
-        f"{result.seconds:g} s, the first {result.warm_up:g} s of them not counted; the relay used {cpu:.2f} cores.",
-        f"Scenes: {scenes}.",
-        f"Pairings: {sum(result.outcomes.values())}: {outcomes}.",
-        f"The longest way of a byte through the relay took {longest:.0f} ms, the load on this machine included.",
-        "At rest, before and after: "
-        + ", ".join(f"{result.before[name]} and {result.after[name]} {name}" for name in result.before)
-        + ".",
-        *(f"FAULT: {fault}" for fault in result.faults()),
-    ]
-    return "\n".join(lines)
-
-
-def as_json(result: Result) -> dict[str, Any]:
-    """Everything, each sample included."""
-    return {
-        "machine": {"kernel": platform.release(), "cpus": os.cpu_count(), "python": platform.python_version()},
-        "seconds": result.seconds,
-        "warm_up": result.warm_up,
-        "is_good": result.is_good,
-        "faults": result.faults(),
-        "findings": [
-            {**asdict(f.gauge), "mean": f.mean, "highest": f.highest, "growth": f.line.growth, "error": f.line.error}
-            for f in result.findings
-        ],
-        "at_rest": {"before": result.before, "after": result.after},
-        "scenes": result.scenes,
-        "outcomes": dict(result.outcomes),
-        "troubles": dict(result.troubles),
-        "samples": [asdict(sample) for sample in result.samples],
-    }
-
-
-def as_picture(result: Result) -> str:
-    """The curves and the lines through them."""
-    panels = []
-    for (name, gauge), finding in zip(GAUGES.items(), result.findings, strict=True):
-        points = [(s.at, value) for s in result.samples if (value := getattr(s, name)) is not None]
-        growth = f"grows by {finding.line.growth:+.1f} {gauge.unit}".rstrip()
-        line = (finding.line.begins, finding.line.ends)
-        panels.append(Panel(gauge.name, gauge.unit, [Curve(growth, points)], line))
-    pairings = sum(result.outcomes.values())
-    text = (
-        f"{pairings:,} pairings in {sum(result.scenes.values()):,} scenes, good and hostile, in "
-        f"{result.seconds / 60:g} minutes; shaded: the warm-up"
-    )
-    return as_svg("A relay under everything at once", text, panels, warm_up=result.warm_up)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
