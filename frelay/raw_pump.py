@@ -5,11 +5,12 @@ Theory of operation
 
 A small message is cheapest as a ``read`` and a ``write``; and since the read brings less than was asked for, the source
 is empty then (of TCP it is, but for a FIN or an urgent byte, which epoll tells apart), so that the pump need not be
-told of it again before more comes (``Want.ARRIVAL``; :func:`carry_arrivals` serves all that have it in one go). But
-once a read brings as much as was asked for, the source has more than that, and the pump turns to ``splice(2)`` through
-a pipe, where the bytes stay in the kernel. A few short reads in a row turn it back, or a look of the watch that finds
-nothing moved, and the pipe goes back to the pool. So an idle or chatty pairing holds no pipe, and a bulk one holds one
-a direction.
+told of it again before more comes (``Want.ARRIVAL``; :func:`carry_arrivals` serves all that have it in one go). What
+is asked for follows what comes: after a while of small messages no more than one of those, since the room for the
+answer is allocated before it is known. But once a read of full size brings as much as was asked for, the source has
+more than that, and the pump turns to ``splice(2)`` through a pipe, where the bytes stay in the kernel. A few short
+reads in a row turn it back, or a look of the watch that finds nothing moved, and the pipe goes back to the pool. So an
+idle or chatty pairing holds no pipe, and a bulk one holds one a direction.
 
 That nothing is read while anything is undelivered also makes the famous trap of splice harmless: a pipe fills by slots
 rather than bytes, so EAGAIN can mean "pipe full" although the source is readable; a pump whose pipe is empty whenever
@@ -24,6 +25,7 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterable
 from os import read, write
 from typing import TYPE_CHECKING, Final
@@ -41,6 +43,11 @@ __all__ = ["PipePool", "RawPump", "carry_arrivals", "splice_is_available"]
 
 # Below this a copy is cheaper than two splices and a pipe; a read that fills it announces more.
 _COPY_BUFFER: Final = 16 * 1024
+# The largest message that is small: with the header of a bytes object it is 512 bytes, which Python allocates from a
+# pool of its own. For 16 KiB it asks malloc(3), cuts them down to what came, and has the rest put together again.
+_SMALL: Final = 512 - sys.getsizeof(b"")
+# So many small messages since the last that was not: the next will be small, too.
+_SMALL_ONES_TO_ASK_FOR_LESS: Final = 32
 # Twice a typical socket buffer's worth, and the most that an unprivileged process may ask for by default
 # (fs.pipe-max-size). Splice moves whole pages, so a pipe of this size never limits a step.
 _PIPE_SIZE: Final = 1024 * 1024
@@ -137,6 +144,7 @@ class RawPump:
     """Carries bytes between two raw legs, stepped by the readiness set."""
 
     __slots__ = (
+        "_asked",
         "_failure",
         "_finished",
         "_held",
@@ -150,6 +158,7 @@ class RawPump:
         "_sides",
         "_sink",
         "_sink_fd",
+        "_small_ones",
         "_source_fd",
         "_splice",
         "moved",
@@ -184,6 +193,9 @@ class RawPump:
         self._pipe: Pipe | None = None
         self._in_pipe = 0
         self._short_reads = 0
+        self._asked = _COPY_BUFFER
+        """How many bytes a read asks for when a message has arrived: ``_SMALL`` or ``_COPY_BUFFER``."""
+        self._small_ones = 0
         self._finished = trio.Event()
         self._failure: Exception | None = None
         self.moved = 0
@@ -259,9 +271,6 @@ class RawPump:
             return self._pass_on_end()
         if self._probe is not None:
             return self._judge_first(data)
-        return self._send(data)
-
-    def _send(self, data: bytes) -> None:
         try:
             sent = write(self._sink_fd, data)
         except BlockingIOError:
@@ -269,15 +278,23 @@ class RawPump:
         except OSError as error:
             return self.break_off(self._sink, error)
         self.moved += sent
-        return self._go_on(data, sent)
+        return self._go_on(data, sent, _COPY_BUFFER)
 
-    def _go_on(self, data: bytes, sent: int) -> None:
-        """What comes after ``data``, of which the sink took ``sent`` bytes."""
+    def _go_on(self, data: bytes, sent: int, asked: int) -> None:
+        """What comes after ``data``, of which the sink took ``sent`` bytes, and for which ``asked`` were asked."""
         if sent < len(data):
             self._held = memoryview(data)[sent:]
             return self._want(_WRITABLE)
-        if sent < _COPY_BUFFER:
+        if sent < asked:
+            if sent <= _SMALL < asked:
+                self._small_ones += 1
+                if self._small_ones >= _SMALL_ONES_TO_ASK_FOR_LESS:
+                    self._asked = _SMALL
             return self._want(_ARRIVAL if self._short_is_empty else _READABLE)
+        if asked < _COPY_BUFFER:
+            # The rest of it is there already, as a rule, and shall not wait for the next round.
+            self._asked, self._small_ones = _COPY_BUFFER, 0
+            return self._copy()
         if self._splice is not None:
             # It is used in the next round. In this one others may have a message to be sent.
             self._pipe = self._pipes.take()
@@ -416,7 +433,7 @@ def carry_arrivals(pumps: Iterable[RawPump]) -> None:
             if pump.wants is not _ARRIVAL:
                 continue  # it has finished since it was told
             try:
-                data = read(pump._source_fd, _COPY_BUFFER)
+                data = read(pump._source_fd, pump._asked)
             except BlockingIOError:
                 continue
             except OSError as error:
@@ -438,7 +455,8 @@ def carry_arrivals(pumps: Iterable[RawPump]) -> None:
                 pump.break_off(pump._sink, error)
                 continue
             pump.moved += sent
-            if sent < len(data) or sent == _COPY_BUFFER:
-                pump._go_on(data, sent)
+            asked = pump._asked
+            if sent < len(data) or sent == asked or sent <= _SMALL < asked:
+                pump._go_on(data, sent, asked)
         except Exception as error:
             pump.source.fail(error)

@@ -304,7 +304,7 @@ def few_bytes(source: int, sink: int, count: int, *, flags: int) -> int:
 
 
 SMALL: Final = 4096
-sizes = st.sampled_from([1, 2, 3, 7, 997, 4096, 16383, 16384, 16385, 65537, 250_007])
+sizes = st.sampled_from([1, 2, 3, 7, 478, 479, 480, 997, 4096, 16383, 16384, 16385, 65537, 250_007])
 directions = st.integers(0, 1)
 
 
@@ -333,9 +333,13 @@ class HalfClose(RuleBasedStateMachine):
         self.fate = fate
         self.is_spoiled = False
         """Whether the worst that may happen to this pairing has happened."""
-        # The size of a pipe is a constant of the module; so small, it is full with a single page.
-        self.small_pipes = mock.patch.object(raw_pump_module, "_PIPE_SIZE", 4096 if way == "tiny pipes" else 1 << 20)
-        self.small_pipes.start()
+        # A pipe so small is full with a single page; and it shall not take many writes to change what a read asks for.
+        self.constants = mock.patch.multiple(
+            raw_pump_module,
+            _PIPE_SIZE=4096 if way == "tiny pipes" else 1 << 20,
+            _SMALL_ONES_TO_ASK_FOR_LESS=1,
+        )
+        self.constants.start()
         self.trio = Trio()
         self.bound = 16 * sum(buffers) + 131072 if all(buffers) else None  # type: ignore[arg-type]
         legs: list[RawStream | TlsStream] = []
@@ -436,7 +440,7 @@ class HalfClose(RuleBasedStateMachine):
             for end in self.ends:
                 end.close()
             self.trio.end()
-            self.small_pipes.stop()
+            self.constants.stop()
         assert descriptor_kinds() == self.before
 
     def _bring_to_an_end(self) -> None:

@@ -18,6 +18,7 @@ import pytest
 import trio
 import trio.testing
 
+import frelay.raw_pump as raw_pump_module
 import frelay.readiness as readiness_module
 from frelay.config.model import TcpSection
 from frelay.outcome import Outcome, Side
@@ -272,6 +273,42 @@ async def test_a_message_that_is_larger_than_the_copies_does_not_stop_the_flow()
     async with bench() as found:
         joined = found.join()
         for size in (10, 16 * 1024, 10, 16 * 1024 + 1, 10, 60_000, 1, 16 * 1024, 16 * 1024):
+            message = os.urandom(size)
+            await send(joined.one, message)
+            assert await receive(joined.two, size) == message
+        await nothing_is_ready(found.readiness, 0.01)
+
+
+async def test_who_sends_small_messages_is_asked_for_no_more_until_one_is_larger(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[int] = []
+
+    def noted(descriptor: int, count: int) -> bytes:
+        asked.append(count)
+        return os.read(descriptor, count)
+
+    monkeypatch.setattr(raw_pump_module, "read", noted)
+    async with bench() as found:
+        joined = found.join()
+        await chat(joined)
+        for _ in range(100):
+            await send(joined.one, b"message")
+            assert await receive(joined.two, 7) == b"message"
+        small = 479
+        assert asked[-1] == small
+        for size in (small - 1, small + 1):
+            for _ in range(100):
+                await send(joined.one, b"message")
+                assert await receive(joined.two, 7) == b"message"
+            asked.clear()
+            rounds, message = found.readiness.rounds, os.urandom(size)
+            await send(joined.one, message)
+            assert await receive(joined.two, size) == message
+            # All of it in the round in which its arrival was told.
+            assert asked == ([small] if size < small else [small, 16 * 1024])
+            assert found.readiness.rounds == rounds + 1
+        for size in (small, 1, 20_000, 3 * small, small):
             message = os.urandom(size)
             await send(joined.one, message)
             assert await receive(joined.two, size) == message
