@@ -14,6 +14,7 @@ Linux only, as is the relay's splice.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -25,12 +26,19 @@ def process_tree(pid: int) -> list[int]:
     """``pid`` and all its descendants that live now."""
     found = [pid]
     for parent in found:
-        for children in Path(f"/proc/{parent}/task").glob("*/children"):
-            try:
-                found += map(int, children.read_text().split())
-            except OSError:
-                continue  # a thread that ended meanwhile
+        for children in _of_threads(parent, "children"):
+            found += map(int, children.split())
     return found
+
+
+def _of_threads(pid: int, name: str) -> list[str]:
+    """What ``name`` says of each thread of ``pid``; who ends meanwhile, a thread or all of it, says nothing."""
+    said = []
+    with suppress(OSError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with suppress(OSError):
+                said.append(Path(f"/proc/{pid}/task/{thread}/{name}").read_text())
+    return said
 
 
 def _process_seconds(pid: int) -> float:
@@ -45,13 +53,7 @@ def _process_seconds(pid: int) -> float:
 
 
 def _thread_seconds(pid: int) -> float:
-    nanoseconds = 0
-    for path in Path(f"/proc/{pid}/task").glob("*/schedstat"):
-        try:
-            nanoseconds += int(path.read_text().split()[0])
-        except OSError:
-            continue  # a thread that ended meanwhile
-    return nanoseconds / 1e9
+    return sum(int(counted.split()[0]) for counted in _of_threads(pid, "schedstat")) / 1e9
 
 
 def _machine_ticks() -> int:

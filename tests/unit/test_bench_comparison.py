@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from argparse import ArgumentTypeError
 from pathlib import Path
 
@@ -196,7 +198,19 @@ def test_where_something_can_be_written_it_is_taken(tmp_path: Path, monkeypatch:
 def test_the_kernel_is_asked_for_a_process_and_its_children() -> None:
     assert read_cpu([os.getpid()]).subject > 0
     assert read_memory(os.getpid()) > 1024 * 1024
-    assert read_memory(2**22 + 1) == 0
+    gone = 2**22 + 1
+    assert (read_cpu([gone]).subject, read_memory(gone)) == (0, 0)
+
+
+def test_a_child_that_ends_while_it_is_looked_at_fails_no_reading() -> None:
+    """socat's, with a process for each connection: one was gone in the middle of one look in a hundred."""
+    spawns = "import os, signal\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)\nwhile True:\n os.fork() or os._exit(0)"
+    with subprocess.Popen([sys.executable, "-c", spawns]) as process:
+        try:
+            for _ in range(400):
+                read_cpu([process.pid])
+        finally:
+            process.kill()
 
 
 # --- strelaysrv's frames ------------------------------------------------------------------------------------------
