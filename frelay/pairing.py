@@ -139,6 +139,7 @@ class Pairing:
         "_ending",
         "_expiry",
         "_forwarding",
+        "_hang_up",
         "_poke",
         "_pumps",
         "_pumps_done",
@@ -183,6 +184,8 @@ class Pairing:
         self._pumps: dict[PartyName, Pump] = {}
         """By the party whose bytes they carry."""
         self._pumps_done: frozenset[PartyName] = frozenset()
+        self._hang_up: Cut | None = None
+        """That a party takes nothing more, while what it sent before is still being delivered."""
         lifetime = limits.max_lifetime
         self._expiry: _Expiry = (
             trio.current_time() + lifetime,
@@ -397,14 +400,19 @@ class Pairing:
         try:
             await self._pumps[party].run()
         except Cut as cut:
-            outcome = cut.outcome
-            if outcome is Outcome.RESET and cut.side in self._pumps_done:
+            if cut.outcome is Outcome.RESET and cut.side in self._pumps_done:
                 # It had said all it wanted to say before, and that arrived.
-                outcome = Outcome.HUNG_UP
-            self._ending.decide(outcome, cut.side, cut.detail)
+                self._ending.decide(Outcome.HUNG_UP, cut.side, cut.detail)
+            elif cut.only_writing and self._hang_up is None:
+                # What it had said before, all of it perhaps, is still on its way: the other pump finds out.
+                self._hang_up = cut
+            else:
+                self._ending.decide(cut.outcome, cut.side, cut.detail)
         else:
             self._pumps_done |= {party}
-            if len(self._pumps_done) == len(self._pumps):
+            if self._hang_up is not None:
+                self._ending.decide(Outcome.HUNG_UP, party, self._hang_up.detail)
+            elif len(self._pumps_done) == len(self._pumps):
                 self._ending.decide(Outcome.CLOSED, "both")
         self._poke.set()
 

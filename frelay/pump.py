@@ -38,11 +38,17 @@ class Want(IntEnum):
 class Cut(Exception):
     """A pump's end other than the clean one."""
 
-    def __init__(self, outcome: Outcome, side: Side, detail: str) -> None:
+    def __init__(self, outcome: Outcome, side: Side, detail: str, *, only_writing: bool = False) -> None:
         super().__init__(f"{outcome.value} by {side}: {detail}")
         self.outcome = outcome
         self.side: Side = side
         self.detail = detail
+        self.only_writing = only_writing
+        """Whether all that is known is that ``side`` takes nothing more.
+
+        What it sent before, and the end of that, may still be in the relay's kernel. The pump of that direction carries
+        it, and finds out whether it was the end or a reset.
+        """
 
 
 class Pump(Protocol):

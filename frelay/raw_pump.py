@@ -35,6 +35,7 @@ import trio
 from frelay.outcome import Outcome, Side
 from frelay.pump import Cut, TlsProbe, Want
 from frelay.sockets import broken
+from frelay.tcp import is_after_end, shutdown_failure
 
 if TYPE_CHECKING:
     from frelay.readiness import ReadinessSet, Wire
@@ -394,17 +395,19 @@ class RawPump:
         try:
             self._sink.socket.shutdown(socket.SHUT_WR)
         except OSError as error:
-            return self.break_off(self._sink, error)
+            return self.break_off(self._sink, shutdown_failure(self._sink.socket, error))
         return self._finish(None)
 
     def break_off(self, wire: Wire, error: OSError) -> None:
         """End this direction because the connection of ``wire`` broke, unless it has ended already."""
         if self.has_finished:
             return
-        # A new one: the traceback of the old one would keep this pump alive through the wire.
-        wire.error = OSError(error.errno, error.strerror)
+        only_writing = wire is self._sink and wire.error is None and is_after_end(error)
+        if not only_writing:
+            # A new one: the traceback of the old one would keep this pump alive through the wire.
+            wire.error = OSError(error.errno, error.strerror)
         side = self._sides[0] if wire is self.source else self._sides[1]
-        self._finish(Cut(Outcome.RESET, side, str(broken(error))))
+        self._finish(Cut(Outcome.RESET, side, str(broken(error)), only_writing=only_writing))
 
     def fail(self, error: Exception) -> None:
         """A step came to grief through a bug of ours: have the task of this pump raise ``error``."""

@@ -34,8 +34,9 @@ Rules:
    else. Small messages come first in it, and after each round Trio gets its turn, if there is anything in it for Trio.
 3. ERR and HUP are reported by epoll whether asked for or not. If no pump wants the descriptor, an error ends the
    pairing (a raw leg's reset must not go unnoticed behind back-pressure; a tunnel's does until its pump has delivered
-   what it holds, or stall_timeout), and a mere HUP (both directions shut, input unread)
-   takes the descriptor out of the set until a pump wants it again: it would spin otherwise.
+   what it holds, or stall_timeout). What ends nothing takes the descriptor out of the set until a pump wants it again,
+   for it would spin otherwise: a mere HUP (both directions shut, input unread), and a reset by a party that had sent
+   its FIN, behind bytes that are not delivered yet. That one ends what is written to it, and the reader goes on.
 4. A descriptor leaves the set before it is closed. Its task sees to that in ``finally``.
 5. No descriptor that Trio waits for may be read by another process as well: what has made its set ready for us must
    still be there when Trio looks, or Trio sleeps without us until its next deadline. So a listening socket belongs to
@@ -58,6 +59,7 @@ import trio
 
 from frelay.pump import Want
 from frelay.raw_pump import RawPump, carry_arrivals
+from frelay.tcp import is_after_end, take_error
 
 if TYPE_CHECKING:
     from frelay.stream_pump import StreamPump
@@ -275,16 +277,21 @@ class ReadinessSet:
             stepped = True
         if stepped or not events & _TROUBLE:
             return
+        self._meet_trouble(wire)
+
+    def _meet_trouble(self, wire: Wire) -> None:
+        """ERR or HUP on a wire that no pump wants at the moment."""
         # Of raw pumps: one of streams is in the set as long as it wants to be stepped, and looks for itself.
-        victim = next((pump for pump in (reader, writer) if isinstance(pump, RawPump) and not pump.has_finished), None)
-        error = 0
-        if victim is not None:
-            # Asked once, it is gone, and whoever looks for itself must not find it gone.
-            error = wire.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if error:
-                victim.break_off(wire, OSError(error, os.strerror(error)))
-        if not error:
-            self._forget(wire)
+        reader, writer = (
+            pump if isinstance(pump, RawPump) and not pump.has_finished else None for pump in (wire.reader, wire.writer)
+        )
+        # Once nothing is written to it any more, a reset before the end of what it sends cannot be told from one after
+        # it, except by reading; and to ask is to have the reader told of an end in either case.
+        if writer is not None and (error := take_error(wire.socket)) is not None:
+            if reader is not None and not is_after_end(error):
+                return reader.break_off(wire, error)
+            writer.break_off(wire, error)
+        return self._forget(wire)
 
 
 # --- in Trio's stead ----------------------------------------------------------------------------------------------

@@ -26,12 +26,13 @@ import trio
 
 from frelay.config.model import Address, TcpSection
 from frelay.errors import ConnectionBroken, RemoteProtocolError, Truncated
-from frelay.tcp import unacknowledged
+from frelay.tcp import is_after_end, shutdown_failure, unacknowledged
 
 __all__ = [
     "BrokenStream",
     "OneAtATime",
     "RawStream",
+    "SendBroken",
     "TlsFault",
     "TruncatedStream",
     "accept",
@@ -66,6 +67,10 @@ class BrokenStream(ConnectionBroken, trio.BrokenResourceError):
     """A stream's connection broke: frelay's own error, and the one that Trio's stream contract asks for."""
 
 
+class SendBroken(BrokenStream):
+    """The other side takes nothing more. What it sent before can be read, and how that ends says how it went."""
+
+
 class TruncatedStream(Truncated, BrokenStream):
     """A TLS stream ended without close_notify."""
 
@@ -74,10 +79,10 @@ class TlsFault(RemoteProtocolError, trio.BrokenResourceError):
     """The other side broke TLS, or its certificate was not accepted."""
 
 
-def broken(error: OSError) -> BrokenStream:
+def broken(error: OSError, kind: type[BrokenStream] = BrokenStream) -> BrokenStream:
     """The one translation of an operating system's error on a connected socket."""
     name = errno.errorcode.get(error.errno or 0, "connection failed")
-    return BrokenStream(f"{name}: {error.strerror or error}")
+    return kind(f"{name}: {error.strerror or error}")
 
 
 class OneAtATime:
@@ -302,9 +307,7 @@ class RawStream(trio.abc.HalfCloseableStream):
                     except BlockingIOError:
                         await trio.lowlevel.wait_writable(self.sock)
                     except OSError as error:
-                        # A new one: the old one's traceback would hold on to this stream in a circle.
-                        self._send_error = OSError(error.errno, error.strerror)
-                        raise broken(error) from error
+                        raise self._send_failure(error) from error
 
     def send_now(self, data: memoryview) -> int:
         """Send what the kernel takes without waiting; how many bytes of ``data`` went. Raises BrokenStream."""
@@ -313,8 +316,14 @@ class RawStream(trio.abc.HalfCloseableStream):
         except BlockingIOError:
             return 0
         except OSError as error:
-            self._send_error = OSError(error.errno, error.strerror)
-            raise broken(error) from error
+            raise self._send_failure(error) from error
+
+    def _send_failure(self, error: OSError) -> BrokenStream:
+        if self._send_error is None and is_after_end(error):
+            return broken(error, SendBroken)
+        # A new one: the old one's traceback would hold on to this stream in a circle.
+        self._send_error = OSError(error.errno, error.strerror)
+        return broken(error)
 
     async def send_rest(self, data: bytes) -> None:
         """Send what :meth:`send_now` has left; raises BrokenStream."""
@@ -340,7 +349,7 @@ class RawStream(trio.abc.HalfCloseableStream):
                 try:
                     self.sock.shutdown(socket.SHUT_WR)
                 except OSError as error:
-                    raise broken(error) from error
+                    raise self._send_failure(shutdown_failure(self.sock, error)) from error
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """Up to ``max_bytes`` (default 64 KiB) bytes, ``b""`` after FIN; raises BrokenStream."""

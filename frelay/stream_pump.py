@@ -6,7 +6,6 @@ goes through the kernel alone could not be held to.
 
 from __future__ import annotations
 
-import os
 import socket
 from typing import Final, Protocol
 
@@ -17,7 +16,8 @@ from frelay.errors import ConnectionBroken, RemoteProtocolError, Truncated
 from frelay.outcome import Outcome, Side
 from frelay.pump import Cut, TlsProbe, Want
 from frelay.readiness import ReadinessSet, Wire
-from frelay.sockets import broken
+from frelay.sockets import SendBroken, broken
+from frelay.tcp import is_after_end, take_error
 
 __all__ = ["Stream", "StreamPump"]
 
@@ -107,14 +107,18 @@ class StreamPump:
 
     async def run(self) -> None:
         """Receive and send until the source ends; raises Cut."""
-        while True:
-            if self._probe is None and self._share is None:
-                await self._flow()
-                if self._held:
-                    await self._deliver()
-                    continue
-            if await self._pass_on_some():
-                return
+        try:
+            while True:
+                if self._probe is None and self._share is None:
+                    await self._flow()
+                    if self._held:
+                        await self._deliver()
+                        continue
+                if await self._pass_on_some():
+                    return
+        finally:
+            # The pairing may outlive this direction.
+            self.is_blocked = self.is_held_back = False
 
     # --- stepped -------------------------------------------------------------------------------------------------
 
@@ -150,7 +154,7 @@ class StreamPump:
         try:
             sent = self._sink.send_now(_room[:count])
         except (ConnectionBroken, RemoteProtocolError) as error:
-            return self.fail(_cut(error, self._sides[1]))
+            return self.fail(_cut_of_sink(error, self._sides[1]))
         self.moved += sent
         if sent < count:
             self._held = bytes(_room[sent:count])
@@ -181,7 +185,7 @@ class StreamPump:
         try:
             await self._sink.send_rest(rest)
         except (ConnectionBroken, RemoteProtocolError) as error:
-            raise _cut(error, self._sides[1]) from None
+            raise _cut_of_sink(error, self._sides[1]) from None
         self.is_blocked = False
         self.moved += len(rest)
 
@@ -216,16 +220,16 @@ class StreamPump:
                 await self._sink.send_rest(data[sent:])
             self.is_blocked = False
         except (ConnectionBroken, RemoteProtocolError) as error:
-            raise _cut(error, self._sides[1]) from None
+            raise _cut_of_sink(error, self._sides[1]) from None
         self.moved += len(data)
         return False
 
     def _check_source(self) -> None:
         # The kernel gives what came before a reset first, and at the rate of a budget that may last for minutes. The
         # other party is to know at once.
-        number = self._source.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if number:
-            raise Cut(Outcome.RESET, self._sides[0], str(broken(OSError(number, os.strerror(number)))))
+        error = take_error(self._source.sock)
+        if error is not None and not is_after_end(error):
+            raise Cut(Outcome.RESET, self._sides[0], str(broken(error)))
 
     def rest(self) -> None:
         """There is nothing to give up, and nothing that the kernel tells only once."""
@@ -237,3 +241,9 @@ def _cut(error: ConnectionBroken | RemoteProtocolError, side: Side) -> Cut:
     if isinstance(error, RemoteProtocolError):
         return Cut(Outcome.PROTOCOL_ERROR, side, str(error))
     return Cut(Outcome.RESET, side, str(error))
+
+
+def _cut_of_sink(error: ConnectionBroken | RemoteProtocolError, side: Side) -> Cut:
+    cut = _cut(error, side)
+    cut.only_writing = isinstance(error, SendBroken)
+    return cut

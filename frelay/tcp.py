@@ -1,16 +1,19 @@
 """What Linux knows about a TCP connection, asked of the socket. Standard library only, for both ends of a leg.
 
-Sources: tcp(7), and for the numbers ``include/uapi/linux/sockios.h`` and ``include/net/tcp_states.h``.
+Sources: tcp(7), for the numbers ``include/uapi/linux/sockios.h`` and ``include/net/tcp_states.h``, and for what a reset
+is told as ``tcp_reset`` in ``net/ipv4/tcp_input.c``.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import os
 import socket
 import struct
 from typing import Final
 
-__all__ = ["is_dead", "unacknowledged"]
+__all__ = ["is_after_end", "is_dead", "shutdown_failure", "take_error", "unacknowledged"]
 
 _SIOCOUTQ: Final = 0x5411
 _TCP_CLOSE: Final = 7
@@ -19,14 +22,16 @@ _TCP_CLOSE: Final = 7
 def unacknowledged(sock: socket.socket) -> int:
     """How many bytes (a FIN counts as one) were written to ``sock`` and not acknowledged by the other side yet.
 
-    Closing a socket with unread input, or by RST, throws these away. 0 where the system cannot tell.
+    Closing a socket with unread input, or by RST, throws these away. 0 where the system cannot tell, and of a
+    connection that is over, where nothing will be acknowledged any more.
     """
     answer = struct.pack("i", 0)
     try:
         answer = fcntl.ioctl(sock.fileno(), _SIOCOUTQ, answer)
     except OSError:
         return 0
-    return int(struct.unpack("i", answer)[0])
+    count = int(struct.unpack("i", answer)[0])
+    return count if count and not is_dead(sock) else 0
 
 
 def is_dead(sock: socket.socket) -> bool:
@@ -35,3 +40,23 @@ def is_dead(sock: socket.socket) -> bool:
         return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE
     except OSError:
         return True
+
+
+def take_error(sock: socket.socket) -> OSError | None:
+    """How the connection broke, if nobody was told yet. Asked once, it is gone: to who reads then, it is an end."""
+    number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    return OSError(number, os.strerror(number)) if number else None
+
+
+def is_after_end(error: OSError) -> bool:
+    """Whether a connection that can't be written to was reset after the other side's FIN: nothing it sent is lost.
+
+    ``error`` must be the first that the connection tells. That is EPIPE after a FIN and ECONNRESET else; whoever writes
+    after that is told EPIPE in either case.
+    """
+    return error.errno == errno.EPIPE
+
+
+def shutdown_failure(sock: socket.socket, error: OSError) -> OSError:
+    """What ``shutdown`` has met that failed with ``error``: it says ENOTCONN of whatever has happened."""
+    return take_error(sock) or error

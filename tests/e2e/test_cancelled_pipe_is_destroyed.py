@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import fcntl
+import gc
 import termios
 
 import structlog
@@ -72,6 +73,7 @@ async def bulk_is_clean(site: Site, relay: RelayInProcess) -> None:
 async def test_a_pairing_cancelled_with_bytes_in_its_pipe(site: Site) -> None:
     """TESTPLAN 29: the pipe is destroyed, and the pool holds no pipe that is not empty."""
     async with site.relay(OPEN) as relay:
+        gc.collect()  # what earlier tests have left must not go in between
         before = len(open_descriptors())
         one, two = await join_ends(site, relay)
         await clog(relay, one, two)

@@ -6,10 +6,16 @@ sent before is under way, for an RST destroys it.
 
 from __future__ import annotations
 
+from itertools import product
+from typing import Literal
+
+import pytest
 import trio
 
-from frelay.tcp import unacknowledged
-from rig import TLS_HEADER, Site, eventually, pair
+from ends import OPEN, PLAIN, Mode, block, join_ends, pause_reading
+from frelay.tcp import is_dead, unacknowledged
+from rig import PATIENCE, TLS_HEADER, Site, direct, eventually, pair
+from rounds import settled
 
 
 async def test_the_tail_arrives_although_the_sender_has_closed_with_input_unread(site: Site) -> None:
@@ -43,3 +49,47 @@ async def test_the_tail_arrives_although_the_sender_has_closed_with_input_unread
         record = await relay.outcome()
         assert (record["outcome"], record["side"]) == ("hung-up", "func1")
         assert record["bytes_func1_to_func2"] == len(answer)
+
+
+@direct
+@pytest.mark.parametrize(
+    ("modes", "then"),
+    [
+        (("raw", "raw"), "nothing"),
+        *product([("raw", "raw"), ("raw", "tunnel"), ("raw", "bare"), ("plain", "plain")], ["words", "the end"]),
+    ],
+    ids=lambda it: it if isinstance(it, str) else " to ".join(it),
+)
+async def test_all_of_it_arrives_although_the_relay_still_held_some(
+    site: Site, modes: tuple[Mode, Mode], then: Literal["nothing", "words", "the end"]
+) -> None:
+    """The reset comes while the relay waits for a reader that is slow; whichever pump hears of it, the bytes go on."""
+    with trio.fail_after(PATIENCE):
+        async with site.relay(PLAIN if modes[0] == "plain" else OPEN) as relay:
+            one, two = await join_ends(site, relay, *modes)
+            pause_reading(two)
+            await two.send(b"what nobody reads")
+            (pairing,) = relay.relay.pairings
+            pump = pairing._pumps["func1"]
+            answer = bytearray()
+            still = 0
+            while still < 5:
+                if not pump.is_blocked:
+                    answer += (part := block(50_000, len(answer)))
+                    await one.send(part)
+                await settled(0.005)
+                still = still + 1 if pump.is_blocked else 0
+            await one.send_eof()
+            sock = one.party.socket._sock  # type: ignore[attr-defined]
+            await eventually(lambda: unacknowledged(sock) == 0, "the answer has left func1's host")
+            one.party.close()
+            await eventually(lambda: is_dead(pairing.legs["func1"].sock), "the reset has come")
+            if then == "words":
+                await two.send(b"what nobody will ever read")
+            if then == "the end":
+                await two.send_eof()
+            await settled(0.01)
+            assert await two.receive_to_end() == answer
+            record = await relay.outcome()
+            assert (record["outcome"], record["side"]) == ("hung-up", "func1")
+            assert record["bytes_func1_to_func2"] == len(answer)

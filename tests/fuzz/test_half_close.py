@@ -283,7 +283,8 @@ class Middle:
             await pump.run()
         except Cut as cut:
             self.cuts.append(cut)
-            both.cancel()
+            if not cut.only_writing or len(self.cuts) == len(self.pumps):
+                both.cancel()
 
     async def cancel(self) -> None:
         self._scope.cancel()

@@ -72,10 +72,13 @@ HOUSE: Final = (
     Room("lobby", "errors protocol", "trio", "who waits; it only holds legs, and knows nothing of how they work"),
     Room("bandwidth", "", "trio", "a budget, whoever spends it"),
     Room("pump", "outcome", "", "one direction, whatever the two ends are, and how it can end"),
-    Room("raw_pump", "outcome pump sockets", "trio", "between sockets; the kernel moves the bytes"),
-    Room("readiness", "pump raw_pump", "trio structlog", "steps pumps without knowing what a pairing is"),
+    Room("raw_pump", "outcome pump sockets tcp", "trio", "between sockets; the kernel moves the bytes"),
+    Room("readiness", "pump raw_pump tcp", "trio structlog", "steps pumps without knowing what a pairing is"),
     Room(
-        "stream_pump", "errors outcome bandwidth pump readiness sockets", "trio", "the bytes pass through the process"
+        "stream_pump",
+        "errors outcome bandwidth pump readiness sockets tcp",
+        "trio",
+        "the bytes pass through the process",
     ),
     Room(
         "pairing",

@@ -27,6 +27,7 @@ from frelay.raw_pump import PipePool, RawPump, carry_arrivals, splice_is_availab
 from frelay.readiness import ReadinessSet, Wire
 from frelay.sockets import RawStream, close_with_reset, tune
 from frelay.stream_pump import StreamPump
+from frelay.tcp import is_dead, unacknowledged
 from rig import eventually, open_descriptors
 from rounds import CountedRounds, nothing_is_ready, settled
 from streams import SocketMaker, tcp_pair, unix_pair
@@ -193,6 +194,35 @@ async def test_a_reset_behind_back_pressure_is_noticed() -> None:
         assert isinstance(cut, Cut)
         assert (cut.outcome, cut.side) == (Outcome.RESET, "func1")
         await nothing_is_ready(found.readiness, 0.01)
+
+
+@pytest.mark.parametrize("has_ended", [False, True])
+async def test_once_nothing_is_written_to_it_only_reading_tells_how_a_wire_broke(has_ended: bool) -> None:
+    """Then Linux tells of a reset before FIN as of one after it, except to the last read; and that must be asked."""
+    async with bench() as found:
+        joined = found.join()
+        await send(joined.two, b"the last of func2")
+        joined.two.shutdown(socket.SHUT_WR)
+        await eventually(lambda: joined.ended == 1, "func2's direction")
+        count = 0
+        while not joined.forth.is_blocked:
+            count += joined.one.send(PAYLOAD[count % len(PAYLOAD) :][:5000])
+            await settled(0.001)
+        if has_ended:
+            joined.one.shutdown(socket.SHUT_WR)
+        await eventually(lambda: unacknowledged(joined.one) == 0, "all has left func1's host")
+        joined.one.close()  # with input unread, so this is a reset
+        await eventually(lambda: is_dead(joined.inner[0]), "the reset has come")
+        await nothing_is_ready(found.readiness, 0.01)
+        await joined.unclog(count)
+        await eventually(lambda: joined.ended == 2)
+        if has_ended:
+            assert joined.failures == []
+            assert await eof(joined.two)
+        else:
+            (cut,) = joined.failures
+            assert isinstance(cut, Cut)
+            assert (cut.outcome, cut.side) == (Outcome.RESET, "func1")
 
 
 # --- urgent bytes --------------------------------------------------------------------------------------------------
