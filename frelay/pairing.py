@@ -184,8 +184,8 @@ class Pairing:
         self._pumps: dict[PartyName, Pump] = {}
         """By the party whose bytes they carry."""
         self._pumps_done: frozenset[PartyName] = frozenset()
-        self._hang_up: Cut | None = None
-        """That a party takes nothing more, while what it sent before is still being delivered."""
+        self._hang_up: str | None = None
+        """How it was found that a party takes nothing more, while what it sent before is still being delivered."""
         lifetime = limits.max_lifetime
         self._expiry: _Expiry = (
             trio.current_time() + lifetime,
@@ -405,13 +405,13 @@ class Pairing:
                 self._ending.decide(Outcome.HUNG_UP, cut.side, cut.detail)
             elif cut.only_writing and self._hang_up is None:
                 # What it had said before, all of it perhaps, is still on its way: the other pump finds out.
-                self._hang_up = cut
+                self._hang_up = cut.detail
             else:
                 self._ending.decide(cut.outcome, cut.side, cut.detail)
         else:
             self._pumps_done |= {party}
             if self._hang_up is not None:
-                self._ending.decide(Outcome.HUNG_UP, party, self._hang_up.detail)
+                self._ending.decide(Outcome.HUNG_UP, party, self._hang_up)
             elif len(self._pumps_done) == len(self._pumps):
                 self._ending.decide(Outcome.CLOSED, "both")
         self._poke.set()
