@@ -6,7 +6,7 @@ second: open descriptors, memory, tasks, and how late its event loop is. After a
 tasks that it held before: what leaks by the drop shows in the second, what is kept on purpose and for ever in the
 first.
 
-    python bench/soak.py --seconds 120                                 # what CI does
+    python bench/soak.py --seconds 60                                  # what CI does
     nice python bench/soak.py --seconds 1800 --json soak.json --plot docs/soak.svg
 
 The table goes to stdout, progress to stderr if that is a terminal. Exit codes: 0 flat and no trouble, 1 not, 2 usage,
