@@ -178,18 +178,24 @@ def client_options(site: Site, port: int) -> list[str]:
 @pytest.fixture
 async def foreign_session(site: Site) -> str:
     """A session file with a ticket good for early data, from another server that has the relay's name and key."""
-    session, early = site.directory / "session.pem", site.directory / "early-there"
+    written, session, early = (site.directory / name for name in ("written.pem", "session.pem", "early-there"))
     early.write_bytes(b"early")
+
+    def has_session() -> bool:
+        # A copy of what is whole: with the second ticket openssl begins the file anew, and may be ended in the middle.
+        session.write_bytes(written.read_bytes() if written.exists() else b"")
+        return b"-----END" in session.read_bytes()
+
     certificate, key = map(str, site.relay_paths)
     arguments = ["s_server", "-accept", "127.0.0.1:0", "-cert", certificate, "-key", key, "-early_data"]
     async with openssl(*arguments, "-no_anti_replay", "-alpn", "frelay/1") as server:
         port = re.search(r"ACCEPT [^ ]*:(\d+)\s", await server.until(r"ACCEPT [^ ]*:\d+\s"))
         assert port is not None
         options = client_options(site, int(port[1]))
-        async with openssl(*options, "-sess_out", str(session)) as client:
+        async with openssl(*options, "-sess_out", str(written)) as client:
             await client.say("hello\n")  # until then the server waits for early data
             # What openssl says about it stays in its buffer.
-            await eventually(lambda: session.exists() and b"-----END" in session.read_bytes(), "the session")
+            await eventually(has_session, "the session")
         # Where it was made it is good: so that it is of no use to the relay's clients is the relay's doing.
         async with openssl(*options, "-sess_in", str(session), "-early_data", str(early)) as client:
             told = await client.until("Early data was [a-z ]+")
