@@ -32,7 +32,7 @@ from frelay.raw_pump import PipePool, RawPump
 from frelay.readiness import ReadinessSet, Wire
 from frelay.sockets import RawStream
 from frelay.stream_pump import StreamPump
-from frelay.tcp import unacknowledged
+from frelay.tcp import is_dead, unacknowledged
 
 __all__ = ["Forwarding", "Pairing", "PairingLimits", "log_record"]
 
@@ -116,6 +116,9 @@ class _Sample:
         # The pump alone cannot tell a slow reader from a stalled one: Linux says "writable" again only once a third of
         # the send buffer, megabytes of it, is free. Nor does it know of bytes that wait there after it has finished.
         moved, in_kernel = self.pump.moved, unacknowledged(self.sink)
+        if in_kernel and is_dead(self.sink):
+            # A party that hung up. They will not be taken, and say nothing of what is still delivered from it.
+            in_kernel = 0
         if moved != self.moved or in_kernel != self._in_kernel or self.pump.is_held_back:
             self.moved, self._in_kernel = moved, in_kernel
             self.changed_at, self.blocked_since = now, None

@@ -22,16 +22,14 @@ _TCP_CLOSE: Final = 7
 def unacknowledged(sock: socket.socket) -> int:
     """How many bytes (a FIN counts as one) were written to ``sock`` and not acknowledged by the other side yet.
 
-    Closing a socket with unread input, or by RST, throws these away. 0 where the system cannot tell, and of a
-    connection that is over, where nothing will be acknowledged any more.
+    Closing a socket with unread input, or by RST, throws these away. 0 where the system cannot tell.
     """
     answer = struct.pack("i", 0)
     try:
         answer = fcntl.ioctl(sock.fileno(), _SIOCOUTQ, answer)
     except OSError:
         return 0
-    count = int(struct.unpack("i", answer)[0])
-    return count if count and not is_dead(sock) else 0
+    return int(struct.unpack("i", answer)[0])
 
 
 def is_dead(sock: socket.socket) -> bool:
