@@ -1,0 +1,50 @@
+"""What the watch takes for bytes that a receiver does not accept."""
+
+from __future__ import annotations
+
+import select
+
+import pytest
+import trio
+
+from frelay.pairing import _Sample
+from frelay.pump import Pump
+from frelay.sockets import close_with_reset
+from frelay.tcp import is_dead, unacknowledged
+from rig import eventually
+from streams import tcp_pair
+
+
+class Resting:
+    """A pump that has nothing to do."""
+
+    moved = 0
+    is_blocked = is_held_back = has_finished = False
+
+    async def run(self) -> None:
+        await trio.sleep_forever()
+
+    def rest(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("hangs_up", [False, True])
+async def test_what_a_party_has_left_untaken_is_pending_until_it_has_gone(hangs_up: bool) -> None:
+    """After that it is nobody's stall: what the party sent before may be delivered for a long time yet."""
+    sink, far = tcp_pair(8192)
+    try:
+        while select.select([], [sink], [], 0)[1]:
+            sink.send(bytes(65536))
+        await eventually(lambda: unacknowledged(sink) > 0)
+        pump: Pump = Resting()
+        sample = _Sample(pump, sink, 0.0)
+        if hangs_up:
+            close_with_reset(far)
+            await eventually(lambda: is_dead(sink))
+        for now in (1.0, 2.0, 3.0):
+            sample.take(now)
+        assert unacknowledged(sink) > 0
+        assert (sample.blocked_since is None) == hangs_up
+    finally:
+        close_with_reset(sink)
+        close_with_reset(far)
