@@ -48,6 +48,7 @@ HOUSE: Final = (
     Room("pki", "errors protocol", "cryptography", "makes certificates; a relay only reads them"),
     Room("log", "", "structlog", "only whoever starts a process says how it logs"),
     Room("journal", "errors outcome protocol", "", "the log, the metrics and the API learn the same facts"),
+    Room("shares", "", "", "who holds how much of anything: legs, pairings, connections"),
     Room("lag", "", "trio", "how late a loop is, whatever runs in it"),
     # The way of one connection, from its last station to its first.
     Room("config.store", "", "tomli_w", "what the admin API writes, and no reader of a route file needs to"),
@@ -69,7 +70,9 @@ HOUSE: Final = (
     Room("tickets", "admission sockets", "trio", "who brings one brings a leg, whatever that is"),
     Room("leg", f"{LEAVES} admission sockets tls tickets", "trio", "one party's connection, hand-off included"),
     Room("frameless", f"{LEAVES} admission sockets tls leg", "trio", "legs that speak no frames"),
-    Room("lobby", "errors protocol", "trio", "who waits; it only holds legs, and knows nothing of how they work"),
+    Room(
+        "lobby", "errors protocol shares", "trio", "who waits; it only holds legs, and knows nothing of how they work"
+    ),
     Room("bandwidth", "", "trio", "a budget, whoever spends it"),
     Room("pump", "outcome", "", "one direction, whatever the two ends are, and how it can end"),
     Room("raw_pump", "outcome pump sockets tcp", "trio", "between sockets; the kernel moves the bytes"),
