@@ -141,14 +141,6 @@ class FaultyNetwork:
         found |= {listener.fileno() for listener in self._listeners}
         return found | {watch.fileno() for watch in self._watches}
 
-    def tasks(self) -> int:
-        """How many tasks this network consists of."""
-
-        def count(nursery: trio.Nursery) -> int:
-            return sum(1 + sum(map(count, task.child_nurseries)) for task in nursery.child_tasks)
-
-        return count(self._nursery)
-
     async def _connect(self, number: int, near: trio.SocketStream, far: trio.SocketStream) -> None:
         connection = _Connection(number)
         try:

@@ -9,11 +9,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import trio
 
-from rig import RelayInProcess, eventually, open_descriptors
+from rig import RelayInProcess, eventually, open_descriptors, opened_since
 
 __all__ = ["Holdings", "as_before", "holdings"]
 
@@ -22,8 +23,10 @@ __all__ = ["Holdings", "as_before", "holdings"]
 class Holdings:
     """Everything of a relay that grows with its pairings, and must shrink with them."""
 
-    descriptors: int
+    descriptors: Mapping[int, str]
+    """All of the process; only what has come since belongs to the relay and its parties."""
     tasks: int
+    """Those of the relay, not those of the test."""
     watched_wires: int
     pipes_in_use: int
     waiting: tuple[int, int]
@@ -38,9 +41,8 @@ def holdings(relay: RelayInProcess) -> Holdings:
     inner = relay.relay
     admission, forwarding = inner._admission, inner._forwarding
     return Holdings(
-        # Free pipes stay in their pool, bounded; they are not what a leak looks like.
-        descriptors=len(open_descriptors()) - 2 * len(forwarding.pipes._free),
-        tasks=trio.lowlevel.current_statistics().tasks_living - (relay.network.tasks() if relay.network else 0),
+        descriptors=open_descriptors(),
+        tasks=_tasks_below(relay.task),
         watched_wires=len(forwarding.readiness),
         pipes_in_use=forwarding.pipes.in_use,
         waiting=relay.waiting(),
@@ -52,9 +54,20 @@ def holdings(relay: RelayInProcess) -> Holdings:
     )
 
 
+def _tasks_below(task: trio.lowlevel.Task | None) -> int:
+    assert task is not None, "only the relay of Site.relay() is known by its task"
+    return sum(1 + _tasks_below(child) for nursery in task.child_nurseries for child in nursery.child_tasks)
+
+
 async def as_before(relay: RelayInProcess, before: Holdings) -> None:
-    """Wait until the relay holds what it held; a failure shows both."""
+    """Wait until the relay holds what it held, and nothing that was opened since; a failure shows both."""
+    nothing_opened = replace(before, descriptors={})
+
+    def held() -> Holdings:
+        opened = opened_since(before.descriptors, pipes=relay.relay._forwarding.pipes)
+        return replace(holdings(relay), descriptors=opened)
+
     try:
-        await eventually(lambda: holdings(relay) == before, patience=10)
+        await eventually(lambda: held() == nothing_opened)
     except AssertionError:
-        assert holdings(relay) == before
+        assert held() == nothing_opened

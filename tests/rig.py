@@ -28,7 +28,6 @@ import sys
 import time
 import uuid
 import zlib
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from datetime import datetime
@@ -43,6 +42,7 @@ import trio
 from certs import Credential, TestAuthority
 from faults import FaultyNetwork, Weather, a_network, descriptors_of_networks
 from frelay.config.load import load
+from frelay.raw_pump import PipePool
 from frelay.relay import Relay
 
 __all__ = [
@@ -56,10 +56,10 @@ __all__ = [
     "Site",
     "address_seen",
     "at_any_pace",
-    "descriptor_kinds",
     "direct",
     "eventually",
     "open_descriptors",
+    "opened_since",
     "pair",
     "reserved_port",
     "while_it_lasts",
@@ -411,10 +411,15 @@ def open_descriptors(pid: int | str = "self") -> dict[int, str]:
     return found
 
 
-def descriptor_kinds() -> Counter[str]:
-    """How many descriptors of each kind that a relay opens this process has."""
-    kinds = Counter(link.partition("[")[0] for link in open_descriptors().values())
-    return Counter({kind: kinds[kind] for kind in ("socket:", "pipe:", "anon_inode:")})
+def opened_since(before: Mapping[int, str], pid: int | str = "self", pipes: PipePool | None = None) -> dict[int, str]:
+    """The descriptors of a process that were not there at ``before``, which :func:`open_descriptors` gave.
+
+    A bare count would also change when the collector closes what an earlier test of this process has left. The free
+    pipes of ``pipes`` are left out: a pool keeps them, bounded, for the next transfer.
+    """
+    pooled = {end for pipe in (pipes._free if pipes else ()) for end in (pipe.read_end, pipe.write_end)}
+    now = open_descriptors(pid)
+    return {number: what for number, what in now.items() if number not in pooled and before.get(number) != what}
 
 
 def _way(address: str, network: FaultyNetwork | None) -> int:
@@ -431,9 +436,13 @@ def _way(address: str, network: FaultyNetwork | None) -> int:
 class RelayInProcess:
     """A running relay in this process, and all that it logged."""
 
-    def __init__(self, relay: Relay, events: list[MutableMapping[str, Any]]) -> None:
+    def __init__(
+        self, relay: Relay, events: list[MutableMapping[str, Any]], task: trio.lowlevel.Task | None = None
+    ) -> None:
         self.relay = relay
         self.events = events
+        self.task = task
+        """What runs it, with all tasks of the relay below."""
         self.network: FaultyNetwork | None = None
         """What lies between the parties and the relay; None: nothing."""
 
@@ -599,7 +608,8 @@ client_ca = "{self.ca_path.name}"
         with structlog.testing.capture_logs() as events:
             async with trio.open_nursery() as nursery:
                 await nursery.start(relay.run)
-                found = RelayInProcess(relay, events)
+                (task,) = nursery.child_tasks
+                found = RelayInProcess(relay, events, task)
                 try:
                     async with _weather_of_the_day(found):
                         yield found

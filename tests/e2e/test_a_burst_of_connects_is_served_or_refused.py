@@ -56,6 +56,7 @@ async def come(site: Site, relay: RelayProcess, number: int, context: ssl.SSLCon
     party.close()
 
 
+@pytest.mark.load
 @pytest.mark.timeout(60 + COUNT)
 async def test_a_burst(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     """TESTPLAN 37: every single one gets an answer of the protocol; a queue has 16 places, so it may be a refusal."""

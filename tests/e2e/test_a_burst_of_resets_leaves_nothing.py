@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 
+import pytest
 import trio
 
 from ends import OPEN, PAIRS_OF_MODES, PLAIN, End, block, join_ends
@@ -30,6 +31,7 @@ async def crowd(site: Site, relay: RelayInProcess, count: int) -> list[tuple[End
     return [(ends[one.legs["func1"].address], ends[one.legs["func2"].address]) for one in pairings]
 
 
+@pytest.mark.load
 async def test_a_thousand_at_once(site: Site) -> None:
     """TESTPLAN 48: from either side, in all combinations of modes, bytes under way both ways; a bystander is let be."""
     random_ = random.Random(48)

@@ -75,6 +75,7 @@ async def waits(net: Network, relay: RelayProcess, name: str) -> Party:
     return party
 
 
+@pytest.mark.load
 @pytest.mark.parametrize("cut", CUTS)
 async def test_while_idle_in_flight_and_waiting(site: Site, cut: str) -> None:
     """TESTPLAN 47: of each mode one pairing is idle, one sends to func1, one sends from there; and one leg waits."""

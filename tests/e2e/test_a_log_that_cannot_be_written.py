@@ -75,6 +75,7 @@ async def test_with_the_standard_streams_closed(site: Site, shell: str) -> None:
         os.close(null)
 
 
+@pytest.mark.load
 async def test_with_a_reader_that_never_reads(site: Site) -> None:
     """The cruel one: a write to a full pipe does not fail, it waits. The relay must not wait with it."""
     reading, writing = os.pipe()

@@ -167,6 +167,7 @@ async def test_a_bad_list_at_reload_leaves_the_old_one_in_force(site: Site, faul
         assert await knock(site, relay, "func1") == "admitted"
 
 
+@pytest.mark.load
 async def test_once_the_list_has_run_out_nobody_is_let_in(site: Site) -> None:
     """Handshakes fail, whoever waits is not paired, and whoever was between handshake and JOIN is refused."""
     numbers = count(1)

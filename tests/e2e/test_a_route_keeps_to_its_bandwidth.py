@@ -43,6 +43,7 @@ class Reader:
             pass
 
 
+@pytest.mark.load
 @pytest.mark.parametrize("busy", ["one way", "both ways"])
 async def test_a_route_carries_its_rate(site: Site, busy: str) -> None:
     """All nine combinations of modes at once share one budget, both directions together, in equal parts."""
@@ -207,6 +208,7 @@ async def _rate(relay: RelayInProcess, one: End, two: End, seconds: float) -> fl
     return reader.count / elapsed
 
 
+@pytest.mark.load
 async def test_a_reload_changes_the_rate_of_those_who_share_it(site: Site) -> None:
     """A budget that is given later binds the pairings that come later, and they are spliced again once it is gone."""
     async with site.relay(OPEN) as relay:

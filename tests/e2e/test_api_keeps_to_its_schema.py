@@ -36,6 +36,7 @@ async def fuzz(url: str, directory: Path, options: Sequence[str] = ()) -> None:
     assert "passed" in output or "No issues found" in output, output
 
 
+@pytest.mark.load
 @pytest.mark.timeout(300)
 async def test_over_the_unix_socket(site: Site) -> None:
     """No 500, no answer that the schema does not know, no bad input accepted; and the relay as it was before."""

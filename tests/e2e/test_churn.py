@@ -41,6 +41,7 @@ async def settled(relay: RelayProcess, descriptors: int) -> list[str]:
     return sorted(found.values())
 
 
+@pytest.mark.load
 @pytest.mark.timeout(60 + COUNT // 4)
 async def test_descriptors_and_memory_are_back_where_they_were(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     """TESTPLAN 39: pairings of all modes, a third ended in order, a third by reset, a third in mid-hand-off."""

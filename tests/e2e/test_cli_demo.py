@@ -64,6 +64,7 @@ def demo(directory: Path) -> Iterator[Demo]:
             running.process.communicate()
 
 
+@pytest.mark.load
 def test_the_whole_way_is_shown_and_nothing_is_left(tmp_path: Path) -> None:
     with demo(tmp_path) as running:
         code, stderr = running.finish()
@@ -94,6 +95,7 @@ def test_the_whole_way_is_shown_and_nothing_is_left(tmp_path: Path) -> None:
 MOMENTS = ["listening on", "dials", "end-to-end mTLS"]
 
 
+@pytest.mark.load
 @pytest.mark.parametrize("whom", ["all", "one"])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_ctrl_c_leaves_nothing(tmp_path: Path, moment: str, whom: str) -> None:
@@ -109,6 +111,7 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path, moment: str, whom: str) -> None:
     assert "Traceback" not in stderr
 
 
+@pytest.mark.load
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_sigterm_leaves_nothing(tmp_path: Path, moment: str) -> None:
     with demo(tmp_path) as running:
@@ -118,6 +121,7 @@ def test_sigterm_leaves_nothing(tmp_path: Path, moment: str) -> None:
     assert (code, stderr) == (1, "frelay demo: ended by SIGTERM\n")
 
 
+@pytest.mark.load
 def test_a_demo_whose_output_nobody_reads_leaves_nothing(tmp_path: Path) -> None:
     """``frelay demo | head -3``."""
     with demo(tmp_path) as running:

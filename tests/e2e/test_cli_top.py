@@ -107,6 +107,7 @@ def routes(*names: str, listen: str = "127.0.0.1:0") -> str:
     return "".join(DEMO.replace('"demo"', f'"{name}"').replace("127.0.0.1:0", listen) for name in names)
 
 
+@pytest.mark.load
 async def test_no_route_at_all(site: Site) -> None:
     async with site.process("", sections=ADMIN), terminal(site) as screen:
         await screen.run(*top(site))
@@ -117,6 +118,7 @@ async def test_no_route_at_all(site: Site) -> None:
         await screen.is_as_before(0)
 
 
+@pytest.mark.load
 async def test_three_routes_with_who_waits_and_who_is_paired(site: Site) -> None:
     async with site.process(routes("one", "two", "three"), sections=ADMIN) as relay, terminal(site) as screen:
         a, b = [await site.party(relay, name, route="one") for name in ("func1", "func2")]
@@ -159,6 +161,7 @@ async def test_three_routes_with_who_waits_and_who_is_paired(site: Site) -> None
         await screen.is_as_before(0)
 
 
+@pytest.mark.load
 async def test_three_hundred_routes_can_be_gone_through(site: Site) -> None:
     names = [f"route-{number:03}" for number in range(300)]
     with reserved_port() as port:
@@ -183,6 +186,7 @@ async def test_three_hundred_routes_can_be_gone_through(site: Site) -> None:
             await screen.is_as_before(0)
 
 
+@pytest.mark.load
 async def test_a_relay_that_goes_and_comes_back(site: Site) -> None:
     async with terminal(site) as screen:
         async with site.process(DEMO, sections=ADMIN) as relay:
@@ -198,6 +202,7 @@ async def test_a_relay_that_goes_and_comes_back(site: Site) -> None:
             await screen.is_as_before(0)
 
 
+@pytest.mark.load
 async def test_a_relay_that_stands_still_holds_up_no_key(site: Site) -> None:
     async with site.process(DEMO, sections=ADMIN) as relay, terminal(site) as screen:
         await screen.run(*top(site))
@@ -212,6 +217,7 @@ async def test_a_relay_that_stands_still_holds_up_no_key(site: Site) -> None:
             relay.signal(signal.SIGCONT)
 
 
+@pytest.mark.load
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 async def test_a_signal_gives_the_terminal_back(site: Site, number: signal.Signals) -> None:
     async with site.process(DEMO, sections=ADMIN), terminal(site) as screen:
@@ -221,6 +227,7 @@ async def test_a_signal_gives_the_terminal_back(site: Site, number: signal.Signa
         await screen.is_as_before(128 + number)
 
 
+@pytest.mark.load
 async def test_a_refused_reload_is_seen_and_no_color_is_honoured(site: Site) -> None:
     async with site.process(DEMO, sections=ADMIN) as relay, terminal(site) as screen:
         site.write(DEMO + "wait_timeot = 1\n", sections=ADMIN)
@@ -236,6 +243,7 @@ async def test_a_refused_reload_is_seen_and_no_color_is_honoured(site: Site) -> 
             await trio.sleep(0.1)
 
 
+@pytest.mark.load
 async def test_a_terminal_that_nobody_knows(site: Site) -> None:
     async with site.process(DEMO, sections=ADMIN), terminal(site) as screen:
         await screen.run(*top(site), env="TERM=no-such-terminal")
@@ -309,6 +317,7 @@ async def test_a_reader_that_hangs_up_ends_it_without_a_word(site: Site) -> None
     assert done.stderr == b""
 
 
+@pytest.mark.load
 async def test_no_relay_at_first_is_a_failure_even_on_a_terminal(site: Site) -> None:
     site.write(DEMO, sections=ADMIN)
     async with terminal(site) as screen:

@@ -13,7 +13,7 @@ import trio
 
 import frelay
 from clients import CLIENTS, Client, answer, ask, meet, options, run_function
-from rig import Site, eventually, open_descriptors, reserved_port
+from rig import Site, eventually, open_descriptors, opened_since, reserved_port
 
 # Generous, and far from the 30 s and more that each of these would take by itself.
 LATE = 10.0
@@ -25,6 +25,7 @@ async def took(call: Callable[[], Any]) -> float:
     return time.monotonic() - began
 
 
+@pytest.mark.load
 @pytest.mark.parametrize("client", CLIENTS)
 async def test_a_look_up_that_hangs(site: Site, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the resolver's thread does not hold the function up either, not even the end of asyncio.run()."""
@@ -50,9 +51,10 @@ async def test_a_look_up_that_hangs(site: Site, client: Client, monkeypatch: pyt
         release.set()
 
 
+@pytest.mark.load
 @pytest.mark.parametrize("client", CLIENTS)
 async def test_a_server_that_says_nothing(site: Site, client: Client) -> None:
-    before = len(open_descriptors())
+    before = open_descriptors()
     with socket.create_server(("127.0.0.1", 0)) as silent:
         given = options(site, "func1", "func2")
         given["wait"] = 0.3
@@ -62,7 +64,7 @@ async def test_a_server_that_says_nothing(site: Site, client: Client) -> None:
                 await run_function(client, f"127.0.0.1:{silent.getsockname()[1]}", ask(b""), given)
 
         assert 0.25 < await took(call) < LATE
-    await eventually(lambda: len(open_descriptors()) <= before, "no descriptor is left")
+    await eventually(lambda: not opened_since(before), "no descriptor is left")
 
 
 @pytest.mark.parametrize("client", CLIENTS)

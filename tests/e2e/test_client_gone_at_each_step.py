@@ -81,6 +81,7 @@ async def test_the_relay_forgets_a_waiting_function_that_goes(site: Site, client
                 assert any("LEAVE" in str(entry) for entry in relay.events), relay.events
 
 
+@pytest.mark.load
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT], ids=["killed", "cancelled"])
 @pytest.mark.parametrize("step", STEPS[1:])
 async def test_the_other_function_learns_it(site: Site, step: str, sign: signal.Signals) -> None:

@@ -80,6 +80,7 @@ async def test_nobody_comes_within_the_routes_limit(site: Site) -> None:
         assert (error.code, error.reason, error.retry_after) == ("wait-timeout", "nobody came within 0.3 s", 0.0)
 
 
+@pytest.mark.load
 async def test_nobody_comes_within_the_functions_own_time(site: Site) -> None:
     """TESTPLAN 32: whoever notices first, it is the same error; and the place is free again."""
     async with site.relay() as relay:

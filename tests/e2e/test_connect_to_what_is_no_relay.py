@@ -77,6 +77,7 @@ def test_a_server_that_hangs_up_at_once(site: Site) -> None:
         connect(address, site)
 
 
+@pytest.mark.load
 def test_a_server_that_is_silent_from_the_start(site: Site) -> None:
     done = threading.Event()
     with plain_server(site, lambda sock: (sock.recv(1), done.wait(PATIENCE), None)[-1]) as address:
@@ -200,6 +201,7 @@ def test_a_relay_that_falls_silent_does_not_hold_us_for_ever(
         done.set()
 
 
+@pytest.mark.load
 def test_the_callers_wait_ends_before_the_relays(site: Site) -> None:
     done = threading.Event()
 

@@ -141,6 +141,7 @@ async def test_a_relay_without_routes_says_how_to_add_one(site: Site, chromium: 
         await found.view.shoot("empty")
 
 
+@pytest.mark.load
 @pytest.mark.parametrize("count", [300, 1000])
 async def test_many_routes_are_as_usable_as_few(site: Site, chromium: Browser, count: int) -> None:
     async with scene(site, chromium, routes(count)) as found:
@@ -192,6 +193,7 @@ async def test_a_look_at_many_routes_leaves_their_rows_alone(site: Site, chromiu
 THREE: Final = route("shuffle") + route("ingest") + route("model-serving")
 
 
+@pytest.mark.load
 async def test_who_waits_who_is_paired_and_who_was_refused(site: Site, chromium: Browser) -> None:
     async with scene(site, chromium, THREE) as found, trio.open_nursery() as nursery:
         view = found.view
@@ -411,6 +413,7 @@ CONTRASTS: Final = """() => {
 }"""
 
 
+@pytest.mark.load
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1280])
 async def test_it_fits_any_window_and_can_be_read(
@@ -479,6 +482,7 @@ async def test_the_keyboard_reaches_everything(site: Site, chromium: Browser) ->
         await found.view.see(choose)
 
 
+@pytest.mark.load
 async def test_sorting_is_said_and_the_focus_stays(site: Site, chromium: Browser) -> None:
     async with scene(site, chromium, THREE) as found, trio.open_nursery() as nursery:
         one, two = await found.wire("shuffle")
@@ -525,6 +529,7 @@ async def test_it_can_be_found_by_ear(site: Site, chromium: Browser) -> None:
 # --- the picture of the README ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.load
 @pytest.mark.skipif("FRELAY_SCREENSHOTS" not in os.environ, reason="takes two minutes; set FRELAY_SCREENSHOTS=DIR")
 @pytest.mark.timeout(300)
 async def test_picture(site: Site, chromium: Browser) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import socket
 import ssl
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ import pytest
 import trio
 
 from certs import TestAuthority
-from rig import TLS_HEADER, Party, RelayInProcess, Site, eventually, open_descriptors, pair, reserved_port
+from rig import TLS_HEADER, Party, RelayInProcess, Site, eventually, open_descriptors, opened_since, pair, reserved_port
 from rounds import settled
 from services import (
     CALLERS,
@@ -325,6 +324,7 @@ async def test_a_refused_connection(site: Site) -> None:
             assert len(relay.logged("pairing ended")) == 1
 
 
+@pytest.mark.load
 async def test_a_service_that_never_answers(site: Site) -> None:
     """connect_timeout bounds it, and WAITING said so."""
     with black_hole() as address:
@@ -376,16 +376,16 @@ async def test_who_has_no_frames_gets_the_close(site: Site, caller: Caller) -> N
 # --- while it dials -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.load
 @pytest.mark.parametrize("how", ["LEAVE", "close_notify", "FIN", "RST"])
 async def test_the_caller_leaves_meanwhile(site: Site, how: str) -> None:
     """The call ends with it: no descriptor is left, and there is no record, since nothing had failed."""
     with black_hole() as address:
         async with site.relay(dialling(address, options=", connect_timeout = 60")) as relay:
-            gc.collect()
-            before = len(open_descriptors())
+            before = open_descriptors()
             party = await joined(site, relay)
             # The party's end, the relay's, and the socket that is connecting.
-            await eventually(lambda: len(open_descriptors()) == before + 3, "the relay dials")
+            await eventually(lambda: len(opened_since(before)) == 3, "the relay dials")
             assert relay.legs == 2
             assert relay.waiting() == (1, 0)
             if how == "LEAVE":
@@ -399,7 +399,7 @@ async def test_the_caller_leaves_meanwhile(site: Site, how: str) -> None:
                 party.reset()
             await nothing_is_left(relay)
             party.close()
-            await eventually(lambda: len(open_descriptors()) == before, "their descriptors are closed")
+            await eventually(lambda: not opened_since(before), "their descriptors are closed")
             assert not relay.logged("pairing ended")
 
 

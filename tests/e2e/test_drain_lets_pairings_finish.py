@@ -107,6 +107,7 @@ async def test_the_doors_are_shut_before_it_is_said(site: Site, monkeypatch: pyt
     assert answers == [errno.ECONNREFUSED]
 
 
+@pytest.mark.load
 async def test_at_the_deadline_what_is_left_is_cut(site: Site) -> None:
     """TESTPLAN 45: outcome drained, cut by RST in every mode, exit code 1, and not before the time."""
     limit = 1.0
@@ -140,6 +141,7 @@ async def test_who_finishes_does_not_wait_for_who_is_cut(site: Site) -> None:
         assert len(relay.logged("pairing ended", outcome="drained")) == 1
 
 
+@pytest.mark.load
 async def test_an_idle_relay_ends_at_once(site: Site) -> None:
     """Nobody there, nothing to wait for."""
     async with site.process(OPEN, sections=drain_timeout(60)) as relay:
@@ -184,6 +186,7 @@ async def test_who_is_just_joining_is_told_too(site: Site) -> None:
         two.party.close()
 
 
+@pytest.mark.load
 async def test_a_silent_stranger_does_not_hold_it_up(site: Site) -> None:
     """Whoever has connected and says nothing is not waited for longer than a few seconds."""
     async with site.process(OPEN, sections="[limits]\nhandshake_timeout = 60\n") as relay:
@@ -201,6 +204,7 @@ async def test_a_silent_stranger_does_not_hold_it_up(site: Site) -> None:
 # --- signals during the drain ----------------------------------------------------------------------------------
 
 
+@pytest.mark.load
 async def test_a_second_sigterm_ends_it_now(site: Site) -> None:
     """TESTPLAN 46: every pairing is cut at once, exit code 1, long before drain_timeout."""
     async with site.process(OPEN, sections=drain_timeout(600)) as relay:
@@ -240,6 +244,7 @@ async def test_the_deadline_holds_for_a_hand_off_too(site: Site) -> None:
         assert (await relay.log("pairing ended"))["outcome"] == "drained"
 
 
+@pytest.mark.load
 async def test_a_second_sigterm_does_not_wait_for_strangers(site: Site) -> None:
     """TESTPLAN 46: a connection in mid-handshake does not hold it up at all."""
     async with site.process(OPEN, sections="[limits]\nhandshake_timeout = 60\n") as relay:

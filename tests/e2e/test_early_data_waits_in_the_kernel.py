@@ -98,6 +98,7 @@ async def test_early_data_and_the_end_of_it(site: Site, early: Mode, late: Mode,
         assert (await relay.outcome())["outcome"] == "closed"
 
 
+@pytest.mark.load
 @pytest.mark.parametrize(("early", "late"), COMBINATIONS)
 async def test_more_early_data_than_the_kernel_holds(site: Site, early: Mode, late: Mode) -> None:
     """TESTPLAN 30: the sender is held up, the relay's memory does not grow, and afterwards all of it arrives."""

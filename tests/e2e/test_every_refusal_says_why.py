@@ -190,6 +190,7 @@ async def test_a_refusal_says_why_and_leaves_nothing(site: Site, code: str) -> N
 # --- what is particular about some of them ---------------------------------------------------------------------------
 
 
+@pytest.mark.load
 async def test_a_new_leg_is_judged_between_its_handshake_and_its_join(site: Site) -> None:
     """TESTPLAN 12: expired, revoked, and a route removed, each after the handshake and before JOIN."""
     site.add("revoked", site.ca.party(dns=["func1.demo"]))
@@ -422,6 +423,7 @@ async def test_who_goes_before_it_has_come_in_is_in_the_log(site: Site, has_join
         assert refused["reason"] == ("LEAVE in one breath with JOIN" if has_joined else "the party left without a JOIN")
 
 
+@pytest.mark.load
 @pytest.mark.parametrize("start", [b"", frame("JOIN", {"attempt": "x"})[:-1], b"\x01"], ids=["silence", "half", "byte"])
 async def test_a_join_that_does_not_come_in_time_is_refused(site: Site, start: bytes) -> None:
     async with site.relay(sections="[limits]\njoin_timeout = 0.3\n") as relay:

@@ -284,6 +284,7 @@ async def test_a_refusal_says_why(functions: Functions, runtime: Runtime) -> Non
         assert (ended.returncode, b"not-authorised" in ended.stderr) == (3, True), ended.stderr
 
 
+@pytest.mark.load
 @pytest.mark.parametrize("runtime", OURS)
 async def test_its_own_limit_ends_the_waiting(functions: Functions, runtime: Runtime) -> None:
     async with functions.site.relay() as relay:

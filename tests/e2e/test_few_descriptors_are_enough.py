@@ -42,6 +42,7 @@ async def pairs_up(site: Site, relay: RelayProcess) -> None:
     site.hang_up()
 
 
+@pytest.mark.load
 async def test_64_descriptors_and_100_connects(site: Site) -> None:
     """TESTPLAN 35: alive, it still logs, reloads and answers its operator; and it serves again once they have gone."""
     async with site.process(sections=LIMITS + ADMIN, launcher=FEW, workers=1) as relay:
@@ -69,6 +70,7 @@ async def test_64_descriptors_and_100_connects(site: Site) -> None:
                     break
 
 
+@pytest.mark.load
 async def test_the_soft_limit_is_raised_to_the_hard_one(site: Site) -> None:
     """60 would not carry a relay and ten legs; nobody has to know about ulimit for what is allowed anyway."""
     async with site.process(sections=LIMITS + ADMIN, launcher=SOFT, workers=1) as relay, admin(site) as api:
@@ -78,6 +80,7 @@ async def test_the_soft_limit_is_raised_to_the_hard_one(site: Site) -> None:
             assert not relay.logged("refused")
 
 
+@pytest.mark.load
 async def test_accept_does_not_spin_when_there_is_no_descriptor(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """The listener stays readable, as nobody takes the connection off it: the loop pauses, and tries again."""
     original, tries, has_room = frelay.sockets.accept, 0, False

@@ -77,6 +77,7 @@ async def kill(relay: RelayProcess, crowd: Crowd) -> None:
     await crowd.wait(0)
 
 
+@pytest.mark.load
 @pytest.mark.timeout(300)
 async def test_all_are_paired_again_within_ten_seconds(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     """TESTPLAN 49: kill -9, restart at once at the same address, and 200 of 200 functions are paired again."""

@@ -106,6 +106,7 @@ async def test_the_bytes_of_a_leg_that_was_ready_are_not_called_delivered(site: 
 SHORT = "[limits]\nhandoff_timeout = 0.4\n"
 
 
+@pytest.mark.load
 @pytest.mark.parametrize("answer", ["nothing", "half a close_notify", "raw bytes from the other leg only"])
 @pytest.mark.parametrize("who", ["func1", "func2"])
 async def test_a_leg_that_does_not_answer_in_time_ends_the_pairing(site: Site, who: str, answer: str) -> None:

@@ -50,6 +50,7 @@ async def test_an_old_client_meets_a_framed_function(site: Site) -> None:
         assert await one.receive_exactly(8) == TLS_HEADER + b"early"
 
 
+@pytest.mark.load
 async def test_nothing_raw_before_the_echo_has_settled(site: Site) -> None:
     async with site.relay(DEMO + 'handoff = "hello"\nhello_settle = 0.5\n') as relay:
         one = await hello(site, relay, "func1")

@@ -25,6 +25,7 @@ async def slowest_join(site: Site, relay: RelayProcess, count: int) -> float:
     return slowest
 
 
+@pytest.mark.load
 @pytest.mark.parametrize(
     "kinds",
     [{"unknown": 60}, {"silent": 40, "garbage": 40, "slow": 40}],

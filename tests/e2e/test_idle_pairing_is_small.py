@@ -28,6 +28,7 @@ def say(capsys: pytest.CaptureFixture[str], text: str) -> None:
             print(f"\n{text}")
 
 
+@pytest.mark.load
 @pytest.mark.timeout(60 + COUNT // 2)
 async def test_an_idle_pairing(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     """The tasks, the pumps and what is kept of two certificates; no TLS state and no pipe."""

@@ -42,6 +42,7 @@ async def test_an_idle_pairing_ends_at_idle_timeout(site: Site) -> None:
         await all_ended(relay, "idle-timeout", "relay", after=limit)
 
 
+@pytest.mark.load
 async def test_a_byte_now_and_then_keeps_it(site: Site) -> None:
     """TESTPLAN 33: one direction is enough."""
 
@@ -88,6 +89,7 @@ async def test_a_reader_that_takes_nothing_ends_at_stall_timeout(site: Site) -> 
             assert await two.ended() == "reset"
 
 
+@pytest.mark.load
 @direct  # the pace that the relay sees would be the network's
 async def test_a_reader_that_is_slow_but_alive_survives(site: Site) -> None:
     """TESTPLAN 33: what counts is that the reader takes some bytes, not that the kernel's buffer has room again.
@@ -120,6 +122,7 @@ async def test_a_reader_that_is_slow_but_alive_survives(site: Site) -> None:
     await at_any_pace(survive, 1.0)
 
 
+@pytest.mark.load
 async def test_a_pause_shorter_than_stall_timeout_is_forgiven_again_and_again(site: Site) -> None:
     """Each byte taken begins the limit anew; three pauses do not add up."""
     data = block(16 << 20)
@@ -170,6 +173,7 @@ async def test_max_lifetime_ends_even_a_busy_pairing(site: Site) -> None:
         assert all(record["bytes_func1_to_func2"] >= 1000 for record in relay.logged("pairing ended"))
 
 
+@pytest.mark.load
 @pytest.mark.parametrize("which", ["func1", "func2"])
 async def test_a_certificate_that_expires_in_mid_pairing(site: Site, which: str) -> None:
     """TESTPLAN 13: neither party outlives its certificate, whichever of the two it is."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 
+import pytest
 import trio
 import trio.testing
 
@@ -18,6 +19,7 @@ from rig import Site, eventually
 CHURN = 300
 
 
+@pytest.mark.load
 async def test_300_churned_pairings(site: Site) -> None:
     """TESTPLAN 39: a third ends in order, a third by reset, a third in mid-hand-off; all counters are back after it."""
     async with site.relay(OPEN) as relay:
@@ -32,6 +34,7 @@ async def test_300_churned_pairings(site: Site) -> None:
         assert {entry["outcome"] for entry in ended} == {"closed", "reset", "handoff-aborted"}
 
 
+@pytest.mark.load
 async def test_legs_that_never_pair_leave_nothing(site: Site) -> None:
     """Strangers, quitters and the refused give back their slots, too."""
     limits = "[limits]\nhandshake_timeout = 0.5\njoin_timeout = 0.5\nping_interval = 0.3\n"
@@ -59,19 +62,22 @@ async def test_legs_that_never_pair_leave_nothing(site: Site) -> None:
         await as_before(relay, before)
 
 
+@pytest.mark.load
 async def test_no_pairing_stays_in_memory(site: Site) -> None:
     """Objects, too: nothing keeps a pairing, its legs or its pumps alive once it has ended."""
 
-    def count() -> int:
+    def in_memory() -> list[object]:
         gc.collect()
-        return sum(isinstance(thing, Pairing | Leg | RawPump | StreamPump) for thing in gc.get_objects())
+        return [thing for thing in gc.get_objects() if isinstance(thing, Pairing | Leg | RawPump | StreamPump)]
 
     async with site.relay(OPEN) as relay:
-        before = count()
+        # Those of earlier tests are kept until the end of this one, so that no new object gets the id of an old one.
+        before = in_memory()
+        known = {id(thing) for thing in before}
         for mode1, mode2 in PAIRS_OF_MODES:
             await end_in_order(*await join_ends(site, relay, mode1, mode2))
             await end_by_reset(*await join_ends(site, relay, mode1, mode2))
         site.hang_up()
         await eventually(lambda: relay.legs == 0, "everybody has gone")
         await trio.testing.wait_all_tasks_blocked()
-        assert count() == before
+        assert not [thing for thing in in_memory() if id(thing) not in known]

@@ -51,6 +51,7 @@ async def flood(party: Party, *, tls: bool) -> int:
         assert sent < MORE_THAN_KERNELS_HOLD, "nothing holds it up"
 
 
+@pytest.mark.load
 @pytest.mark.parametrize(
     ("mode1", "mode2", "what_func2_does"),
     [

@@ -40,6 +40,7 @@ async def fill(end: End, chunk: bytes) -> int:
     return sent
 
 
+@pytest.mark.load
 @pytest.mark.parametrize(("mode1", "mode2"), PAIRS_OF_MODES)
 async def test_50_mib_to_a_paused_reader(site: Site, mode1: Mode, mode2: Mode) -> None:
     """TESTPLAN 26: the writer sends 50 MiB and closes, the reader resumes, all arrives."""
@@ -68,6 +69,7 @@ async def test_50_mib_to_a_paused_reader(site: Site, mode1: Mode, mode2: Mode) -
         assert (await relay.outcome())["bytes_func1_to_func2"] == 50 * MIB
 
 
+@pytest.mark.load
 async def test_the_writer_has_closed_its_socket_long_before_the_reader_resumes(site: Site) -> None:
     """TESTPLAN 26: all that the writer's kernel took arrives, though the writer itself is gone."""
     chunk = block(MIB)
@@ -84,6 +86,7 @@ async def test_the_writer_has_closed_its_socket_long_before_the_reader_resumes(s
     assert (ended["outcome"], ended["bytes_func1_to_func2"]) == ("closed", sent)
 
 
+@pytest.mark.load
 @direct  # the network would take the last bytes out of the kernel in which they wait
 async def test_a_pause_longer_than_half_close_timeout(site: Site) -> None:
     """What a reader has not taken yet is not silence: after a half-close the last bytes wait for it, too.

@@ -196,6 +196,7 @@ async def test_plaintext_crosses_where_the_route_says_so(site: Site) -> None:
         await two.aclose()
 
 
+@pytest.mark.load
 async def test_a_wait_in_vain_ends_in_time(site: Site) -> None:
     """TESTPLAN 32."""
     async with site.relay(plain("127.0.0.1/32", more="wait_timeout = 0.3")) as relay:

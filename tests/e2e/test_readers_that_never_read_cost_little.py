@@ -46,6 +46,7 @@ async def stalled(end: End) -> int:
     return sent
 
 
+@pytest.mark.load
 @pytest.mark.timeout(120 + COUNT)
 async def test_readers_that_never_read(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     """TESTPLAN 38: what is under way is the kernel's, whose buffers have limits; the process holds one buffer more."""

@@ -15,7 +15,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from certs import TestAuthority
 from ends import join_ends
-from rig import DEMO, TLS_HEADER, RelayInProcess, Site, eventually, open_descriptors
+from rig import DEMO, TLS_HEADER, RelayInProcess, Site, eventually, open_descriptors, opened_since
 
 # A change that is good by itself stands beside every bad one: none of it may be taken over.
 GOOD = DEMO.replace('"demo"', '"good"')
@@ -187,6 +187,7 @@ async def works(site: Site, relay: RelayInProcess) -> None:
     two.party.close()
 
 
+@pytest.mark.load
 @pytest.mark.parametrize(("change", "reason"), CASES.values(), ids=CASES.keys())
 async def test_the_old_configuration_stays_whole(site: Site, change: Callable[[Site], object], reason: str) -> None:
     """TESTPLAN 40: nothing of the new one is in force, the reason is logged and kept, and traffic goes on."""
@@ -209,7 +210,7 @@ async def test_the_old_configuration_stays_whole(site: Site, change: Callable[[S
             assert relay.relay._now.trust is trust
             assert relay.relay.routes == {"demo": route}
             assert relay.port() == port
-            assert open_descriptors().keys() == descriptors.keys()
+            assert not opened_since(descriptors)
             await one.send(b"after")
             assert await two.receive_exactly(5) == b"after"
             restore()
@@ -223,6 +224,7 @@ async def test_the_old_configuration_stays_whole(site: Site, change: Callable[[S
     assert len(relay.logged("pairing ended", outcome="internal-error")) == 0
 
 
+@pytest.mark.load
 async def test_a_port_in_use(site: Site) -> None:
     """TESTPLAN 40: one address that cannot be bound refuses the whole, and gives the others back."""
     async with site.relay() as relay:
@@ -239,7 +241,7 @@ async def test_a_port_in_use(site: Site) -> None:
             assert "route[bad].listen" in logged
             assert "in use" in logged
             assert relay.relay.routes == {"demo": route}
-            assert open_descriptors().keys() == descriptors.keys()
+            assert not opened_since(descriptors)
         await one.send(TLS_HEADER)
         assert await two.receive_exactly(3) == TLS_HEADER
         await works(site, relay)

@@ -127,6 +127,7 @@ async def test_its_pairings_may_end_within_drain_timeout(site: Site) -> None:
         await eventually(lambda: not relay.relay._now.retired, "the route is forgotten")
 
 
+@pytest.mark.load
 async def test_its_pairings_end_at_drain_timeout(site: Site) -> None:
     """TESTPLAN 13, 44: outcome route-removed by the relay, cut on both sides, and not before the time."""
     limit = 0.8

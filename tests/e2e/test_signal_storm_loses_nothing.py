@@ -7,6 +7,7 @@ import os
 import signal
 import time
 
+import pytest
 import trio
 
 from ends import OPEN, End, Mode, block, join_ends
@@ -46,6 +47,7 @@ def storm(pid: int) -> float:
     return time.monotonic() - began
 
 
+@pytest.mark.load
 async def test_a_thousand_sighups_in_a_second_under_load(site: Site) -> None:
     """TESTPLAN 42: digests agree in both directions, and the reloads are counted in tens."""
     async with site.process(OPEN) as relay:

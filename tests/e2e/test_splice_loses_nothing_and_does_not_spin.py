@@ -211,6 +211,7 @@ async def share_of_a_core(relay: RelayProcess, seconds: float = 1.0) -> float:
     return (cpu_seconds(pid) - before) / (time.monotonic() - began)
 
 
+@pytest.mark.load
 @pytest.mark.parametrize(
     ("mode1", "mode2", "situations"),
     [

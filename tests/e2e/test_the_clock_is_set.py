@@ -147,6 +147,7 @@ async def test_back_and_ahead(site: Site) -> None:
         assert not relay.logged("pairing ended")
 
 
+@pytest.mark.load
 async def test_back_again_before_it_expires(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """A certificate whose end has moved into the future by that lives until then, waiting or paired.
 

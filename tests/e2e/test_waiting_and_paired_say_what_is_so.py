@@ -91,6 +91,7 @@ async def test_two_pairings_have_two_ids(site: Site) -> None:
         assert len(ids) == 3
 
 
+@pytest.mark.load
 async def test_peer_seen_counts_from_when_the_other_party_was_last_here(site: Site) -> None:
     """null before it ever came, 0 while it waits, then the seconds since it left, by leaving or by being paired."""
     async with site.relay() as relay:
@@ -118,6 +119,7 @@ async def test_peer_seen_counts_from_when_the_other_party_was_last_here(site: Si
         assert (await one.expect("WAITING"))["peer_seen"] == 0.0
 
 
+@pytest.mark.load
 async def test_who_was_paired_at_once_was_here_too(site: Site) -> None:
     """func2 found func1 waiting, and never stood in a queue; the next func1 is told that it came all the same."""
     async with site.relay() as relay:
@@ -129,6 +131,7 @@ async def test_who_was_paired_at_once_was_here_too(site: Site) -> None:
         assert 0 <= (await third.expect("WAITING"))["peer_seen"] <= trio.current_time() - before
 
 
+@pytest.mark.load
 async def test_peer_seen_counts_from_the_end_of_a_pairing(site: Site) -> None:
     async with site.relay() as relay:
         one, two = await site.party(relay, "func1"), await site.party(relay, "func2")

@@ -25,6 +25,7 @@ wait_timeout = 500
 """
 
 
+@pytest.mark.load
 @pytest.mark.parametrize(
     ("route", "wait", "seconds"),
     [
@@ -89,6 +90,7 @@ async def test_no_time_to_wait_is_enough_when_the_peer_is_there(site: Site) -> N
         await one.expect("PAIRED")
 
 
+@pytest.mark.load
 async def test_a_bare_leg_waits_the_routes_time_and_is_closed_in_order(site: Site) -> None:
     """TESTPLAN 32: without frames there is nothing to say it with; close_notify, so that it is no truncation."""
     async with site.relay(ROUTES) as relay:

@@ -43,6 +43,7 @@ async def test_who_answers_waits_on(site: Site) -> None:
         assert relay.waiting() == (1, 0)
 
 
+@pytest.mark.load
 async def test_who_does_not_answer_gives_up_its_place(site: Site) -> None:
     limits = "[limits]\nping_interval = 0.1\npong_timeout = 0.3\nmax_waiting_per_party = 1\n"
     async with site.relay(sections=limits) as relay:

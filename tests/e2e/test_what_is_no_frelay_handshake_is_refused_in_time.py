@@ -115,6 +115,7 @@ GARBAGE: Final = {
 }
 
 
+@pytest.mark.load
 @pytest.mark.parametrize("garbage", GARBAGE.values(), ids=GARBAGE)
 async def test_garbage_is_refused_at_once(site: Site, garbage: bytes) -> None:
     """With an alert at most; no protocol of ours is spoken to who has not shown a certificate."""
@@ -153,6 +154,7 @@ async def test_endless_garbage_is_not_read_for_ever(site: Site) -> None:
         await lives_on(site, relay)
 
 
+@pytest.mark.load
 @pytest.mark.parametrize("start", ["nothing", "a byte", "half a ClientHello"])
 async def test_silence_is_closed_at_the_deadline(site: Site, start: str) -> None:
     """TESTPLAN 10 and 31."""

@@ -185,6 +185,7 @@ async def test_a_reload_moves_nothing_that_stays(site: Site) -> None:
         assert (await late.expect("PAIRED"))["route"] == (await waiter.expect("PAIRED"))["route"] == "four"
 
 
+@pytest.mark.load
 async def test_what_one_worker_cannot_take_nobody_has(site: Site) -> None:
     """The second worker has no room for one more socket: the first must not go on alone."""
     async with two_workers(site, sections=ADMIN) as relay, admin(site) as api:
@@ -210,6 +211,7 @@ async def test_what_one_worker_cannot_take_nobody_has(site: Site) -> None:
         await speak(*kept)
 
 
+@pytest.mark.load
 async def test_many_reloads_leave_no_descriptor(site: Site) -> None:
     """Neither in the supervisor nor in a worker; routes come and go with each, and some are refused."""
     async with two_workers(site, sections=ADMIN) as relay, admin(site) as api:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 from unittest import mock
 
+import pytest
 import trio
 from hypothesis import HealthCheck, note, settings
 from hypothesis import strategies as st
@@ -37,7 +38,7 @@ from frelay.readiness import Wire
 from frelay.sockets import RawStream, close_with_reset
 from frelay.stream_pump import StreamPump
 from frelay.tls.stream import TlsStream
-from rig import Site, descriptor_kinds
+from rig import Site, open_descriptors, opened_since
 from rounds import CountedRounds, nothing_is_ready
 from streams import SocketMaker, client_context, server_context, tcp_pair, tls_over, unix_pair
 
@@ -330,7 +331,7 @@ class HalfClose(RuleBasedStateMachine):
         fate: str,
     ) -> None:
         contexts()  # whatever they leave open is not ours
-        self.before = descriptor_kinds()
+        self.before = open_descriptors()
         self.fate = fate
         self.is_spoiled = False
         """Whether the worst that may happen to this pairing has happened."""
@@ -442,7 +443,7 @@ class HalfClose(RuleBasedStateMachine):
                 end.close()
             self.trio.end()
             self.constants.stop()
-        assert descriptor_kinds() == self.before
+        assert not opened_since(self.before)
 
     def _bring_to_an_end(self) -> None:
         assert self.trio is not None
@@ -462,7 +463,7 @@ class HalfClose(RuleBasedStateMachine):
             assert cut.outcome in (Outcome.RESET, Outcome.TRUNCATED), cut
 
 
-TestHalfClose = HalfClose.TestCase
+TestHalfClose = pytest.mark.load(HalfClose.TestCase)
 TestHalfClose.settings = settings(
     deadline=None, max_examples=60, stateful_step_count=25, suppress_health_check=[HealthCheck.too_slow]
 )

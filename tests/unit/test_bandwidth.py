@@ -101,6 +101,7 @@ async def test_the_rate_is_kept_exactly(autojump_clock: trio.testing.MockClock, 
     assert later == pytest.approx(rate * SECONDS, rel=0.03)
 
 
+@pytest.mark.load
 async def test_late_timers_do_not_add_up(autojump_clock: trio.testing.MockClock) -> None:
     """Whoever is late for its turn by less than a quarter of a second has the whole rate all the same."""
     bandwidth = Bandwidth(1_000_000)
@@ -114,6 +115,7 @@ async def test_late_timers_do_not_add_up(autojump_clock: trio.testing.MockClock)
     assert spent == pytest.approx(1_000_000 * SECONDS, rel=0.1)
 
 
+@pytest.mark.load
 async def test_silence_saves_up_no_more_than_a_quarter_of_a_second(autojump_clock: trio.testing.MockClock) -> None:
     bandwidth = Bandwidth(1_000_000)
     await trio.sleep(3600)
@@ -140,6 +142,7 @@ async def test_pairings_get_equal_parts(autojump_clock: trio.testing.MockClock, 
     assert forth[1].taken == pytest.approx(back[1].taken, rel=0.2)
 
 
+@pytest.mark.load
 async def test_a_word_now_and_then_is_not_kept_waiting_by_bulk(autojump_clock: trio.testing.MockClock) -> None:
     """A turn of each neighbour is all that it waits for."""
     bandwidth = Bandwidth(1_000_000)
@@ -181,6 +184,7 @@ async def test_small_messages_pay_for_their_bytes_and_not_for_their_number(
     assert sink.taken == pytest.approx(10_000 * SECONDS, rel=0.1)
 
 
+@pytest.mark.load
 async def test_a_new_rate_counts_from_the_next_portion_on(autojump_clock: trio.testing.MockClock) -> None:
     bandwidth = Bandwidth(10_000)
     async with trio.open_nursery() as nursery:
@@ -212,6 +216,7 @@ async def test_a_pump_that_waits_for_its_turn_says_so(autojump_clock: trio.testi
         nursery.cancel_scope.cancel()
 
 
+@pytest.mark.load
 async def test_who_goes_while_it_waits_leaves_the_turn_to_the_others(autojump_clock: trio.testing.MockClock) -> None:
     """Its pairing ended; the other direction, and the other pairings, go on."""
     bandwidth = Bandwidth(1_000_000)

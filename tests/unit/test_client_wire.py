@@ -122,6 +122,7 @@ def test_the_reply_comes_after_the_end_of_the_question(pair: Pair, half_close: C
     assert pair.server.recv(1) == b""
 
 
+@pytest.mark.load
 @with_both_half_closes
 def test_what_was_already_under_way_survives_the_half_close(pair: Pair, half_close: Callable[[Wire], None]) -> None:
     """``SSLSocket.unwrap`` would find the other side's data and break TLS ("application data after close notify")."""
@@ -156,6 +157,7 @@ def test_a_record_read_in_part_survives_the_half_close(pair: Pair) -> None:
     assert read_to_end(pair.client) == data[275:] + b"more"
 
 
+@pytest.mark.load
 def test_a_record_that_came_in_half_survives_the_half_close(tmp_path: Path) -> None:
     """OpenSSL has read the header and some of the body; the rest comes after our end."""
     one, two = _tcp_pair()
@@ -250,6 +252,7 @@ def test_nothing_can_be_sent_after_the_end(pair: Pair) -> None:
     assert read_to_end(pair.server) == b""
 
 
+@pytest.mark.load
 def test_the_wire_stays_in_tls_after_both_ends(pair: Pair) -> None:
     """``unwrap`` leaves TLS without a word: what a relay then makes up would be read as the other function's."""
     with duplicate(pair.server) as raw:
@@ -263,6 +266,7 @@ def test_the_wire_stays_in_tls_after_both_ends(pair: Pair) -> None:
         assert pair.client.version() == "TLSv1.3"
 
 
+@pytest.mark.load
 def test_shutdown_of_both_directions_tells_the_other_side(pair: Pair) -> None:
     """``SSLSocket.shutdown`` would only send FIN, and read TLS records as if they were data."""
     pair.server.sendall(b"never read")
@@ -373,6 +377,7 @@ def test_a_writer_that_never_reads_loses_nothing_at_close(pair: Pair, writer: st
     assert received == [BULK]
 
 
+@pytest.mark.load
 @pytest.mark.parametrize("what", ["data", "end", "data and end"])
 def test_what_nobody_read_costs_the_writer_nothing(pair: Pair, what: str) -> None:
     """The other side had said something, if only that it has nothing to say; closing on that would be an RST."""

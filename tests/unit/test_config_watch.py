@@ -269,6 +269,7 @@ async def test_a_change_before_the_watches_are_in_place_is_not_lost(
     await bench.expect_nothing_but_the_sentinel()
 
 
+@pytest.mark.load
 async def test_a_half_written_file_is_one_change(bench: Bench) -> None:
     """TESTPLAN 41: a quick writer in several steps is reported when it is done.
 
@@ -613,6 +614,7 @@ def descriptors() -> set[str]:
     }
 
 
+@pytest.mark.load
 async def test_a_cancelled_wait_ends_soon_and_leaves_nothing_and_loses_nothing(bench: Bench) -> None:
     before = descriptors()
     tasks = trio.lowlevel.current_statistics().tasks_living

@@ -77,6 +77,7 @@ def test_lines_are_written_in_order_and_all_of_them_by_the_end() -> None:
         assert read_all(reading) == [str(number) for number in range(2000)]
 
 
+@pytest.mark.load
 def test_a_full_pipe_costs_no_time_and_what_is_missing_is_told_in_its_place() -> None:
     with pipe() as (reading, writing):
         stuffing = fill(writing)
@@ -109,6 +110,7 @@ def test_what_is_missing_is_told_without_waiting_for_another_line() -> None:
         writer.close()
 
 
+@pytest.mark.load
 def test_an_end_does_not_wait_for_a_reader_that_never_comes() -> None:
     with pipe() as (_, writing):
         fill(writing)
@@ -119,6 +121,7 @@ def test_an_end_does_not_wait_for_a_reader_that_never_comes() -> None:
         assert 0.1 <= time.monotonic() - began < 2
 
 
+@pytest.mark.load
 def test_a_write_that_fails_is_counted_until_one_succeeds(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
@@ -142,6 +145,7 @@ def test_a_write_that_fails_is_counted_until_one_succeeds(tmp_path: Path) -> Non
     os.close(second)
 
 
+@pytest.mark.load
 def test_a_line_that_was_cut_short_does_not_swallow_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a disk that becomes full in mid-line, and has room again later."""
     written = b""

@@ -28,7 +28,7 @@ from frelay.readiness import ReadinessSet, Wire
 from frelay.sockets import RawStream, close_with_reset, tune
 from frelay.stream_pump import StreamPump
 from frelay.tcp import is_dead, unacknowledged
-from rig import eventually, open_descriptors
+from rig import eventually, open_descriptors, opened_since
 from rounds import CountedRounds, nothing_is_ready, settled
 from streams import SocketMaker, tcp_pair, unix_pair
 
@@ -515,10 +515,10 @@ async def test_a_bug_in_one_pump_ends_that_pairing_and_no_other() -> None:
         await nothing_is_ready(found.readiness, 0.01)
 
 
+@pytest.mark.load
 async def test_when_all_is_cancelled_at_once_the_pumps_still_leave_nothing() -> None:
     """The set's own task may be gone before the pumps are, with bytes in their pipes."""
-    gc.collect()
-    before = len(open_descriptors())
+    before = open_descriptors()
     readiness, pipes = ReadinessSet(), PipePool()
     joined = Joined(readiness, pipes, SPLICE, tcp_pair)
     with trio.fail_after(PATIENCE):
@@ -533,7 +533,7 @@ async def test_when_all_is_cancelled_at_once_the_pumps_still_leave_nothing() -> 
     joined.close()
     # What held bytes is gone, not pooled: its next user would deliver them.
     assert pipes.descriptors == 0
-    assert len(open_descriptors()) == before
+    assert not opened_since(before)
 
 
 # --- what an idle pairing holds ------------------------------------------------------------------------------------

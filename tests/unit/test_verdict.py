@@ -164,6 +164,7 @@ def test_of_a_thousand_routes_those_that_fit(site: Site) -> None:
     assert verdict.refusal is None
 
 
+@pytest.mark.load
 def test_a_thousand_routes_and_none_fits_in_time(site: Site) -> None:
     began = time.perf_counter()
     verdict = judged(site, site.ca.party(dns=["fnuc17.demo", "other.demo"]), routes("dns:func{}.demo", 1000))
