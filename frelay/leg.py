@@ -40,7 +40,14 @@ from frelay.admission import Slot
 from frelay.errors import ConnectionBroken, RemoteProtocolError
 from frelay.protocol.messages import Draining, Join, Leave, Mode, Paired, PartyName, Refused, Waiting
 from frelay.protocol.session import RelaySession, State
-from frelay.sockets import RawStream, close_after_delivery, close_after_linger, close_with_reset
+from frelay.sockets import (
+    BrokenStream,
+    RawStream,
+    TruncatedStream,
+    close_after_delivery,
+    close_after_linger,
+    close_with_reset,
+)
 from frelay.tickets import TicketDesk
 from frelay.tls.context import Credential, VerifiedPeer
 from frelay.tls.stream import TlsStream
@@ -341,9 +348,12 @@ class FramedLeg(TlsLeg):
                         # Its close_notify is no departure: the ticket may be on its way.
                         while data := await self.tls.receive_some():
                             self._take(data)
+                    except (BrokenStream, TruncatedStream):
+                        # Nor is a break: some TLS libraries cannot end a connection in order before they open another.
+                        pass
                     except (ConnectionBroken, RemoteProtocolError) as error:
                         fault = error
-                        nursery.cancel_scope.cancel(reason="the party went away with its ticket")
+                        nursery.cancel_scope.cancel(reason="the party gave its ticket up")
 
                 nursery.start_soon(watch)
                 await claim.arrived.wait()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import secrets
+import socket
 
 import pytest
 import trio
 
+from frelay.leg import FramedLeg
 from rig import DEMO, TLS_HEADER, Party, RelayInProcess, Site, eventually
 
 TWO = DEMO + DEMO.replace('"demo"', '"other"')
@@ -135,13 +137,54 @@ async def test_a_ticket_line_may_come_byte_by_byte(site: Site) -> None:
         await raw.aclose()
 
 
-async def test_a_party_that_dies_with_its_ticket_ends_the_pairing(site: Site) -> None:
-    async with site.relay() as relay:
-        one, two, _ = await paired_by_ticket(site, relay)
+def breaks_off(one: Party, how: str) -> None:
+    """End the connection on which the ticket came, without a word of TLS."""
+    if how == "reset":
         one.reset()
+    elif how == "end of the stream":
+        one.socket.shutdown(socket.SHUT_WR)
+    else:
+        one.take_in()
+        one.close()
+
+
+@pytest.mark.parametrize("how", ["reset", "end of the stream", "close"])
+async def test_the_first_connection_may_break_off_once_the_ticket_is_out(site: Site, how: str) -> None:
+    """Not every TLS library can end a connection in order; the ticket alone says whether the party is still there."""
+    async with site.relay() as relay:
+        one, two, ticket = await paired_by_ticket(site, relay)
+        breaks_off(one, how)
+        # So that the relay has read of the end before the ticket comes.
+        await eventually(lambda: has_read_to_the_end(relay), "the relay noticed")
+        raw = await bring(relay, f"FRELAY/1 {ticket}\n".encode() + TLS_HEADER)
+        assert await two.receive_exactly(3) == TLS_HEADER
+        await two.send_raw(TLS_HEADER)
+        await two.send_eof()
+        assert await answer(raw) == TLS_HEADER
+        await raw.send_eof()
+        assert await two.receive_raw() == b""
+        assert (await relay.outcome())["outcome"] == "closed"
+        await raw.aclose()
+        await eventually(lambda: relay.legs == 0, "the slots are given back")
+
+
+def has_read_to_the_end(relay: RelayInProcess) -> bool:
+    """Whether the relay knows that the connection on which func1 got its ticket is over."""
+    (pairing,) = relay.relay.pairings
+    leg = pairing.legs["func1"]
+    assert isinstance(leg, FramedLeg)
+    return leg.tls._receive_failure is not None
+
+
+@pytest.mark.parametrize("how", ["reset", "close"])
+async def test_a_party_that_dies_with_its_ticket_ends_the_pairing_in_time(site: Site, how: str) -> None:
+    async with site.relay(DEMO + "ticket_timeout = 0.5\n") as relay:
+        one, two, ticket = await paired_by_ticket(site, relay)
+        breaks_off(one, how)
         record = await relay.outcome()
-        assert (record["outcome"], record["side"]) == ("handoff-aborted", "func1")
+        assert (record["outcome"], record["side"]) == ("handoff-timeout", "func1")
         assert await two.ended() == "reset"
+        assert await answer(await bring(relay, f"FRELAY/1 {ticket}\n".encode())) == b""
         assert len(relay.relay._tickets) == 0
 
 

@@ -573,10 +573,14 @@ class World:
         """Do its part of the hand-off, with the first raw bytes on the heels of it."""
         first = guest.words(0, early)
         if guest.mode == "ticket":
+            breaks_off = early % 2 == 1
+            if breaks_off:
+                guest.party.reset()
             second = await self.site.connect(self._port(guest.route.name), context=self.stage.contexts["left"])
             await second.send_raw(f"FRELAY/1 {guest.ticket}\n".encode() + first)
             guest.end, guest.ticket = End(second, "raw"), ""
-            await guest.party.read_to_close_notify()
+            if not breaks_off:
+                await guest.party.read_to_close_notify()
         else:
             await guest.party.hand_off(first)
             guest.end = End(guest.party, "raw")
@@ -821,8 +825,9 @@ class RelayMachine(RuleBasedStateMachine):
         return [guest for guest in self.speakers() if guest in readers]
 
     def breakers(self) -> list[Guest]:
-        # A leg that has been handed off and waits for the other one is not read, and so not known to be gone.
-        return [*self.readers(), *(guest for guest in self.world.paired() if guest.end is None)]
+        # A leg that has been handed off and waits for the other one is not read, and so not known to be gone. And one
+        # whose ticket is out may break off.
+        return [*self.readers(), *(guest for guest in self.world.paired() if guest.end is None and not guest.ticket)]
 
     # --- functions -------------------------------------------------------------------------------------------------
 
