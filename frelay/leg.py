@@ -31,6 +31,7 @@ import abc
 import math
 import socket
 import time
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -113,14 +114,19 @@ class Leg(abc.ABC):
     async def attend(self, *, ping_interval: float, pong_timeout: float) -> Departure:
         """Look after the leg while it waits; returns only once it has gone. Safe to cancel."""
 
+    def marks(self) -> tuple[Hashable, ...]:
+        """What tells an attempt of a function: legs with a mark in common are connections for the same attempt of it.
+
+        A certificate may be one party by one of its names and the other party by another: the name is not all.
+        """
+        if self.attempt is None:
+            return ()
+        by_name = (self.attempt, self.identity)
+        return (by_name,) if self.credential is None else (by_name, (self.attempt, self.credential.leaf))
+
     def is_retry_of(self, other: Leg) -> bool:
         """Whether the same function opened both connections for the same attempt."""
-        if self.attempt is None or self.attempt != other.attempt:
-            return False
-        # A certificate may be one party by one of its names and the other party by another: the name is not all.
-        one, two = self.credential, other.credential
-        has_same_certificate = one is not None and two is not None and one.leaf == two.leaf
-        return has_same_certificate or self.identity == other.identity
+        return not set(self.marks()).isdisjoint(other.marks())
 
     def expires_at(self) -> float:
         """When its certificate does, on Trio's clock; infinity without one."""

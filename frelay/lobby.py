@@ -13,16 +13,21 @@ Rules:
    comes in all the same if another holds two places more than it does, and that one gives up its latest. So whoever
    opens connections without end takes places from itself, and one function alone may have them all.
 4. A closed lobby takes nobody in, and says why.
+
+Every rule is kept by an index, so that no step of one leg costs more because others wait: a member of a route could
+otherwise hold up the loop of the whole relay by filling a queue. A step costs O(1); :meth:`Lobby.waiting` and
+:meth:`Lobby.close` are the two that go over everybody.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from frelay.protocol.messages import PartyName, Refused
+from frelay.shares import Shares
 
 if TYPE_CHECKING:
     from frelay.leg import Leg
@@ -54,12 +59,17 @@ class Withdrawn:
 class Place:
     """One leg's place in a queue."""
 
-    __slots__ = ("_wake", "leg", "reckon_expiry", "since", "verdict")
+    __slots__ = ("_wake", "leg", "marks", "number", "reckon_expiry", "since", "verdict")
 
-    def __init__(self, leg: Leg, wake: Callable[[], None], since: float, reckon_expiry: Callable[[], None]) -> None:
+    def __init__(
+        self, leg: Leg, wake: Callable[[], None], since: float, reckon_expiry: Callable[[], None], number: int
+    ) -> None:
         self.leg = leg
+        self.marks: Final = leg.marks()
         self.since = since
         """When the leg entered, on the lobby's clock."""
+        self.number: Final = number
+        """Places are numbered as they are taken, since two may be taken in one moment of the clock."""
         self.verdict: Taken | Withdrawn | None = None
         self._wake = wake
         self.reckon_expiry: Final = reckon_expiry
@@ -72,30 +82,55 @@ class Place:
             self._wake()
 
 
+# OrderedDict, because a plain dictionary finds its first key in O(n) after n others were taken out before it.
+_Queue = OrderedDict[Place, None]
+
+
+@dataclass(slots=True)
+class _Meeting:
+    """Those who may meet each other, by party, longest wait first."""
+
+    func1: _Queue = field(default_factory=OrderedDict)
+    func2: _Queue = field(default_factory=OrderedDict)
+
+    def queue(self, party: PartyName) -> _Queue:
+        """The queue of one party."""
+        return self.func1 if party == "func1" else self.func2
+
+
+# The key of those who join without one; there are no others yet.
+_NO_KEY: Final = None
+
+
 class Lobby:
-    """The two queues of one route."""
+    """Who waits on one route."""
 
     def __init__(self, *, max_waiting: int, clock: Callable[[], float]) -> None:
         self.max_waiting = max_waiting
         """Places a party; may be changed by a reload, and then counts for whoever comes next."""
         self._clock: Final = clock
-        # Dictionaries keep their order and give a place up in O(1), wherever in the queue it stands.
-        self._queues: Final[dict[PartyName, dict[Place, None]]] = {"func1": {}, "func2": {}}
+        self._meetings: Final[dict[None, _Meeting]] = {}
+        """By key; gone when nobody waits there."""
+        self._attempts: Final[dict[Hashable, _Queue]] = {}
+        """By each of the marks of a leg that tell its attempt."""
+        self._held: Final[dict[PartyName, Shares[str, Place]]] = {"func1": Shares(), "func2": Shares()}
+        """The places of each party by the identity that has them."""
+        self._last_number = 0
         self._last_seen: Final[dict[PartyName, float]] = {}
         self._closed: Withdrawn | None = None
 
     def waiting(self, party: PartyName) -> Iterator[Place]:
-        """The places of one party, longest wait first."""
-        return iter(tuple(self._queues[party]))
+        """The places of one party as they are now, longest wait first. O(n)."""
+        return iter([place for meeting in self._meetings.values() for place in meeting.queue(party)])
 
     def count(self, party: PartyName) -> int:
         """How many legs of one party wait."""
-        return len(self._queues[party])
+        return len(self._held[party])
 
     def peer_seen(self, party: PartyName) -> float | None:
         """Seconds since the other party of ``party`` was last here (0 while it waits), or None if it never was."""
         other = opposite(party)
-        if self._queues[other]:
+        if self.count(other):
             return 0.0
         seen = self._last_seen.get(other)
         return None if seen is None else max(0.0, self._clock() - seen)
@@ -108,7 +143,7 @@ class Lobby:
         """Why ``leg`` cannot come in now, or None if it can."""
         if self._closed is not None:
             return self._closed
-        if self._is_full(leg.party) and self._find_stale(leg) is None and self._find_spare(leg) is None:
+        if self._is_full(leg.party) and not self._makes_room_itself(leg) and self._find_spare(leg) is None:
             return Withdrawn(
                 Refused("queue-full", f"{self.max_waiting} legs of this party are waiting already", retry_after=5.0)
             )
@@ -117,19 +152,19 @@ class Lobby:
     def _is_full(self, party: PartyName) -> bool:
         return self.count(party) >= self.max_waiting
 
+    def _makes_room_itself(self, leg: Leg) -> bool:
+        stale = self._find_stale(leg)
+        return stale is not None and stale.leg.party == leg.party
+
     def _find_spare(self, leg: Leg) -> Place | None:
         """The place in a full queue that ``leg`` has a better right to, if there is one."""
-        queue = self._queues[leg.party]
-        held = Counter(place.leg.identity for place in queue)
-        greediest, most = max(held.items(), key=lambda item: item[1])
-        if held[leg.identity] + 2 > most:
-            return None
-        return next(place for place in reversed(queue) if place.leg.identity == greediest)
+        held = self._held[leg.party]
+        return held.newest(held.greediest()) if held.held(leg.identity) + 2 <= held.most else None
 
     def _find_stale(self, leg: Leg) -> Place | None:
-        if leg.attempt is None:
-            return None
-        return next((place for queue in self._queues.values() for place in queue if leg.is_retry_of(place.leg)), None)
+        """The place, on either side, of a leg that ``leg`` is a retry of; of several, the longest wait."""
+        found = [next(iter(self._attempts[mark])) for mark in leg.marks() if mark in self._attempts]
+        return min(found, key=lambda place: place.number, default=None)
 
     def replace_stale(self, leg: Leg) -> None:
         """Withdraw the place of an earlier leg of the same identity and attempt, if there is one."""
@@ -143,13 +178,18 @@ class Lobby:
         if spare is not None:
             text = "the queue is full, and a function with fewer places in it came"
             self.withdraw(spare, Withdrawn(Refused("queue-full", text, retry_after=5.0)))
-        place = Place(leg, wake, self._clock(), reckon_expiry)
-        self._queues[leg.party][place] = None
+        self._last_number += 1
+        place = Place(leg, wake, self._clock(), reckon_expiry, self._last_number)
+        self._meetings.setdefault(_NO_KEY, _Meeting()).queue(leg.party)[place] = None
+        for mark in place.marks:
+            self._attempts.setdefault(mark, OrderedDict())[place] = None
+        self._held[leg.party].add(leg.identity, place)
         return place
 
     def head(self, party: PartyName) -> Place | None:
         """The place of ``party`` that is next to be paired."""
-        return next(iter(self._queues[party]), None)
+        meeting = self._meetings.get(_NO_KEY)
+        return None if meeting is None else next(iter(meeting.queue(party)), None)
 
     def take(self, place: Place, pairing: Pairing) -> None:
         """The leg in ``place`` is paired."""
@@ -166,14 +206,24 @@ class Lobby:
         self._remove(place)
 
     def _remove(self, place: Place) -> None:
-        party = place.leg.party
-        if place in self._queues[party]:
-            del self._queues[party][place]
-            self.note_seen(party)
+        leg = place.leg
+        meeting = self._meetings.get(_NO_KEY)
+        if meeting is None or place not in meeting.queue(leg.party):
+            return
+        del meeting.queue(leg.party)[place]
+        if not meeting.func1 and not meeting.func2:
+            del self._meetings[_NO_KEY]
+        for mark in place.marks:
+            equals = self._attempts[mark]
+            del equals[place]
+            if not equals:
+                del self._attempts[mark]
+        self._held[leg.party].remove(leg.identity, place)
+        self.note_seen(leg.party)
 
     def close(self, verdict: Withdrawn) -> None:
-        """Withdraw everybody, and whoever comes later, with the same reason."""
+        """Withdraw everybody, and whoever comes later, with the same reason. O(n)."""
         self._closed = verdict
-        for party in self._queues:
+        for party in ("func1", "func2"):
             for place in self.waiting(party):
                 self.withdraw(place, verdict)

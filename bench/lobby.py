@@ -1,0 +1,124 @@
+"""What a join costs at the lobby, in microseconds, with few and with many legs waiting.
+
+    .venv/bin/python bench/lobby.py
+    .venv/bin/python bench/lobby.py --waiting 10,100000
+
+Three cases: there is room; the queue is full and the leg displaces another; the queue is full and the leg is refused.
+Each figure is the median of many joins. It should not grow with the number of legs that wait.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Final, cast
+
+from frelay.leg import Leg
+from frelay.lobby import Lobby, Place
+from frelay.protocol.messages import PartyName
+
+__all__ = ["CASES", "join_cost", "main"]
+
+_JOINS: Final = 4000
+_NUMBERS: Final = itertools.count()
+
+
+class StandIn:
+    """As much of a leg as a lobby asks of it."""
+
+    credential = None
+
+    def __init__(self, identity: str, party: PartyName = "func1") -> None:
+        self.identity, self.party, self.attempt = identity, party, str(next(_NUMBERS))
+
+    def marks(self) -> tuple[tuple[str, str], ...]:
+        """See :meth:`frelay.leg.Leg.marks`."""
+        return ((self.attempt, self.identity),)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _enter(lobby: Lobby, identity: str) -> Place:
+    return lobby.enter(cast(Leg, StandIn(identity)), _nothing, reckon_expiry=_nothing)
+
+
+def _join(lobby: Lobby, leg: Leg) -> Place | None:
+    """What the relay does with a leg that comes: its place, or None if the lobby objects."""
+    if lobby.objection(leg) is not None:
+        return None
+    lobby.replace_stale(leg)
+    if lobby.head("func2") is not None:
+        raise AssertionError("somebody to meet in a lobby of one party")
+    return lobby.enter(leg, _nothing, reckon_expiry=_nothing)
+
+
+def _in_a_queue_with_room(waiting: int) -> tuple[Lobby, Callable[[], Leg], Callable[[Place | None], None]]:
+    lobby = Lobby(max_waiting=waiting + 1, clock=time.monotonic)
+    for number in range(waiting):
+        _enter(lobby, f"dns:function{number}.demo")
+
+    def undo(place: Place | None) -> None:
+        assert place is not None
+        lobby.leave(place)
+
+    return lobby, lambda: cast(Leg, StandIn("dns:newcomer.demo")), undo
+
+
+def _in_a_full_queue(waiting: int) -> tuple[Lobby, Callable[[], Leg], Callable[[Place | None], None]]:
+    """One function has half of it, and each of the others one place."""
+    lobby = Lobby(max_waiting=waiting, clock=time.monotonic)
+    for number in range(waiting):
+        _enter(lobby, "dns:greedy.demo" if number % 2 else f"dns:function{number}.demo")
+
+    def undo(place: Place | None) -> None:
+        assert place is not None
+        lobby.leave(place)
+        _enter(lobby, "dns:greedy.demo")
+
+    return lobby, lambda: cast(Leg, StandIn("dns:newcomer.demo")), undo
+
+
+def _refused(waiting: int) -> tuple[Lobby, Callable[[], Leg], Callable[[Place | None], None]]:
+    lobby, _, _ = _in_a_full_queue(waiting)
+
+    def undo(place: Place | None) -> None:
+        assert place is None
+
+    return lobby, lambda: cast(Leg, StandIn("dns:greedy.demo")), undo
+
+
+CASES: Final = {"room": _in_a_queue_with_room, "full, displaces": _in_a_full_queue, "full, refused": _refused}
+"""How a queue of so many legs is made, the leg that joins it, and what brings the queue back to what it was."""
+
+
+def join_cost(case: str, waiting: int, joins: int = _JOINS) -> float:
+    """The median of ``joins`` joins beside ``waiting`` legs, in microseconds."""
+    lobby, newcomer, undo = CASES[case](waiting)
+    costs = []
+    for _ in range(joins):
+        leg = newcomer()
+        began = time.perf_counter_ns()
+        place = _join(lobby, leg)
+        costs.append(time.perf_counter_ns() - began)
+        undo(place)
+    return statistics.median(costs) / 1000
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print a line for each case; gives the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--waiting", default="10,1000,10000", help="numbers of legs, with commas between them")
+    counts = [int(text) for text in parser.parse_args(arguments).waiting.split(",")]
+    print("µs a join, waiting:".ljust(24), *(f"{count:>8,}" for count in counts))
+    for case in CASES:
+        print(case.ljust(24), *(f"{join_cost(case, count):8.1f}" for count in counts))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

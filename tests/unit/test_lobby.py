@@ -1,0 +1,236 @@
+"""The lobby decides as a list of legs would, and none of its decisions costs more because others wait.
+
+The reference below is the lobby in its plainest form: one list, searched from end to end for every question. After each
+step of a machine that does anything in any order, both must say the same, and every index of the lobby must agree with
+the places that are taken.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from typing import Any, Final, cast
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from bench.lobby import CASES, join_cost, main
+from frelay.leg import Leg
+from frelay.lobby import Lobby, Place, Taken, Withdrawn, opposite
+from frelay.pairing import Pairing
+from frelay.protocol.messages import PartyName, Refused
+from frelay.tls.context import Credential
+
+PARTIES: Final[tuple[PartyName, ...]] = ("func1", "func2")
+MOST: Final = 4
+
+
+class Waiter:
+    """As much of a leg as a lobby asks of it. ``certificate`` is None for a leg without outer TLS."""
+
+    def __init__(self, party: PartyName, identity: str, attempt: str | None, certificate: bytes | None) -> None:
+        self.party, self.identity, self.attempt = party, identity, attempt
+        self.credential = None if certificate is None else Credential(certificate, (), 0.0)
+
+    marks = Leg.marks
+
+    def is_retry_of(self, other: Waiter) -> bool:
+        """As the protocol has it (docs/protocol.md, 3): the same certificate or identity, and the same attempt."""
+        if self.attempt is None or self.attempt != other.attempt:
+            return False
+        mine, others = self.credential, other.credential
+        return self.identity == other.identity or (mine is not None and others is not None and mine.leaf == others.leaf)
+
+
+class Plain:
+    """The reference: those who wait, in the order in which they came."""
+
+    def __init__(self) -> None:
+        self.line: list[Waiter] = []
+        self.closed: str | None = None
+        self.most = MOST
+
+    def of(self, party: PartyName) -> list[Waiter]:
+        return [waiter for waiter in self.line if waiter.party == party]
+
+    def stale(self, waiter: Waiter) -> Waiter | None:
+        return next((other for other in self.line if waiter.is_retry_of(other)), None)
+
+    def spare(self, waiter: Waiter) -> list[Waiter]:
+        """Those of whom one has to give way: the latest of each holder that has the most, and two more than he."""
+        counts = Counter(other.identity for other in self.of(waiter.party))
+        most = max(counts.values(), default=0)
+        if counts[waiter.identity] + 2 > most:
+            return []
+        queue = self.of(waiter.party)
+        return [[other for other in queue if other.identity == holder][-1] for holder, n in counts.items() if n == most]
+
+    def is_full(self, party: PartyName) -> bool:
+        return len(self.of(party)) >= self.most
+
+    def objection(self, waiter: Waiter) -> str | None:
+        if self.closed is not None:
+            return self.closed
+        stale = self.stale(waiter)
+        makes_room = stale is not None and stale.party == waiter.party
+        return "queue-full" if self.is_full(waiter.party) and not makes_room and not self.spare(waiter) else None
+
+
+class LobbyMachine(RuleBasedStateMachine):
+    """Everything that a relay does with a lobby, beside the reference."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        self.lobby = Lobby(max_waiting=MOST, clock=lambda: self.now)
+        self.plain = Plain()
+        self.places: dict[Waiter, Place] = {}
+        self.woken: list[Waiter] = []
+        self.seen: dict[PartyName, float] = {}
+
+    def gone(self, waiter: Waiter) -> Place:
+        self.plain.line.remove(waiter)
+        self.seen[waiter.party] = self.now
+        return self.places.pop(waiter)
+
+    def expect_withdrawn(self, waiter: Waiter, code: str) -> None:
+        place = self.gone(waiter)
+        assert isinstance(place.verdict, Withdrawn)
+        assert place.verdict.refusal.code == code
+        assert self.woken.pop() is waiter
+
+    @rule(
+        party=st.sampled_from(PARTIES),
+        identity=st.sampled_from(["dns:a.demo", "dns:b.demo", "dns:c.demo"]),
+        attempt=st.sampled_from([None, "1", "2"]),
+        certificate=st.sampled_from([None, b"x", b"y"]),
+    )
+    def join(self, party: PartyName, identity: str, attempt: str | None, certificate: bytes | None) -> None:
+        waiter = Waiter(party, identity, attempt, certificate)
+        leg = cast(Leg, waiter)
+        objection = self.lobby.objection(leg)
+        assert (None if objection is None else objection.refusal.code) == self.plain.objection(waiter)
+        if objection is not None:
+            return
+        stale = self.plain.stale(waiter)
+        self.lobby.replace_stale(leg)
+        if stale is not None:
+            self.expect_withdrawn(stale, "replaced")
+        head = self.lobby.head(opposite(party))
+        queue = self.plain.of(opposite(party))
+        assert (None if head is None else head.leg) is (cast(Leg, queue[0]) if queue else None)
+        if head is not None:
+            pairing = cast(Pairing, object())
+            self.lobby.take(head, pairing)
+            assert self.gone(queue[0]).verdict == Taken(pairing)
+            assert self.woken.pop() is queue[0]
+            return
+        spare = self.plain.spare(waiter) if self.plain.is_full(party) else []
+        self.places[waiter] = self.lobby.enter(leg, lambda: self.woken.append(waiter), reckon_expiry=lambda: None)
+        if spare:
+            gave_way = next(other for other in spare if self.places[other].verdict is not None)
+            self.expect_withdrawn(gave_way, "queue-full")
+        self.plain.line.append(waiter)
+
+    @precondition(lambda self: self.plain.line)
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        place = self.gone(data.draw(st.sampled_from(self.plain.line)))
+        self.lobby.leave(place)
+        # A task says so in its last step, also where somebody else has settled it before.
+        self.lobby.leave(place)
+        assert place.verdict is None
+
+    @precondition(lambda self: self.plain.line)
+    @rule(data=st.data())
+    def withdraw(self, data: st.DataObject) -> None:
+        waiter = data.draw(st.sampled_from(self.plain.line))
+        self.lobby.withdraw(self.places[waiter], Withdrawn(Refused("revoked", "its certificate")))
+        self.expect_withdrawn(waiter, "revoked")
+
+    @rule(most=st.integers(1, 2 * MOST))
+    def reload(self, most: int) -> None:
+        self.lobby.max_waiting = self.plain.most = most
+
+    @rule(seconds=st.floats(0, 10))
+    def pause(self, seconds: float) -> None:
+        self.now += seconds
+
+    @precondition(lambda self: self.plain.closed is None and len(self.plain.line) > 2)
+    @rule()
+    def close(self) -> None:
+        verdict = Withdrawn(Refused("draining", "the relay goes away"))
+        self.lobby.close(verdict)
+        self.plain.closed = "draining"
+        assert sorted(map(id, self.woken)) == sorted(map(id, self.plain.line))
+        self.woken.clear()
+        for waiter in list(self.plain.line):
+            assert self.gone(waiter).verdict is verdict
+
+    @invariant()
+    def nobody_was_woken_for_nothing(self) -> None:
+        assert not self.woken
+        assert all(place.verdict is None for place in self.places.values())
+
+    @invariant()
+    def both_see_the_same(self) -> None:
+        for party in PARTIES:
+            queue = self.plain.of(party)
+            assert [place.leg for place in self.lobby.waiting(party)] == cast(list[Leg], queue)
+            assert self.lobby.count(party) == len(queue)
+            other = opposite(party)
+            seen = self.seen.get(other)
+            expected = 0.0 if self.plain.of(other) else None if seen is None else self.now - seen
+            assert self.lobby.peer_seen(party) == expected
+
+    @invariant()
+    def the_indices_agree(self) -> None:
+        lobby = cast(Any, self.lobby)
+        attempts: dict[Any, list[Place]] = {}
+        for waiter in self.plain.line:
+            for mark in cast(Leg, waiter).marks():
+                attempts.setdefault(mark, []).append(self.places[waiter])
+        assert {mark: list(places) for mark, places in lobby._attempts.items()} == attempts
+        assert bool(lobby._meetings) == bool(self.plain.line)
+        for party in PARTIES:
+            counts = Counter(waiter.identity for waiter in self.plain.of(party))
+            held = lobby._held[party]
+            assert held.holders() == len(counts)
+            assert held.most == max(counts.values(), default=0)
+            assert all(held.held(identity) == count for identity, count in counts.items())
+
+
+LobbyMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestLobby = LobbyMachine.TestCase
+
+
+def test_two_legs_are_one_attempt_by_the_name_or_by_the_certificate() -> None:
+    """The marks, which the lobby looks up, say what comparing the two would."""
+    legs = [
+        Waiter("func1", identity, attempt, certificate)
+        for identity in ("dns:a.demo", "dns:b.demo")
+        for attempt in (None, "1", "2")
+        for certificate in (None, b"x", b"y")
+    ]
+    for one in legs:
+        for other in legs:
+            assert Leg.is_retry_of(cast(Leg, one), cast(Leg, other)) is one.is_retry_of(other)
+
+
+@pytest.mark.load
+@pytest.mark.parametrize("case", CASES)
+def test_a_join_costs_the_same_however_many_wait(case: str) -> None:
+    """10,000 beside 10, at most half as much again: medians, taken in turns, so that what else runs slows both."""
+    few, many = [], []
+    for _ in range(7):
+        few.append(join_cost(case, 10, 600))
+        many.append(join_cost(case, 10_000, 600))
+    assert min(statistics.median(many) / statistics.median(few), min(many) / min(few)) <= 1.5, (few, many)
+
+
+def test_the_figures_can_be_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--waiting", "4,8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + len(CASES)
