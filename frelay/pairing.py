@@ -31,7 +31,7 @@ from frelay.pump import Cut, Pump, TlsProbe
 from frelay.raw_pump import PipePool, RawPump
 from frelay.readiness import ReadinessSet, Wire
 from frelay.sockets import RawStream
-from frelay.stream_pump import StreamPump
+from frelay.stream_pump import Budget, StreamPump
 from frelay.tcp import is_dead, unacknowledged
 
 __all__ = ["Forwarding", "Pairing", "PairingLimits", "log_record"]
@@ -384,9 +384,14 @@ class Pairing:
                     wire2, wire1, sides=back, readiness=readiness, pipes=pipes, probe=self._probe("func2")
                 ),
             }
+        budgets: tuple[Budget | None, Budget | None] = (None, None)
+        if share is not None:
+            wire1, wire2 = Wire(one.sock), Wire(two.sock)
+            budgets = Budget(share, wire1, wire2), Budget(share, wire2, wire1)
+        probe1, probe2 = self._probe("func1"), self._probe("func2")
         return {
-            "func1": StreamPump(one, two, sides=forth, readiness=readiness, probe=self._probe("func1"), share=share),
-            "func2": StreamPump(two, one, sides=back, readiness=readiness, probe=self._probe("func2"), share=share),
+            "func1": StreamPump(one, two, sides=forth, readiness=readiness, probe=probe1, budget=budgets[0]),
+            "func2": StreamPump(two, one, sides=back, readiness=readiness, probe=probe2, budget=budgets[1]),
         }
 
     async def _forward(self) -> None:

@@ -37,11 +37,14 @@ Rules:
    what it holds, or stall_timeout). What ends nothing takes the descriptor out of the set until a pump wants it again,
    for it would spin otherwise: a mere HUP (both directions shut, input unread), and a reset by a party that had sent
    its FIN, behind bytes that are not delivered yet. That one ends what is written to it, and the reader goes on.
+   Pumps of streams that have a budget are in the set for this alone: so they learn of a reset while they wait for
+   their turn (:meth:`~frelay.stream_pump.StreamPump.meet_trouble`).
 4. A descriptor leaves the set before it is closed. Its task sees to that in ``finally``.
 5. No descriptor that Trio waits for may be read by another process as well: what has made its set ready for us must
    still be there when Trio looks, or Trio sleeps without us until its next deadline. So a listening socket belongs to
    one worker (``workers.spread``).
-6. Whoever wakes a task from within a step does it through :meth:`ReadinessSet.wake`, or Trio would sleep on.
+6. Whoever wakes a task from within a step does it through :meth:`ReadinessSet.wake` or :meth:`ReadinessSet.cancel`, or
+   Trio would sleep on.
 """
 
 from __future__ import annotations
@@ -93,8 +96,8 @@ class Wire:
         self.fd = sock.fileno()
         self.reader: RawPump | StreamPump | None = None
         """The pump whose source this is."""
-        self.writer: RawPump | None = None
-        """The pump whose sink this is, if that is stepped when the sink has room."""
+        self.writer: RawPump | StreamPump | None = None
+        """The pump whose sink this is, if that is stepped when the sink has room, or has a budget."""
         self.error: OSError | None = None
         """How the connection broke, once a pump was told of it."""
         self._mask: int | None = None
@@ -157,6 +160,11 @@ class ReadinessSet:
     def wake(self, event: trio.Event) -> None:
         """Set ``event``, from within a step."""
         event.set()
+        self._woke_a_task = True
+
+    def cancel(self, scope: trio.CancelScope) -> None:
+        """Cancel ``scope``, from within a step."""
+        scope.cancel(reason="the connection broke")
         self._woke_a_task = True
 
     def _forget(self, wire: Wire) -> None:
@@ -281,7 +289,9 @@ class ReadinessSet:
 
     def _meet_trouble(self, wire: Wire) -> None:
         """ERR or HUP on a wire that no pump wants at the moment."""
-        # Of raw pumps: one of streams is in the set as long as it wants to be stepped, and looks for itself.
+        for pump in (wire.reader, wire.writer):
+            if pump is not None and not isinstance(pump, RawPump):
+                pump.meet_trouble(wire)
         reader, writer = (
             pump if isinstance(pump, RawPump) and not pump.has_finished else None for pump in (wire.reader, wire.writer)
         )

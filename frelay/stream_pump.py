@@ -7,6 +7,7 @@ goes through the kernel alone could not be held to.
 from __future__ import annotations
 
 import socket
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 import trio
@@ -17,9 +18,9 @@ from frelay.outcome import Outcome, Side
 from frelay.pump import Cut, TlsProbe, Want
 from frelay.readiness import ReadinessSet, Wire
 from frelay.sockets import SendBroken, broken
-from frelay.tcp import is_after_end, take_error
+from frelay.tcp import has_sent_end, is_after_end, take_error
 
-__all__ = ["Stream", "StreamPump"]
+__all__ = ["Budget", "Stream", "StreamPump"]
 
 # What one receive of a stream pump asks for.
 _STREAM_CHUNK: Final = 64 * 1024
@@ -56,6 +57,18 @@ class Stream(Protocol):
         """End this direction."""
 
 
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a pump needs to keep to its route's budget: its pairing's part of it, and the two connections.
+
+    Both pumps of a pairing have the same two wires. With them the pump is told of a reset while it waits for a turn.
+    """
+
+    share: Share
+    source: Wire
+    sink: Wire
+
+
 class StreamPump:
     """Carries bytes from one stream to another through the process.
 
@@ -66,14 +79,16 @@ class StreamPump:
     """
 
     __slots__ = (
+        "_budget",
         "_failure",
         "_held",
+        "_patience",
         "_probe",
         "_readiness",
-        "_share",
         "_sides",
         "_sink",
         "_source",
+        "_source_has_ended",
         "_stopped",
         "is_blocked",
         "is_held_back",
@@ -89,14 +104,18 @@ class StreamPump:
         sides: tuple[Side, Side],
         readiness: ReadinessSet,
         probe: TlsProbe | None = None,
-        share: Share | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self._source = source
         self._sink = sink
         self._sides = sides
         self._readiness = readiness
         self._probe = probe
-        self._share = share
+        self._budget = budget
+        self._patience: trio.CancelScope | None = None
+        """With a budget, what a portion waits in: for its turn, and for room at the sink."""
+        self._source_has_ended = False
+        """Whether the source's FIN was seen in the kernel: a reset that comes later takes nothing away."""
         self._held = b""
         self._stopped = trio.Event()
         self._failure: Exception | None = None
@@ -107,9 +126,12 @@ class StreamPump:
 
     async def run(self) -> None:
         """Receive and send until the source ends; raises Cut."""
+        budget = self._budget
         try:
+            if budget is not None:
+                budget.source.reader = budget.sink.writer = self
             while True:
-                if self._probe is None and self._share is None:
+                if self._probe is None and budget is None:
                     await self._flow()
                     if self._held:
                         await self._deliver()
@@ -119,6 +141,13 @@ class StreamPump:
         finally:
             # The pairing may outlive this direction.
             self.is_blocked = self.is_held_back = False
+            if budget is not None:
+                budget.source.reader = budget.sink.writer = None
+                self._refresh(budget)
+
+    def _refresh(self, budget: Budget) -> None:
+        self._readiness.refresh(budget.source)
+        self._readiness.refresh(budget.sink)
 
     # --- stepped -------------------------------------------------------------------------------------------------
 
@@ -171,7 +200,10 @@ class StreamPump:
 
     def fail(self, error: Exception) -> None:
         """Have the task raise ``error``, unless it is awake already."""
-        if not self._stopped.is_set():
+        if self._patience is not None:
+            self._failure = error
+            self._readiness.cancel(self._patience)
+        elif not self._stopped.is_set():
             self._failure = error
             self._stop()
 
@@ -191,10 +223,10 @@ class StreamPump:
 
     async def _pass_on_some(self) -> bool:
         """Carry one portion, or the end; whether the direction has ended."""
-        held, share = b"", self._share
+        held, budget = b"", self._budget
         while True:
             try:
-                data = await self._source.receive_some(_STREAM_CHUNK if share is None else share.portion)
+                data = await self._source.receive_some(_STREAM_CHUNK if budget is None else budget.share.portion)
             except (ConnectionBroken, RemoteProtocolError) as error:
                 raise _cut(error, self._sides[0]) from None
             if self._probe is None:
@@ -205,31 +237,61 @@ class StreamPump:
             if not data or self._probe.check(held) is not None:
                 data, held, self._probe = held, b"", None
                 break
-        if data and share is not None:
-            self.is_held_back = True
-            await share.spend(len(data))
-            self.is_held_back = False
-            self._check_source()
         try:
             if not data:
                 await self._sink.send_eof()
                 return True
-            self.is_blocked = True
-            sent = self._sink.send_now(memoryview(data))
-            if sent < len(data):
-                await self._sink.send_rest(data[sent:])
-            self.is_blocked = False
+            if budget is None:
+                await self._send(data)
+            else:
+                await self._send_in_turn(data, budget)
         except (ConnectionBroken, RemoteProtocolError) as error:
             raise _cut_of_sink(error, self._sides[1]) from None
-        self.moved += len(data)
         return False
 
-    def _check_source(self) -> None:
-        # The kernel gives what came before a reset first, and at the rate of a budget that may last for minutes. The
-        # other party is to know at once.
-        error = take_error(self._source.sock)
-        if error is not None and not is_after_end(error):
-            raise Cut(Outcome.RESET, self._sides[0], str(broken(error)))
+    async def _send(self, data: bytes) -> None:
+        self.is_blocked = True
+        sent = self._sink.send_now(memoryview(data))
+        if sent < len(data):
+            await self._sink.send_rest(data[sent:])
+        self.is_blocked = False
+        self.moved += len(data)
+
+    # --- with a budget -------------------------------------------------------------------------------------------
+
+    async def _send_in_turn(self, data: bytes, budget: Budget) -> None:
+        """Send ``data`` once it may go; raises Cut as soon as either connection breaks meanwhile."""
+        self._source_has_ended = self._source_has_ended or has_sent_end(self._source.sock)
+        with trio.CancelScope() as self._patience:
+            try:
+                # For nothing but trouble, of which epoll tells unasked.
+                self._refresh(budget)
+                self.is_held_back = True
+                await budget.share.spend(len(data))
+                self.is_held_back = False
+                await self._send(data)
+            finally:
+                self._patience = None
+        if self._failure is not None:
+            raise self._failure
+
+    def meet_trouble(self, wire: Wire) -> None:
+        """Its source or its sink has broken, or both directions of it have ended, while no pump reads from it.
+
+        The kernel gives what came before a reset first, and at the rate of a budget that may last for minutes. The
+        other party is to know at once.
+        """
+        if self._patience is None or self._failure is not None:
+            return  # it is at work, and finds out by itself
+        if self._source.sock is wire.socket:
+            # After its end nothing that it sent is lost, whatever becomes of the connection.
+            error = None if self._source_has_ended else take_error(wire.socket)
+            if error is not None and not is_after_end(error):
+                self.fail(Cut(Outcome.RESET, self._sides[0], str(broken(error))))
+        elif wire.reader is None and (error := take_error(wire.socket)) is not None:
+            # Where somebody still reads from it, that pump is to be told, for the kernel tells one only.
+            cut = Cut(Outcome.RESET, self._sides[1], str(broken(error)), only_writing=is_after_end(error))
+            self.fail(cut)
 
     def rest(self) -> None:
         """There is nothing to give up, and nothing that the kernel tells only once."""

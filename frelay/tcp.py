@@ -13,10 +13,12 @@ import socket
 import struct
 from typing import Final
 
-__all__ = ["is_after_end", "is_dead", "shutdown_failure", "take_error", "unacknowledged"]
+__all__ = ["has_sent_end", "is_after_end", "is_dead", "shutdown_failure", "take_error", "unacknowledged"]
 
 _SIOCOUTQ: Final = 0x5411
 _TCP_CLOSE: Final = 7
+# TIME_WAIT, CLOSE_WAIT, LAST_ACK, CLOSING: the states after the other side's FIN.
+_AFTER_FIN: Final = frozenset({6, 8, 9, 11})
 
 
 def unacknowledged(sock: socket.socket) -> int:
@@ -38,6 +40,17 @@ def is_dead(sock: socket.socket) -> bool:
         return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE
     except OSError:
         return True
+
+
+def has_sent_end(sock: socket.socket) -> bool:
+    """Whether the other side's FIN is in this kernel already, behind bytes that may still be unread.
+
+    False for a connection that is over: then nobody can tell.
+    """
+    try:
+        return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] in _AFTER_FIN
+    except OSError:
+        return False
 
 
 def take_error(sock: socket.socket) -> OSError | None:

@@ -11,6 +11,8 @@ import pytest
 import trio
 
 from ends import OPEN, PAIRS_OF_MODES, PLAIN, End, Mode, block, join_all, join_ends
+from frelay.bandwidth import Bandwidth
+from frelay.protocol.messages import PartyName
 from frelay.stream_pump import StreamPump
 from rig import RelayInProcess, Site, at_any_pace, direct, eventually
 
@@ -161,6 +163,120 @@ async def test_a_reset_is_told_while_bytes_wait_for_their_turn(site: Site, who: 
         assert len(relay.logged("pairing ended", outcome="reset", side=who)) == len(pairs)
 
 
+def _no_turn_for_an_hour(relay: RelayInProcess) -> Bandwidth:
+    budget = relay.relay.routes["demo"]._bandwidth
+    assert budget is not None
+    budget._next_at = trio.current_time() + 3600
+    return budget
+
+
+async def _held_back(relay: RelayInProcess, count: int, party: PartyName) -> None:
+    def all_are() -> bool:
+        pumps = [pairing._pumps.get(party) for pairing in relay.relay.pairings]
+        return len(pumps) == count and all(pump is not None and pump.is_held_back for pump in pumps)
+
+    await eventually(all_are, "all wait for their turn")
+
+
+@direct
+@pytest.mark.parametrize("who", ["func1", "func2"])
+async def test_a_reset_is_told_before_its_turn_comes(site: Site, who: PartyName) -> None:
+    """In an hour it would, and what is to be told then does not matter any more."""
+    async with site.relay(OPEN + MODERATE) as relay:
+        pairs = await join_all(site, relay)
+        _no_turn_for_an_hour(relay)
+        if who == "func2":
+            pairs = [(two, one) for one, two in pairs]
+        for victim, _ in pairs:
+            await victim.send(block(1000))
+        await _held_back(relay, len(pairs), who)
+        for victim, _ in pairs:
+            victim.party.reset()
+        for _, other in pairs:
+            assert await other.ended() == "reset"
+        await eventually(lambda: not relay.relay.pairings, "all pairings have ended")
+        assert len(relay.logged("pairing ended", outcome="reset", side=who)) == len(pairs)
+
+
+@direct
+@pytest.mark.parametrize(("mode1", "mode2"), PAIRS_OF_MODES)
+@pytest.mark.parametrize("gone", ["sender", "receiver"])
+async def test_a_reset_after_one_direction_has_ended_is_told_before_its_turn_comes(
+    site: Site, mode1: Mode, mode2: Mode, gone: str
+) -> None:
+    """Nobody reads from the one that has ended, or writes to the other: so nobody else would find out."""
+    async with site.relay(OPEN + MODERATE) as relay:
+        one, two = await join_ends(site, relay, mode1, mode2)
+        await two.send_eof()
+        assert await one.receive() == b""
+        _no_turn_for_an_hour(relay)
+        await one.send(block(1000))
+        await _held_back(relay, 1, "func1")
+        if gone == "sender":
+            one.party.reset()
+            assert await two.ended() == "reset"
+            wanted = ("reset", "func1")
+        else:
+            two.party.reset()
+            wanted = ("hung-up", "func2")
+        ended = await relay.outcome()
+        assert (ended["outcome"], ended["side"]) == wanted
+
+
+async def test_what_was_sent_before_an_end_arrives_though_its_sender_is_gone(site: Site) -> None:
+    """A close is no reset, and what comes after it is not the pairing's loss, though its turns take a while."""
+    async with site.relay(OPEN + "max_bytes_per_second = 2000\n") as relay:
+        one, two = await join_ends(site, relay)
+        data = block(2000)
+        await one.send(data)
+        one.party.close()
+        assert await two.receive_to_end() == data
+
+
+async def test_turns_of_pairings_that_are_gone_are_given_back(site: Site) -> None:
+    async with site.relay(OPEN + "max_bytes_per_second = 5000\n") as relay:
+        kept = await join_ends(site, relay)
+        pairs = [pair for _ in range(3) for pair in await join_all(site, relay)]
+        for pair in pairs:
+            for end in pair:
+                await end.send(block(1000))
+        for pair in pairs:
+            for end in pair:
+                end.party.reset()
+        await eventually(lambda: len(relay.relay.pairings) == 1, "the others have ended")
+        budget = relay.relay.routes["demo"]._bandwidth
+        assert budget is not None
+        # One turn, which is a fifth of a second here.
+        assert budget._next_at <= trio.current_time() + 0.21
+        await kept[0].send(b"ten bytes.")
+        assert await kept[1].receive_exactly(10) == b"ten bytes."
+
+
+async def test_a_word_goes_before_the_backlog_of_others(site: Site) -> None:
+    """Thirty backlogs would take six seconds for a turn each; a word waits for one of them."""
+    async with site.relay(OPEN + "max_bytes_per_second = 5000\n") as relay:
+        talker = await join_ends(site, relay)
+        pairs = [await join_ends(site, relay) for _ in range(30)]
+        async with trio.open_nursery() as nursery:
+            for one, _ in pairs:
+                nursery.start_soon(flood, one)
+            await _most_wait(relay, 29)
+            before = sum(sum(pairing.bytes_moved.values()) for pairing in relay.relay.pairings)
+            await talker[0].send(b"ten bytes.")
+            assert await talker[1].receive_exactly(10) == b"ten bytes."
+            # Counted in bytes, since time is the machine's: two turns of others at the most, and a late look.
+            moved = sum(sum(pairing.bytes_moved.values()) for pairing in relay.relay.pairings) - before
+            nursery.cancel_scope.cancel()
+        assert moved <= 10_000
+
+
+async def _most_wait(relay: RelayInProcess, count: int) -> None:
+    def most() -> bool:
+        return sum(pump.is_held_back for one in relay.relay.pairings for pump in one._pumps.values()) >= count
+
+    await eventually(most, "most wait for their turn")
+
+
 async def test_inner_tls_is_asked_for_as_without_it(site: Site) -> None:
     async with site.relay(OPEN.replace("false", "true") + GENEROUS) as relay:
         one, two = await join_ends(site, relay)
@@ -184,11 +300,11 @@ async def test_a_drain_lets_what_waits_for_its_turn_arrive(site: Site) -> None:
 
 
 async def test_being_held_back_is_no_silence(site: Site) -> None:
-    """A portion costs more than a second here, and the limits on silence are shorter than that."""
+    """A byte costs a second here, and the limits on silence are shorter than that."""
     limits = "[limits]\nidle_timeout = 0.4\nhalf_close_timeout = 0.4\nstall_timeout = 60\n"
-    async with site.relay(OPEN + "max_bytes_per_second = 800\n", sections=limits) as relay:
+    async with site.relay(OPEN + "max_bytes_per_second = 1\n", sections=limits) as relay:
         one, two = await join_ends(site, relay)
-        data = block(3000)
+        data = block(4)
         await one.send(data)
         await one.send_eof()
         assert await two.receive_to_end() == data
