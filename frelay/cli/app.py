@@ -170,11 +170,17 @@ def connect(
     ] = None,
     listen: Annotated[
         str | None,
-        typer.Option(help="Make each connection to this port a pairing.", metavar="HOST:PORT", envvar="FRELAY_LISTEN"),
+        typer.Option(
+            help="Make each connection to this port, or to unix:PATH, a pairing.",
+            metavar="HOST:PORT",
+            envvar="FRELAY_LISTEN",
+        ),
     ] = None,
     to: Annotated[
         str | None,
-        typer.Option(help="Dial this service for each pairing.", metavar="HOST:PORT", envvar="FRELAY_TO"),
+        typer.Option(
+            help="Dial this service, or unix:PATH, for each pairing.", metavar="HOST:PORT", envvar="FRELAY_TO"
+        ),
     ] = None,
     exec_: Annotated[
         str | None,
@@ -221,6 +227,13 @@ def connect(
         str | None,
         typer.Option(help="A W3C trace context, for the relay's log.", envvar="FRELAY_TRACEPARENT"),
     ] = None,
+    concurrency: Annotated[
+        int,
+        typer.Option(help="With --to: how many pairings at once.", metavar="N", envvar="FRELAY_CONCURRENCY", min=1),
+    ] = 64,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Say nothing but failures.", envvar="FRELAY_QUIET")
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Report each step on stderr, a JSON line each.", envvar="FRELAY_JSON")
     ] = False,
@@ -259,7 +272,14 @@ def connect(
         traceparent=traceparent,
     )
     try:
-        code = connect_command(address, options, Local(listen, to, exec_), as_json=as_json)
+        code = connect_command(
+            address,
+            options,
+            Local(listen, to, exec_, concurrency),
+            as_json=as_json,
+            is_quiet=quiet,
+            always=retry == "always",
+        )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     raise typer.Exit(code)

@@ -1,0 +1,93 @@
+"""The bridge of ``frelay connect``: bytes between a local side and the wire to the other function.
+
+The two directions are carried each for itself, so an end of one (FIN, a closed pipe, close_notify) arrives as an end of
+that one, and the other goes on. The rules:
+
+* a side that breaks while it is read from (a reset, an end without close_notify) cuts the other side too: nothing may
+  look complete that is not;
+* a side that breaks while it is written to stops that direction only. What it had said before it went is still to be
+  carried, as with a server that answers early and closes.
+
+The bridge ends the wire. The local side stays its owner's, who ends it in order after a return and cuts it otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import trio
+
+from frelay.cli.connect_local import LocalSide
+from frelay.cli.connect_report import Report
+from frelay.client.trio import TrioWire
+
+__all__ = ["Broken", "bridge"]
+
+_CHUNK: Final = 262144
+_INSIDE: Final = "the local side"
+_OUTSIDE: Final = "the other function"
+
+
+class Broken(Exception):
+    """A side broke; the text says which and how."""
+
+
+class _Carrier:
+    """One direction, with what it has carried so far."""
+
+    def __init__(self, source: str, sink: str) -> None:
+        self._source: Final = source
+        self._sink: Final = sink
+        self.count = 0
+        self.lost: str | None = None
+        """Why bytes of this direction were dropped, though its source went on to its end."""
+
+    async def carry(self, source: trio.abc.ReceiveStream, sink: trio.abc.HalfCloseableStream) -> None:
+        """Carry to the source's end, or until the sink takes nothing more; raises Broken where the source breaks."""
+        while True:
+            try:
+                data = await source.receive_some(_CHUNK)
+            except (trio.BrokenResourceError, OSError) as error:
+                raise Broken(f"{self._source} broke: {error.__cause__ or error}") from error
+            try:
+                if not data:
+                    await sink.send_eof()
+                    return
+                await sink.send_all(data)
+            except trio.BrokenResourceError as error:
+                if data:
+                    self.lost = f"{self._sink} takes nothing more: {error.__cause__ or error}"
+                return
+            self.count += len(data)
+
+
+async def bridge(local: LocalSide, wire: TrioWire, report: Report) -> None:
+    """Carry both directions to their ends, and end the wire. Raises Broken; then the wire was cut."""
+    out, back = _Carrier(_INSIDE, _OUTSIDE), _Carrier(_OUTSIDE, _INSIDE)
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(out.carry, local, wire)
+            nursery.start_soon(back.carry, wire, local)
+        if out.lost is not None:
+            await local.see_off()
+    except BaseException as error:
+        await trio.aclose_forcefully(wire)
+        broken = _broken_of(error)
+        if broken is None:
+            raise
+        report.ended(wire, out.count, back.count, str(broken))
+        raise broken from None
+    # In order also where one side took not everything: the last bytes of the other must still arrive.
+    await wire.aclose()
+    lost = out.lost or back.lost
+    report.ended(wire, out.count, back.count, lost)
+    if lost is not None:
+        raise Broken(lost)
+
+
+def _broken_of(error: BaseException) -> Broken | None:
+    """The Broken that ended the nursery, if it was one, and not a cancellation or a bug as well."""
+    if not isinstance(error, BaseExceptionGroup):
+        return error if isinstance(error, Broken) else None
+    broken = [_broken_of(one) for one in error.exceptions]
+    return None if None in broken else broken[0]
