@@ -10,37 +10,65 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 from frelay.errors import (
+    CertificateError,
+    CertificateRefused,
+    ConnectionBroken,
     FrelayError,
     HandOffFailed,
+    LocalProtocolError,
     PeerGone,
     PeerIdentityMismatch,
+    ProtocolError,
     Refused,
     RelayUnreachable,
+    RemoteProtocolError,
+    Truncated,
 )
 
 if TYPE_CHECKING:
+    from frelay import client
     from frelay.client.blocking import connect
     from frelay.client.retry import Retry
+    from frelay.client.wire import Wire
 
 __all__ = [
+    "CertificateError",
+    "CertificateRefused",
+    "ConnectionBroken",
     "FrelayError",
     "HandOffFailed",
+    "LocalProtocolError",
     "PeerGone",
     "PeerIdentityMismatch",
+    "ProtocolError",
     "Refused",
     "RelayUnreachable",
+    "RemoteProtocolError",
     "Retry",
+    "Truncated",
+    "Wire",
     "__version__",
+    "client",
     "connect",
 ]
 
 __version__: Final = "0.1.0"
 
+# The client pulls in ssl and socket; `frelay --version` and the relay's leaves need neither.
+_LATER: Final = {
+    "Retry": "frelay.client.retry",
+    "Wire": "frelay.client.wire",
+    "connect": "frelay.client.blocking",
+}
+
 
 def __getattr__(name: str) -> Any:
-    # The client pulls in ssl and socket; `frelay --version` and the relay's leaves need neither.
-    if name == "connect":
-        return import_module("frelay.client.blocking").connect
-    if name == "Retry":
-        return import_module("frelay.client.retry").Retry
+    if name in _LATER:
+        return getattr(import_module(_LATER[name]), name)
+    if name == "client":
+        return import_module("frelay.client")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,8 +1,10 @@
 """Every error that frelay raises on purpose, as one small tree. Standard library only.
 
-Two rules keep it useful. The border modules (``tls/``, ``sockets``, ``client/``) translate what the operating system
+Three rules keep it useful. The border modules (``tls/``, ``sockets``, ``client/``) translate what the operating system
 and OpenSSL raise, once; above them only these types travel. And who is at fault is a type, not a text:
-:class:`LocalProtocolError` is our own bug or a caller's, :class:`RemoteProtocolError` is the other side's.
+:class:`LocalProtocolError` is our own bug or a caller's, :class:`RemoteProtocolError` is the other side's. And the
+text of an error does no harm where it is printed, even if a stranger wrote a part of it: :class:`FrelayError`
+escapes it.
 """
 
 from __future__ import annotations
@@ -10,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 __all__ = [
     "CertificateError",
+    "CertificateRefused",
     "ConfigError",
     "ConnectionBroken",
     "FrelayError",
@@ -33,9 +36,24 @@ __all__ = [
 ]
 
 
+# What a peer, a proxy or a relay sends can be long; a terminal and a log line should not be.
+_LONGEST: Final = 3000
+# Of the names in a certificate, which may hold thousands.
+_NAMES_SHOWN: Final = 8
+
+
 def printable(text: str) -> str:
-    """``text`` as it is, or escaped if it could forge a line or move a cursor, as a file's name may."""
-    return text if text.isprintable() else text.encode("unicode_escape", "surrogatepass").decode("ascii")
+    """``text`` with each character escaped that could forge a line, move a cursor or change the reading direction."""
+    if text.isprintable():
+        return text
+    # isprintable() is false for control and format characters (the bidirectional ones among them), for separators of
+    # lines and paragraphs, and for surrogates.
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
+
+
+def _harmless(text: str) -> str:
+    shown = printable(text[: _LONGEST + 1])
+    return shown if len(shown) <= _LONGEST else f"{shown[:_LONGEST]}..."
 
 
 _PEM: Final = "-----BEGIN"
@@ -53,7 +71,10 @@ def without_pem(text: str) -> str:
 
 
 class FrelayError(Exception):
-    """The base of all errors that frelay raises on purpose."""
+    """The base of all errors that frelay raises on purpose. Its text is one printable line of a bounded length."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(_harmless(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 # --- configuration -----------------------------------------------------------------------------------------
@@ -83,7 +104,8 @@ class ConfigError(FrelayError):
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)
-        super().__init__("\n".join(str(problem) for problem in self.problems))
+        # Not by FrelayError: this text has a line for each problem, and each of those is printable.
+        Exception.__init__(self, "\n".join(str(problem) for problem in self.problems))
 
 
 class CertificateError(FrelayError):
@@ -134,9 +156,13 @@ class Refused(FrelayError):
 
     def __init__(self, code: str, reason: str, retry_after: float | None = None) -> None:
         super().__init__(f"{code}: {reason}")
-        self.code = code
-        self.reason = reason
+        self.code = _harmless(code)
+        self.reason = _harmless(reason)
         self.retry_after = retry_after
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled by its arguments, so that it arrives from a pool of processes."""
+        return type(self), (self.code, self.reason, self.retry_after)
 
 
 class HandOffFailed(FrelayError):
@@ -147,11 +173,20 @@ class PeerGone(FrelayError):
     """The other function went away before the inner TLS was up. Join again."""
 
 
+class CertificateRefused(PeerGone):
+    """The other function refused *this* function's certificate, and said so by a TLS alert; the text says why."""
+
+
 class PeerIdentityMismatch(FrelayError):
     """The peer's certificate does not show the identity asked for with ``peer=``; nothing was sent to it."""
 
     def __init__(self, expected: str, found: Sequence[str]) -> None:
-        shown = ", ".join(found) or "no usable name"
-        super().__init__(f"the peer showed {shown}, where {expected} was expected")
         self.expected = expected
-        self.found = tuple(found)
+        self.found = tuple(_harmless(name) for name in found)
+        more = len(self.found) - _NAMES_SHOWN
+        shown = ", ".join(self.found[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+        super().__init__(f"the peer showed {shown or 'no usable name'}, where {expected} was expected")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled by its arguments, so that it arrives from a pool of processes."""
+        return type(self), (self.expected, self.found)

@@ -23,7 +23,7 @@ Every certificate is a :class:`Credential` with ``cert_pem``, ``key_pem`` and ``
 ``ca.relay()``                             serverAuth; relay.test, localhost, 127.0.0.1, ::1
 ``ca.party(dns=, uris=)``                  what a function has
 ``ca.expired(...)`` ``.not_yet_valid()``   outside its dates; ``ca.ending(seconds)`` ends soon
-``ca.server_only(...)``                    serverAuth without clientAuth
+``ca.server_only(...)``                    serverAuth without clientAuth; ``ca.client_only(...)`` the other way round
 ``ca.cn_only(text)``                       the name in the CN, no SAN
 ``ca.text_elsewhere(text)``                the text as e-mail, otherName, directory name and URI, not as DNS name
 ``ca.odd(san)``                            any subjectAltName: GeneralNames, or DER made by :func:`san_der`
@@ -243,6 +243,10 @@ class TestAuthority:
     def server_only(self, *, dns: Sequence[str] = (), uris: Sequence[str] = ()) -> Credential:
         """For servers only, as most public authorities issue them now."""
         return self.odd(_san(dns, uris), name="server-only", purposes=[ExtendedKeyUsageOID.SERVER_AUTH])
+
+    def client_only(self, *, dns: Sequence[str] = (), uris: Sequence[str] = ()) -> Credential:
+        """For clients only, as a template for "client certificates" makes them."""
+        return self.odd(_san(dns, uris), name="client-only", purposes=[ExtendedKeyUsageOID.CLIENT_AUTH])
 
     def cn_only(self, text: str) -> Credential:
         """``text`` as common name, and no SAN."""

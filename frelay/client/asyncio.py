@@ -15,12 +15,13 @@ import ssl
 from collections.abc import Callable, Iterable
 from typing import Any, Final, Unpack
 
+from frelay.client.alerts import refusal_of_certificate
 from frelay.client.core import Joining, Options, Plan
 from frelay.client.engine import Engine
 from frelay.client.lines import Lines, look_up_in_thread, numeric
 from frelay.client.steps import Close, Endpoint, Open, Pause, Receive, Resolve, Send, Step, drive_async
-from frelay.client.wire import CLOSE_PATIENCE, FAREWELL, FAREWELL_LOOK, LONGEST_FAREWELL
-from frelay.errors import Truncated
+from frelay.client.wire import CLOSE_PATIENCE, CUT_BEFORE_A_WORD, FAREWELL, FAREWELL_LOOK, LONGEST_FAREWELL
+from frelay.errors import CertificateRefused, Truncated
 from frelay.tcp import is_dead, unacknowledged
 
 __all__ = ["WireTransport", "connect"]
@@ -71,6 +72,8 @@ class _Shell:
         loop = self._loop
         match step:
             case Receive(line, patience):
+                # sock_recv does not yield where something is there, and a relay may send without end.
+                await asyncio.sleep(0)
                 async with asyncio.timeout(patience):
                     return await loop.sock_recv(self.lines.sockets[line], _READ)
             case Send(line, data, patience):
@@ -142,6 +145,10 @@ class _Below(asyncio.Protocol):
         self._wire.lost(error)
 
 
+class _ReaderRefused(CertificateRefused, ConnectionResetError):
+    """CertificateRefused for code that was written for any connection."""
+
+
 class WireTransport(asyncio.Transport):
     """The inner TLS as an asyncio transport, with half-close."""
 
@@ -156,6 +163,7 @@ class WireTransport(asyncio.Transport):
         self._is_over = False
         self._is_paused = False
         self._peer_ended = False
+        self._has_heard = False
         self._farewell_began = 0.0
         self._last_heard = 0.0
         self._held = 0
@@ -185,10 +193,11 @@ class WireTransport(asyncio.Transport):
             try:
                 data = self._engine.read(_READ)
             except (Truncated, ssl.SSLError) as error:
-                self._cut(ConnectionResetError(str(error)))
+                self._cut(self._broken(error))
                 return
             if data is None:
                 break
+            self._has_heard = self._has_heard or bool(data)
             if not data:
                 self._peer_ended = True
                 if not self._is_closing:
@@ -199,7 +208,17 @@ class WireTransport(asyncio.Transport):
     def lost(self, error: Exception | None) -> None:
         """The plain transport is closed."""
         self._is_over = self._is_closing = True
+        if isinstance(error, ConnectionResetError) and not self._has_heard:
+            error.strerror = CUT_BEFORE_A_WORD
         self._loop.call_soon(self.protocol.connection_lost, self._error or error)
+
+    def _broken(self, error: Truncated | ssl.SSLError) -> ConnectionResetError:
+        """What the reader raises for an error of TLS."""
+        refusal = refusal_of_certificate(error, "server" if self._engine.tls.server_side else "client")
+        if refusal is not None:
+            return _ReaderRefused(refusal)
+        was_cut = isinstance(error, Truncated) and not self._has_heard
+        return ConnectionResetError(CUT_BEFORE_A_WORD if was_cut else str(error))
 
     def _cut(self, error: Exception | None) -> None:
         if not self._is_over:
@@ -239,7 +258,7 @@ class WireTransport(asyncio.Transport):
                 try:
                     self._engine.write(view[at : at + _WRITE])
                 except ssl.SSLError as error:
-                    self._cut(ConnectionResetError(str(error)))
+                    self._cut(self._broken(error))
                     return
                 self._flush()
 
@@ -251,7 +270,7 @@ class WireTransport(asyncio.Transport):
         try:
             data = self._engine.take()
         except ssl.SSLError as error:
-            self._cut(ConnectionResetError(str(error)))
+            self._cut(self._broken(error))
             return
         if data:
             self._below.write(data)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import queue
 import socket
+import ssl
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +19,8 @@ from frelay.client.lines import Lines, look_up_in_thread, numeric
 from frelay.client.pump import TunnelPump
 from frelay.client.retry import Retry
 from frelay.client.steps import Close, Endpoint, Meet, Open, Pause, Receive, Resolve, Send, Step, drive
-from frelay.client.wire import StrPath, Wire
+from frelay.client.wire import StrPath, Wire, agreed_protocol, names_of_peer
+from frelay.protocol.identity import Name
 from frelay.protocol.messages import Message, Mode, PartyName
 
 __all__ = ["connect", "split_address"]
@@ -30,7 +32,7 @@ def connect(
     address: str,
     *,
     cert: StrPath,
-    key: StrPath | None,
+    key: StrPath | None = None,
     ca: StrPath,
     peer: str | Sequence[str],
     wait: float | None = None,
@@ -52,7 +54,7 @@ def connect(
     Args:
         address: the relay's ``host:port``; every address that the name resolves to is tried.
         cert: PEM file of this function's certificate (and intermediates).
-        key: PEM file of its private key; None if ``cert`` holds it.
+        key: PEM file of its private key; left out if ``cert`` holds it.
         ca: PEM file of the CAs that vouch for the relay, and for the other function unless ``inner_ca`` is given.
         peer: who the other function must be, e.g. ``"dns:func2.acme"``; of several any will do. It is checked
             against the certificate that the other function itself shows, whatever the relay says.
@@ -77,6 +79,7 @@ def connect(
         Refused: the relay said no; see its ``code`` and ``retry_after``. ``wait-timeout``: nobody came.
         HandOffFailed: the outer TLS did not end as it should.
         PeerGone: the other function went away before its TLS was up.
+        CertificateRefused: it refused this function's own certificate; a PeerGone, too.
         PeerIdentityMismatch: the other function is not ``peer``; nothing was sent to it.
         CertificateError: a file is missing or unreadable.
         ValueError: ``address``, ``peer`` or another argument cannot be read.
@@ -161,7 +164,7 @@ class _Shell:
             case _:
                 raise AssertionError(f"{step} is not for this shell")
 
-    def _meet(self, step: Meet) -> tuple[Any, bytes | None]:
+    def _meet(self, step: Meet) -> tuple[str | None, list[Name]]:
         sock = self._lines.take(step.line)
         pump = None
         if step.tunnel is not None:
@@ -183,8 +186,12 @@ class _Shell:
         assert isinstance(wire, Wire)  # noqa: S101  the context's sslsocket_class
         self._wire = wire
         wire.pump = pump
-        wire.do_handshake()
-        return wire.getpeercert(), wire.getpeercert(True)
+        try:
+            wire.do_handshake()
+        except ssl.SSLCertVerificationError:
+            wire.see_alert_off()
+            raise
+        return agreed_protocol(wire), names_of_peer(wire)
 
 
 def _look_up(host: str, port: int, patience: float) -> list[Endpoint]:

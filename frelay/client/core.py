@@ -20,6 +20,7 @@ asks :meth:`Joining.last_words` what can still be said, and closes.
 
 from __future__ import annotations
 
+import math
 import re
 import ssl
 import uuid
@@ -27,6 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NoReturn, Required, TypedDict
 
+from frelay.client.alerts import certificate_alert, refusal_of_certificate
 from frelay.client.engine import Engine
 from frelay.client.proxy import Proxy, ask_for_way, choose_proxy
 from frelay.client.retry import NoRelay, Retry, read_retry
@@ -46,13 +48,16 @@ from frelay.client.steps import (
 from frelay.client.wire import (
     ALPN,
     StrPath,
+    agreed_protocol,
     check_peer,
     inner_context,
+    names_of_peer,
     outer_context,
-    read_peer,
     read_selectors,
+    read_server_name,
 )
 from frelay.errors import (
+    CertificateRefused,
     FrelayError,
     HandOffFailed,
     PeerGone,
@@ -81,8 +86,8 @@ _LONGEST_SILENCE: Final = 20 * 86400.0
 _SHORT: Final = 2.0
 _READ: Final = 65536
 _ROLES: Final[tuple[Role, ...]] = ("client", "server")
-# What OpenSSL calls the alerts with which a relay turns a certificate away, and the protocol's codes for them.
-_ALERTS: Final = {
+# The alerts with which a relay turns a certificate away, and the protocol's codes for them.
+_CODES: Final = {
     "CERTIFICATE_EXPIRED": "certificate-expired",
     "CERTIFICATE_REVOKED": "revoked",
 }
@@ -91,7 +96,8 @@ _ALERTS: Final = {
 def split_address(address: str) -> tuple[str, int]:
     """``host:port`` or ``[v6]:port`` as a pair; raises ValueError."""
     found = _ADDRESS.match(address)
-    if found is None or not 0 < int(found["port"]) < 65536:
+    # A space or a line's end would be written into a proxy's request, too.
+    if found is None or not 0 < int(found["port"]) < 65536 or not address.isprintable() or " " in address:
         raise ValueError(f"{address!r} is not an address: write host:port, or [v6]:port")
     return found["v6"] or found["host"], int(found["port"])
 
@@ -100,7 +106,7 @@ class Options(TypedDict, total=False):
     """The arguments of all three ``connect``; they are described at :func:`frelay.connect`."""
 
     cert: Required[StrPath]
-    key: Required[StrPath | None]
+    key: StrPath | None
     ca: Required[StrPath]
     peer: Required[str | Sequence[str]]
     wait: float | None
@@ -127,6 +133,7 @@ class Plan:
     server_name: str
     outer: ssl.SSLContext
     inner: Mapping[Role, ssl.SSLContext]
+    alpn: tuple[str, ...]
     expected: tuple[Selector, ...]
     wait: float | None
     route: str | None
@@ -142,7 +149,7 @@ class Plan:
         address: str,
         *,
         cert: StrPath,
-        key: StrPath | None,
+        key: StrPath | None = None,
         ca: StrPath,
         peer: str | Sequence[str],
         wait: float | None = None,
@@ -159,22 +166,25 @@ class Plan:
         retry: Retry | bool | int | None = None,
         traceparent: str | None = None,
     ) -> Plan:
-        """The plan for these arguments of ``connect``; raises ValueError or CertificateError."""
+        """The plan for these arguments of ``connect``; raises ValueError, CertificateError or RelayUnreachable."""
         _forbid_pem(address=address, peer=peer, mode=mode, route=route, party=party, server_name=server_name)
         _forbid_pem(cert=cert, key=key, ca=ca, inner_cert=inner_cert, inner_key=inner_key, inner_ca=inner_ca)
         _forbid_pem(proxy=proxy, alpn=alpn)
         host, port = split_address(address)
         if mode not in MODES:
             raise ValueError(f"mode={mode!r} is not one: write {', '.join(MODES)}")
+        if wait is not None and math.isnan(wait):
+            raise ValueError("wait: this is not a number: write seconds, or None for no limit")
         own = (inner_cert or cert, inner_key if inner_cert else key, inner_ca or ca)
         return cls(
             host=host,
             port=port,
-            server_name=server_name or host,
+            server_name=read_server_name(server_name or host),
             outer=outer_context(cert, key, ca),
             inner={role: inner_context(role, *own, alpn=alpn) for role in _ROLES},
+            alpn=tuple(alpn or ()),
             expected=read_selectors(peer),
-            wait=wait,
+            wait=None if wait == math.inf else wait,
             route=route,
             party=party,
             mode=mode,
@@ -215,6 +225,22 @@ class _Deadline:
         """``limit``, or what is left if that is less."""
         left = self.left()
         return limit if left is None else min(limit, left)
+
+    def stage(self, seconds: float) -> Callable[[], float]:
+        """What gives the seconds left for the next step of a stage that may take ``seconds`` in all, and raises then.
+
+        One that answers a byte at a time would otherwise have our patience anew with every byte. Raises TimeoutError,
+        and _TimeIsUp where there is no time at all.
+        """
+        end = self._clock() + seconds
+
+        def left() -> float:
+            left = self.bound(end - self._clock())
+            if left <= 0:
+                raise TimeoutError("timed out")
+            return left
+
+        return left
 
     def cuts(self, limit: float) -> bool:
         """Whether it comes before ``limit`` seconds from now."""
@@ -326,7 +352,7 @@ class Joining:
             raise RelayUnreachable(f"no connection to {what}: {'; '.join(failures) or 'it has no address'}")
         if proxy is not None:
             try:
-                yield from ask_for_way(line, proxy, plan.host, plan.port, self._deadline.bound(_PATIENCE))
+                yield from ask_for_way(line, proxy, plan.host, plan.port, self._deadline.stage(_PATIENCE))
             except OSError as error:
                 raise RelayUnreachable(f"no answer from the proxy {proxy}: {_text(error)}") from error
 
@@ -339,30 +365,35 @@ class Joining:
             raise NoRelay(f"the certificate of {self._place} is not to be trusted: {error.verify_message}") from error
         except (OSError, Truncated) as error:
             raise RelayUnreachable(f"no TLS with {self._place}: {_text(error)}") from error
-        if tls.tls.selected_alpn_protocol() != ALPN:
+        if agreed_protocol(tls.tls) != ALPN:
             # A relay always does; what else might be there would only be puzzled by a JOIN, or silent.
             raise NoRelay(f"{self._place} is not a relay: it speaks TLS, but not {ALPN}")
         return tls
 
     def _shake_hands(self, line: Line, tls: Engine) -> Steps[None]:
+        patience = self._deadline.stage(_PATIENCE)
         while not tls.handshake():
-            yield from self._flush(line, tls)
-            tls.feed((yield Receive(line, self._deadline.bound(_PATIENCE))))
-        yield from self._flush(line, tls)
+            yield from self._flush(line, tls, patience)
+            tls.feed((yield Receive(line, patience())))
+        yield from self._flush(line, tls, patience)
 
-    def _flush(self, line: Line, tls: Engine) -> Steps[None]:
+    def _flush(self, line: Line, tls: Engine, patience: Callable[[], float]) -> Steps[None]:
         data = tls.take()
         if data:
-            yield Send(line, data, self._deadline.bound(_PATIENCE))
+            yield Send(line, data, patience())
 
-    def _send_alert(self, line: Line, tls: Engine) -> Steps[None]:
+    def _send_alert(self, line: Line, tls: Engine, tunnel: Engine | None = None) -> Steps[None]:
         """The alert that says what was wrong with the other side's certificate, if it can still be sent."""
-        data = tls.take()
-        if data:
-            try:
+        try:
+            data = tls.take()
+            if tunnel is not None:
+                # In good order, or the relay takes it for a cut and passes that on before the alert.
+                tunnel.send_eof()
+                data += tunnel.take()
+            if data:
                 yield Send(line, data, _SHORT)
-            except OSError:
-                pass  # it is gone; and our own error is the one that counts
+        except OSError:
+            pass  # it is gone; and our own error is the one that counts
 
     # --- waiting -----------------------------------------------------------------------------------------------
 
@@ -404,9 +435,9 @@ class Joining:
                     return message
 
     def _tell(self, tls: Engine, data: bytes) -> Steps[None]:
-        tls.write(data)
         try:
-            yield from self._flush("outer", tls)
+            tls.write(data)
+            yield from self._flush("outer", tls, self._deadline.stage(_PATIENCE))
         except OSError as error:
             self._lost(error, _PATIENCE)
 
@@ -425,10 +456,10 @@ class Joining:
         """Say what it means that the relay could not be told or heard: our own time was up, or something about it."""
         # With a number it is not our timeout but the kernel's, which has given the connection up.
         if not isinstance(error, TimeoutError) or error.errno is not None:
-            reason = getattr(error, "reason", None) or ""
-            if "ALERT" in reason:
-                code = next((code for alert, code in _ALERTS.items() if alert in reason), "not-authorised")
-                text = reason.lower().replace("_", " ")
+            alert = certificate_alert(error)
+            if alert is not None:
+                code = _CODES.get(alert, "not-authorised")
+                text = str(getattr(error, "reason", None) or alert).lower().replace("_", " ")
                 raise Refused(code, f"the relay did not accept the certificate ({text})") from None
             raise RelayUnreachable(f"the connection to the relay broke: {_text(error)}") from error
         self._deadline.left()
@@ -438,15 +469,16 @@ class Joining:
 
     def _hand_off(self, tls: Engine) -> Steps[None]:
         """Read to the relay's close_notify and answer it; ``outer`` is a raw line then."""
+        patience = self._deadline.stage(_PATIENCE)
         try:
             while (data := tls.read(1)) is None:
-                tls.feed((yield Receive("outer", self._deadline.bound(_PATIENCE))))
+                tls.feed((yield Receive("outer", patience())))
             if data:
                 raise HandOffFailed("the relay sent application data after PAIRED")
             if tls.unread:
                 raise HandOffFailed("the relay sent raw bytes before it had our close_notify")
             tls.send_eof()
-            yield from self._flush("outer", tls)
+            yield from self._flush("outer", tls, patience)
         except (TimeoutError, _TimeIsUp):
             raise HandOffFailed("the relay's close_notify did not come") from None
         except (OSError, Truncated) as error:
@@ -455,25 +487,37 @@ class Joining:
 
     def _bring_ticket(self, tls: Engine, paired: Paired) -> Steps[Line]:
         """Bring the ticket on a second line, which is raw then; the relay ends the first when it has it."""
-        if paired.ticket is None:
+        if paired.ticket is None or not paired.ticket.isascii():
             raise HandOffFailed("the relay paired us by ticket and gave none")
+        patience = self._deadline.stage(_PATIENCE)
         try:
             yield from self._reach("raw")
-            yield Send("raw", f"FRELAY/1 {paired.ticket}\n".encode("ascii"), self._deadline.bound(_PATIENCE))
+            yield Send("raw", f"FRELAY/1 {paired.ticket}\n".encode("ascii"), patience())
+        except (TimeoutError, _TimeIsUp):
+            raise HandOffFailed("there was no time left to bring the ticket") from None
+        except (OSError, RelayUnreachable) as error:
+            raise HandOffFailed(f"the ticket could not be brought: {_text(error)}") from error
+        yield from self._see_first_line_end(tls)
+        self._outer = None
+        return "raw"
+
+    def _see_first_line_end(self, tls: Engine) -> Steps[None]:
+        """Wait for the relay to end the line on which it gave the ticket, which it does once it has that back."""
+        patience = self._deadline.stage(_PATIENCE)
+        try:
             while (data := tls.read(1)) is None:
-                tls.feed((yield Receive("outer", self._deadline.bound(_PATIENCE))))
+                tls.feed((yield Receive("outer", patience())))
             if data:
                 raise HandOffFailed("the relay sent application data after PAIRED")
             tls.send_eof()
-            yield Close("outer", tls.take())
         except (TimeoutError, _TimeIsUp):
             raise HandOffFailed("the relay did not take its own ticket in time") from None
-        except RelayUnreachable as error:
-            raise HandOffFailed(f"the ticket could not be brought: {error}") from error
-        except (OSError, Truncated, UnicodeEncodeError) as error:
-            raise HandOffFailed(f"the outer TLS broke before the relay had its ticket: {_text(error)}") from error
-        self._outer = None
-        return "raw"
+        except (OSError, Truncated):
+            # The ticket is on its way, and the relay waits for it whatever becomes of this line. If it has gone
+            # altogether the raw line tells.
+            yield Close("outer")
+            return
+        yield Close("outer", tls.take())
 
     # --- meeting the other function ----------------------------------------------------------------------------
 
@@ -483,22 +527,28 @@ class Joining:
         inner: Engine | None = None
         try:
             if self._meets_on_socket:
-                certificate, der = yield Meet(line, context, is_server, tunnel, self._deadline.bound(_PATIENCE))
+                protocol, names = yield Meet(line, context, is_server, tunnel, self._deadline.bound(_PATIENCE))
             else:
                 inner = Engine(context, server_side=is_server, below=tunnel)
                 yield from self._shake_hands(line, inner)
-                certificate, der = inner.tls.getpeercert(), inner.tls.getpeercert(True)
+                protocol, names = agreed_protocol(inner.tls), names_of_peer(inner.tls)
         except ssl.SSLCertVerificationError as error:
             if inner is not None:
-                yield from self._send_alert(line, inner)
+                yield from self._send_alert(line, inner, tunnel)
             raise PeerIdentityMismatch(
                 " or ".join(map(str, self._plan.expected)),
                 [f"a certificate that is not to be trusted ({error.verify_message})"],
             ) from error
         except (OSError, Truncated, _TimeIsUp) as error:
+            refusal = refusal_of_certificate(error, paired.role)
+            if refusal is not None:
+                raise CertificateRefused(refusal) from error
             text = "no time is left" if isinstance(error, _TimeIsUp) else _text(error)
             raise PeerGone(f"{paired.peer} went away before its TLS was up: {text}") from error
-        check_peer(self._plan.expected, read_peer(certificate, der))
+        check_peer(self._plan.expected, names)
+        if protocol not in (None, *self._plan.alpn):
+            # Newer versions of OpenSSL find this themselves.
+            raise RemoteProtocolError("the other function chose an application protocol that was not offered")
         self._session = self._outer = None
         return Joined(paired, line, inner)
 

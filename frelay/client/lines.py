@@ -9,7 +9,11 @@ from typing import Final
 
 from frelay.client.steps import Endpoint, Line
 
-__all__ = ["Lines", "look_up", "look_up_in_thread", "numeric"]
+__all__ = ["Lines", "look_up", "look_up_in_thread", "numeric", "take_what_came"]
+
+_READ: Final = 65536
+# Whoever goes on sending gets the RST.
+_MOST_READS: Final = 64
 
 
 class Lines:
@@ -35,8 +39,10 @@ class Lines:
         if sock is None:
             return
         try:
+            sock.setblocking(False)  # with a timeout even MSG_DONTWAIT would wait for it
             if last_words:
-                sock.send(last_words, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                sock.send(last_words, socket.MSG_NOSIGNAL)
+            take_what_came(sock)
         except OSError:
             pass  # then the other side sees only the end, which says enough
         finally:
@@ -46,6 +52,16 @@ class Lines:
         """Close everything."""
         for line in tuple(self.sockets):
             self.hang_up(line, last_words(line))
+
+
+def take_what_came(sock: socket.socket) -> None:
+    """Read and drop what has arrived: closing with bytes unread sends RST, which overtakes our last words.
+
+    Raises OSError, BlockingIOError where that is all of it.
+    """
+    for _ in range(_MOST_READS):
+        if not sock.recv(_READ):
+            return
 
 
 def _endpoints(host: str, port: int, flags: int = 0) -> list[Endpoint]:

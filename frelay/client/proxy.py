@@ -13,11 +13,13 @@ from __future__ import annotations
 import base64
 import ipaddress
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 
+from frelay.client.retry import NoRelay
 from frelay.client.steps import Line, Receive, Send, Steps
 from frelay.errors import RelayUnreachable
 
@@ -25,6 +27,9 @@ __all__ = ["Proxy", "ask_for_way", "choose_proxy", "parse_proxy"]
 
 # The proxies in use answer with a few hundred bytes; what is longer is an error page's problem, not ours.
 _MAX_ANSWER: Final = 65536
+_STATUS_LINE: Final = re.compile(rb"HTTP/1\.[0-9] ([0-9]{3})(?: (.*))?\Z", re.DOTALL)
+# What a proxy may say in an error message of ours.
+_MAX_WORDS: Final = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,22 +56,44 @@ def parse_proxy(url: str) -> Proxy:
         raise ValueError(f"proxy: {parts.scheme}:// is not supported: write http://host:port")
     if not host or parts.path not in ("", "/") or parts.query or parts.fragment:
         raise ValueError("proxy: write http://host:port, with user:password@ before the host if it asks for them")
+    if port == 0:
+        raise ValueError("proxy: 0 is no port: write http://host:port")
+    if not host.isprintable() or " " in host:
+        raise ValueError("proxy: the host has characters that no name has: write http://host:port")
     authorization = None
     if parts.username is not None:
-        pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-        authorization = "Basic " + base64.b64encode(pair.encode()).decode("ascii")
+        pair = _octets(parts.username) + b":" + _octets(parts.password or "")
+        authorization = "Basic " + base64.b64encode(pair).decode("ascii")
     return Proxy(host, 8080 if port is None else port, authorization)
 
 
+def _octets(text: str) -> bytes:
+    """What stands in a URL, as the octets that were meant; those of the environment need not be UTF-8."""
+    return unquote_to_bytes(text.encode("utf-8", "surrogateescape"))
+
+
 def choose_proxy(proxy: str | None, host: str, port: int, environ: Mapping[str, str] = os.environ) -> Proxy | None:
-    """The proxy for ``host``: ``proxy`` if given (``""`` means none), else what the environment says."""
+    """The proxy for ``host``: ``proxy`` if given (``""`` means none), else what the environment says.
+
+    Raises ValueError for an argument that cannot be used. The environment is not the caller's to write rightly: what
+    cannot be used there is RelayUnreachable, and the text names the variable.
+    """
     if proxy is not None:
         return parse_proxy(proxy) if proxy else None
-    url = environ.get("HTTPS_PROXY") or environ.get("https_proxy")
+    variable = "HTTPS_PROXY" if environ.get("HTTPS_PROXY") else "https_proxy"
+    url = environ.get(variable, "").strip()
     if not url or _is_this_machine(host):
         return None
     exceptions = environ.get("NO_PROXY") or environ.get("no_proxy") or ""
-    return None if _is_excepted(host.lower().rstrip("."), port, exceptions) else parse_proxy(url)
+    if _is_excepted(host.lower().rstrip("."), port, exceptions):
+        return None
+    try:
+        return parse_proxy(url)
+    except ValueError as error:
+        raise NoRelay(
+            f"the environment variable {variable} cannot be used: {str(error).removeprefix('proxy: ')}; "
+            "correct it, unset it, or name this host in NO_PROXY"
+        ) from None
 
 
 def _is_this_machine(host: str) -> bool:
@@ -80,8 +107,8 @@ def _is_excepted(host: str, port: int, exceptions: str) -> bool:
     for item in exceptions.replace(" ", ",").lower().split(","):
         text, colon, number = item.rpartition(":")
         # One colon is a port's; with more it is an IPv6 address, which has a port only behind brackets.
-        if colon and number.isdigit() and (":" not in text or text.endswith("]")):
-            if int(number) != port:
+        if colon and number.isascii() and number.isdigit() and (":" not in text or text.endswith("]")):
+            if number.lstrip("0") != str(port):
                 continue
             item = text
         item = item.strip("[]").removeprefix("*")
@@ -99,28 +126,38 @@ def _is_excepted(host: str, port: int, exceptions: str) -> bool:
     return False
 
 
-def ask_for_way(line: Line, proxy: Proxy, host: str, port: int, patience: float) -> Steps[None]:
-    """Ask ``proxy``, which ``line`` is connected to, for a connection to ``host``; raises RelayUnreachable."""
-    place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+def ask_for_way(line: Line, proxy: Proxy, host: str, port: int, patience: Callable[[], float]) -> Steps[None]:
+    """Ask ``proxy``, which ``line`` is connected to, for a connection to ``host``; raises RelayUnreachable.
+
+    ``patience`` gives the seconds that are left for all of it.
+    """
+    try:
+        name = host if host.isascii() else host.encode("idna").decode("ascii")
+    except UnicodeError:
+        raise NoRelay(f"{host} is not a host name") from None
+    place = f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
     request = f"CONNECT {place} HTTP/1.1\r\nHost: {place}\r\n"
     if proxy.authorization is not None:
         request += f"Proxy-Authorization: {proxy.authorization}\r\n"
-    yield Send(line, f"{request}\r\n".encode("ascii"), patience)
-    answer = b""
-    while b"\r\n\r\n" not in answer:
-        data: bytes = yield Receive(line, patience)
+    yield Send(line, f"{request}\r\n".encode("ascii"), patience())
+    no_http = RelayUnreachable(f"the proxy {proxy} gave no answer that is HTTP")
+    answer = bytearray()
+    searched = 0
+    while (end := answer.find(b"\r\n\r\n", searched)) < 0:
+        searched = max(0, len(answer) - 3)
+        data: bytes = yield Receive(line, patience())
         answer += data
-        if not data or len(answer) > _MAX_ANSWER:
-            raise RelayUnreachable(f"the proxy {proxy} gave no answer that is HTTP")
-    head, _, rest = answer.partition(b"\r\n\r\n")
-    status = head.split(b"\r\n", 1)[0].split(b" ", 2)
-    if not status[0].startswith(b"HTTP/1.") or len(status) < 2 or not status[1].isdigit():
-        raise RelayUnreachable(f"the proxy {proxy} gave no answer that is HTTP")
-    code = int(status[1])
+        # What begins otherwise need not be waited for to its end, which may never come.
+        if not data or len(answer) > _MAX_ANSWER or not b"HTTP/1.".startswith(answer[:7]):
+            raise no_http
+    status = _STATUS_LINE.match(bytes(answer[:end]).split(b"\r\n", 1)[0])
+    if status is None:
+        raise no_http
+    code, words = int(status[1]), (status[2] or b"")[:_MAX_WORDS].decode("utf-8", "replace")
     if not 200 <= code < 300:
-        words = status[2].decode("ascii", "replace") if len(status) > 2 else ""
         hint = ": give user and password in its URL" if code == 407 else ""
         raise RelayUnreachable(f"the proxy {proxy} opens no way to {place}: {code} {words}{hint}".rstrip())
+    rest = len(answer) - end - 4
     if rest:
         # Whoever speaks first on a line where we have to is not the relay.
-        raise RelayUnreachable(f"the proxy {proxy} sent {len(rest)} bytes that nobody had asked for")
+        raise RelayUnreachable(f"the proxy {proxy} sent {rest} bytes that nobody had asked for")

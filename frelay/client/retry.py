@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import Final
 
-from frelay.errors import FrelayError, HandOffFailed, PeerGone, Refused, RelayUnreachable
+from frelay.errors import CertificateRefused, FrelayError, HandOffFailed, PeerGone, Refused, RelayUnreachable
 
 __all__ = ["NoRelay", "Retry", "read_retry"]
+
+# A relay may name any number; one that says "in a million years" is asked again all the same.
+_LONGEST_RETRY_AFTER: Final = 86400.0
 
 
 class NoRelay(RelayUnreachable):
@@ -20,8 +24,8 @@ class Retry:
 
     ``tries`` is how many times at most after the first, None for no limit but ``wait``. The pause is drawn from the
     upper half of ``first``, twice that, and so on up to ``longest`` seconds, so that a thousand functions that lost
-    one relay do not come back in one moment; it is never shorter than the relay's ``retry_after``. A join that had
-    got as far as WAITING starts over with ``first``.
+    one relay do not come back in one moment; it is never shorter than the relay's ``retry_after``, or a day where
+    that is longer. A join that had got as far as WAITING starts over with ``first``.
     """
 
     tries: int | None = None
@@ -41,11 +45,13 @@ class Retry:
         """
         if self.tries is not None and tries >= self.tries:
             return None
-        may_pass = isinstance(error, RelayUnreachable | HandOffFailed | PeerGone) and not isinstance(error, NoRelay)
+        may_pass = isinstance(error, RelayUnreachable | HandOffFailed | PeerGone)
+        if isinstance(error, NoRelay | CertificateRefused):
+            may_pass = False
         at_least = 0.0
         if isinstance(error, Refused):
             may_pass = error.retry_after is not None
-            at_least = error.retry_after or 0.0
+            at_least = min(error.retry_after or 0.0, _LONGEST_RETRY_AFTER)
         if not may_pass:
             return None
         # 2.0**1024 would be an OverflowError, after three weeks of trying.

@@ -111,7 +111,8 @@ class Pause:
 class Meet:
     """Do the inner handshake on an SSLSocket over ``line`` (in ``tunnel``, if there is one).
 
-    Only for a shell that asked for it. The answer is ``getpeercert()`` and ``getpeercert(True)``.
+    Only for a shell that asked for it. The answer is the ALPN protocol agreed on, and the names in the
+    peer's certificate.
     """
 
     line: Line

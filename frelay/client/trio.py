@@ -16,12 +16,13 @@ from typing import Any, Final, TypeVar, Unpack
 
 import trio
 
+from frelay.client.alerts import refusal_of_certificate
 from frelay.client.core import Joining, Options, Plan
 from frelay.client.engine import Engine
 from frelay.client.lines import Lines, look_up, numeric
 from frelay.client.steps import Close, Endpoint, Open, Pause, Receive, Resolve, Send, Step, drive_async
-from frelay.client.wire import FAREWELL, FAREWELL_LOOK, LONGEST_FAREWELL
-from frelay.errors import Truncated
+from frelay.client.wire import CUT_BEFORE_A_WORD, FAREWELL, FAREWELL_LOOK, LONGEST_FAREWELL
+from frelay.errors import CertificateRefused, Truncated
 from frelay.protocol.messages import Paired
 from frelay.tcp import is_dead, unacknowledged
 
@@ -121,6 +122,10 @@ async def _look_up(host: str, port: int) -> list[Endpoint]:
     return await trio.to_thread.run_sync(look_up, host, port, abandon_on_cancel=True)
 
 
+class _StreamRefused(CertificateRefused, trio.BrokenResourceError):
+    """CertificateRefused for code that was written for any stream."""
+
+
 class TrioWire(trio.abc.HalfCloseableStream):
     """End-to-end mTLS with the other function, as a Trio stream.
 
@@ -133,6 +138,7 @@ class TrioWire(trio.abc.HalfCloseableStream):
         self._engine: Final = engine
         self._is_closed = False
         self._is_broken = False
+        self._has_heard = False
         self._is_sending = self._is_receiving = False
         self.paired: Final = paired
         """What the relay said of this pairing."""
@@ -160,7 +166,7 @@ class TrioWire(trio.abc.HalfCloseableStream):
         try:
             data = self._engine.take()
         except ssl.SSLError as error:
-            raise trio.BrokenResourceError(str(error)) from error
+            raise self._broken(error) from error
         if data:
             try:
                 await self._transport.send_all(data)
@@ -218,24 +224,41 @@ class TrioWire(trio.abc.HalfCloseableStream):
             self._check_open()
             await trio.lowlevel.checkpoint_if_cancelled()
             while (data := self._read(max_bytes or _READ)) is None:
-                self._engine.feed(await self._transport.receive_some(_READ))
+                self._engine.feed(await self._receive_encrypted())
                 self._check_open()
+            self._has_heard = self._has_heard or bool(data)
             await trio.lowlevel.cancel_shielded_checkpoint()
             return data
         finally:
             self._is_receiving = False
 
+    async def _receive_encrypted(self) -> bytes:
+        try:
+            return await self._transport.receive_some(_READ)
+        except trio.BrokenResourceError as error:
+            if self._has_heard or not isinstance(error.__cause__, ConnectionResetError):
+                raise
+            raise trio.BrokenResourceError(CUT_BEFORE_A_WORD) from error.__cause__
+
     def _encrypt(self, data: memoryview) -> None:
         try:
             self._engine.write(data)
         except ssl.SSLError as error:
-            raise trio.BrokenResourceError(str(error)) from error
+            raise self._broken(error) from error
 
     def _read(self, size: int) -> bytes | None:
         try:
             return self._engine.read(size)
         except (Truncated, ssl.SSLError) as error:
-            raise trio.BrokenResourceError(str(error)) from error
+            raise self._broken(error) from error
+
+    def _broken(self, error: Truncated | ssl.SSLError) -> trio.BrokenResourceError:
+        """What this stream raises for an error of TLS."""
+        refusal = refusal_of_certificate(error, "server" if self._engine.tls.server_side else "client")
+        if refusal is not None:
+            return _StreamRefused(refusal)
+        was_cut = isinstance(error, Truncated) and not self._has_heard
+        return trio.BrokenResourceError(CUT_BEFORE_A_WORD if was_cut else str(error))
 
     async def aclose(self) -> None:
         """Send close_notify if it was not sent, let what was written arrive, and close; two seconds at most.

@@ -25,7 +25,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from frelay.errors import CertificateError, PeerIdentityMismatch
+from frelay.client.alerts import refusal_of_certificate
+from frelay.errors import CertificateError, CertificateRefused, PeerIdentityMismatch
 from frelay.protocol.identity import (
     Name,
     OddName,
@@ -41,9 +42,11 @@ from frelay.tcp import is_dead, unacknowledged
 
 __all__ = [
     "Wire",
+    "agreed_protocol",
     "check_peer",
     "inner_context",
     "load_credentials",
+    "names_of_peer",
     "outer_context",
     "read_peer",
     "read_selectors",
@@ -61,6 +64,19 @@ FAREWELL_LOOK: Final = 0.01
 # How long close() waits for room for its close_notify where the socket has no timeout of its own: a peer that has
 # stopped reading must not hold a function that is done for longer than reaching the relay may take.
 CLOSE_PATIENCE: Final = 30.0
+# What a function can know of a cut before it has heard a byte: a TLS client is up before its server has judged it.
+CUT_BEFORE_A_WORD: Final = (
+    "the connection broke before the other function said anything: "
+    "it may have gone, or expect somebody else than this function (peer= there); its own error tells"
+)
+
+
+class _WireRefused(CertificateRefused, ssl.SSLError):
+    """CertificateRefused for code that was written for sockets, and catches OSError."""
+
+    def __str__(self) -> str:
+        # SSLError's own wants a number before the text.
+        return str(self.args[0])
 
 
 class Wire(ssl.SSLSocket):
@@ -74,6 +90,8 @@ class Wire(ssl.SSLSocket):
     """Application data, at most one record of it, that was decrypted and not read when this direction ended."""
     _last_words: bytes | None = None
     """What is still to be sent of our close_notify; None before it was made."""
+    _has_heard: bool = False
+    """Whether application data has come."""
     pump: threading.Thread | None = None
     """What carries the bytes of a wire in a tunnel; its end means that all of them are in the kernel's hands."""
 
@@ -147,12 +165,24 @@ class Wire(ssl.SSLSocket):
         if self._kept:
             return self._read_kept(len, buffer)
         try:
-            return super().read(len, buffer)
+            data = super().read(len, buffer)
         except ssl.SSLZeroReturnError:
             # OpenSSL says the same thing in both cases; the ssl module only reads it as an end before ours is sent.
             return b"" if buffer is None else 0
+        except (ssl.SSLEOFError, ConnectionResetError) as error:
+            if not self._has_heard:
+                error.strerror = CUT_BEFORE_A_WORD
+            raise
+        except ssl.SSLError as error:
+            text = refusal_of_certificate(error, "server" if self.server_side else "client")
+            if text is None:
+                raise
+            raise _WireRefused(text) from error
+        self._has_heard = self._has_heard or bool(data)
+        return data
 
     def _read_kept(self, size: int, buffer: Any) -> Any:
+        self._has_heard = True
         if buffer is None:
             data, self._kept = self._kept[:size], self._kept[size:]
             return data
@@ -164,6 +194,20 @@ class Wire(ssl.SSLSocket):
     def pending(self) -> int:
         """Bytes that can be read without waiting for the network, as ``SSLSocket.pending``."""
         return len(self._kept) + super().pending()
+
+    def see_alert_off(self) -> None:
+        """Let the alert arrive with which TLS has refused the other side's certificate; a quarter of a second at most.
+
+        Closing while bytes come in sends RST, which overtakes it.
+        """
+        try:
+            socket.socket.shutdown(self, socket.SHUT_WR)
+            self.settimeout(FAREWELL)
+            end = time.monotonic() + FAREWELL
+            while socket.socket.recv(self, 65536) and time.monotonic() < end:
+                pass
+        except OSError:
+            pass  # nothing comes, or it is gone
 
     def abandon(self) -> None:
         """Close without close_notify: the other side sees a cut, and can take it for nothing else."""
@@ -217,7 +261,46 @@ def read_selectors(peer: str | Sequence[str]) -> tuple[Selector, ...]:
     texts = [peer] if isinstance(peer, str) else list(peer)
     if not texts:
         raise ValueError("peer= names nobody: write for example peer='dns:func2.acme'")
-    return tuple(parse_selector(text) for text in texts)
+    return tuple(parse_selector(without_root(text) if text.startswith("dns:") else text) for text in texts)
+
+
+def without_root(name: str) -> str:
+    """``name`` without the dot at its end that makes it absolute: certificates and SNI never have it."""
+    return name[:-1] if name.endswith(".") and not name.endswith("..") else name
+
+
+def read_server_name(name: str) -> str:
+    """The name to expect in the relay's certificate, of a host or a ``server_name``; raises ValueError."""
+    # An IPv6 address may name the interface that it is reached by, which is of this machine only.
+    found = name.partition("%")[0] if ":" in name else without_root(name)
+    try:
+        found.encode("idna")  # as ssl will, in the middle of the joining
+    except UnicodeError:
+        found = ""
+    if not found or found.startswith(".") or not found.isprintable() or " " in found:
+        raise ValueError(f"server_name: {name!r} is not a host name")
+    return found
+
+
+def agreed_protocol(tls: ssl.SSLObject | ssl.SSLSocket) -> str | None:
+    """The ALPN protocol that both sides agreed on; what is no text reads as ``""``, which nobody can have asked for."""
+    try:
+        return tls.selected_alpn_protocol()
+    except UnicodeDecodeError:
+        return ""
+
+
+def names_of_peer(tls: ssl.SSLObject | ssl.SSLSocket) -> list[Name]:
+    """The names in the peer's certificate, which TLS has verified; none where the ssl module cannot read it.
+
+    None of them then, not even the key pin, as at the relay: another parser may have understood the rest differently.
+    """
+    try:
+        return read_peer(tls.getpeercert(), tls.getpeercert(True))
+    except (
+        Exception
+    ):  # foreign octets, in any field: what is not UTF-8 is UnicodeDecodeError, other things ssl.SSLError
+        return []
 
 
 def load_credentials(context: ssl.SSLContext, cert: StrPath, key: StrPath | None, ca: StrPath) -> None:
