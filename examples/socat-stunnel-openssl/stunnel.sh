@@ -5,25 +5,53 @@
 #
 # With ACCEPT=127.0.0.1:5432 it is a service instead: each local connection there joins the route.
 set -eu
-name=${RELAY_NAME:-${RELAY%:*}} # the name in the relay's certificate
+name=${RELAY_NAME:-${RELAY%:*}} # what the relay's certificate must have: a name, or an IP address, which has no SNI
+# There it stands without the brackets of [::1] and without the last dot of relay.example.
+name=${name#[}; name=${name%]}; name=${name%.}
+
+host=${RELAY%:*}
+host=${host#[}; host=${host%]} # stunnel writes [::1]:9001 as ::1:9001
+
+is_ip() { case $1 in *:*) ;; *[!0-9.]*) return 1 ;; esac; }
+if is_ip "$name"; then check="checkIP = $name" sni=; else check="checkHost = $name" sni=$name; fi
 
 # With a section it listens, without one it uses standard input and output. TIMEOUTclose: how many seconds one direction
-# may go on after the other has ended. The exit code says nothing: stunnel leaves with 0 also where the relay is not trusted.
-exec stunnel -fd 3 3<<CONFIG
+# may go on after the other has ended.
+configuration() {
+    cat <<CONFIG
 client = yes
 foreground = yes
 debug = warning
 syslog = no
 pid =
+$1
 ${ACCEPT:+[frelay]}
 ${ACCEPT:+accept = $ACCEPT}
-connect = $RELAY
+connect = $host:${RELAY##*:}
 cert = $CERT
 key = $KEY
 CAfile = $CA
-sni = $name
+sni = $sni
 verifyChain = yes
-checkHost = $name
+$check
 sslVersionMin = TLSv1.3
 TIMEOUTclose = 3600
 CONFIG
+}
+
+if [ -n "${ACCEPT:-}" ]; then
+    exec stunnel -fd 3 3<<CONFIG
+$(configuration "")
+CONFIG
+fi
+
+# For one connection stunnel exits with 0 whatever happens, so its log must say: an error has level 3 there.
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+exec 4<&0 # a background command would read /dev/null
+stunnel -fd 3 <&4 4<&- 3<<CONFIG &
+$(configuration "output = $log")
+CONFIG
+trap 'kill "$!"; exit 143' HUP INT TERM
+wait "$!"
+if grep -q ' LOG3' "$log"; then exit 1; fi

@@ -15,13 +15,15 @@ from typing import Final
 import pytest
 import trio
 
-from ends import block
+from certs import TestAuthority
+from ends import OPEN, block
 from frelay.client.wire import inner_context
 from rig import DEMO, PATIENCE, RelayInProcess, Site, eventually, reserved_port
 from tools import tool
 
 SCRIPTS: Final = Path(__file__).parents[2] / "examples/socat-stunnel-openssl"
 ANY_SIZE: Final = 1024 * 1024 + 7
+PROGRAMS: Final = ("socat", "stunnel", "openssl")
 TWO_ENDS: Final = ("socat", "stunnel")
 """Those that know that a stream has two ends."""
 
@@ -104,7 +106,96 @@ async def test_openssl_gets_all_that_the_other_one_sends(site: Site, two: str) -
         assert sent.returncode == 0, sent.stderr
 
 
-@pytest.mark.parametrize("program", ["socat", "stunnel", "openssl"])
+@pytest.mark.parametrize(
+    ("host", "name"),
+    [("127.0.0.1", None), ("[::1]", None), ("localhost", None), ("127.0.0.1", "localhost."), ("127.0.0.1", "[::1]")],
+)
+@pytest.mark.parametrize("program", PROGRAMS)
+async def test_the_relay_is_dialled_as_the_usage_says(site: Site, program: str, host: str, name: str | None) -> None:
+    """RELAY alone is enough: its host is what the certificate must have, and an IP address is looked for as one."""
+    address = "[::1]:0" if host == "[::1]" else "127.0.0.1:0"
+    async with site.relay(OPEN.replace("127.0.0.1:0", address)) as relay:
+        env1, env2 = (environment(site, 0, function) for function in ("func1", "func2"))
+        for env in (env1, env2):
+            env["RELAY"] = f"{host}:{relay.own_port()}"
+            env["RELAY_NAME"] = name or ""
+        start = partial(trio.run_process, [script(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        async with trio.open_nursery() as nursery:
+            process: trio.Process = await nursery.start(partial(start, env=env1))
+            assert process.stdin is not None
+            assert process.stdout is not None
+            await relay.log("waiting", party="func1")
+            nursery.start_soon(run, "socat", env2, b"hello")
+            with trio.fail_after(PATIENCE):
+                received = b""
+                while len(received) < 5:
+                    received += await process.stdout.receive_some(5)
+                # Not earlier: with the end of its input, stunnel would leave.
+                await process.stdin.aclose()
+            assert received == b"hello"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"RELAY": "127.0.0.1:9"},  # nobody listens there
+        {"RELAY": "relay.invalid:9001"},
+        {"RELAY": "127.0.0.1"},  # no port
+        {"RELAY_NAME": "elsewhere.example"},
+        {"RELAY_NAME": "127.0.0.2"},
+        {"CA": "another.pem"},
+        {"CERT": "missing.pem"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("program", PROGRAMS)
+async def test_a_failure_is_an_exit_code(site: Site, program: str, wrong: dict[str, str]) -> None:
+    TestAuthority("another CA").write(site.directory, "another")
+    if "CA" in wrong or "CERT" in wrong:
+        wrong = {key: str(site.directory / value) for key, value in wrong.items()}
+    async with site.relay() as relay:
+        ended = await run(program, environment(site, relay.port(), "func1", **wrong), b"x")
+    assert ended.returncode not in (0, -signal.SIGTERM)
+    assert ended.stderr
+    assert ended.stdout == b""
+
+
+@pytest.mark.parametrize("program", ["socat", "openssl"])
+async def test_a_cut_is_an_exit_code(site: Site, program: str) -> None:
+    """What came before it was not all. Of stunnel the README says that it takes a reset for an end."""
+    async with site.relay(OPEN) as relay, trio.open_nursery() as nursery:
+        start = partial(trio.run_process, [script(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, check=False)
+        process: trio.Process = await nursery.start(partial(start, env=environment(site, relay.port(), "func1")))
+        await relay.log("waiting", party="func1")
+        other = await site.party(relay, "func2")
+        await other.join(modes=["tunnel"])
+        await other.expect("WAITING")
+        await other.expect("PAIRED")
+        assert process.stdout is not None
+        other.reset()
+        with trio.fail_after(PATIENCE):
+            assert await process.stdout.receive_some(1) == b""
+            assert await process.wait() != 0
+
+
+async def test_stunnel_ends_with_its_script(site: Site) -> None:
+    """A script that is stopped leaves no stunnel behind, and no file."""
+    (site.directory / "tmp").mkdir()
+    env = environment(site, 0, "func1", TMPDIR=str(site.directory / "tmp"))
+    async with site.relay() as relay, trio.open_nursery() as nursery:
+        env["RELAY"] = f"127.0.0.1:{relay.port()}"
+        process: trio.Process = await nursery.start(
+            partial(trio.run_process, [script("stunnel")], stdin=subprocess.PIPE, env=env, check=False)
+        )
+        await relay.log("waiting", party="func1")
+        process.terminate()
+        with trio.fail_after(PATIENCE):
+            assert await process.wait() != 0
+        await eventually(lambda: relay.legs == 0, "stunnel has gone too")
+        assert list((site.directory / "tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
 async def test_a_relay_of_another_name_is_not_trusted(site: Site, program: str) -> None:
     """Its certificate is of the right authority, and for another name: the other function gets nothing."""
     async with site.relay() as relay, trio.open_nursery() as nursery:
@@ -125,7 +216,7 @@ async def test_a_relay_of_another_name_is_not_trusted(site: Site, program: str) 
         assert not any(record["bytes_func1_to_func2"] for record in relay.logged("pairing ended"))
 
 
-@pytest.mark.parametrize("program", ["socat", "stunnel", "openssl"])
+@pytest.mark.parametrize("program", PROGRAMS)
 async def test_the_name_chooses_among_routes_on_one_address(site: Site, program: str) -> None:
     site.relay_paths = site.ca.relay(dns=["one.relay.test", "two.relay.test"]).write(site.directory, "relay")
     with reserved_port() as port:
