@@ -25,6 +25,7 @@ from frelay.pki.files import (
     PemFile,
     crl_file,
     crl_number,
+    git_ignore,
     make_directory,
     read_certificates,
     read_crl,
@@ -168,9 +169,9 @@ def _write(directory: Path, files: Sequence[PemFile], *, force: bool) -> list[Pa
     with ExitStack() as undo:
         # Nobody else's business, since keys are in it.
         make_directory(directory, 0o700, undo)
-        written = write_together(files, force=force)
+        written = write_together([*files, *git_ignore(directory)], force=force)
         undo.pop_all()
-    return written
+    return written[: len(files)]
 
 
 def _find(given: str, authority: Authority) -> tuple[int, x509.Certificate | None]:

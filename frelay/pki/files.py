@@ -33,6 +33,7 @@ __all__ = [
     "certificates_pem",
     "crl_file",
     "crl_number",
+    "git_ignore",
     "key_pem",
     "make_directory",
     "read_certificates",
@@ -45,6 +46,8 @@ __all__ = [
 
 _MODE: Final = 0o644  # the umask still applies
 _SECRET_MODE: Final = 0o600
+_KEYS: Final = "*.key"
+_GIT_IGNORE: Final = f"# Written by frelay: private keys belong in no repository.\n{_KEYS}\n".encode()
 # A chain of RSA certificates is some 10 KiB; a CRL of 100,000 entries is 4 MB. What is larger is another file.
 _MAX_FILE: Final = 16 * 1024 * 1024
 
@@ -114,6 +117,28 @@ def make_directory(path: Path, mode: int, undo: ExitStack) -> None:
                 f"{one}: cannot be made ({error.strerror}), nothing was changed; choose another directory"
             ) from error
         undo.callback(_remove_directory, one)
+
+
+def git_ignore(*directories: Path) -> list[PemFile]:
+    """A ``.gitignore`` for the keys below ``directories``, each in the one before: for :func:`write_together`.
+
+    It goes into the first that has none, and nothing is written where one ignores them already, or all have one: what
+    the user wrote there stays as it is.
+    """
+    for directory in directories:
+        path = directory / ".gitignore"
+        if not os.path.lexists(path):
+            return [PemFile(path, _GIT_IGNORE)]
+        if _KEYS in _lines(path):
+            return []
+    return []
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
 
 
 def _remove_directory(path: Path) -> None:

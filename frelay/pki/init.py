@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from frelay.pki.authority import Algorithm, Authority
-from frelay.pki.files import PemFile, crl_file, make_directory, write_together
+from frelay.pki.files import PemFile, crl_file, git_ignore, make_directory, write_together
 from frelay.protocol.identity import OddName, dns_name
 
 __all__ = ["initialise", "summary"]
@@ -69,7 +69,7 @@ def initialise(
 
     ``host_name`` goes into the relay's certificate beside ``relay.demo``, ``localhost``, ``127.0.0.1`` and ``::1``;
     by default it is this machine's. Returns the files written, ``relay.toml`` last; ``directory`` is made if it is
-    missing.
+    missing. With them goes a ``.gitignore`` for the keys, unless there is one.
 
     Raises:
         CertificateError: a file would be overwritten (and ``force`` is not set), or could not be written. Names the
@@ -92,6 +92,8 @@ def initialise(
         party = authority.issue(common_name=f"{who}.demo", dns=[f"{who}.demo"], usage="party", algorithm=algorithm)
         files += party.files(*pairs[who])
     files.append(crl_file(crl, authority.revocation_list(number=1, days=_DAYS)))
+    # In certs where DIR is somebody's repository, which has its own.
+    files += git_ignore(directory, certs)
     files.append(PemFile(config, _RELAY_TOML.replace("ADMIN\n", _admin(directory)).encode()))
 
     with ExitStack() as undo:
@@ -133,6 +135,8 @@ _MEANING: Final = {
     "certs/func2.pem": "dns:func2.demo",
     "certs/func2.key": "its key: goes where func2 runs, nowhere else",
     "certs/crl.pem": "who is revoked: nobody yet",
+    ".gitignore": "keeps the keys out of a git repository",
+    "certs/.gitignore": "keeps the keys out of a git repository",
     "relay.toml": "one route, demo, on 127.0.0.1:9001",
 }
 

@@ -13,11 +13,12 @@ import trio
 import frelay
 from commands import FRELAY, frelay_command
 from rig import RelayProcess
+from tools import tool
 from wires import in_thread, read_to_end
 
 FILES = {
     *("certs/ca.pem", "certs/ca.key", "certs/crl.pem", "certs/relay.pem", "certs/relay.key"),
-    *("certs/func1.pem", "certs/func1.key", "certs/func2.pem", "certs/func2.key", "relay.toml"),
+    *("certs/func1.pem", "certs/func1.key", "certs/func2.pem", "certs/func2.key", ".gitignore", "relay.toml"),
 }
 
 
@@ -89,6 +90,40 @@ async def test_it_runs_as_it_is_and_two_functions_meet(tmp_path: Path) -> None:
     assert came == {"func1": b"hello from func2", "func2": b"hello from func1"}
 
 
+def committed(repository: Path) -> set[str]:
+    """What ``git add --all`` would commit."""
+    git = [tool("git"), "-c", "safe.directory=*", "-C", str(repository)]
+    subprocess.run([*git, "add", "--all"], check=True)
+    done = subprocess.run([*git, "ls-files"], capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines())
+
+
+def test_in_a_clone_no_key_is_left_to_be_committed(tmp_path: Path) -> None:
+    """Neither of the whole set nor of an authority or a certificate by itself; all else is the user's to commit."""
+    subprocess.run([tool("git"), "init", "--quiet", tmp_path], check=True)
+    frelay_command("init", tmp_path / "my-relay")
+    frelay_command("ca", "init", "ca", cwd=tmp_path)
+    frelay_command("ca", "party", "func1", "--ca", "ca", "--dns", "func1.acme", "--out", "of-func1", cwd=tmp_path)
+    assert {path.name for path in tmp_path.rglob("*.key")} == {"ca.key", "relay.key", "func1.key", "func2.key"}
+    found = committed(tmp_path)
+    assert {"my-relay/relay.toml", "my-relay/certs/ca.pem", "ca/crl.pem", "of-func1/func1.pem"} <= found
+    assert not [name for name in found if name.endswith(".key")]
+
+
+def test_a_gitignore_that_is_there_stays_and_the_keys_are_ignored_all_the_same(tmp_path: Path) -> None:
+    subprocess.run([tool("git"), "init", "--quiet", tmp_path], check=True)
+    (tmp_path / ".gitignore").write_text("__pycache__/\n")
+    said = frelay_command("init", ".", cwd=tmp_path)
+    assert (said.code, said.stderr) == (0, "")
+    assert (tmp_path / ".gitignore").read_text() == "__pycache__/\n"
+    assert "certs/.gitignore" in said.stdout
+    assert not [name for name in committed(tmp_path) if name.endswith(".key")]
+    # Both are there now: a second set leaves them alone, too.
+    (tmp_path / "certs/.gitignore").write_text("*\n")
+    assert frelay_command("init", ".", "--force", cwd=tmp_path).code == 0
+    assert (tmp_path / "certs/.gitignore").read_text() == "*\n"
+
+
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     """One file that is there is enough, and then none of the others is written either."""
     directory = tmp_path / "r"
@@ -116,7 +151,7 @@ def test_force_overwrites_all_of_it(tmp_path: Path) -> None:
     assert frelay_command("init", "--force", directory).code == 0
     after = contents(directory)
     assert after.keys() == before.keys()
-    assert {name for name in before if before[name] == after[name]} == {"relay.toml"}
+    assert {name for name in before if before[name] == after[name]} == {"relay.toml", ".gitignore"}
     assert frelay_command("check", "-c", directory / "relay.toml").code == 0
 
 

@@ -31,7 +31,7 @@ def party(home: AuthorityDirectory, name: str = "func1") -> Path:
 
 
 def test_what_is_made(home: AuthorityDirectory) -> None:
-    assert sorted(path.name for path in home.path.iterdir()) == ["ca.key", "ca.pem", "crl.pem"]
+    assert sorted(path.name for path in home.path.iterdir()) == [".gitignore", "ca.key", "ca.pem", "crl.pem"]
     assert stat.S_IMODE(home.path.stat().st_mode) == 0o700
     assert stat.S_IMODE(home.key.stat().st_mode) == 0o600
     crl = read_crl(home.crl)

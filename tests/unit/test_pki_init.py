@@ -35,8 +35,11 @@ NAMES = [
     "certs/func2.pem",
     "certs/func2.key",
     "certs/crl.pem",
+    ".gitignore",
     "relay.toml",
 ]
+# One that is there, the user's own perhaps, stays.
+MUST_BE_NEW = [name for name in NAMES if name != ".gitignore"]
 
 
 def mode(path: Path) -> int:
@@ -189,7 +192,7 @@ def test_openssl_verifies_what_init_writes(tmp_path: Path, purpose: str, name: s
 # --- refusing ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MUST_BE_NEW)
 def test_it_overwrites_nothing_and_writes_nothing(tmp_path: Path, name: str) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(b"precious")
@@ -203,7 +206,7 @@ def test_every_file_in_the_way_is_named(tmp_path: Path) -> None:
     initialise(tmp_path)
     with pytest.raises(CertificateError) as caught:
         initialise(tmp_path)
-    for name in NAMES:
+    for name in MUST_BE_NEW:
         assert str(tmp_path / name) in str(caught.value)
 
 
@@ -214,7 +217,7 @@ def test_force_writes_a_whole_new_set(tmp_path: Path) -> None:
     initialise(tmp_path, force=True)
     after = snapshot(tmp_path)
     changed = {name for name in after if after[name] != before.get(name)}
-    assert changed == set(NAMES) - {"relay.toml"}
+    assert changed == set(NAMES) - {"relay.toml", ".gitignore"}
     assert set(after) == set(before)
     # relay.toml is written too, with the same text: an edited one would be gone, hence the question.
 
@@ -256,9 +259,9 @@ def test_a_file_in_the_place_of_the_directory_is_named(tmp_path: Path) -> None:
 def test_the_summary_names_every_file_and_the_next_step(tmp_path: Path) -> None:
     target = tmp_path / "my demo"
     lines = summary(initialise(target)).splitlines()
-    assert lines[0] == f"wrote 10 files in {target}:"
-    assert [line.split()[0] for line in lines[1:11]] == NAMES
-    assert all(len(line.split()) > 1 for line in lines[1:11])
+    assert lines[0] == f"wrote 11 files in {target}:"
+    assert [line.split()[0] for line in lines[1:12]] == NAMES
+    assert all(len(line.split()) > 1 for line in lines[1:12])
     assert lines[-1] == f"next: frelay run -c '{target}/relay.toml'"
 
 
