@@ -34,6 +34,11 @@ class StandIn:
     def __init__(self, identity: str, party: PartyName = "func1") -> None:
         self.identity, self.party, self.attempt = identity, party, str(next(_NUMBERS))
 
+    @property
+    def holder(self) -> str:
+        """See :attr:`frelay.leg.Leg.holder`."""
+        return self.identity
+
     def marks(self) -> tuple[tuple[str, str], ...]:
         """See :meth:`frelay.leg.Leg.marks`."""
         return ((self.attempt, self.identity),)

@@ -10,16 +10,21 @@ from __future__ import annotations
 
 import resource
 from collections import Counter
+from collections.abc import Iterable
 from typing import Final
 
 import trio
 
 from frelay.config.model import Limits
+from frelay.shares import Pool, described
 
 __all__ = ["Admission", "Slot", "raise_descriptor_limit"]
 
 # Listeners, epoll sets, log, admin API, reload: what the relay itself needs, beside its legs.
 _OWN_DESCRIPTORS: Final = 32
+# The last part of the budget for legs goes only to those who hold few of them: an eighth, or four.
+_PART_KEPT: Final = 8
+_LEAST_KEPT: Final = 4
 
 
 def raise_descriptor_limit() -> int:
@@ -71,9 +76,19 @@ class Slot:
             if self._host is not None:
                 self._admission._forget(self._host)
 
+    def charge(self, holders: Iterable[str]) -> None:
+        """Charge the leg's descriptors to ``holders``, instead of to those before; the leg is admitted."""
+        self._admission.charged.take(self, holders)
+
+    @property
+    def holders(self) -> tuple[str, ...]:
+        """To whom they are charged; nobody before the leg is admitted."""
+        return self._admission.charged.holders_of(self)
+
     def gone(self) -> None:
         """The connection is closed."""
         self.admitted()
+        self._admission.charged.give_back(self)
         if self._is_counted:
             self._is_counted = False
             self._admission.legs -= 1
@@ -87,6 +102,8 @@ class Admission:
         """May be replaced by a reload; ``max_pre_auth`` itself counts from the start of the process."""
         self.legs = 0
         """Connections of parties in the relay now, in whatever state."""
+        self.charged: Final[Pool[Slot]] = Pool(part=_PART_KEPT, least=_LEAST_KEPT)
+        """The admitted legs by whom they are charged to: one function must not take the descriptors of all."""
         self.descriptor_limit: Final = descriptor_limit
         self._free: Final = trio.Semaphore(limits.max_pre_auth)
         self._by_host: Final[Counter[str]] = Counter()
@@ -102,9 +119,28 @@ class Admission:
         await self._free.acquire()
         return Slot(self)
 
-    def slot_for_own_call(self) -> Slot | None:
-        """A slot for a connection to a service, or None if the budget has no descriptor for it."""
-        return Slot.for_own_call(self) if self.legs < self.leg_budget else None
+    def objection(self, holder: str) -> str | None:
+        """Why ``holder`` cannot have one more admitted leg, in a sentence for it; None if it can."""
+        budget = self.leg_budget
+        if self.charged.may_take(holder, budget):
+            return None
+        if self.charged.is_full(budget):
+            return "this relay has no file descriptor left for one more connection (limits.fd_budget)"
+        return (
+            f"{described(holder)} has {self.charged.held(holder)} of the {budget} connections of this relay "
+            "(limits.fd_budget), and the rest is kept for others"
+        )
+
+    def slot_for_own_call(self, holder: str) -> Slot | str:
+        """A slot for a connection to a service, charged to ``holder``; or why there is none."""
+        objection = self.objection(holder)
+        if objection is None and self.legs >= self.leg_budget:
+            objection = "this relay has no file descriptor left for the service's connection (limits.fd_budget)"
+        if objection is not None:
+            return objection
+        slot = Slot.for_own_call(self)
+        slot.charge([holder])
+        return slot
 
     def _forget(self, host: str) -> None:
         self._by_host[host] -= 1

@@ -41,9 +41,6 @@ __all__ = ["DialledLeg", "bring_service"]
 _UNREACHABLE: Final = Withdrawn(
     Refused("wait-timeout", "the service of this route cannot be reached", retry_after=1.0),
 )
-_FULL: Final = Withdrawn(
-    Refused("limit", "this relay has no file descriptor left for the service's connection", retry_after=10.0),
-)
 
 
 class DialledLeg(PlainLeg):
@@ -76,12 +73,12 @@ async def bring_service(
     """
     log: Any = structlog.get_logger("frelay.dial").bind(route=route.name, service=service.identity)
     # Asked before the service is troubled, and once more when it is there.
-    if (verdict := route.lack_of_room()) is not None:
+    if (verdict := route.lack_of_room(place.leg)) is not None:
         route.lobby.withdraw(place, verdict)
         return None
-    slot = admission.slot_for_own_call()
-    if slot is None:
-        route.lobby.withdraw(place, _FULL)
+    slot = admission.slot_for_own_call(*route.charges.in_relay(place.leg))
+    if isinstance(slot, str):
+        route.lobby.withdraw(place, Withdrawn(Refused("limit", slot, retry_after=10.0)))
         return None
     began = trio.current_time()
     leg: DialledLeg | None = None

@@ -20,6 +20,7 @@ about the client, the only one in frelay; tickets need none.
 from __future__ import annotations
 
 import socket
+from functools import cached_property
 from typing import Final
 
 import trio
@@ -27,6 +28,7 @@ import trio
 from frelay.errors import ConnectionBroken, RemoteProtocolError
 from frelay.leg import LINGER_TIME, Departure, Leg, TlsLeg
 from frelay.protocol.messages import Mode, Paired, PartyName, Refused
+from frelay.shares import holder_at
 from frelay.sockets import RawStream, close, close_after_linger
 from frelay.tcp import is_dead, unacknowledged
 from frelay.tls.context import VerifiedPeer
@@ -123,6 +125,10 @@ class PlainLeg(Leg):
         self._raw = RawStream(sock)
         self.party = party
         self.identity = self.address = address
+
+    @cached_property
+    def holder(self) -> str:
+        return holder_at(self.address.rpartition(":")[0].strip("[]"))
 
     @property
     def sock(self) -> socket.socket:

@@ -114,6 +114,11 @@ class Leg(abc.ABC):
     async def attend(self, *, ping_interval: float, pong_timeout: float) -> Departure:
         """Look after the leg while it waits; returns only once it has gone. Safe to cancel."""
 
+    @property
+    def holder(self) -> str:
+        """Whom its place is charged to where places are shared."""
+        return self.identity
+
     def marks(self) -> tuple[Hashable, ...]:
         """What tells an attempt of a function: legs with a mark in common are connections for the same attempt of it.
 
@@ -371,6 +376,7 @@ class FramedLeg(TlsLeg):
     async def _change_over(self, sock: socket.socket, slot: Slot) -> None:
         old, old_slot = self.tls, self.slot
         self.become_raw(sock)
+        slot.charge(old_slot.holders)
         self.slot = slot
         try:
             with trio.move_on_after(_REFUSAL_TIME):

@@ -59,12 +59,13 @@ class Withdrawn:
 class Place:
     """One leg's place in a queue."""
 
-    __slots__ = ("_wake", "leg", "marks", "number", "reckon_expiry", "since", "verdict")
+    __slots__ = ("_wake", "holder", "leg", "marks", "number", "reckon_expiry", "since", "verdict")
 
     def __init__(
         self, leg: Leg, wake: Callable[[], None], since: float, reckon_expiry: Callable[[], None], number: int
     ) -> None:
         self.leg = leg
+        self.holder: Final = leg.holder
         self.marks: Final = leg.marks()
         self.since = since
         """When the leg entered, on the lobby's clock."""
@@ -114,7 +115,7 @@ class Lobby:
         self._attempts: Final[dict[Hashable, _Queue]] = {}
         """By each of the marks of a leg that tell its attempt."""
         self._held: Final[dict[PartyName, Shares[str, Place]]] = {"func1": Shares(), "func2": Shares()}
-        """The places of each party by the identity that has them."""
+        """The places of each party by the function that has them."""
         self._last_number = 0
         self._last_seen: Final[dict[PartyName, float]] = {}
         self._closed: Withdrawn | None = None
@@ -159,12 +160,16 @@ class Lobby:
     def _find_spare(self, leg: Leg) -> Place | None:
         """The place in a full queue that ``leg`` has a better right to, if there is one."""
         held = self._held[leg.party]
-        return held.newest(held.greediest()) if held.held(leg.identity) + 2 <= held.most else None
+        return held.newest(held.greediest()) if held.held(leg.holder) + 2 <= held.most else None
 
     def _find_stale(self, leg: Leg) -> Place | None:
         """The place, on either side, of a leg that ``leg`` is a retry of; of several, the longest wait."""
         found = [next(iter(self._attempts[mark])) for mark in leg.marks() if mark in self._attempts]
         return min(found, key=lambda place: place.number, default=None)
+
+    def has_stale(self, leg: Leg) -> bool:
+        """Whether ``leg`` would replace one that waits."""
+        return self._find_stale(leg) is not None
 
     def replace_stale(self, leg: Leg) -> None:
         """Withdraw the place of an earlier leg of the same identity and attempt, if there is one."""
@@ -183,7 +188,7 @@ class Lobby:
         self._meetings.setdefault(_NO_KEY, _Meeting()).queue(leg.party)[place] = None
         for mark in place.marks:
             self._attempts.setdefault(mark, OrderedDict())[place] = None
-        self._held[leg.party].add(leg.identity, place)
+        self._held[leg.party].add(place.holder, place)
         return place
 
     def head(self, party: PartyName) -> Place | None:
@@ -218,7 +223,7 @@ class Lobby:
             del equals[place]
             if not equals:
                 del self._attempts[mark]
-        self._held[leg.party].remove(leg.identity, place)
+        self._held[leg.party].remove(place.holder, place)
         self.note_seen(leg.party)
 
     def close(self, verdict: Withdrawn) -> None:

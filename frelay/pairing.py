@@ -30,11 +30,12 @@ from frelay.protocol.messages import Paired, PartyName
 from frelay.pump import Cut, Pump, TlsProbe
 from frelay.raw_pump import PipePool, RawPump
 from frelay.readiness import ReadinessSet, Wire
+from frelay.shares import Pool
 from frelay.sockets import RawStream
 from frelay.stream_pump import Budget, StreamPump
 from frelay.tcp import is_dead, unacknowledged
 
-__all__ = ["Forwarding", "Pairing", "PairingLimits", "log_record"]
+__all__ = ["Forwarding", "Pairing", "PairingLimits", "log_record", "new_pairing_pool"]
 
 # Sampling more often than this would cost more than it tells.
 _SHORTEST_SAMPLE: Final = 0.02
@@ -70,13 +71,23 @@ class PairingLimits:
         return max(_SHORTEST_SAMPLE, min(self.half_close_timeout, self.idle_timeout, self.stall_timeout) / 4)
 
 
+def new_pairing_pool() -> Pool[str]:
+    """Pairings by their ids. The last one in 32 goes only to those who hold few."""
+    return Pool(part=32, least=1)
+
+
 @dataclass(slots=True)
 class Forwarding:
-    """What all pairings of a relay share to move bytes, and how many they are."""
+    """What all pairings of a relay share to move bytes, and who has how many of them."""
 
     readiness: ReadinessSet = field(default_factory=ReadinessSet)
     pipes: PipePool = field(default_factory=PipePool)
-    pairings: int = 0
+    pool: Pool[str] = field(default_factory=new_pairing_pool)
+
+    @property
+    def pairings(self) -> int:
+        """How many there are."""
+        return len(self.pool)
 
 
 def _logger(route: str, pairing: str) -> Any:

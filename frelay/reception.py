@@ -30,7 +30,7 @@ from frelay.leg import LINGER_TIME, Departure, FramedLeg, Leg, TlsLeg
 from frelay.lobby import Place, Taken, Withdrawn
 from frelay.pairing import Pairing
 from frelay.protocol.messages import Join, Mode, Refused, Waiting
-from frelay.route import LiveRoute, Service
+from frelay.route import UNFINISHED, LiveRoute, Service, Unfinished
 from frelay.sockets import TlsFault, close, close_after_linger, format_address, tune
 from frelay.tickets import TICKET_LINE_LENGTH, TicketDesk, TicketOffice, parse_ticket_line
 from frelay.tls.context import ALPN, EXPIRED, OuterTls, Rejection, VerifiedPeer, verified_peer
@@ -252,13 +252,14 @@ class _Guest:
         """Wait in the lobby, or pair at once."""
         self.leg, leg.slot, self._route = leg, self._slot, route
         self.log = self.log.bind(route=route.name, party=leg.party, identity=leg.identity)
-        objection = route.objection(leg)
+        objection = route.objection(leg) or self._lack_of_descriptors(leg, route)
         if objection is not None:
             # Still in its stranger's slot: a function that is refused by the thousand must not hold thousands of
             # descriptors while it takes its time to hear it.
             await self._withdraw(leg, objection)
             return
         self._slot.admitted()
+        self._slot.charge([route.charges.waiting(leg)])
         limit = route.wait_limit(leg)
         with trio.move_on_after(self._door.limits.join_timeout) as patience:
             await leg.welcome(
@@ -275,16 +276,29 @@ class _Guest:
             return
         # Others had their turn while WAITING was written, so all is asked again, now without a pause between. That is
         # also why the stale leg goes only here: two legs of one attempt at one moment would not have found each other.
-        found: Pairing | Withdrawn | None = route.objection(leg)
-        if found is None:
-            route.lobby.replace_stale(leg)
-            found = route.match(leg)
+        found = self._match(leg, route)
+        while found is UNFINISHED:
+            await trio.lowlevel.checkpoint()
+            found = self._match(leg, route)
         if isinstance(found, Withdrawn):
             await self._withdraw(leg, found)
         elif isinstance(found, Pairing):
             self._door.start_pairing(found, route)
         else:
             await self._wait(leg, route, limit)
+
+    def _lack_of_descriptors(self, leg: Leg, route: LiveRoute) -> Withdrawn | None:
+        if route.lobby.has_stale(leg):
+            return None  # it takes the place of its own
+        text = self._door.admission.objection(route.charges.waiting(leg))
+        return None if text is None else Withdrawn(Refused("limit", text, retry_after=10.0))
+
+    def _match(self, leg: Leg, route: LiveRoute) -> Pairing | Withdrawn | Unfinished | None:
+        objection = route.objection(leg)
+        if objection is not None:
+            return objection
+        route.lobby.replace_stale(leg)
+        return route.match(leg)
 
     async def _wait(self, leg: Leg, route: LiveRoute, limit: float) -> None:
         departure: Departure | None = None

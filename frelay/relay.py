@@ -288,6 +288,9 @@ class Relay:
         if self._pairings is None:
             raise AssertionError("a pairing before the relay runs")
         legs = pairing.legs
+        one, two = legs.values()
+        one.slot.charge(route.charges.paired(one, two))
+        two.slot.charge(route.charges.paired(two, one))
         self.journal.note(
             PairingStarted(
                 pairing=pairing.id,

@@ -11,22 +11,38 @@ import ipaddress
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Final
 
 import trio
 
 from frelay.bandwidth import Bandwidth
+from frelay.charges import Charges
 from frelay.choice import Fit, fits
 from frelay.config.model import Dial, Limits, Route
 from frelay.leg import Leg
 from frelay.lobby import Lobby, Place, Withdrawn, opposite
 from frelay.outcome import Outcome
-from frelay.pairing import Forwarding, Pairing, PairingLimits
+from frelay.pairing import Forwarding, Pairing, PairingLimits, new_pairing_pool
 from frelay.protocol.identity import Name
 from frelay.protocol.messages import PartyName, Refused
+from frelay.shares import described
 from frelay.tls.context import OuterTls
 
-__all__ = ["LiveRoute", "Service"]
+__all__ = ["UNFINISHED", "LiveRoute", "Service", "Unfinished"]
+
+# How many who may not be paired any more one match sends away before everybody else has a turn.
+_SENT_AWAY_AT_ONCE: Final = 64
+
+
+class Unfinished(Enum):
+    """Type of :data:`UNFINISHED`."""
+
+    UNFINISHED = "unfinished"
+
+
+UNFINISHED: Final = Unfinished.UNFINISHED
+"""Many who waited were sent away, and others may wait yet: ask again after a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +74,8 @@ class LiveRoute:
         self.limits = limits
         self.lobby: Final = Lobby(max_waiting=route.limits.max_waiting_per_party, clock=trio.current_time)
         self.pairings: Final[dict[str, Pairing]] = {}
+        self.charges = Charges(route)
+        self._pool: Final = new_pairing_pool()
         self._pairing_limits = _pairing_limits(route, limits, policy_ends_pairings)
         self._bandwidth: Bandwidth | None = None
         self._set_rate(route.limits.max_bytes_per_second)
@@ -72,6 +90,7 @@ class LiveRoute:
     def retune(self, route: Route, limits: Limits, *, policy_ends_pairings: bool) -> None:
         """Take over new limits: for legs and pairings that come from now on."""
         self.config, self.limits = route, limits
+        self.charges = Charges(route)
         self._pairing_limits = _pairing_limits(route, limits, policy_ends_pairings)
         self.lobby.max_waiting = route.limits.max_waiting_per_party
         self._set_rate(route.limits.max_bytes_per_second)
@@ -134,39 +153,53 @@ class LiveRoute:
         if verdict is not None:
             self.lobby.withdraw(place, verdict)
 
-    def match(self, leg: Leg) -> Pairing | Withdrawn | None:
+    def match(self, leg: Leg) -> Pairing | Withdrawn | Unfinished | None:
         """Pair ``leg`` with whoever has waited longest for it; None if nobody has, Withdrawn if it may not."""
-        while (place := self.lobby.head(opposite(leg.party))) is not None:
+        for _ in range(_SENT_AWAY_AT_ONCE):
+            place = self.lobby.head(opposite(leg.party))
+            if place is None:
+                return None
             met = self.meet(leg, place)
             if met is not None:
                 return met
-        return None
+        return UNFINISHED
 
     def meet(self, leg: Leg, place: Place) -> Pairing | Withdrawn | None:
         """Pair ``leg`` with the one in ``place``; Withdrawn if it may not now.
 
-        None if the other one may not be paired any more: it is withdrawn.
+        None if the other one may not be paired any more, or holds too much: it is withdrawn.
         """
-        if (verdict := self.lack_of_room()) is not None:
+        if (verdict := self.lack_of_room(leg)) is not None:
             return verdict
         if place.leg.is_gone():
             self.lobby.withdraw(place, Withdrawn(Refused("pong-timeout", "the connection has ended")))
-        elif (verdict := self._policy(place.leg)) is not None:
+        elif (verdict := self._policy(place.leg) or self.lack_of_room(place.leg)) is not None:
             self.lobby.withdraw(place, verdict)
         else:
             return self._pair(leg, place)
         return None
 
-    def lack_of_room(self) -> Withdrawn | None:
-        """Why nobody can be paired here now, if ``max_pairings`` or ``max_pairings_in_all`` is reached."""
+    def lack_of_room(self, leg: Leg) -> Withdrawn | None:
+        """Why ``leg`` cannot be paired here now: the route or the relay has no pairing left, or none for its holder."""
         most, most_in_all = self.config.limits.max_pairings, self.limits.max_pairings_in_all
-        if len(self.pairings) >= most:
+        if self._pool.is_full(most):
             text = f"the route already has {most} pairings"
-        elif self._forwarding.pairings >= most_in_all:
+        elif self._forwarding.pool.is_full(most_in_all):
             text = f"this relay already has {most_in_all} pairings"
         else:
-            return None
+            return self._lack_of_share(leg, most, most_in_all)
         return Withdrawn(Refused("limit", text, retry_after=10.0))
+
+    def _lack_of_share(self, leg: Leg, most: int, most_in_all: int) -> Withdrawn | None:
+        for holder in self.charges.in_route(leg):
+            if not self._pool.may_take(holder, most):
+                return _too_many(holder, self._pool.held(holder), f"{most} pairings of the route (max_pairings)")
+        pool = self._forwarding.pool
+        for holder in self.charges.in_relay(leg):
+            if not pool.may_take(holder, most_in_all):
+                of_all = f"{most_in_all} pairings of this relay (max_pairings_in_all)"
+                return _too_many(holder, pool.held(holder), of_all)
+        return None
 
     def _pair(self, leg: Leg, place: Place) -> Pairing:
         legs: dict[PartyName, Leg] = {leg.party: leg, place.leg.party: place.leg}
@@ -184,7 +217,8 @@ class LiveRoute:
         )
         leg.is_paired = place.leg.is_paired = True
         self.pairings[pairing.id] = pairing
-        self._forwarding.pairings += 1
+        self._pool.take(pairing.id, self.charges.in_route(*legs.values()))
+        self._forwarding.pool.take(pairing.id, self.charges.in_relay(*legs.values()))
         self.lobby.note_seen(leg.party)
         self.lobby.take(place, pairing)
         return pairing
@@ -192,7 +226,8 @@ class LiveRoute:
     def unpair(self, pairing: Pairing) -> None:
         """The pairing has ended."""
         del self.pairings[pairing.id]
-        self._forwarding.pairings -= 1
+        self._pool.give_back(pairing.id)
+        self._forwarding.pool.give_back(pairing.id)
         for party in pairing.legs:
             self.lobby.note_seen(party)
 
@@ -203,6 +238,11 @@ class LiveRoute:
         self.lobby.close(verdict)
         for pairing in self.pairings.values():
             pairing.expire_at(cut_at, outcome, verdict.refusal.reason)
+
+
+def _too_many(holder: str, held: int, of_all: str) -> Withdrawn:
+    text = f"{described(holder)} has {held} of the {of_all}, and the rest is kept for others"
+    return Withdrawn(Refused("limit", text, retry_after=10.0))
 
 
 def _pairing_limits(route: Route, limits: Limits, policy_ends_pairings: bool) -> PairingLimits:

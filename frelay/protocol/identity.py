@@ -219,11 +219,16 @@ class Selector:
     def __str__(self) -> str:
         return str(Name(self.kind, self.pattern))
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether only one name can match it."""
+        return "*" not in self.pattern
+
     def matches(self, name: Name) -> bool:
         """Whether ``name`` is of this selector's kind and fits its pattern, as a whole."""
         if name.kind is not self.kind:
             return False
-        if "*" not in self.pattern:
+        if self.is_exact:
             return name.value == self.pattern
         if self.kind is Kind.DNS:
             wanted, found = self.pattern.split("."), name.value.split(".")

@@ -157,11 +157,13 @@ async def test_pairings_in_all_have_a_limit_beside_each_routes_own(site: Site) -
         }
         first[0].reset()
         await eventually(lambda: len(relay.relay.pairings) == 1, "one has ended")
+        # For one of the route that has none, and not for two.
         two = await site.party(relay, "func2", route="other")
         await two.join()
         await two.expect("WAITING")
-        await one.expect("PAIRED")
-        # For one, and not for two.
+        told = await two.refusal()
+        assert (told["code"], "this route has 1 of the 2 pairings of this relay" in told["reason"]) == ("limit", True)
+        await pair(*await parties("demo"))
         one, two = await parties("demo")
         await one.join()
         await one.expect("WAITING")

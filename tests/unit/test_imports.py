@@ -61,7 +61,7 @@ HOUSE: Final = (
     Room("choice", "protocol config", "", "the relay and `frelay why` must never choose differently"),
     Room("config.watch", "errors protocol config", "trio watchfiles", "the one part of it that waits"),
     Room("names", "", "trio", "whoever looks a name up waits for nobody else's"),
-    Room("admission", "config", "trio", "limits, whoever the connection belongs to"),
+    Room("admission", "config shares", "trio", "limits, whoever the connection belongs to"),
     Room("privileges", "errors config", "", "what a process may do is settled before it is a relay"),
     Room("sockets", "errors tcp config", "trio", "the border to the kernel: its errors end here"),
     Room("systemd", "config sockets", "trio structlog sdnotify", "who started us, wherever that is systemd"),
@@ -69,10 +69,11 @@ HOUSE: Final = (
     Room("verdict", "protocol config choice tls", "", "why a certificate is let in or not, for whoever asks offline"),
     Room("tickets", "admission sockets", "trio", "who brings one brings a leg, whatever that is"),
     Room("leg", f"{LEAVES} admission sockets tls tickets", "trio", "one party's connection, hand-off included"),
-    Room("frameless", f"{LEAVES} admission sockets tls leg", "trio", "legs that speak no frames"),
+    Room("frameless", f"{LEAVES} shares admission sockets tls leg", "trio", "legs that speak no frames"),
     Room(
         "lobby", "errors protocol shares", "trio", "who waits; it only holds legs, and knows nothing of how they work"
     ),
+    Room("charges", "protocol config", "", "who holds what of a route, decided from its configuration"),
     Room("bandwidth", "", "trio", "a budget, whoever spends it"),
     Room("pump", "outcome", "", "one direction, whatever the two ends are, and how it can end"),
     Room("raw_pump", "outcome pump sockets tcp", "trio", "between sockets; the kernel moves the bytes"),
@@ -85,12 +86,15 @@ HOUSE: Final = (
     ),
     Room(
         "pairing",
-        f"{LEAVES} leg bandwidth pump raw_pump stream_pump readiness sockets",
+        f"{LEAVES} shares leg bandwidth pump raw_pump stream_pump readiness sockets",
         "trio structlog",
         "two legs, and how they ended",
     ),
     Room(
-        "route", f"{LEAVES} config choice tls leg lobby bandwidth pairing", "trio", "the one decision: who meets whom"
+        "route",
+        f"{LEAVES} config choice shares charges tls leg lobby bandwidth pairing",
+        "trio",
+        "the one decision: who meets whom",
     ),
     Room(
         "dial",

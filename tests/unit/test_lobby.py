@@ -34,6 +34,7 @@ class Waiter:
         self.party, self.identity, self.attempt = party, identity, attempt
         self.credential = None if certificate is None else Credential(certificate, (), 0.0)
 
+    holder = Leg.holder
     marks = Leg.marks
 
     def is_retry_of(self, other: Waiter) -> bool:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from frelay.shares import Shares
+from frelay.shares import Pool, Shares, holder_at
 
 
 @given(st.lists(st.tuples(st.sampled_from("abcd"), st.booleans(), st.integers(0, 30)), max_size=200))
@@ -43,21 +43,54 @@ def test_nobody_holds_anything_at_first() -> None:
             ask()
 
 
-@given(size=st.integers(1, 200), greedy=st.integers(1, 400), kept=st.integers(1, 40))
-def test_no_holder_takes_a_whole_pool_and_a_newcomer_gets_the_last_place(size: int, greedy: int, kept: int) -> None:
-    shares: Shares[str, int] = Shares()
+SIZES = st.integers(1, 300)
 
-    def take(holder: str, place: int) -> bool:
-        free = size - len(shares)
-        if free <= 0 or not shares.may_take(holder, free=free, kept=kept):
-            return False
-        shares.add(holder, place)
-        return True
 
-    taken = sum(take("greedy", number) for number in range(greedy))
-    if size > 1:
-        assert taken < size
-    newcomers = 0
-    while len(shares) < size:
-        assert take(f"newcomer {newcomers}", -1), "a place is free, and a newcomer did not get it"
-        newcomers += 1
+@given(size=SIZES, part=st.integers(1, 40), least=st.integers(1, 6))
+def test_no_holder_takes_a_whole_pool_and_a_newcomer_gets_the_last_place(size: int, part: int, least: int) -> None:
+    pool: Pool[int] = Pool(part=part, least=least)
+    taken = 0
+    while pool.may_take("greedy", size):
+        pool.take(taken, ["greedy"])
+        taken += 1
+    # It takes what is not kept, and of that no more than half.
+    kept = min(size, max(least, size // part))
+    assert size - kept <= taken <= size - kept // 2
+    assert taken < size or size == 1
+    while not pool.is_full(size):
+        assert pool.may_take(f"newcomer {taken}", size), "one is free, and a newcomer did not get it"
+        pool.take(taken, [f"newcomer {taken}"])
+        taken += 1
+    assert not pool.may_take("the next one", size)
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.lists(st.sampled_from("abc"), max_size=3)), max_size=60))
+def test_what_is_given_back_is_charged_to_nobody(steps: list[tuple[int, list[str]]]) -> None:
+    pool: Pool[int] = Pool(part=4, least=1)
+    plain: dict[int, set[str]] = {}
+    for thing, holders in steps:
+        if thing in plain and not holders:
+            pool.give_back(thing)
+            pool.give_back(thing)
+            del plain[thing]
+        else:
+            pool.take(thing, holders)
+            plain[thing] = set(holders)
+        assert len(pool) == len(plain)
+        for holder in "abc":
+            assert pool.held(holder) == sum(holder in charged for charged in plain.values())
+
+
+@pytest.mark.parametrize(
+    ("host", "other", "is_one"),
+    [
+        ("10.0.0.1", "10.0.0.1", True),
+        ("10.0.0.1", "10.0.0.2", False),
+        ("::ffff:10.0.0.1", "10.0.0.1", True),
+        ("2001:db8::1", "2001:db8::ffff:2", True),
+        ("2001:db8::1", "2001:db8:0:1::1", False),
+        ("fe80::1%eth0", "fe80::2%eth1", True),
+    ],
+)
+def test_an_address_stands_for_its_owner(host: str, other: str, is_one: bool) -> None:
+    assert (holder_at(host) == holder_at(other)) is is_one
