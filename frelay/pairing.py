@@ -55,6 +55,8 @@ class PairingLimits:
     max_lifetime: float
     ends_with_certificates: bool = True
     """Whether it ends with the first notAfter of its parties."""
+    certificate_grace: float = 0.0
+    """How long it may outlive that notAfter."""
 
     def told(self) -> dict[str, float]:
         """What PAIRED tells the functions about them."""
@@ -244,9 +246,11 @@ class Pairing:
             self._released.set()
 
     def end_with_certificates(self) -> None:
-        """End the pairing when the first certificate of its parties expires. Idempotent."""
+        """End the pairing once the first certificate of its parties has expired, and its grace is over. Idempotent."""
         when, party = min((leg.expires_at(), party) for party, leg in self.legs.items())
-        self._certificates_end = (when, Outcome.CERTIFICATE_EXPIRED, f"the certificate of {party} has expired")
+        grace = self.limits.certificate_grace
+        detail = f"the certificate of {party} has expired" + (f", {grace:g} s ago" if grace else "")
+        self._certificates_end = (when + grace, Outcome.CERTIFICATE_EXPIRED, detail)
         self._obey_expiry()
 
     def reckon_expiry(self) -> None:

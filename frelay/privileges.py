@@ -29,8 +29,9 @@ from typing import Final
 
 from frelay.config.model import Config
 from frelay.errors import ConfigError, Problem
+from frelay.key_mode import own_groups
 
-__all__ = ["find_account", "give_up", "seal"]
+__all__ = ["find_account", "give_up", "groups_in_force", "seal"]
 
 # linux/prctl.h
 _PR_SET_DUMPABLE: Final = 4
@@ -58,6 +59,17 @@ def find_account(config: Config) -> pwd.struct_passwd | None:
     if account.pw_uid == 0:
         raise _refusal(config, f'"{name}" is root: name a user that may do less, or leave the key out')
     return account
+
+
+def groups_in_force(config: Config) -> frozenset[int]:
+    """The ids of the groups that a relay with this configuration is in, once it has given up being root.
+
+    Raises ConfigError where ``[relay] user`` names nobody.
+    """
+    account = find_account(config)
+    if account is None or os.geteuid() == account.pw_uid:
+        return own_groups()
+    return frozenset(os.getgrouplist(account.pw_name, account.pw_gid))
 
 
 def give_up(config: Config) -> None:

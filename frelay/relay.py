@@ -42,7 +42,7 @@ from frelay.lobby import Withdrawn
 from frelay.names import Names
 from frelay.outcome import Outcome, Record
 from frelay.pairing import Forwarding, Pairing
-from frelay.privileges import find_account
+from frelay.privileges import groups_in_force
 from frelay.protocol.messages import Refused
 from frelay.raw_pump import PipePool
 from frelay.reception import Door
@@ -71,12 +71,14 @@ def prepare(
 
     ``contents`` and ``now`` are those of :func:`~frelay.tls.loading.load_outer_tls`.
     """
-    find_account(config)
+    groups = groups_in_force(config)
     _check_congestion_control(config)
     if config.tls is None:
         return None
     serves_http = config.admin is not None and config.admin.address is not None
-    return load_outer_tls(config.tls, source=config.path, serves_http=serves_http, contents=contents, now=now)
+    return load_outer_tls(
+        config.tls, source=config.path, serves_http=serves_http, contents=contents, now=now, key_readers=groups
+    )
 
 
 def _check_congestion_control(config: Config) -> None:

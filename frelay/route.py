@@ -251,6 +251,7 @@ def _pairing_limits(route: Route, limits: Limits, policy_ends_pairings: bool) ->
         half_close_timeout=route.limits.half_close_timeout,
         idle_timeout=route.limits.idle_timeout,
         stall_timeout=route.limits.stall_timeout,
-        max_lifetime=limits.max_lifetime,
+        max_lifetime=route.limits.max_lifetime,
+        certificate_grace=route.limits.certificate_grace,
         ends_with_certificates=policy_ends_pairings,
     )

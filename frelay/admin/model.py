@@ -83,6 +83,8 @@ class RouteBody(_Body):
     half_close_timeout: float | None = None
     idle_timeout: float | None = None
     stall_timeout: float | None = None
+    max_lifetime: float | None = None
+    certificate_grace: float | None = None
     max_waiting_per_party: _Whole | None = None
     max_pairings: _Whole | None = None
     max_bytes_per_second: _Whole | None = None
@@ -118,6 +120,8 @@ class PartyLimits(_View):
     half_close_timeout: float
     idle_timeout: float
     stall_timeout: float
+    max_lifetime: float
+    certificate_grace: float
     max_waiting_per_party: int
     max_pairings: int
     max_bytes_per_second: int | None

@@ -25,6 +25,7 @@ from frelay.config.values import (
     Count,
     Dial,
     Duration,
+    DurationOrZero,
     File,
     InnerTls,
     KeepAlive,
@@ -118,6 +119,8 @@ class RouteLimits(Section):
     half_close_timeout: Duration = 60
     idle_timeout: Duration = 3600
     stall_timeout: Duration = 120
+    max_lifetime: Duration = 86400
+    certificate_grace: DurationOrZero = 0
     max_waiting_per_party: Count = 16
     max_pairings: Count = 1024
     max_bytes_per_second: Count | None = None
@@ -131,7 +134,6 @@ class Limits(RouteLimits):
     handoff_timeout: Duration = 5
     ping_interval: Duration = 15
     pong_timeout: Duration = 10
-    max_lifetime: Duration = 86400
     # An idle pairing is 16 KiB of memory where both legs are raw, and some 150 KiB where both are tunnels.
     max_pairings_in_all: Count = 16384
     max_pre_auth: Count = 256

@@ -39,6 +39,7 @@ __all__ = [
     "Count",
     "Dial",
     "Duration",
+    "DurationOrZero",
     "File",
     "InnerTls",
     "KeepAlive",
@@ -65,6 +66,7 @@ _CONNECT_TIMEOUT: Final = 5.0  # seconds
 
 # Seconds. TOML has no duration, and a unit in the text would be a second notation to learn.
 Duration = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+DurationOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, slots=True)

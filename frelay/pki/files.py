@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
 from frelay.errors import CertificateError
+from frelay.key_mode import objection_to_mode
 
 __all__ = [
     "PemFile",
@@ -325,11 +326,8 @@ def read_file(path: Path, *, secret: bool = False) -> bytes:
             facts = os.fstat(stream.fileno())
             if not stat.S_ISREG(facts.st_mode):
                 raise CertificateError(f"{path}: is not a regular file; give the path of a PEM file")
-            if secret and stat.S_IMODE(facts.st_mode) & 0o077:
-                raise CertificateError(
-                    f"{path}: others than its owner can use this key (mode {stat.S_IMODE(facts.st_mode):04o}); "
-                    f"'chmod 600 {path}', and replace the key if anyone may have read it"
-                )
+            if secret and (objection := objection_to_mode(facts, path)) is not None:
+                raise CertificateError(f"{path}: {objection}, and replace the key if anyone may have read it")
             content = stream.read(_MAX_FILE + 1)
     except OSError as error:
         raise CertificateError(

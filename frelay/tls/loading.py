@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import datetime
 import re
-import stat
 import time
 from collections.abc import MutableMapping, Sequence
 from functools import partial
@@ -25,6 +24,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from frelay.config.model import TlsSection
 from frelay.errors import ConfigError, Problem
+from frelay.key_mode import objection_to_mode
 from frelay.tls.context import NOT_TAKEN, OuterTls, judgement_store, server_context
 from frelay.tls.identity import distinguished_name
 
@@ -39,8 +39,11 @@ _CRL_BLOCK: Final = re.compile(rb"-----BEGIN X509 CRL-----.+?-----END X509 CRL--
 class _Loader:
     """Collects what is wrong instead of stopping at the first thing."""
 
-    def __init__(self, source: Path, contents: MutableMapping[Path, bytes] | None = None) -> None:
+    def __init__(
+        self, source: Path, contents: MutableMapping[Path, bytes] | None, key_readers: frozenset[int] | None
+    ) -> None:
         self._source = source
+        self._key_readers = key_readers
         self._contents = {} if contents is None else contents
         self._given = frozenset(self._contents)
         self.problems: list[Problem] = []
@@ -79,9 +82,9 @@ class _Loader:
         if data is None:
             return None
         # What was given was read by somebody who has looked at the file.
-        mode = 0 if path in self._given else stat.S_IMODE(path.stat().st_mode)
-        if mode & 0o077:
-            self.complain("private_key", f"{path} has mode {mode:04o}, others can read it; chmod 600 {path}")
+        objection = None if path in self._given else objection_to_mode(path.stat(), path, self._key_readers)
+        if objection is not None:
+            self.complain("private_key", f"{path} {objection}")
         try:
             return load_pem_private_key(data, password=None)
         except TypeError:
@@ -115,15 +118,17 @@ def load_outer_tls(
     now: float | None = None,
     serves_http: bool = False,
     contents: MutableMapping[Path, bytes] | None = None,
+    key_readers: frozenset[int] | None = None,
 ) -> OuterTls:
     """Read and check the files of ``[tls]``; raises ConfigError with every problem, named by file and key.
 
     ``source`` is the route file, for the messages. With ``serves_http`` there is a second context, for the admin API.
     What is read is put into ``contents``, and what stands there already is not read: so another process, given both the
     ``contents`` and the ``now`` of this call, comes to the same result, whatever the files hold by then.
+    ``key_readers`` are the ids of the groups that the relay is in when it serves; by default those of this process.
     """
     now = time.time() if now is None else now
-    loader = _Loader(source, contents)
+    loader = _Loader(source, contents, key_readers)
     chain = loader.certificates("certificate", section.certificate)
     private_key = loader.private_key(section.private_key)
     authorities = loader.certificates("client_ca", section.client_ca)

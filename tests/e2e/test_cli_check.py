@@ -80,10 +80,10 @@ def test_a_bad_file_as_json(site: Site) -> None:
 
 def test_the_certificates_are_looked_at_too(site: Site) -> None:
     config = site.write()
-    site.relay_paths[1].chmod(0o640)
+    site.relay_paths[1].chmod(0o644)
     said = frelay_command("check", "-c", config)
     assert said.code == 1
-    assert f"tls.private_key: {site.relay_paths[1]} has mode 0640, others can read it" in said.messages[0]
+    assert f"tls.private_key: {site.relay_paths[1]} has mode 0644, others can read it" in said.messages[0]
     assert said.messages[1] == f"{config}: 1 problem"
 
 

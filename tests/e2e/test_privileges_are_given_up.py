@@ -289,3 +289,53 @@ async def test_another_user_waits_for_a_restart(site: Site) -> None:
         relay.signal(signal.SIGHUP)
         refused = await relay.log("reload refused, the old configuration stays")
         assert "there is no user" in refused["problem"]
+
+
+# --- a key that one group may read ------------------------------------------------------------------------------------
+
+FS_GROUP: Final = 5000
+UID_OF_A_POD: Final = 1000770
+
+
+def mount_with_fs_group(site: Site, gid: int) -> None:
+    """Files as Kubernetes mounts a Secret with ``fsGroup``: root's, of that group, and not to be changed."""
+    site.directory.chmod(0o755)
+    os.chown(site.directory, 0, 0)
+    for path in (*site.paths["func1"], *site.relay_paths, site.ca_path):
+        os.chown(path, 0, gid)
+        path.chmod(0o440)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_a_pod_reads_its_key_by_its_group(site: Site, workers: int) -> None:
+    mount_with_fs_group(site, FS_GROUP)
+    pod = ["setpriv", "--reuid", str(UID_OF_A_POD), "--regid", str(UID_OF_A_POD), "--groups", str(FS_GROUP)]
+    async with site.process(launcher=[*launcher(), *pod], workers=workers) as relay:
+        assert os.stat(f"/proc/{relay.process.pid}").st_uid in (0, UID_OF_A_POD)
+        await pair(await site.party(relay, "func1"), await site.party(relay, "func2"))
+        relay.signal(signal.SIGHUP)
+        await relay.log("reloaded")
+
+
+async def test_the_groups_that_count_are_those_of_the_user_to_become(site: Site) -> None:
+    mount_with_fs_group(site, NOBODY.pw_gid)
+    prepare(load(site.write(sections=USER)))
+    with pytest.raises(ConfigError, match=f"has mode 0440, others can read it; .* group {NOBODY.pw_gid}"):
+        prepare(load(site.write()))
+    async with site.process(sections=USER, launcher=launcher()) as relay:
+        assert_is_nobody(relay.process.pid, 0)
+
+
+def test_a_group_that_root_is_in_and_the_user_is_not(site: Site) -> None:
+    mount_with_fs_group(site, os.getegid())
+    prepare(load(site.write()))
+    with pytest.raises(ConfigError, match="has mode 0440"):
+        prepare(load(site.write(sections=USER)))
+
+
+def test_whatever_is_wider_is_refused_with_the_remedy(site: Site) -> None:
+    mount_with_fs_group(site, os.getegid())
+    for mode in (0o460, 0o444, 0o644, 0o660):
+        site.relay_paths[1].chmod(mode)
+        with pytest.raises(ConfigError, match=f"has mode {mode:04o}, others can read it; chmod 600 .* mode 0640"):
+            prepare(load(site.write()))

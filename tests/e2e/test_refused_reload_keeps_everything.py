@@ -119,7 +119,7 @@ CASES: dict[str, tuple[Callable[[Site], object], str]] = {
     "another encoding": (route_file_in_another_encoding, "relay.toml"),
     "certificate of another key": (with_good(certificate_of_another_key), "is not the key of"),
     "key of another certificate": (with_good(key_of_another_certificate), "is not the key of"),
-    "key that others can read": (with_good(lambda site: site.relay_paths[1].chmod(0o640)), "chmod 600"),
+    "key that others can read": (with_good(lambda site: site.relay_paths[1].chmod(0o660)), "chmod 600"),
     "no key": (with_good(lambda site: site.relay_paths[1].unlink()), "does not exist"),
     "directory as key": (with_good(directory_as_key), "cannot be read"),
     "empty key": (with_good(lambda site: site.relay_paths[1].write_bytes(b"")), "tls.private_key"),

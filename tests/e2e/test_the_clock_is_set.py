@@ -53,9 +53,11 @@ class Clock:
 
 
 @asynccontextmanager
-async def relay_with_clock(site: Site, ahead: int = 0) -> AsyncIterator[tuple[RelayProcess, Clock]]:
+async def relay_with_clock(
+    site: Site, ahead: int = 0, *, limits: str = ""
+) -> AsyncIterator[tuple[RelayProcess, Clock]]:
     clock = Clock(site, ahead)
-    async with site.process(ROUTES, sections=SECTIONS, env=clock.env) as relay:
+    async with site.process(ROUTES, sections=SECTIONS + limits, env=clock.env) as relay:
         yield relay, clock
 
 
@@ -117,6 +119,24 @@ async def test_ahead_and_back(site: Site) -> None:
         await stays.expect("PAIRED")
         await two.expect("PAIRED")
         assert len(relay.logged("pairing ended")) == len(short)
+
+
+async def test_a_grace_goes_by_the_date_too(site: Site) -> None:
+    """Set ahead, and within the grace, a pairing goes on; beyond it the pairing ends. Who waits has no grace."""
+    site.add("short", site.ca.ending(12 * HOUR, dns=["func1.demo"]))
+    async with relay_with_clock(site, limits=f"certificate_grace = {DAY}\n") as (relay, clock):
+        ends = await join_ends(site, relay, names=("short", "func2"))
+        goes = await waits(site, relay, "short")
+        clock.set(DAY)
+        assert (await goes.refusal())["code"] == "certificate-expired"
+        await talk(ends)
+        clock.set(0)
+        await relay.log("the clock was set", count=2)
+        await talk(ends)
+        clock.set(2 * DAY)
+        assert (await relay.log("pairing ended"))["outcome"] == "certificate-expired"
+        for end in ends:
+            assert await end.ended() in ("reset", "truncated")
 
 
 async def test_back_and_ahead(site: Site) -> None:

@@ -316,7 +316,7 @@ BROKEN = [
     ("handshake_timeout = 1\n", "handshake_timeout", 1, "belongs into [limits]"),
     ("[limits]\nhandshake_timout = 1\n", "limits.handshake_timout", 2, 'did you mean "handshake_timeout"?'),
     ("[limits]\nuser_timeout = 1\n", "limits.user_timeout", 2, "belongs into [tcp]"),
-    ("[limits]\nqqq = 1\n", "limits.qqq", 2, "known here: fd_budget, "),
+    ("[limits]\nqqq = 1\n", "limits.qqq", 2, "known here: certificate_grace, fd_budget, "),
     ('[limits]\n"a b\\u001b" = 1\n', 'limits."a b\\u001b"', 2, "known here"),
     ("[metrics.sub]\n", "metrics.sub", 1, "known here: listen"),
     ("relay = 1\n", "relay", 1, "write [relay]"),
