@@ -19,6 +19,7 @@ from frelay.client.alerts import refusal_of_certificate
 from frelay.client.core import Joining, Options, Plan
 from frelay.client.engine import Engine
 from frelay.client.lines import Lines, look_up_in_thread, numeric
+from frelay.client.signature import shows_its_options
 from frelay.client.steps import Close, Endpoint, Open, Pause, Receive, Resolve, Send, Step, drive_async
 from frelay.client.wire import CLOSE_PATIENCE, CUT_BEFORE_A_WORD, FAREWELL, FAREWELL_LOOK, LONGEST_FAREWELL
 from frelay.errors import CertificateRefused, Truncated
@@ -30,6 +31,7 @@ _READ: Final = 65536
 _WRITE: Final = 262144
 
 
+@shows_its_options
 async def connect(
     address: str, *, limit: int = 65536, **options: Unpack[Options]
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

@@ -20,6 +20,7 @@ from frelay.client.alerts import refusal_of_certificate
 from frelay.client.core import Joining, Options, Plan
 from frelay.client.engine import Engine
 from frelay.client.lines import Lines, look_up, numeric
+from frelay.client.signature import shows_its_options
 from frelay.client.steps import Close, Endpoint, Open, Pause, Receive, Resolve, Send, Step, drive_async
 from frelay.client.wire import CUT_BEFORE_A_WORD, FAREWELL, FAREWELL_LOOK, LONGEST_FAREWELL
 from frelay.errors import CertificateRefused, Truncated
@@ -34,6 +35,7 @@ _WRITE: Final = 262144
 T = TypeVar("T")
 
 
+@shows_its_options
 async def connect(address: str, **options: Unpack[Options]) -> TrioWire:
     """Join a route, wait for the other function, and give a stream to it: end-to-end mTLS, ready for use.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -81,6 +82,29 @@ def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pytest.fail(text)
         pytest.skip(text)
     return python
+
+
+def alone(interpreter: Path, *line: str) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    # Not in this directory, from which frelay would be imported.
+    return subprocess.run(line, check=False, capture_output=True, text=True, env=env, cwd=interpreter.parent)
+
+
+@pytest.mark.parametrize("way", ["frelay", "python -m frelay", "frelay run -c relay.toml", "frelay --version"])
+def test_the_command_says_in_a_line_what_is_missing(interpreter: Path, way: str) -> None:
+    """It needs what is not there, and no function does; a traceback would look as if frelay were broken."""
+    program, *arguments = way.split()
+    done = alone(interpreter, str(interpreter.with_name(program)), *arguments)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert re.fullmatch(r"frelay: the library \w+ is not installed, .*without --no-deps\n", done.stderr), done.stderr
+
+
+def test_the_trio_client_says_what_it_needs(interpreter: Path) -> None:
+    done = alone(interpreter, str(interpreter), "-c", "import frelay; frelay.client.asyncio; frelay.client.trio")
+    assert done.stderr.splitlines()[-1] == (
+        "ModuleNotFoundError: frelay.client.trio needs the library trio, which is not installed: pip install trio"
+    )
 
 
 @pytest.mark.parametrize("kind", ["blocking", "asyncio"])
