@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Running", "lines", "plan"]
 
+_ELSEWHERE: Final = (
+    "No relay was found, so relative paths were taken to start from {}. "
+    "Name the relay with --admin, or its file with --running: then they start from where that file is."
+)
+
 # Of a list of forty selectors nobody reads the end in a line; --json has it.
 _SHOWN: Final = 200
 
@@ -46,12 +51,18 @@ class Running:
 def plan(asked: Asked, *, running: Path | None, as_json: bool) -> int:
     """Print the plan; raises CallFailed, and ConfigError for the file of ``running``."""
     path = asked.config or Path(os.environ.get("FRELAY_CONFIG") or "relay.toml")
+    before = _before(asked, path, running)
     try:
-        new = load(path)
+        new = load(path, base=_base(before, path) if isinstance(before, Running) else None)
         prepare(new)
     except ConfigError as error:
-        return report_problems(path, error, as_json=as_json)
-    before = _of_file(running) if running is not None else _of_relay(asked, path)
+        code = report_problems(path, error, as_json=as_json)
+        is_lost = isinstance(before, CallFailed) and not as_json
+        if is_lost and any("does not exist" in problem.message for problem in error.problems):
+            print(_ELSEWHERE.format(path.absolute().parent), file=sys.stderr)
+        return code
+    if isinstance(before, CallFailed):
+        raise before
     found = planned(before.config, new)
     if as_json:
         print(json.dumps(_as_json(found, before, new)))
@@ -59,6 +70,23 @@ def plan(asked: Asked, *, running: Path | None, as_json: bool) -> int:
         for line in lines(found, before, new):
             print(line)
     return 1 if found.clashes else 0
+
+
+def _before(asked: Asked, path: Path, running: Path | None) -> Running | CallFailed:
+    """What is in force; or why that cannot be known, which is told only if nothing is wrong with the file itself."""
+    try:
+        return _of_file(running) if running is not None else _of_relay(asked, path)
+    except CallFailed as error:
+        return error
+
+
+def _base(running: Running, path: Path) -> Path | None:
+    """Where relative paths of the new file start from: where the running one is, which it is to replace.
+
+    None, for the new one's own directory, where that is the same, or where the relay is on another machine.
+    """
+    base = running.config.path.parent
+    return base if base != path.absolute().parent and base.is_dir() else None
 
 
 def _of_file(path: Path) -> Running:
@@ -184,7 +212,9 @@ def lines(plan: Plan, running: Running, new: Config) -> Iterator[str]:
     if plan.is_empty:
         yield f"no changes against {printable(running.source)}: {count(len(plan.keep), 'route')} as now"
         return
-    yield f"{printable(str(new.path))} against {printable(running.source)}:"
+    base = _base(running, new.path)
+    place = "" if base is None else f", as if it were in {printable(str(base))}"
+    yield f"{printable(str(new.path))} against {printable(running.source)}{place}:"
     drain = f"{new.relay.drain_timeout:g} s"
     for replaced in plan.replace:
         yield f"  replace  {replaced.new.name}{_hit(running, replaced.new.name, drain)}"

@@ -62,15 +62,17 @@ __all__ = ["load", "route_files"]
 SectionType = TypeVar("SectionType", bound=Section)
 
 
-def load(path: Path | str, *, edit: RouteFileEdit | None = None) -> Config:
+def load(path: Path | str, *, edit: RouteFileEdit | None = None, base: Path | None = None) -> Config:
     """Read the route file at ``path``, and the files of its ``routes_dir``: as they would be with ``edit``, if given.
+
+    Relative paths in it start from ``base``, by default from the file's own directory.
 
     Raises:
         ConfigError: with all problems, in the order of the files and of their lines. Their paths are absolute.
     """
     problems: list[Problem] = []
     main = read_document(Path(path).absolute(), problems)
-    config = None if main is None else _assemble(main, problems, edit)
+    config = None if main is None else _assemble(main, problems, edit, base or main.path.parent)
     if config is None:
         raise ConfigError(problems)
     return config
@@ -88,9 +90,8 @@ def route_files(directory: Path) -> tuple[Path, ...]:
     return tuple(directory / name for name in sorted(names) if name.endswith(".toml") and name[0] != ".")
 
 
-def _assemble(main: Document, problems: list[Problem], edit: RouteFileEdit | None) -> Config | None:
+def _assemble(main: Document, problems: list[Problem], edit: RouteFileEdit | None, base: Path) -> Config | None:
     """The configuration whose route file is ``main``, or None once there are ``problems``."""
-    base = main.path.parent
     for key in main.table:
         if key not in SECTIONS and key not in ARRAYS:
             main.report((key,), unknown_key(key, (*SECTIONS, *ARRAYS)))
@@ -106,7 +107,7 @@ def _assemble(main: Document, problems: list[Problem], edit: RouteFileEdit | Non
 
     files = [main.path]
     written = [WrittenRoute(main, place, table) for place, table in _tables(main, "route")]
-    routes_dir = _routes_dir(main, relay)
+    routes_dir = _routes_dir(main, relay, base)
     written += _routes_of_directory(main, routes_dir, files, edit)
     routes: list[tuple[WrittenRoute, RouteTable]] = []
     for route in written:
@@ -200,9 +201,9 @@ def _groups(main: Document, around: Surroundings) -> dict[str, tuple[Selector, .
 # --- routes_dir ------------------------------------------------------------------------------------------------
 
 
-def _routes_dir(main: Document, relay: RelaySection | None) -> Path | None:
+def _routes_dir(main: Document, relay: RelaySection | None, base: Path) -> Path | None:
     """Where more routes are: as written, or ``routes.d`` beside the file; None if what is written is no path."""
-    default = main.path.parent / "routes.d"
+    default = base / "routes.d"
     if relay is not None:
         return relay.routes_dir or default
     section = main.table.get("relay")
@@ -210,9 +211,7 @@ def _routes_dir(main: Document, relay: RelaySection | None) -> Path | None:
         return default
     try:
         # Another key of [relay] was wrong; the routes can be judged all the same.
-        only = RelaySection.model_validate(
-            {"routes_dir": section["routes_dir"]}, context=Surroundings(main.path.parent)
-        )
+        only = RelaySection.model_validate({"routes_dir": section["routes_dir"]}, context=Surroundings(base))
     except ValidationError:
         return None
     return only.routes_dir

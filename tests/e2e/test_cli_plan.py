@@ -11,6 +11,7 @@ from commands import Said, ask, frelay_command
 from rig import DEMO, Site, pair, reserved_port
 
 TWO = DEMO.replace('"demo"', '"two"')
+BY_API = ("--listen", "127.0.0.1:0", "--func1", "dns:a.acme", "--func2", "dns:b.acme")
 THREE = DEMO.replace('"demo"', '"three"')
 
 
@@ -129,6 +130,41 @@ def test_two_files_need_no_relay(site: Site) -> None:
     assert plan["remove"] == [{"name": "two", "listen": "127.0.0.1:0", "pairings": None, "waiting": None}]
     same = frelay_command("plan", "-c", old, "--running", old)
     assert (same.code, same.stdout) == (0, f"no changes against {old}: 2 routes as now\n")
+
+
+async def test_a_file_elsewhere_is_read_as_if_it_stood_in_the_place_of_the_running_one(site: Site) -> None:
+    """Relative paths, routes_dir among them, lead to the relay's own files; how the relay is found must be said."""
+    elsewhere = site.directory / "drafts" / "new.toml"
+    elsewhere.parent.mkdir()
+    found_by = f"unix:{site.directory}/a.sock"
+    async with site.process(DEMO, sections=ADMIN, options=["--no-watch"]):
+        assert (await ask("route", "add", "by-api", *BY_API, "--admin", found_by)).code == 0
+        elsewhere.write_text(site.config.read_text() + TWO)
+        said = await ask("plan", "-c", elsewhere, "--admin", found_by)
+        same = await ask("plan", "-c", "new.toml", cwd=elsewhere.parent, env={"FRELAY_ADMIN": found_by})
+        lost = await ask("plan", "-c", elsewhere)
+    assert (said.code, said.stderr) == (0, "")
+    assert said.stdout.splitlines() == [
+        f"{elsewhere} against relay-1 at {found_by}, as if it were in {site.directory}:",
+        "  add      two, on 127.0.0.1:0",
+        "  keep     2 routes as now",
+        "  bind     127.0.0.1:0 (route two)",
+    ]
+    assert same == said
+    assert lost.code == 1
+    assert f"{elsewhere.parent}/{site.ca_path.name} does not exist" in lost.stderr
+    assert "Name the relay with --admin, or its file with --running" in lost.messages[-1]
+
+
+def test_a_file_elsewhere_beside_a_running_file(site: Site) -> None:
+    old = site.write(DEMO)
+    elsewhere = site.directory / "drafts" / "new.toml"
+    elsewhere.parent.mkdir()
+    elsewhere.write_text(old.read_text() + TWO)
+    said = frelay_command("plan", "-c", elsewhere, "--running", old)
+    assert (said.code, said.stderr) == (0, "")
+    assert said.stdout.splitlines()[0] == f"{elsewhere} against {old}, as if it were in {site.directory}:"
+    assert said.stdout.splitlines()[1] == "  add      two, on 127.0.0.1:0"
 
 
 def test_a_section_that_comes_is_shown_as_a_whole(site: Site) -> None:
