@@ -454,8 +454,7 @@ class Joining:
 
     def _lost(self, error: OSError | Truncated, silence: float) -> NoReturn:
         """Say what it means that the relay could not be told or heard: our own time was up, or something about it."""
-        # With a number it is not our timeout but the kernel's, which has given the connection up.
-        if not isinstance(error, TimeoutError) or error.errno is not None:
+        if not _is_our_timeout(error):
             alert = certificate_alert(error)
             if alert is not None:
                 code = _CODES.get(alert, "not-authorised")
@@ -510,9 +509,9 @@ class Joining:
             if data:
                 raise HandOffFailed("the relay sent application data after PAIRED")
             tls.send_eof()
-        except (TimeoutError, _TimeIsUp):
-            raise HandOffFailed("the relay did not take its own ticket in time") from None
-        except (OSError, Truncated):
+        except (OSError, Truncated, _TimeIsUp) as error:
+            if isinstance(error, _TimeIsUp) or _is_our_timeout(error):
+                raise HandOffFailed("the relay did not take its own ticket in time") from None
             # The ticket is on its way, and the relay waits for it whatever becomes of this line. If it has gone
             # altogether the raw line tells.
             yield Close("outer")
@@ -551,6 +550,11 @@ class Joining:
             raise RemoteProtocolError("the other function chose an application protocol that was not offered")
         self._session = self._outer = None
         return Joined(paired, line, inner)
+
+
+def _is_our_timeout(error: Exception) -> bool:
+    """Whether a step's patience ended; with a number it is the kernel that has given the connection up."""
+    return isinstance(error, TimeoutError) and error.errno is None
 
 
 def _text(error: Exception) -> str:

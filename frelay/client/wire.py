@@ -328,6 +328,11 @@ def load_credentials(context: ssl.SSLContext, cert: StrPath, key: StrPath | None
     try:
         context.load_cert_chain(cert, key, ask_passphrase)
     except ssl.SSLError as error:
+        if key is None:
+            raise CertificateError(
+                f"cert: {cert} does not hold both a PEM certificate and its key ({error.reason or error}); "
+                "name the file of the key with key="
+            ) from None
         raise CertificateError(
             f"cert, key: {cert} and {key} are no PEM certificate and its key ({error.reason or error})"
         ) from None

@@ -114,6 +114,28 @@ async def test_what_is_no_proxy_is_no_way(site: Site, says: bytes) -> None:
         nursery.cancel_scope.cancel()
 
 
+@pytest.mark.parametrize("local", [(), ("--listen", "127.0.0.1:0"), ("--to", "127.0.0.1:1", "--retry", "always")])
+@pytest.mark.parametrize("variable", ["HTTPS_PROXY", "https_proxy"])
+async def test_a_proxy_of_the_environment_that_cannot_be_used_is_a_failure_that_names_it(
+    site: Site, variable: str, local: tuple[str, ...]
+) -> None:
+    """Nothing is wrong with the command line; and nobody waits for what no time mends."""
+    line = arguments(site, "relay.acme:9001", "func1", "func2", *local)
+    env = {"HTTPS_PROXY": "", "https_proxy": "", variable: "https://me:s3cret@proxy.acme:3128"}
+    async with command(line, env) as one:
+        assert await one.exit_code() == 1
+        await one.say("failed")
+        assert variable in one.stderr
+        assert "s3cret" not in one.stderr
+        assert "Usage" not in one.stderr
+
+
+async def test_a_proxy_of_the_command_line_that_cannot_be_used_is_usage(site: Site) -> None:
+    line = arguments(site, "relay.acme:9001", "func1", "func2", "--proxy", "https://proxy.acme:3128")
+    async with command(line) as one:
+        assert await one.exit_code() == 2
+
+
 @asynccontextmanager
 async def tinyproxy(site: Site) -> AsyncIterator[str]:
     """Debian's tinyproxy, asking for a password; gives its URL."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,7 +11,9 @@ from cryptography.hazmat.primitives import serialization
 
 import frelay
 from certs import TestAuthority
+from frelay.client.core import Plan
 from frelay.errors import CertificateError
+from frelay.protocol.identity import dns_name
 
 # Nobody listens on port 1 of loopback; and nobody should have been asked.
 NOWHERE: Final = "127.0.0.1:1"
@@ -85,8 +88,11 @@ def test_one_file_may_hold_certificate_and_key(arguments: dict[str, Any], tmp_pa
     both.write_bytes(Path(arguments["cert"]).read_bytes() + Path(arguments["key"]).read_bytes())
     with pytest.raises(frelay.RelayUnreachable):
         frelay.connect(NOWHERE, **{**arguments, "cert": both, "key": None})
-    with pytest.raises(CertificateError, match=r"func1\.pem and None are no PEM certificate and its key"):
+    with pytest.raises(CertificateError, match=r"func1\.pem does not hold both .* with key="):
         frelay.connect(NOWHERE, **{**arguments, "key": None})
+    del arguments["key"]
+    with pytest.raises(frelay.RelayUnreachable):
+        frelay.connect(NOWHERE, **{**arguments, "cert": both})
 
 
 @pytest.mark.parametrize(
@@ -94,6 +100,7 @@ def test_one_file_may_hold_certificate_and_key(arguments: dict[str, Any], tmp_pa
     [
         *("", "relay", "relay:", ":9001", "relay:port", "relay:0", "relay:65536", "relay:9001:9002", "::1:9001"),
         *("[::1]", "relay:9001 ", "https://relay:9001", "relay:-1", "relay:\u0661"),
+        *("re lay:9001", "relay\r\nX: y:9001", "relay\n:9001", "relay\0:9001", "rel\u202eay:9001", "relay:9001\n"),
     ],
 )
 def test_a_bad_address_is_shown_with_the_way_to_write_it(arguments: dict[str, Any], address: str) -> None:
@@ -118,3 +125,60 @@ def test_nothing_is_printed(arguments: dict[str, Any], capfd: pytest.CaptureFixt
     with pytest.raises(frelay.RelayUnreachable):
         frelay.connect(NOWHERE, **arguments)
     assert capfd.readouterr() == ("", "")
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("address", "given", "expected"),
+    [
+        ("relay.demo:9001", None, "relay.demo"),
+        ("relay.demo.:9001", None, "relay.demo"),
+        ("127.0.0.1:9001", "relay.demo.", "relay.demo"),
+        ("[fe80::1%eth0]:9001", None, "fe80::1"),
+        ("[::1]:9001", None, "::1"),
+    ],
+)
+def test_a_name_may_be_absolute(arguments: dict[str, Any], address: str, given: str | None, expected: str) -> None:
+    """The dot at its end is for the look-up, which keeps it; certificates and SNI have none."""
+    plan = Plan.make(address, server_name=given, **arguments)
+    assert plan.server_name == expected
+    assert plan.host == address.rpartition(":")[0].strip("[]")
+
+
+@pytest.mark.parametrize("peer", ["dns:func2.demo.", ["dns:a.demo", "dns:func2.demo."], "dns:*.demo."])
+def test_the_name_of_a_peer_may_be_absolute(arguments: dict[str, Any], peer: str | list[str]) -> None:
+    plan = Plan.make(NOWHERE, **{**arguments, "peer": peer})
+    assert any(selector.matches(dns_name("func2.demo")) for selector in plan.expected)
+
+
+@pytest.mark.parametrize("peer", ["dns:func2.demo..", "dns:.", "dns:.demo", "uri:spiffe://acme./x/."])
+def test_other_dots_are_none(arguments: dict[str, Any], peer: str) -> None:
+    with pytest.raises(ValueError, match=r"label|segment|trust domain|empty"):
+        Plan.make(NOWHERE, **{**arguments, "peer": peer})
+
+
+@pytest.mark.parametrize(
+    "name", [".", "..", ".demo", "relay..demo", "relay.demo..", "a b", "a\0b", "a" * 64, "r\u00e9" * 60]
+)
+def test_a_server_name_that_is_none_is_found_before_anything_is_dialled(arguments: dict[str, Any], name: str) -> None:
+    """The ssl module would find it in the middle of the joining."""
+    with pytest.raises(ValueError, match=r"server_name: .* is not a host name"):
+        frelay.connect(NOWHERE, server_name=name, **arguments)
+
+
+def test_a_wait_is_a_number(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="wait: this is not a number"):
+        frelay.connect(NOWHERE, wait=math.nan, **arguments)
+    assert Plan.make(NOWHERE, wait=math.inf, **arguments).wait is None
+
+
+def test_a_proxy_of_the_environment_that_cannot_be_used_is_no_fault_of_the_call(
+    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "socks5://proxy.acme:1080")
+    with pytest.raises(frelay.RelayUnreachable, match="HTTPS_PROXY"):
+        frelay.connect("relay.acme:9001", **arguments)
+    with pytest.raises(ValueError, match="socks5"):
+        frelay.connect("relay.acme:9001", proxy="socks5://proxy.acme:1080", **arguments)

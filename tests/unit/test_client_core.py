@@ -2,131 +2,27 @@
 
 from __future__ import annotations
 
-import socket
-import ssl
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from frelay.client.core import Joined, Joining, Plan
+from fake_relay import PAIRED, WAITING, FakeRelay, join, make_plan, pair_at_once, peer
+from frelay.client.core import Joining, Plan
 from frelay.client.engine import Engine
+from frelay.client.proxy import Proxy
 from frelay.client.retry import Retry
-from frelay.client.steps import Close, Endpoint, Open, Pause, Receive, Resolve, Send, Step, drive
-from frelay.client.wire import inner_context
-from frelay.errors import HandOffFailed, Refused, RelayUnreachable
+from frelay.client.steps import Close, Open, Receive, Send, Step, drive
+from frelay.client.wire import agreed_protocol, inner_context
+from frelay.errors import HandOffFailed, PeerGone, Refused, RelayUnreachable
 from frelay.protocol import messages
-from frelay.protocol.messages import Join, Leave, Message, Mode, Paired, Pong, Waiting
-from frelay.protocol.session import RelaySession
+from frelay.protocol.messages import Join, Leave, Message, Mode, Pong
 from rig import Site
-
-WAITING = Waiting("demo", "func1", "dns:func1.demo", 60.0, None)
-PAIRED = Paired("0", "demo", "dns:func2.demo", "client", "handoff")
-
-
-class FakeRelay:
-    """Answers the steps of one joining; ``answer`` is called for each message, and may call :meth:`say`."""
-
-    def __init__(self, site: Site, answer: Callable[[FakeRelay, Message], None]) -> None:
-        self.site = site
-        self.answer = answer
-        self.chunk = 65536
-        self.now = 0.0
-        self.heard: list[Message] = []
-        self.opened: list[Endpoint] = []
-        self.refusing: set[str] = set()
-        self.pauses: list[float] = []
-        self.peer: Engine | None = None
-        self._connect()
-
-    def _connect(self) -> None:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(*self.site.relay_paths)
-        context.set_alpn_protocols(["frelay/1"])
-        context.num_tickets = 0
-        self.tls = Engine(context, server_side=True)
-        self.session = RelaySession()
-        self.is_raw = self.is_up = False
-        self.out = b""
-
-    def say(self, *said: Message) -> None:
-        """Several messages in one TLS record."""
-        self.tls.write(b"".join(self.session.send(message) for message in said))
-
-    def hand_off(self) -> None:
-        self.say(PAIRED)
-        self.tls.send_eof()
-
-    def perform(self, step: Step) -> Any:
-        match step:
-            case Resolve(_, port, _):
-                return [Endpoint(socket.AF_INET, (host, port)) for host in ("192.0.2.1", "192.0.2.2")]
-            case Open(_, endpoint, patience):
-                self.opened.append(endpoint)
-                if endpoint.sockaddr[0] in self.refusing:
-                    self.now += patience
-                    raise TimeoutError("timed out")
-                return self._connect()
-            case Send(_, data, _):
-                return self._take(data)
-            case Receive(_, patience):
-                data, self.out = self.out[: self.chunk], self.out[self.chunk :]
-                if not data:
-                    self.now += patience
-                    raise TimeoutError("timed out")
-                return data
-            case Close():
-                return None
-            case Pause(seconds):
-                self.pauses.append(seconds)
-                self.now += seconds
-                return None
-            case _:
-                raise AssertionError(step)
-
-    def _take(self, data: bytes) -> None:
-        if self.is_raw and self.peer is not None:
-            self._meet(data)
-            return
-        self.tls.feed(data)
-        if not self.is_up:
-            self.is_up = self.tls.handshake()
-        said: bytes | None = None
-        while self.is_up and (said := self.tls.read(65536)):
-            for message in self.session.receive(said):
-                self.heard.append(message)
-                self.answer(self, message)
-        self.out += self.tls.take()
-        self.is_raw = said == b""  # its close_notify
-
-    def _meet(self, data: bytes) -> None:
-        assert self.peer is not None
-        self.peer.feed(data)
-        if self.peer.handshake():
-            self.peer.write(b"hello")
-        self.out += self.peer.take()
 
 
 @pytest.fixture
 def plan(site: Site) -> Plan:
-    cert, key = site.paths["func1"]
-    return Plan.make("localhost:9001", cert=cert, key=key, ca=site.ca_path, peer="dns:func2.demo")
-
-
-def peer(site: Site, below: Engine | None = None) -> Engine:
-    return Engine(inner_context("server", *site.paths["func2"], site.ca_path), server_side=True, below=below)
-
-
-def join(plan: Plan, relay: FakeRelay) -> tuple[Joining, Joined]:
-    joining = Joining(plan, lambda: relay.now)
-    return joining, drive(joining.steps(), relay.perform, None)
-
-
-def pair_at_once(relay: FakeRelay, message: Message) -> None:
-    if isinstance(message, Join):
-        relay.say(WAITING)
-        relay.hand_off()
+    return make_plan(site)
 
 
 @pytest.mark.parametrize("chunk", [65536, 100, 1])
@@ -281,3 +177,154 @@ def test_a_function_that_gives_up_while_it_waits_says_leave(site: Site, plan: Pl
     relay.perform(Send("outer", joining.last_words("outer"), 1.0))
     assert relay.heard[-1] == Leave()
     assert joining.last_words("outer") == b"", "a last word is said once"
+
+
+# --- who answers a byte at a time, or any number ----------------------------------------------------------------------
+
+
+class Slow(FakeRelay):
+    """Gives a byte at a time, each after nearly all of our patience."""
+
+    def perform(self, step: Step) -> Any:
+        if isinstance(step, Receive):
+            self.chunk = 1
+            self.now += 20.0
+            if self.now > 1000.0:
+                raise AssertionError("nobody ends this")
+        return super().perform(step)
+
+
+def test_a_handshake_in_single_bytes_has_one_patience(site: Site, plan: Plan) -> None:
+    relay = Slow(site, pair_at_once)
+    with pytest.raises(RelayUnreachable, match="no TLS with localhost:9001: timed out"):
+        join(plan, relay)
+    assert relay.now <= 60.0
+
+
+@pytest.mark.parametrize(("wait", "error"), [(None, RelayUnreachable), (25.0, Refused)])
+def test_an_answer_of_a_proxy_in_single_bytes_has_one_patience(
+    site: Site, plan: Plan, wait: float | None, error: type[Exception]
+) -> None:
+    """And ends with ``wait``, which is for everything together."""
+
+    class Proxying(Slow):
+        def _take(self, data: bytes) -> None:
+            self.out += b"HTTP/1.1 200 OK\r\nX-Filler: x\r\n\r\n"
+
+    relay = Proxying(site, pair_at_once)
+    with pytest.raises(error, match=r"no answer from the proxy|nobody came within 25 s"):
+        join(replace(plan, proxy=Proxy("proxy", 3128), wait=wait), relay)
+    assert relay.now <= 60.0
+
+
+@pytest.mark.parametrize("retry_after", [1e308, 1e9, 2.0**63])
+def test_an_absurd_retry_after_is_a_day(site: Site, plan: Plan, retry_after: float) -> None:
+    """time.sleep() has no such number, and a service that sleeps for thirty years is none."""
+    said = iter([True, False])
+
+    def answer(relay: FakeRelay, message: Message) -> None:
+        if isinstance(message, Join) and next(said):
+            relay.say(messages.Refused("draining", "much later", retry_after))
+        elif isinstance(message, Join):
+            pair_at_once(relay, message)
+
+    relay = FakeRelay(site, answer)
+    relay.peer = peer(site)
+    join(replace(plan, retry=Retry()), relay)
+    assert [86400 <= pause < 86401 for pause in relay.pauses] == [True]
+
+
+def test_a_protocol_that_is_no_text_is_none_of_ours() -> None:
+    """OpenSSL gives a client whatever octets a server has chosen, in the versions that do not compare them."""
+
+    class Odd:
+        def selected_alpn_protocol(self) -> str:
+            return b"\xff".decode()
+
+    assert agreed_protocol(Odd()) == ""  # type: ignore[arg-type]
+
+
+# --- the first connection of a ticket ---------------------------------------------------------------------------------
+
+
+class Ticketing(FakeRelay):
+    """Gives a ticket, and takes it on the raw line; ``breaks`` is what becomes of the first line then."""
+
+    def __init__(self, site: Site, breaks: bytes | OSError | None) -> None:
+        super().__init__(site, self._give)
+        self.breaks = breaks
+        self.peer = peer(site)
+        self.took: bytes | None = None
+        self.closed: list[str] = []
+
+    def _give(self, relay: FakeRelay, message: Message) -> None:
+        if isinstance(message, Join):
+            relay.say(WAITING, replace(PAIRED, mode="ticket", ticket="00" * 32))
+
+    def perform(self, step: Step) -> Any:
+        match step:
+            case Open("raw"):
+                return None
+            case Send("raw", data) if self.took is None:
+                self.took = data
+                self.is_raw = True
+                return None
+            case Receive("outer") if self.took is not None:
+                if isinstance(self.breaks, OSError):
+                    raise self.breaks
+                if self.breaks is not None:
+                    return self.breaks
+                self.tls.send_eof()
+                return self.tls.take()
+            case Close(line):
+                self.closed.append(line)
+                return None
+            case _:
+                return super().perform(step)
+
+
+@pytest.mark.parametrize(
+    "breaks",
+    [
+        None,
+        b"",
+        b"no TLS at all",
+        b"\x17\x03\x03\x00\x20" + bytes(32),
+        ConnectionResetError(104, "Connection reset by peer"),
+        TimeoutError(110, "Connection timed out"),
+        BrokenPipeError(32, "Broken pipe"),
+    ],
+)
+def test_it_may_break_once_the_ticket_is_on_its_way(site: Site, plan: Plan, breaks: bytes | OSError | None) -> None:
+    relay = Ticketing(site, breaks)
+    _, joined = join(replace(plan, mode="ticket"), relay)
+    assert relay.took == b"FRELAY/1 " + b"00" * 32 + b"\n"
+    assert joined.line == "raw"
+    assert relay.closed == ["outer"]
+
+
+def test_where_the_relay_has_gone_with_it_the_raw_line_tells(site: Site, plan: Plan) -> None:
+    class Gone(Ticketing):
+        def perform(self, step: Step) -> Any:
+            if isinstance(step, Receive) and step.line == "raw":
+                return b""
+            return super().perform(step)
+
+    with pytest.raises(PeerGone, match="went away before its TLS was up"):
+        join(replace(plan, mode="ticket"), Gone(site, b""))
+
+
+def test_a_relay_that_says_nothing_more_has_not_taken_it(site: Site, plan: Plan) -> None:
+    with pytest.raises(HandOffFailed, match="did not take its own ticket in time"):
+        join(replace(plan, mode="ticket"), Ticketing(site, TimeoutError("timed out")))
+
+
+def test_what_breaks_before_the_ticket_is_sent_is_a_fault(site: Site, plan: Plan) -> None:
+    class Unreachable(Ticketing):
+        def perform(self, step: Step) -> Any:
+            if isinstance(step, Send) and step.line == "raw":
+                raise BrokenPipeError(32, "Broken pipe")
+            return super().perform(step)
+
+    with pytest.raises(HandOffFailed, match=r"could not be brought: .*Broken pipe"):
+        join(replace(plan, mode="ticket"), Unreachable(site, None))
