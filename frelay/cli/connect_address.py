@@ -217,9 +217,11 @@ async def _dial_unix(path: Path) -> trio.socket.SocketType:
     return trio.socket.from_stdlib_socket(sock)
 
 
-def _reason(error: OSError) -> str:
+def _reason(error: BaseException) -> str:
     """Why all addresses failed: trio keeps that in a group behind its own sentence."""
     cause = error.__cause__
     if isinstance(cause, BaseExceptionGroup):
-        return "; ".join(dict.fromkeys(getattr(one, "strerror", None) or str(one) for one in cause.exceptions))
-    return error.strerror or str(error)
+        return "; ".join(dict.fromkeys(_reason(one) for one in cause.exceptions))
+    number = getattr(error, "errno", None)
+    # A positive one is the kernel's, to which trio adds the address; the resolver's have their own sentence.
+    return os.strerror(number) if number and number > 0 else getattr(error, "strerror", None) or str(error)

@@ -13,6 +13,7 @@ The bridge ends the wire. The local side stays its owner's, who ends it in order
 
 from __future__ import annotations
 
+import errno
 from typing import Final
 
 import trio
@@ -24,6 +25,9 @@ from frelay.client.trio import TrioWire
 __all__ = ["Broken", "bridge"]
 
 _CHUNK: Final = 262144
+_RESET: Final = frozenset(
+    {errno.ECONNRESET, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN}
+)
 _INSIDE: Final = "the local side"
 _OUTSIDE: Final = "the other function"
 
@@ -38,27 +42,56 @@ class _Carrier:
     def __init__(self, source: str, sink: str) -> None:
         self._source: Final = source
         self._sink: Final = sink
+        self._dropping: Final = trio.CancelScope()
         self.count = 0
         self.lost: str | None = None
-        """Why bytes of this direction were dropped, though its source went on to its end."""
+        """Why bytes of this direction were dropped, though its source went on."""
+        self.reset: OSError | None = None
+        """How the sink's connection broke, where that was a reset and not only an end of its reading."""
 
-    async def carry(self, source: trio.abc.ReceiveStream, sink: trio.abc.HalfCloseableStream) -> None:
-        """Carry to the source's end, or until the sink takes nothing more; raises Broken where the source breaks."""
-        while True:
-            try:
-                data = await source.receive_some(_CHUNK)
-            except (trio.BrokenResourceError, OSError) as error:
-                raise Broken(f"{self._source} broke: {error.__cause__ or error}") from error
-            try:
-                if not data:
-                    await sink.send_eof()
-                    return
-                await sink.send_all(data)
-            except trio.BrokenResourceError as error:
-                if data:
-                    self.lost = f"{self._sink} takes nothing more: {error.__cause__ or error}"
-                return
-            self.count += len(data)
+    async def carry(
+        self, source: trio.abc.ReceiveStream, sink: trio.abc.HalfCloseableStream, opposite: _Carrier
+    ) -> None:
+        """Carry to the source's end; raises Broken where the source breaks.
+
+        Once the sink takes nothing more, bytes are dropped as long as the opposite direction goes on. They are still
+        read, since a program that cannot write may not read either, and then that direction would never end.
+        """
+        try:
+            while True:
+                data = await self._receive(source)
+                if not data and opposite.reset is not None:
+                    # Writing was told of the reset, and the kernel tells only once: this is no end.
+                    raise Broken(f"{self._source} broke: {opposite.reset}")
+                try:
+                    if not data:
+                        await sink.send_eof()
+                        return
+                    await sink.send_all(data)
+                except trio.BrokenResourceError as error:
+                    if not data:
+                        return
+                    self._lose(error)
+                    break
+                self.count += len(data)
+            with self._dropping:
+                while await self._receive(source):
+                    pass
+        finally:
+            opposite._dropping.cancel(reason="the other direction has ended")
+
+    async def _receive(self, source: trio.abc.ReceiveStream) -> bytes:
+        try:
+            return bytes(await source.receive_some(_CHUNK))
+        except (trio.BrokenResourceError, OSError) as error:
+            raise Broken(f"{self._source} broke: {error.__cause__ or error}") from error
+
+    def _lose(self, error: trio.BrokenResourceError) -> None:
+        cause = error.__cause__
+        self.lost = f"{self._sink} takes nothing more: {cause or error}"
+        # After a FIN it would be EPIPE: see tcp_reset in net/ipv4/tcp_input.c.
+        if isinstance(cause, OSError) and cause.errno in _RESET:
+            self.reset = cause
 
 
 async def bridge(local: LocalSide, wire: TrioWire, report: Report) -> None:
@@ -66,8 +99,8 @@ async def bridge(local: LocalSide, wire: TrioWire, report: Report) -> None:
     out, back = _Carrier(_INSIDE, _OUTSIDE), _Carrier(_OUTSIDE, _INSIDE)
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(out.carry, local, wire)
-            nursery.start_soon(back.carry, wire, local)
+            nursery.start_soon(out.carry, local, wire, back)
+            nursery.start_soon(back.carry, wire, local, out)
         if out.lost is not None:
             await local.see_off()
     except BaseException as error:

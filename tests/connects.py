@@ -1,0 +1,85 @@
+"""Both ends of ``frelay connect`` as services: a local port here, a local service there, and who calls.
+
+async with serving(echo) as service, site.relay() as relay:
+    async with offering(site, relay, service.address) as there, port_here(site, relay) as (here, place):
+        async with await dial(place) as caller:
+            await still_echoes(caller)
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Final
+
+import trio
+
+from command import Command, arguments, command
+from frelay.client.core import split_address
+from rig import PATIENCE, RelayInProcess, RelayProcess, Site
+
+__all__ = ["dial", "ends_by_reset", "offering", "port_here", "reset", "still_echoes"]
+
+_CUT: Final = b"\1\0\0\0\0\0\0\0"
+
+
+@asynccontextmanager
+async def offering(
+    site: Site, relay: RelayInProcess | RelayProcess | int, place: str, *more: str
+) -> AsyncIterator[Command]:
+    """func2 with ``--to``, once its first leg waits."""
+    port = relay if isinstance(relay, int) else relay.port()
+    async with command(arguments(site, f"127.0.0.1:{port}", "func2", "func1", "--to", place, *more)) as there:
+        await there.say("waiting")
+        yield there
+
+
+@asynccontextmanager
+async def port_here(
+    site: Site, relay: RelayInProcess | RelayProcess | int, *more: str, at: str = "127.0.0.1:0", lives: bool = True
+) -> AsyncIterator[tuple[Command, str]]:
+    """func1 with ``--listen``, and the address that it listens on; it must outlive the test if it ``lives``."""
+    port = relay if isinstance(relay, int) else relay.port()
+    async with command(arguments(site, f"127.0.0.1:{port}", "func1", "func2", "--listen", at, *more)) as here:
+        yield here, (await here.say("listening"))["address"]
+        assert not lives or here.process.returncode is None, here.stderr
+        assert "Traceback" not in here.stderr
+
+
+async def dial(place: str) -> trio.SocketStream:
+    """A connection to ``HOST:PORT`` or ``unix:PATH``."""
+    with trio.fail_after(PATIENCE):
+        if place.startswith("unix:"):
+            return await trio.open_unix_socket(os.fspath(place.removeprefix("unix:")))
+        return await trio.open_tcp_stream(*split_address(place))
+
+
+async def still_echoes(stream: trio.SocketStream, text: bytes = b"as before") -> None:
+    """What is sent comes back, and nothing else."""
+    with trio.fail_after(PATIENCE):
+        await stream.send_all(text)
+        heard = b""
+        while len(heard) < len(text):
+            data = await stream.receive_some(65536)
+            assert data, f"an end after {heard!r}"
+            heard += data
+        assert heard == text
+
+
+def reset(stream: trio.SocketStream) -> None:
+    """Close it by RST."""
+    stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _CUT)
+    stream.socket.close()
+
+
+async def ends_by_reset(stream: trio.SocketStream) -> bool:
+    """Whether it ends by RST, and not by an end that looks as if all had come."""
+    with trio.fail_after(PATIENCE):
+        try:
+            while await stream.receive_some(65536):
+                pass
+        except trio.BrokenResourceError:
+            return True
+        return False
