@@ -17,6 +17,7 @@ from typing import Any, Final
 import trio
 
 from frelay.admission import Admission
+from frelay.choice import Table
 from frelay.config.model import Address, Config, Route
 from frelay.config.plan import ListenerKey, Plan, listener_key
 from frelay.errors import ConfigError, Problem
@@ -65,7 +66,7 @@ class InForce:
         self.trust: OuterTls | None = None
         self.routes: dict[str, LiveRoute] = {}
         self.listeners: dict[ListenerKey, Listener] = {}
-        self.tables: dict[ListenerKey, dict[str, LiveRoute]] = {}
+        self.tables: dict[ListenerKey, Table[LiveRoute]] = {}
         """The routes behind each listener."""
         self.retired: Final[set[LiveRoute]] = set()
         """Routes that were removed or replaced and still have pairings."""
@@ -164,7 +165,7 @@ class InForce:
         self.inspection_due.set()
         ends = new.relay.policy_ends_pairings
         self.routes = {}
-        self.tables = {key: {} for key in needed}
+        tables: dict[ListenerKey, dict[str, LiveRoute]] = {key: {} for key in needed}
         for route in new.routes:
             if route.name in keep:
                 live = old_routes[route.name]
@@ -179,7 +180,8 @@ class InForce:
                 )
             self.routes[route.name] = live
             self._journal.keep(route.name)
-            self.tables[listener_key(route)][route.name] = live
+            tables[listener_key(route)][route.name] = live
+        self.tables = {key: Table(table) for key, table in tables.items()}
         self._admission.limits = new.limits
         for key, listener in opened.items():
             self.listeners[key] = listener

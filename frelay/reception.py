@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import socket
-from collections.abc import Awaitable, Callable, Hashable, Mapping
+from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, TypeVar
@@ -20,7 +20,7 @@ import structlog
 import trio
 
 from frelay.admission import Admission, Slot
-from frelay.choice import TurnedAway, choose
+from frelay.choice import Table, TurnedAway, choose, stranger
 from frelay.config.model import Limits, TcpSection
 from frelay.dial import bring_service
 from frelay.errors import ConnectionBroken, RemoteProtocolError
@@ -48,7 +48,7 @@ _MODES: Final[tuple[Mode, ...]] = ("handoff", "ticket", "tunnel")
 class Door:
     """What a connection meets behind a listener; made anew for each, so that a reload counts from the next one on."""
 
-    routes: Mapping[str, LiveRoute]
+    routes: Table[LiveRoute]
     """The routes that share the listener's address, by name."""
     limits: Limits
     tcp: TcpSection
@@ -110,7 +110,7 @@ class _Guest:
             self._note_refusal("limit", too_many)
             return
         tune(self._sock, self._door.tcp)
-        plain = next((route for route in self._door.routes.values() if route.config.outer == "none"), None)
+        plain = self._door.routes.plain
         if plain is not None:
             await self._visit_plain(plain)
         else:
@@ -154,7 +154,7 @@ class _Guest:
             await self._admit(framed, join, server_name)
 
     async def _visit_frameless(self, stream: TlsStream, peer: VerifiedPeer, server_name: str) -> None:
-        hello = next((route for route in self._door.routes.values() if route.config.handoff == "hello"), None)
+        hello = self._door.routes.hello
         if hello is None:
             bare = self.leg = BareLeg(stream, peer, self._address)
             await self._admit(bare, None, server_name)
@@ -233,8 +233,12 @@ class _Guest:
             leg.traceparent = join.traceparent
             self.log = self.log.bind(traceparent=join.traceparent)
         try:
-            names = leg.peer.identity.names if leg.peer is not None else ()
-            route, fit = choose(self._door.routes, names, join, server_name)
+            if leg.peer is None:
+                raise AssertionError("a leg in outer TLS whose certificate nobody has verified")
+            identity = leg.peer.identity
+            if identity.objection is not None:
+                raise stranger(identity.objection)
+            route, fit = choose(self._door.routes, identity.names, join, server_name)
             leg.admit_as(fit.party, str(fit.name))
             if join is not None:
                 leg.attempt, leg.wait, leg.mode = join.attempt, join.wait, _choose_mode(join)

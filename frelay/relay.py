@@ -28,6 +28,7 @@ import structlog
 import trio
 
 from frelay.admission import Admission, raise_descriptor_limit
+from frelay.choice import Table
 from frelay.config.load import load
 from frelay.config.model import Config
 from frelay.config.plan import ListenerKey, Plan, listener_key, plan
@@ -273,7 +274,7 @@ class Relay:
         def door() -> Door:
             now = self._now
             return Door(
-                routes=now.tables.get(key, {}),
+                routes=now.tables.get(key) or Table(),
                 limits=now.config.limits,
                 tcp=now.config.tcp,
                 trust=now.trust,

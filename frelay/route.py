@@ -18,13 +18,12 @@ import trio
 
 from frelay.bandwidth import Bandwidth
 from frelay.charges import Charges
-from frelay.choice import Fit, fits
+from frelay.choice import Parties
 from frelay.config.model import Dial, Limits, Route
 from frelay.leg import Leg
 from frelay.lobby import Lobby, Place, Withdrawn, opposite
 from frelay.outcome import Outcome
 from frelay.pairing import Forwarding, Pairing, PairingLimits, new_pairing_pool
-from frelay.protocol.identity import Name
 from frelay.protocol.messages import PartyName, Refused
 from frelay.shares import described
 from frelay.tls.context import OuterTls
@@ -74,6 +73,7 @@ class LiveRoute:
         self.limits = limits
         self.lobby: Final = Lobby(max_waiting=route.limits.max_waiting_per_party, clock=trio.current_time)
         self.pairings: Final[dict[str, Pairing]] = {}
+        self.parties: Final = Parties(route)
         self.charges = Charges(route)
         self._pool: Final = new_pairing_pool()
         self._pairing_limits = _pairing_limits(route, limits, policy_ends_pairings)
@@ -102,10 +102,6 @@ class LiveRoute:
             self._bandwidth.rate = rate
         elif rate is not None:
             self._bandwidth = Bandwidth(rate)
-
-    def fits(self, names: tuple[Name, ...]) -> list[Fit]:
-        """Which parties of this route a function with these names may play."""
-        return fits(self.config, names)
 
     def admits_address(self, host: str) -> bool:
         """Whether a plain route's ``allow_from`` holds this source address."""

@@ -31,14 +31,14 @@ from datetime import UTC, datetime
 from difflib import SequenceMatcher
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from frelay.choice import Fit, TurnedAway, choose, fits
+from frelay.choice import Fit, Parties, Table, TurnedAway, choose, stranger
 from frelay.config.model import Config, Dial, Party, Route
 from frelay.config.plan import listener_key
 from frelay.protocol.identity import Kind, Name, OddName, Selector, dns_name
 from frelay.protocol.messages import Join, PartyName
 from frelay.tls.context import OuterTls, Rejection
 from frelay.tls.facts import CertificateFacts, Claim, certificate_facts, iso
-from frelay.tls.identity import identities
+from frelay.tls.identity import MOST_NAMES, identities
 from frelay.tls.rehearsal import Rehearsal, rehearse
 
 if TYPE_CHECKING:
@@ -158,22 +158,28 @@ def examine(
     if trust is None or not guarded:
         # Nobody asks for a certificate, so none is refused.
         return Verdict(facts, (), (), 0, plain, None, ())
-    names = identities(chain[0]).names
+    identity = identities(chain[0])
+    names = identity.names
     shared = Counter(map(listener_key, config.routes))
     found = tuple(
         RouteFit(one.name, tuple(parties), _how_to_ask(one, parties, shared[listener_key(one)]))
         for one in guarded
-        if (parties := fits(one, names))
+        if (parties := Parties(one).fits(names))
     )
     rehearsal = rehearse(trust, chain)
     checks, refusal = _verify(rehearsal, trust, facts, config)
     named, chosen = _names(facts), _route(guarded, found, names, config)
-    if refusal is None:
+    if refusal is None and identity.objection is not None:
+        turned = stranger(identity.objection)
+        remedy = f"issue certificates with at most {MOST_NAMES} names: one for each function, say"
+        checks += [Check("names", "refuses", identity.objection, remedy), Check("route", "not reached")]
+        refusal = Refusal(turned.refusal.code, turned.why, told=turned.refusal.reason)
+    elif refusal is None:
         checks += [named, chosen[0]]
         refusal = chosen[1]
     else:
         checks += [Check("names", "not reached"), Check("route", "not reached")]
-    hints = [] if found else list(_hints(facts, guarded))
+    hints = [] if found or identity.objection else list(_hints(facts, guarded))
     if facts.authority and not all(certificate_facts(one).authority for one in chain[1:]):
         hints.insert(0, "the file begins with the certificate of an authority; the function's own must be the first")
     return Verdict(facts, tuple(checks), found, len(guarded), plain, refusal, tuple(hints[:_HINTS]))
@@ -325,14 +331,15 @@ def _names(facts: CertificateFacts) -> Check:
 class _Candidate:
     """A configured route as ``choice`` wants it."""
 
-    route: Route
+    config: Route
 
     @property
     def name(self) -> str:
-        return self.route.name
+        return self.config.name
 
-    def fits(self, names: tuple[Name, ...]) -> list[Fit]:
-        return fits(self.route, names)
+    @property
+    def parties(self) -> Parties:
+        return Parties(self.config)
 
 
 def _route(
@@ -347,7 +354,7 @@ def _route(
     neighbours = asked if only is None else [one for one in config.routes if listener_key(one) == listener_key(only)]
     join = None if only is None else Join(attempt="", route=only.name)
     try:
-        choose({one.name: _Candidate(one) for one in neighbours}, names, join, "")
+        choose(Table({one.name: _Candidate(one) for one in neighbours}), names, join, "")
     except TurnedAway as turned:
         text = f"fits none of {len(asked)} routes" if only is None else f"fits neither party of route {only.name}"
         if only is not None:

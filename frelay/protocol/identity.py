@@ -35,11 +35,14 @@ __all__ = [
     "Name",
     "OddName",
     "Selector",
+    "alternative_name_count",
     "dns_name",
     "match",
+    "may_stand_under_wildcard",
     "parse_selector",
     "spki_name",
     "spki_of_certificate",
+    "split_name",
     "uri_names",
 ]
 
@@ -56,6 +59,7 @@ _BROKEN_ESCAPE: Final = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _SPIFFE_TRUST_DOMAIN: Final = re.compile(r"[a-z0-9._-]{1,255}\Z")
 _SPIFFE_SEGMENT: Final = re.compile(r"[A-Za-z0-9._-]+\Z")
+_SUBJECT_ALT_NAME: Final = bytes((0x55, 0x1D, 0x11))  # 2.5.29.17
 _SHA256_HEX: Final = re.compile(r"[0-9a-f]{64}\Z")
 
 
@@ -136,6 +140,40 @@ def spki_of_certificate(der: bytes) -> Name:
     from hashlib import sha256
 
     return spki_name(sha256(der[at:after]).hexdigest())
+
+
+def alternative_name_count(der: bytes) -> int:
+    """How many subject alternative names, of whatever kind, a DER certificate holds, without decoding one of them.
+
+    Raises :class:`OddName` for what is not a certificate.
+    """
+    # As above: what follows the public key is [1] and [2], which nobody uses, and [3], the extensions.
+    _, at, end = _der_element(der, 0, len(der), 0x30)
+    _, at, end = _der_element(der, at, end, 0x30)
+    while at < end and der[at] != 0xA3:
+        at, _, _ = _der_element(der, at, end, der[at])
+    if at >= end:
+        return 0
+    _, at, end = _der_element(der, at, end, 0xA3)
+    _, at, end = _der_element(der, at, end, 0x30)
+    count = 0
+    while at < end:
+        at, inside, inside_end = _der_element(der, at, end, 0x30)
+        value, oid, oid_end = _der_element(der, inside, inside_end, 0x06)
+        if der[oid:oid_end] != _SUBJECT_ALT_NAME:
+            continue
+        if der[value : value + 1] == b"\x01":  # whether it is critical
+            value, _, _ = _der_element(der, value, inside_end, 0x01)
+        _, name, names_end = _der_element(der, value, inside_end, 0x04)
+        _, name, names_end = _der_element(der, name, names_end, 0x30)
+        while name < names_end:
+            # In here, because there may be tens of thousands, and a call for each is most of the time.
+            length = der[name + 1] if name + 1 < names_end else 0x80
+            name = name + 2 + length if length < 0x80 else _der_element(der, name, names_end, der[name])[0]
+            count += 1
+        if name != names_end:
+            raise OddName("not a DER certificate: it is cut short")
+    return count
 
 
 def _der_element(der: bytes, at: int, end: int, tag: int) -> tuple[int, int, int]:
@@ -230,21 +268,24 @@ class Selector:
             return False
         if self.is_exact:
             return name.value == self.pattern
-        if self.kind is Kind.DNS:
-            wanted, found = self.pattern.split("."), name.value.split(".")
-        else:
-            fixed, wanted = _split_uri(self.pattern)
-            other_fixed, found = _split_uri(name.value)
-            if fixed != other_fixed:
-                return False
-        return len(wanted) == len(found) and all(
-            w == f or (w == "*" and _may_stand_under_wildcard(f)) for w, f in zip(wanted, found, strict=True)
+        fixed, wanted = split_name(self.kind, self.pattern)
+        other_fixed, found = split_name(name.kind, name.value)
+        return (
+            fixed == other_fixed
+            and len(wanted) == len(found)
+            and all(w == f or (w == "*" and may_stand_under_wildcard(f)) for w, f in zip(wanted, found, strict=True))
         )
 
 
-def _may_stand_under_wildcard(part: str) -> bool:
+def may_stand_under_wildcard(part: str) -> bool:
+    """Whether ``*`` may stand for this label or segment."""
     # No label of a name has any of these: the rule is for the segments of a URI.
     return part not in ("", ".", "..") and "%" not in part
+
+
+def split_name(kind: Kind, value: str) -> tuple[object, list[str]]:
+    """Split a DNS name or a URI into what must be equal as a whole and the parts for which ``*`` may stand."""
+    return (None, value.split(".")) if kind is Kind.DNS else _split_uri(value)
 
 
 def _split_uri(value: str) -> tuple[tuple[str, str | None, str], list[str]]:

@@ -7,7 +7,9 @@ This module never raises and never guesses. A value that could be read in two wa
 why, so that a person can find out what is wrong with a certificate that nobody matches. How much is left out follows
 how far the doubt reaches: an odd DNS name falls alone; an odd URI takes the other URIs with it, since SPIFFE makes
 one judgement of them together; a certificate whose extensions cannot be parsed has no names at all, not even its key
-pin, because another parser may have understood its purposes and constraints differently.
+pin, because another parser may have understood its purposes and constraints differently. A certificate with more than
+:data:`MOST_NAMES` names is refused as a whole, before one of them is decoded: with some of them left out it would say
+something else than its authority signed.
 
 Nothing is verified here. Signature, dates, purpose, constraints and revocation were OpenSSL's to judge before.
 """
@@ -21,12 +23,22 @@ from typing import Final
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from frelay.protocol.identity import Kind, Name, OddName, dns_name, spki_of_certificate, uri_names
+from frelay.protocol.identity import (
+    Kind,
+    Name,
+    OddName,
+    alternative_name_count,
+    dns_name,
+    spki_of_certificate,
+    uri_names,
+)
 
-__all__ = ["PeerIdentity", "describe_unverified", "distinguished_name", "identities", "nobody"]
+__all__ = ["MOST_NAMES", "PeerIdentity", "describe_unverified", "distinguished_name", "identities", "nobody"]
 
 # Bounds of describe(): a certificate may hold hundreds of names, a log line should not.
 _SHOWN: Final = 8
+MOST_NAMES: Final = 256
+"""How many names a certificate may hold, of whatever kind. All of them are compared with routes at each JOIN."""
 _SHOWN_LENGTH: Final = 256
 
 _NEVER: Final[dict[type[x509.GeneralName], str]] = {
@@ -54,6 +66,8 @@ class PeerIdentity:
     serial: int
     not_before: float
     not_after: float
+    objection: str | None = None
+    """Why nobody with this certificate is let in, whatever a route says; None where its names decide."""
 
     def describe(self) -> str:
         """One line for the log: subject, names (without the key pin), what was ignored, issuer, serial in hex."""
@@ -92,8 +106,17 @@ def _unparsed(error: Exception) -> str:
 
 
 def _read(certificate: x509.Certificate) -> PeerIdentity:
+    names: list[Name] = []
+    ignored: list[str] = []
+    objection = None
     try:
-        names, ignored = _names(certificate)
+        der = certificate.public_bytes(Encoding.DER)
+        count = alternative_name_count(der)
+        if count > MOST_NAMES:
+            objection = f"the certificate has {count} names, and at most {MOST_NAMES} are allowed"
+            ignored.append(f"all names, because there are {count}: at most {MOST_NAMES} are allowed")
+        else:
+            names, ignored = _names(certificate, der)
     except Exception as error:  # whatever a parser makes of foreign bytes, the answer is "nobody"
         names, ignored = [], [_unparsed(error)]
     return PeerIdentity(
@@ -104,6 +127,7 @@ def _read(certificate: x509.Certificate) -> PeerIdentity:
         serial=certificate.serial_number,
         not_before=certificate.not_valid_before_utc.timestamp(),
         not_after=certificate.not_valid_after_utc.timestamp(),
+        objection=objection,
     )
 
 
@@ -135,10 +159,10 @@ def distinguished_name(read: Callable[[], x509.Name]) -> str:
     )
 
 
-def _names(certificate: x509.Certificate) -> tuple[list[Name], list[str]]:
+def _names(certificate: x509.Certificate, der: bytes) -> tuple[list[Name], list[str]]:
     names: list[Name] = []
     ignored: list[str] = []
-    pin = spki_of_certificate(certificate.public_bytes(Encoding.DER))
+    pin = spki_of_certificate(der)
     extensions = certificate.extensions
     try:
         alternatives = extensions.get_extension_for_class(x509.SubjectAlternativeName).value

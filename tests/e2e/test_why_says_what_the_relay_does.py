@@ -52,6 +52,11 @@ def below(site: Site, **constraints: list[x509.GeneralName]) -> TestAuthority:
     return site.ca.intermediate(permitted=constraints.get("permitted"), excluded=constraints.get("excluded"))
 
 
+def with_names(site: Site, count: int) -> Credential:
+    """The right name is among them, as the first."""
+    return site.ca.party(dns=[*FUNC1, *(f"other{number}.demo" for number in range(count - 1))])
+
+
 def signed_by_a_leaf(site: Site) -> Credential:
     leaf = site.credentials["func1"]
     forger = TestAuthority(authority=Authority(leaf.certificate, leaf.private_key, (site.ca.root,)))
@@ -138,6 +143,9 @@ KINDS: Final[dict[str, Kind]] = {
     "wrong CA, and expired": Kind(partial(two_faults, first="issuer"), "not-authorised", "issuer"),
     "serverAuth only, and expired": Kind(partial(two_faults, first="purpose"), "not-authorised", "purpose"),
     "revoked, and expired": Kind(partial(two_faults, first="revocation"), "revoked", "revocation", crl=True),
+    "good, with as many names as there may be": Kind(lambda site: with_names(site, 256), None),
+    "with one name more": Kind(lambda site: with_names(site, 257), "not-authorised", "names"),
+    "with thousands of names": Kind(lambda site: with_names(site, 3500), "not-authorised", "names"),
     "the name in the CN": Kind(lambda site: site.ca.cn_only("func1.demo"), "not-authorised", "route"),
     "the text elsewhere": Kind(lambda site: site.ca.text_elsewhere("func1.demo"), "not-authorised", "route"),
     "of another route": Kind(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from datetime import UTC, datetime
 
 import pytest
@@ -12,8 +13,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from certs import ODD_DNS, ODD_SPIFFE, SPIFFE_ID, Credential, TestAuthority, der, san_der
-from frelay.protocol.identity import Kind, Name, match, parse_selector, spki_of_certificate
-from frelay.tls.identity import PeerIdentity, describe_unverified, distinguished_name, identities
+from frelay.protocol.identity import (
+    Kind,
+    Name,
+    OddName,
+    alternative_name_count,
+    match,
+    parse_selector,
+    spki_of_certificate,
+)
+from frelay.tls.identity import MOST_NAMES, PeerIdentity, describe_unverified, distinguished_name, identities
 
 FUNC1 = [parse_selector("dns:func1.demo")]
 JOB1 = [parse_selector(f"uri:{SPIFFE_ID}")]
@@ -288,8 +297,47 @@ def test_a_subject_cannot_forge_a_log_line(ca: TestAuthority) -> None:
 
 
 def test_describe_stays_short_however_many_names_there_are(ca: TestAuthority) -> None:
-    one = ca.odd(san_der(dns=[f"f{i}.{'x' * 60}.demo".encode() for i in range(500)], emails=[b"e" * 50_000]))
+    one = ca.odd(san_der(dns=[f"f{i}.{'x' * 60}.demo".encode() for i in range(255)], emails=[b"e" * 50_000]))
     identity = identities(one.certificate)
-    assert len(named(identity)) == 500
+    assert len(named(identity)) == 255
     assert len(identity.describe()) < 2_000
-    assert "and 492 more" in identity.describe()
+    assert "and 247 more" in identity.describe()
+
+
+@pytest.mark.parametrize("count", [MOST_NAMES, MOST_NAMES + 1, 3500])
+def test_a_certificate_with_more_names_than_that_is_refused_as_a_whole(ca: TestAuthority, count: int) -> None:
+    """Names of any kind count, and none is left out: of 256 all are there, of one more none, nor the pin."""
+    texts = [f"f{number}.demo".encode() for number in range(count - 2)]
+    one = ca.odd(san_der(dns=texts, uris=[b"https://acme/f"], emails=[b"f@demo"]))
+    identity = identities(one.certificate)
+    if count <= MOST_NAMES:
+        assert identity.objection is None
+        assert len(identity.names) == count  # with the pin, and without the e-mail address
+    else:
+        assert identity.objection == f"the certificate has {count} names, and at most 256 are allowed"
+        assert identity.names == ()
+        assert f"ignored all names, because there are {count}" in identity.describe()
+
+
+@given(
+    dns=st.lists(st.just(b"a.demo"), max_size=3),
+    uris=st.lists(st.just(b"https://acme/f"), max_size=3),
+    is_critical=st.booleans(),
+    more=st.lists(st.sampled_from([b"\x83\x00", b"\x87\x04\x01\x02\x03\x04", b"\x88\x01\x2a"]), max_size=3),
+)
+@settings(deadline=None, max_examples=40)
+def test_names_are_counted_without_decoding_them(
+    ca: TestAuthority, dns: list[bytes], uris: list[bytes], is_critical: bool, more: list[bytes]
+) -> None:
+    """Of any kind, beside other extensions; and whatever is cut off from a certificate does no harm."""
+    san = san_der(dns=dns, uris=uris, raw=b"".join(more))
+    if is_critical:
+        one = ca.odd(None, critical=[x509.UnrecognizedExtension(x509.ObjectIdentifier("2.5.29.17"), san)])
+    else:
+        one = ca.odd(san)
+    certificate = one.certificate.public_bytes(Encoding.DER)
+    assert alternative_name_count(certificate) == len(dns) + len(uris) + len(more)
+    assert alternative_name_count(ca.cn_only("func1.demo").certificate.public_bytes(Encoding.DER)) == 0
+    for length in range(0, len(certificate), 7):
+        with suppress(OddName):
+            alternative_name_count(certificate[:length])

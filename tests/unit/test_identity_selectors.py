@@ -29,6 +29,7 @@ from frelay.protocol.identity import (
     spki_of_certificate,
     uri_names,
 )
+from frelay.protocol.selector_set import SelectorSet
 
 # The machine may be busy with other tests: how long one example takes says nothing here.
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -323,6 +324,39 @@ def test_match_gives_the_first_name_that_any_selector_fits() -> None:
     assert match([parse_selector("dns:*.acme")], names) == names[1]
     assert match([parse_selector("dns:b.acme")], names) is None
     assert match([], names) is None
+
+
+any_dns = st.lists(st.sampled_from(["*", "a", "b", "c"]), min_size=1, max_size=4).map(".".join)
+any_uri = st.builds(
+    lambda head, path, tail: "/".join([head, *path]) + tail,
+    st.sampled_from(["spiffe://acme", "https://acme", "https://other", "urn:acme"]),
+    st.lists(st.sampled_from(["*", "a", "b", "", "..", "%41"]), max_size=3),
+    st.sampled_from(["", "?q", "#f"]),
+)
+any_pattern = st.one_of(
+    st.tuples(st.just(Kind.DNS), any_dns),
+    st.tuples(st.just(Kind.URI), any_uri),
+    st.tuples(st.just(Kind.SPKI), st.sampled_from(["ab" * 32, "cd" * 32])),
+)
+
+
+@unhurried
+@given(
+    patterns=st.lists(any_pattern, max_size=12),
+    others=st.lists(any_pattern, max_size=3),
+    values=st.lists(any_pattern, max_size=12),
+)
+def test_a_set_of_selectors_matches_what_one_of_them_matches(
+    patterns: list[tuple[Kind, str]], others: list[tuple[Kind, str]], values: list[tuple[Kind, str]]
+) -> None:
+    """Also of selectors and names that nobody could write, since the set is to decide nothing by itself."""
+    selectors, more = [Selector(*one) for one in patterns], [Selector(*one) for one in others]
+    names = [Name(*one) for one in values]
+    assert SelectorSet(selectors).first(names) == match(selectors, names)
+    both = SelectorSet.union([SelectorSet(selectors), SelectorSet(more)])
+    assert both.first(names) == match([*selectors, *more], names)
+    for name in names:
+        assert both.matches(name) is any(selector.matches(name) for selector in [*selectors, *more])
 
 
 # --- key pins ---------------------------------------------------------------------------------------------------

@@ -119,7 +119,8 @@ HOUSE: Final = (
     ),
     Room(
         "in_force",
-        "errors outcome protocol journal config admission sockets tls lobby pairing route inspection listener systemd",
+        "errors outcome protocol journal config choice admission sockets tls lobby pairing route inspection listener "
+        "systemd",
         "trio",
         "one configuration and what was made of it, replaced as a whole",
     ),
@@ -138,8 +139,8 @@ HOUSE: Final = (
     ),
     Room(
         "relay",
-        f"{LEAVES} journal config config.store config.watch names admission privileges tls tickets lobby raw_pump "
-        "pairing route reception inspection listener sockets systemd in_force reload office servers",
+        f"{LEAVES} journal config config.store config.watch choice names admission privileges tls tickets lobby "
+        "raw_pump pairing route reception inspection listener sockets systemd in_force reload office servers",
         "trio structlog",
         "the nursery tree",
     ),
