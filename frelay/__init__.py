@@ -1,7 +1,7 @@
 """frelay: the relay that two functions dial, and the call with which a function joins it.
 
 Importing this package loads the standard library only, neither Trio nor OpenSSL bindings, so that a function starts
-quickly and ``pip install --no-deps frelay`` is enough for it. The relay itself lives behind the ``frelay`` command.
+quickly and ``pip install --no-deps`` installs all that it needs. The relay itself lives behind the ``frelay`` command.
 """
 
 from __future__ import annotations

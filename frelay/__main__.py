@@ -1,6 +1,6 @@
 """The ``frelay`` command, and ``python -m frelay``.
 
-A function may have frelay alone (``pip install --no-deps frelay``), which is enough for :func:`frelay.connect` and not
+A function may have frelay alone (``pip install --no-deps``), which is enough for :func:`frelay.connect` and not
 for the command; so it is here that the command finds out, before anything else is imported.
 """
 

@@ -79,6 +79,21 @@ def test_every_line_means_something_to_systemd(tmp_path: Path, unit: str) -> Non
     assert complaints == []
 
 
+def test_the_drop_in_is_all_that_an_older_systemd_needs(tmp_path: Path) -> None:
+    """systemd 252 ignores the unit's Type= with a warning; the drop-in gives it one, and a reload, that it knows."""
+    (tmp_path / "frelay.service").write_text(
+        (DEPLOY / "frelay.service").read_text().replace("/opt/frelay/bin/frelay", sys.executable)
+    )
+    (tmp_path / "frelay.service.d").mkdir()
+    (tmp_path / "frelay.service.d/notify.conf").write_text((DEPLOY / "notify.conf").read_text())
+    done = analyze("verify", "--man=false", tmp_path / "frelay.service")
+    complaints = [line for line in done.stderr.splitlines() if str(tmp_path) in line]
+    assert [line for line in complaints if "ignoring: notify-reload" not in line] == []
+    assert options("notify.conf", "Service") == {"Type": ["notify"], "ExecReload": ["/bin/kill -HUP $MAINPID"]}
+    assert options("frelay.service", "Service")["Type"] == ["notify-reload"]
+    assert "ExecReload" not in options("frelay.service", "Service"), "the drop-in would add to it, not replace it"
+
+
 def test_the_example_socket_is_that_of_the_example_route() -> None:
     socket = options("frelay.socket", "Socket")
     route = load(ROOT / "config/relay.toml").routes_by_name[socket["FileDescriptorName"][0]]
