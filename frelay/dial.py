@@ -56,6 +56,10 @@ class _Unreachable(Exception):
     """The service could not be reached; the text says why, for the log."""
 
 
+class _TooLate(Exception):
+    """The caller's own time was up, which says nothing of the service."""
+
+
 async def bring_service(
     place: Place,
     route: LiveRoute,
@@ -70,6 +74,9 @@ async def bring_service(
 
     None if there is none, and ``place`` has the verdict that its leg is to be told: the service was not there within
     ``limit`` seconds, or policy or a limit spoke against the pairing. The service's connection is then closed.
+
+    A service that had all the time that the route gives it, or that failed, has a record with outcome ``dial-failed``.
+    Where the caller could not wait that long there is none: it is counted as a caller that was refused.
     """
     log: Any = structlog.get_logger("frelay.dial").bind(route=route.name, service=service.identity)
     # Asked before the service is troubled, and once more when it is there.
@@ -83,10 +90,14 @@ async def bring_service(
     began = trio.current_time()
     leg: DialledLeg | None = None
     try:
-        sock = await _reach(service.target.address, limit, tcp)
+        sock = await _reach(service.target.address, limit, tcp, is_callers_limit=limit < route.longest_wait)
         leg = DialledLeg(sock, service, _where(sock), slot)
         log.info("dialled", address=leg.address, seconds=round(trio.current_time() - began, 3))
         return _introduce(leg, place, route)
+    except _TooLate:
+        text = f"the service did not answer within the {limit:g} s that this function could wait"
+        route.lobby.withdraw(place, Withdrawn(Refused("wait-timeout", text, retry_after=0.0)))
+        return None
     except _Unreachable as error:
         record = _record(place, route, service, str(error), trio.current_time() - began)
         log_record(record)
@@ -133,8 +144,11 @@ def _record(place: Place, route: LiveRoute, service: Service, detail: str, durat
 # --- the connection ------------------------------------------------------------------------------------------------
 
 
-async def _reach(address: Address, limit: float, tcp: TcpSection) -> socket.socket:
-    """A connected, tuned, non-blocking socket within ``limit`` seconds, the look-up of the name included."""
+async def _reach(address: Address, limit: float, tcp: TcpSection, *, is_callers_limit: bool) -> socket.socket:
+    """A connected, tuned, non-blocking socket within ``limit`` seconds, the look-up of the name included.
+
+    Raises _Unreachable, or _TooLate if the limit was the caller's own.
+    """
     with trio.move_on_after(limit):
         try:
             # All addresses of the name, each with a head start over the next (RFC 8305).
@@ -152,7 +166,7 @@ async def _reach(address: Address, limit: float, tcp: TcpSection) -> socket.sock
             sock.close()
             raise _Unreachable(_text(error)) from error
         return sock
-    raise _Unreachable(f"no answer within {limit:g} s")
+    raise _TooLate if is_callers_limit else _Unreachable(f"no answer within {limit:g} s")
 
 
 def _where(sock: socket.socket) -> str:

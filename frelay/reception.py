@@ -340,6 +340,9 @@ class _Guest:
             await self._refuse(leg, Refused("wait-timeout", text, retry_after=0.0), text)
         elif departure.refusal is not None:
             await self._refuse(leg, departure.refusal, departure.detail)
+        elif route.service is not None:
+            # Counted, or a service that never answers would not show where all its callers are impatient.
+            self._note_refusal("wait-timeout", f"{departure.detail}, before the service answered")
         else:
             self.log.info("left", reason=departure.detail)
 

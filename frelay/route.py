@@ -119,15 +119,18 @@ class LiveRoute:
         sides: tuple[tuple[PartyName, object], ...] = (("func1", self.config.func1), ("func2", self.config.func2))
         return next((Service(party, target) for party, target in sides if isinstance(target, Dial)), None)
 
-    def wait_limit(self, leg: Leg) -> float:
-        """How long ``leg`` may wait here, in seconds: what it said, and at most ``wait_timeout``.
+    @property
+    def longest_wait(self) -> float:
+        """How long a leg may wait here at most, in seconds.
 
         Where a service is dialled nobody else will come, so ``connect_timeout`` bounds it as well.
         """
         limit = self.config.limits.wait_timeout
-        if self.service is not None:
-            limit = min(limit, self.service.target.connect_timeout)
-        return limit if leg.wait is None else min(leg.wait, limit)
+        return limit if self.service is None else min(limit, self.service.target.connect_timeout)
+
+    def wait_limit(self, leg: Leg) -> float:
+        """How long ``leg`` may wait here, in seconds: what it said, and at most :attr:`longest_wait`."""
+        return self.longest_wait if leg.wait is None else min(leg.wait, self.longest_wait)
 
     # --- matching ----------------------------------------------------------------------------------------------
 

@@ -337,13 +337,6 @@ async def test_a_service_that_never_answers(site: Site) -> None:
             assert trio.current_time() - began >= 0.35
 
 
-async def test_the_callers_own_patience_bounds_it_too(site: Site) -> None:
-    with black_hole() as address:
-        async with site.relay(dialling(address)) as relay:
-            party = await joined(site, relay, wait=0.3)
-            assert await refused_for_the_service(relay, party) == "no answer within 0.3 s"
-
-
 async def test_a_name_that_does_not_resolve(site: Site) -> None:
     with resolving():
         async with site.relay(dialling("service.invalid:443")) as relay:
