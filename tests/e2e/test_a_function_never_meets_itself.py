@@ -215,3 +215,14 @@ async def test_a_certificate_that_fits_both_must_say_which(site: Site) -> None:
         await two.join(party="func2")
         await two.expect("WAITING")
         assert (await one.expect("PAIRED"))["peer"] == (await two.expect("PAIRED"))["peer"] == "dns:both.demo"
+
+
+async def test_two_attempts_of_one_certificate_are_two_functions(site: Site) -> None:
+    """As docs/security.md says under "No promises": members of a job may share a certificate, so they may meet."""
+    site.add("both", site.ca.party(dns=["both.demo"]))
+    async with site.relay(BOTH) as relay:
+        one, two = await site.party(relay, "both"), await site.party(relay, "both")
+        await waits(relay, one, (1, 0), party="func1")
+        await two.join(party="func2")
+        await two.expect("WAITING")
+        assert (await two.expect("PAIRED"))["peer"] == (await one.expect("PAIRED"))["peer"] == "dns:both.demo"
