@@ -14,6 +14,7 @@ The bridge ends the wire. The local side stays its owner's, who ends it in order
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from typing import Final
 
 import trio
@@ -21,6 +22,7 @@ import trio
 from frelay.cli.connect_local import LocalSide
 from frelay.cli.connect_report import Report
 from frelay.client.trio import TrioWire
+from frelay.errors import FrelayError
 
 __all__ = ["Broken", "bridge"]
 
@@ -39,9 +41,10 @@ class Broken(Exception):
 class _Carrier:
     """One direction, with what it has carried so far."""
 
-    def __init__(self, source: str, sink: str) -> None:
+    def __init__(self, source: str, sink: str, check_first: Callable[[bytes], None] | None = None) -> None:
         self._source: Final = source
         self._sink: Final = sink
+        self._check_first = check_first
         self._dropping: Final = trio.CancelScope()
         self.count = 0
         self.lost: str | None = None
@@ -60,6 +63,9 @@ class _Carrier:
         try:
             while True:
                 data = await self._receive(source)
+                if self._check_first is not None:
+                    self._check_first(data)
+                    self._check_first = None
                 if not data and opposite.reset is not None:
                     # Writing was told of the reset, and the kernel tells only once: this is no end.
                     raise Broken(f"{self._source} broke: {opposite.reset}")
@@ -84,7 +90,9 @@ class _Carrier:
         try:
             return bytes(await source.receive_some(_CHUNK))
         except (trio.BrokenResourceError, OSError) as error:
-            raise Broken(f"{self._source} broke: {error.__cause__ or error}") from error
+            # frelay's own say more than what OpenSSL calls it.
+            text = error if isinstance(error, FrelayError) else error.__cause__ or error
+            raise Broken(f"{self._source} broke: {text}") from error
 
     def _lose(self, error: trio.BrokenResourceError) -> None:
         cause = error.__cause__
@@ -94,9 +102,14 @@ class _Carrier:
             self.reset = cause
 
 
-async def bridge(local: LocalSide, wire: TrioWire, report: Report) -> None:
-    """Carry both directions to their ends, and end the wire. Raises Broken; then the wire was cut."""
-    out, back = _Carrier(_INSIDE, _OUTSIDE), _Carrier(_OUTSIDE, _INSIDE)
+async def bridge(
+    local: LocalSide, wire: TrioWire, report: Report, check_first: Callable[[bytes], None] | None = None
+) -> None:
+    """Carry both directions to their ends, and end the wire. Raises Broken; then the wire was cut.
+
+    ``check_first`` sees the first bytes from the wire before the local side does; what it raises ends the bridge.
+    """
+    out, back = _Carrier(_INSIDE, _OUTSIDE), _Carrier(_OUTSIDE, _INSIDE, check_first)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(out.carry, local, wire, back)
@@ -105,8 +118,8 @@ async def bridge(local: LocalSide, wire: TrioWire, report: Report) -> None:
             await local.see_off()
     except BaseException as error:
         await trio.aclose_forcefully(wire)
-        broken = _broken_of(error)
-        if broken is None:
+        broken = _only_error(error)
+        if not isinstance(broken, Broken | FrelayError):
             raise
         report.ended(wire, out.count, back.count, str(broken))
         raise broken from None
@@ -118,9 +131,9 @@ async def bridge(local: LocalSide, wire: TrioWire, report: Report) -> None:
         raise Broken(lost)
 
 
-def _broken_of(error: BaseException) -> Broken | None:
-    """The Broken that ended the nursery, if it was one, and not a cancellation or a bug as well."""
+def _only_error(error: BaseException) -> BaseException | None:
+    """What ended the nursery; None if that was several things, such as a cancellation and a bug."""
     if not isinstance(error, BaseExceptionGroup):
-        return error if isinstance(error, Broken) else None
-    broken = [_broken_of(one) for one in error.exceptions]
-    return None if None in broken else broken[0]
+        return error
+    found = [_only_error(one) for one in error.exceptions]
+    return found[0] if len(found) == 1 or all(isinstance(one, Broken) for one in found) else None

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Final
 
 from frelay.cli.connect_report import Report
-from frelay.client.core import Options
+from frelay.cli.connect_service_mark import join_as_service
+from frelay.client.core import Options, Plan
 from frelay.client.retry import Retry
-from frelay.client.trio import TrioWire, connect
+from frelay.client.trio import TrioWire, join
 from frelay.errors import FrelayError, Refused
 from frelay.protocol.messages import Message
 
@@ -25,24 +26,28 @@ class Joiner:
         self._report: Final = report
         self.wait: Final = options.get("wait")
 
-    async def join(self, *, retries: bool = True) -> TrioWire:
+    async def join(self) -> TrioWire:
         """A wire to the other function, by the command line's own ``--wait`` and ``--retry``."""
         options = self._options.copy()
-        if not retries:
-            options["retry"] = None
         options["on_status"] = self._report.status
         return await self._connect(options)
 
-    async def join_once(self, wait: float | None, on_status: Callable[[Message], None]) -> TrioWire:
-        """A wire, or the first failure."""
+    async def join_once(
+        self, wait: float | None, on_status: Callable[[Message], None], *, as_service: bool = False
+    ) -> TrioWire:
+        """A wire, or the first failure; MetAnotherService where both ends would be a service."""
         options = self._options.copy()
         options["retry"] = None
         options["wait"] = wait
         options["on_status"] = on_status
-        return await self._connect(options)
+        return await self._connect(options, as_service=as_service)
 
-    async def _connect(self, options: Options) -> TrioWire:
-        wire = await connect(self._address, **options)
+    async def _connect(self, options: Options, *, as_service: bool = False) -> TrioWire:
+        plan = Plan.make(self._address, **options)
+        if as_service:
+            wire = await join_as_service(plan, options.get("on_status"))
+        else:
+            wire = await join(plan, options.get("on_status"))
         self._report.connected(wire)
         return wire
 

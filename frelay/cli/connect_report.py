@@ -10,6 +10,7 @@ import sys
 from typing import Any, Final
 
 from frelay.client.trio import TrioWire
+from frelay.client.wire import agreed_protocol
 from frelay.errors import Refused, printable
 from frelay.protocol.messages import Message, Paired, Waiting
 
@@ -55,7 +56,7 @@ class Report:
             peer=wire.paired.peer,
             pairing=wire.paired.pairing,
             cipher=cipher[0] if cipher else None,
-            alpn=wire.ssl_object.selected_alpn_protocol(),
+            alpn=agreed_protocol(wire.ssl_object),
         )
         self._tell(f"paired with {wire.paired.peer} (pairing {wire.paired.pairing})")
 

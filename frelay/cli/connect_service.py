@@ -8,15 +8,17 @@ waiting, up to eight, and one again once nobody has come for some seconds. Waiti
 Surplus legs are given up newest first and by halves. The relay pairs the oldest first, so the leg that we give up is
 not the one that a caller gets at that moment.
 
-A failure before PAIRED concerns all legs alike (no relay, not let in): it is said once, and no leg is started before a
-pause has passed. A failure after PAIRED is this caller's own. It delays nobody else, but its place is held for a
-moment, so that a caller who fails again and again cannot keep this process busy.
+A failure before PAIRED concerns all legs alike (no relay, not let in), as does a meeting with another ``--to``: it is
+said once, and no leg is started before a pause has passed. Any other failure after PAIRED is this caller's own. It
+delays nobody else, but its place is held for a moment, so that a caller who fails again and again cannot keep this
+process busy.
 """
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 import trio
@@ -26,6 +28,7 @@ from frelay.cli.connect_bridge import Broken, bridge
 from frelay.cli.connect_join import Joiner, back_off, exit_code, is_nobody_came
 from frelay.cli.connect_listen import raise_descriptor_limit
 from frelay.cli.connect_report import Report
+from frelay.cli.connect_service_mark import MetAnotherService, check_first_bytes
 from frelay.client.retry import Retry
 from frelay.client.trio import TrioWire
 from frelay.errors import CertificateError, FrelayError, Refused
@@ -80,6 +83,8 @@ class Service:
         """Joins in a row that got no WAITING."""
         self._spoilt = 0
         """Pairings in a row that failed before there was a wire."""
+        self._meetings = 0
+        """How often we have met another ``--to`` in a row."""
         self._failure: FrelayError | None = None
         """Why a leg could not join, until it is dealt with."""
         self._said_waiting = False
@@ -123,6 +128,9 @@ class Service:
         return len(self._unpaired) < min(self._wanted, self._concurrency - self._busy)
 
     def _pause_after(self, error: FrelayError) -> float | None:
+        if isinstance(error, MetAnotherService):
+            self._meetings += 1
+            return back_off(self._pauses, error, self._meetings)
         if self._always:
             return back_off(self._pauses, error, self._failures)
         if self._retry.tries is not None and self._failures >= self._retry.tries:
@@ -167,11 +175,15 @@ class Service:
         failure: FrelayError | None = None
         with leg.scope:
             try:
-                wire = await self._joiner.join_once(self._joiner.wait, lambda message: self._on_status(leg, message))
+                wire = await self._joiner.join_once(
+                    self._joiner.wait, lambda message: self._on_status(leg, message), as_service=True
+                )
             except FrelayError as error:
                 failure = error
         if failure is not None:
-            if leg.is_paired:
+            if isinstance(failure, MetAnotherService):
+                self._failure = self._failure or failure
+            elif leg.is_paired:
                 self._report.fail(failure)
                 await self._hold_place()
             else:
@@ -188,8 +200,11 @@ class Service:
             self._report.fail(error)
             return
         try:
-            await bridge(local, wire, self._report)
+            await bridge(local, wire, self._report, partial(check_first_bytes, wire))
             await local.aclose()
+            self._meetings = 0
+        except MetAnotherService as error:
+            self._failure = self._failure or error
         except Broken as error:
             self._report.fail(error)
         finally:

@@ -142,6 +142,8 @@ class Plan:
     proxy: Proxy | None
     retry: Retry | None
     traceparent: str | None
+    inner_name: str | None = None
+    """The SNI that this function sends as the client of the inner TLS; none unless somebody has put it here."""
 
     @classmethod
     def make(
@@ -528,7 +530,8 @@ class Joining:
             if self._meets_on_socket:
                 protocol, names = yield Meet(line, context, is_server, tunnel, self._deadline.bound(_PATIENCE))
             else:
-                inner = Engine(context, server_side=is_server, below=tunnel)
+                name = None if is_server else self._plan.inner_name
+                inner = Engine(context, server_side=is_server, server_hostname=name, below=tunnel)
                 yield from self._shake_hands(line, inner)
                 protocol, names = agreed_protocol(inner.tls), names_of_peer(inner.tls)
         except ssl.SSLCertVerificationError as error:

@@ -24,10 +24,10 @@ from frelay.client.signature import shows_its_options
 from frelay.client.steps import Close, Endpoint, Open, Pause, Receive, Resolve, Send, Step, drive_async
 from frelay.client.wire import CUT_BEFORE_A_WORD, FAREWELL, FAREWELL_LOOK, LONGEST_FAREWELL
 from frelay.errors import CertificateRefused, Truncated
-from frelay.protocol.messages import Paired
+from frelay.protocol.messages import Message, Paired
 from frelay.tcp import is_dead, unacknowledged
 
-__all__ = ["TrioWire", "connect"]
+__all__ = ["TrioWire", "connect", "join"]
 
 _READ: Final = 65536
 # One chunk is encrypted at a time, so that a large send_all does not hold its ciphertext a second time in memory.
@@ -42,11 +42,15 @@ async def connect(address: str, **options: Unpack[Options]) -> TrioWire:
     The arguments and errors are those of :func:`frelay.connect`. It may be cancelled at any point: nothing stays open,
     and a relay that held a place for us is told at once.
     """
-    plan = Plan.make(address, **options)
+    return await join(Plan.make(address, **options), options.get("on_status"))
+
+
+async def join(plan: Plan, on_status: Callable[[Message], None] | None = None) -> TrioWire:
+    """As :func:`connect`, by a plan that was made before."""
     joining = Joining(plan, trio.current_time)
     shell = _Shell()
     try:
-        joined = await drive_async(joining.steps(), shell.perform, options.get("on_status"))
+        joined = await drive_async(joining.steps(), shell.perform, on_status)
         if joined.engine is None:
             raise AssertionError("the core met the other function without an engine")
         sock = trio.socket.from_stdlib_socket(shell.lines.take(joined.line))
