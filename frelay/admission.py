@@ -1,22 +1,24 @@
-"""Who may even begin: slots for connections that nobody has vouched for yet, and a share of the descriptors.
+"""Whom there is room for: a place for each connection, out of a share of the descriptors.
 
-A connection costs the relay nothing until it is accepted, and a stranger's connection must never cost a known
-function its place. So a slot is taken *before* ``accept``: when all are in use, newcomers wait in the kernel's backlog,
-for free. A slot is given back once the leg is admitted (its certificate verified, its JOIN read, and room for it in the
-lobby) or has gone, and handshake_timeout + join_timeout bound how long that can take.
+The budget is ``fd_budget`` of the descriptor limit. An admitted leg takes two of it: its own, and one for its share of
+pipes. Strangers, who have not shown yet who they are, take one each, and have a share of their own: a quarter is theirs
+even where legs would use it, and as long as legs leave room they may have more, up to :data:`_MOST_STRANGERS`. So
+no number of legs shuts the door, and no number of strangers takes the place of a leg: they give way to it.
+
+What else bounds strangers, and who of them gives way to whom, is told in :mod:`frelay.strangers`.
 """
 
 from __future__ import annotations
 
 import resource
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 import trio
 
 from frelay.config.model import Limits
 from frelay.shares import Pool, described
+from frelay.strangers import Stranger, Strangers
 
 __all__ = ["Admission", "Slot", "raise_descriptor_limit"]
 
@@ -25,6 +27,9 @@ _OWN_DESCRIPTORS: Final = 32
 # The last part of the budget for legs goes only to those who hold few of them: an eighth, or four.
 _PART_KEPT: Final = 8
 _LEAST_KEPT: Final = 4
+# As many as may queue in the kernel (net.core.somaxconn); each is a task and a socket, some 20 KiB.
+_MOST_STRANGERS: Final = 4096
+_LEAST_STRANGERS: Final = 4
 
 
 def raise_descriptor_limit() -> int:
@@ -36,45 +41,44 @@ def raise_descriptor_limit() -> int:
 
 
 class Slot:
-    """The right of one connection to be in the relay unauthenticated, for a short time."""
+    """One connection's place in the relay: a stranger's at first, then a leg's."""
 
-    __slots__ = ("_admission", "_host", "_is_admitted", "_is_counted")
+    __slots__ = ("_admission", "_is_leg", "stranger")
 
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
-        self._host: str | None = None
-        self._is_admitted = False
-        self._is_counted = False
-        """Whether a connection is in it that counts among the legs."""
+        self._is_leg = False
+        self.stranger: Stranger | None = None
+        """Its place among the strangers, while it is one."""
 
     @classmethod
     def for_own_call(cls, admission: Admission) -> Slot:
         """The slot of a connection that the relay itself opens, which was never a stranger's."""
         slot = cls(admission)
-        slot._is_admitted = slot._is_counted = True
-        admission.legs += 1
+        slot._is_leg = True
+        admission.admitted += 1
         return slot
 
-    def occupy(self, host: str) -> str | None:
-        """A connection from ``host`` was accepted into this slot; gives why it cannot stay, or None."""
-        admission = self._admission
-        self._host = host
-        self._is_counted = True
-        admission._by_host[host] += 1
-        admission.legs += 1
-        if admission._by_host[host] > admission.limits.max_pre_auth_per_ip:
-            return f"{admission.limits.max_pre_auth_per_ip} connections from this address are unauthenticated already"
-        if admission.legs > admission.leg_budget:
-            return "the share of file descriptors for legs is used up (limits.fd_budget)"
+    def occupy(self, host: str, cut: Callable[[], object]) -> str | None:
+        """A connection from ``host`` was accepted, which ``cut`` ends; gives why it cannot stay, or None."""
+        found = self._admission.strangers.enter(host, cut)
+        if isinstance(found, str):
+            return found
+        self.stranger = found
         return None
 
+    def refused(self) -> None:
+        """The stranger is told no: from now on it holds a descriptor and nothing else. Idempotent."""
+        if self.stranger is not None:
+            self._admission.strangers.leave(self.stranger)
+
     def admitted(self) -> None:
-        """The leg is known now: the slot is free for the next stranger. Idempotent."""
-        if not self._is_admitted:
-            self._is_admitted = True
-            self._admission._free.release()
-            if self._host is not None:
-                self._admission._forget(self._host)
+        """The leg is known now, and no stranger any more. Idempotent."""
+        if not self._is_leg:
+            self._leave_strangers()
+            self._is_leg = True
+            self._admission.admitted += 1
+            self._admission.strangers.shrink()
 
     def charge(self, holders: Iterable[str]) -> None:
         """Charge the leg's descriptors to ``holders``, instead of to those before; the leg is admitted."""
@@ -86,38 +90,63 @@ class Slot:
         return self._admission.charged.holders_of(self)
 
     def gone(self) -> None:
-        """The connection is closed."""
-        self.admitted()
+        """The connection is closed. Idempotent."""
+        self._leave_strangers()
         self._admission.charged.give_back(self)
-        if self._is_counted:
-            self._is_counted = False
-            self._admission.legs -= 1
+        if self._is_leg:
+            self._is_leg = False
+            self._admission.admitted -= 1
+
+    def _leave_strangers(self) -> None:
+        if self.stranger is not None:
+            self._admission.strangers.gone(self.stranger)
+            self.stranger = None
 
 
 class Admission:
-    """The slots of one relay."""
+    """The slots of one relay. Its :attr:`strangers` want a task."""
 
     def __init__(self, limits: Limits, *, descriptor_limit: int) -> None:
-        self.limits = limits
-        """May be replaced by a reload; ``max_pre_auth`` itself counts from the start of the process."""
-        self.legs = 0
-        """Connections of parties in the relay now, in whatever state."""
+        self._limits = limits
+        self.admitted = 0
+        """Legs in the relay now, whether they wait, are paired, or are services that were dialled."""
         self.charged: Final[Pool[Slot]] = Pool(part=_PART_KEPT, least=_LEAST_KEPT)
         """The admitted legs by whom they are charged to: one function must not take the descriptors of all."""
         self.descriptor_limit: Final = descriptor_limit
-        self._free: Final = trio.Semaphore(limits.max_pre_auth)
-        self._by_host: Final[Counter[str]] = Counter()
+        self.strangers: Final = Strangers(limits, room=lambda: self.stranger_budget, clock=trio.current_time)
+
+    @property
+    def limits(self) -> Limits:
+        """The limits in force."""
+        return self._limits
+
+    @limits.setter
+    def limits(self, limits: Limits) -> None:
+        self._limits = limits
+        self.strangers.retune(limits)
+
+    @property
+    def legs(self) -> int:
+        """Connections of parties in the relay now, in whatever state."""
+        return self.admitted + len(self.strangers)
+
+    @property
+    def _budget(self) -> int:
+        return int(self.descriptor_limit * self.limits.fd_budget) - _OWN_DESCRIPTORS
+
+    @property
+    def _strangers_own(self) -> int:
+        return min(_MOST_STRANGERS, max(_LEAST_STRANGERS, self._budget // 4))
 
     @property
     def leg_budget(self) -> int:
-        """How many legs the descriptor budget carries: one descriptor each, and one for their share of pipes."""
-        budget = int(self.descriptor_limit * self.limits.fd_budget) - _OWN_DESCRIPTORS
-        return max(2, budget // 2)
+        """How many legs may be admitted: one descriptor each, and one for their share of pipes."""
+        return max(2, (self._budget - self._strangers_own) // 2)
 
-    async def slot(self) -> Slot:
-        """Wait until a stranger may come in."""
-        await self._free.acquire()
-        return Slot(self)
+    @property
+    def stranger_budget(self) -> int:
+        """How many strangers there may be now."""
+        return max(self._strangers_own, min(_MOST_STRANGERS, self._budget - 2 * self.admitted))
 
     def objection(self, holder: str) -> str | None:
         """Why ``holder`` cannot have one more admitted leg, in a sentence for it; None if it can."""
@@ -134,15 +163,10 @@ class Admission:
     def slot_for_own_call(self, holder: str) -> Slot | str:
         """A slot for a connection to a service, charged to ``holder``; or why there is none."""
         objection = self.objection(holder)
-        if objection is None and self.legs >= self.leg_budget:
+        if objection is None and self.admitted >= self.leg_budget:
             objection = "this relay has no file descriptor left for the service's connection (limits.fd_budget)"
         if objection is not None:
             return objection
         slot = Slot.for_own_call(self)
         slot.charge([holder])
         return slot
-
-    def _forget(self, host: str) -> None:
-        self._by_host[host] -= 1
-        if self._by_host[host] <= 0:
-            del self._by_host[host]

@@ -82,7 +82,8 @@ class LegRefused(Entry):
     """A connection was refused: with ``code`` where it could be told, and for ``reason`` in any case.
 
     ``route``, ``party`` and ``identity`` are None as far as they were not known yet; ``certificate`` is one line about
-    the certificate that was shown, escaped, or None.
+    the certificate that was shown, escaped, or None. ``count`` above 1 stands for so many of one kind in one second, of
+    strangers; ``address`` is then that of the last.
     """
 
     kind: ClassVar[str] = "refused"
@@ -93,6 +94,7 @@ class LegRefused(Entry):
     party: PartyName | None = None
     identity: str | None = None
     certificate: str | None = None
+    count: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,7 +200,7 @@ class Journal:
             self.durations["handshake"].add(entry.seconds)
         elif isinstance(entry, LegRefused):
             self.refusals.append(entry)
-            self._totals_of(entry.route).refusals[entry.code] += 1
+            self._totals_of(entry.route).refusals[entry.code] += entry.count
         elif isinstance(entry, PairingStarted):
             self.durations["wait"].add(entry.waited)
         elif isinstance(entry, PairingEnded):

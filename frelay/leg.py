@@ -244,6 +244,8 @@ class TlsLeg(Leg):
                     await self.tls.send_last(last_words)
                 else:
                     await self.tls.send_eof()
+            # The TLS state has done its work, and a linger is no reason to keep 50 KiB.
+            self._stream = None
             await close_after_linger(sock, LINGER_TIME)
         except (ConnectionBroken, RemoteProtocolError):
             pass  # it is gone; there is nobody left to tell

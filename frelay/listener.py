@@ -1,8 +1,9 @@
 """A listener: one address, its accept loop, and a task for each connection that comes in.
 
-The loop must outlive everything that comes through it. So a slot is taken before ``accept`` (strangers over the limit
-wait in the kernel), a connection's own fault ends that connection's task and nothing else, and when descriptors run out
-the loop pauses and tries again, rather than spinning on a readiness that cannot be served.
+The loop must outlive everything that comes through it, and wait for none of it: nobody's silence keeps the next
+connection in the kernel's queue. What there may be of strangers is bounded behind it (:mod:`frelay.strangers`). A
+connection's own fault ends that connection's task and nothing else, and when descriptors run out the loop pauses and
+tries again, rather than spinning on a readiness that cannot be served.
 """
 
 from __future__ import annotations
@@ -98,17 +99,14 @@ class Listener:
         # Not `while True`: a drain on the heels of a reload stops a listener before this task's first step.
         while sock.fileno() != -1:
             try:
-                # Readable first: an idle listener must not sit on a slot, or 256 routes would use them all up.
                 await trio.lowlevel.wait_readable(sock)
             except trio.ClosedResourceError:
                 return
-            slot = await admission.slot()
             try:
                 connection, place = accept(sock)
             except OSError as error:
-                slot.gone()
                 if sock.fileno() == -1:
-                    return  # stopped after the slot was given and before this task had its turn
+                    return  # stopped before this task had its turn
                 if error.errno in _NOT_THIS_ONE:
                     continue
                 # EMFILE, ENFILE, ENOBUFS, ENOMEM as a rule. Whatever it is, to raise it would end the whole relay.
@@ -118,7 +116,7 @@ class Listener:
                 await trio.sleep(_PAUSE)
             else:
                 pausing = False
-                connections.start_soon(self._receive, connection, place, door(), slot)
+                connections.start_soon(self._receive, connection, place, door(), Slot(admission))
 
     async def _receive(self, sock: socket.socket, place: tuple[str, int], door: Door, slot: Slot) -> None:
         try:

@@ -151,6 +151,7 @@ class RelayOffice(Office):
                     party=entry.party,
                     identity=entry.identity,
                     certificate=entry.certificate,
+                    count=entry.count,
                 )
                 for entry in reversed(self.journal.refusals)
             ],

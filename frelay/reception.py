@@ -1,8 +1,9 @@
 """The reception: what happens to one accepted connection until it is paired or gone.
 
-``accept`` > outer TLS > identity > JOIN > lobby. Each stage can only refuse or pass on, and all of it runs in the
-connection's own task under absolute deadlines: handshake_timeout from accept, join_timeout from the handshake, then
-what the leg may wait.
+``accept`` > PROXY header > first bytes > turn > outer TLS > identity > JOIN > lobby. Each stage can only refuse or pass
+on, and all of it runs in the connection's own task under absolute deadlines: handshake_timeout from accept,
+join_timeout from the handshake, then what the leg may wait. The time for which we hold a connection back is ours, and
+is added to its handshake_timeout; it has a limit of its own.
 
 Which route a leg is for, and what it is told if there is none for it, is decided in ``choice``.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import math
 import socket
 from collections.abc import Awaitable, Callable, Hashable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, TypeVar
@@ -28,10 +30,13 @@ from frelay.frameless import BareLeg, HelloLeg, PlainLeg
 from frelay.journal import HandshakeDone, Journal, LegRefused, LegWaits
 from frelay.leg import LINGER_TIME, Departure, FramedLeg, Leg, TlsLeg
 from frelay.lobby import Place, Taken, Withdrawn
+from frelay.opening import Opening, take_proxy_header, wait_for_departure, wait_for_opening
 from frelay.pairing import Pairing
 from frelay.protocol.messages import Join, Mode, Refused, Waiting
+from frelay.refusals import StrangersRefused
 from frelay.route import UNFINISHED, LiveRoute, Service, Unfinished
 from frelay.sockets import TlsFault, close, close_after_linger, format_address, tune
+from frelay.strangers import Stage, Stranger
 from frelay.tickets import TICKET_LINE_LENGTH, TicketDesk, TicketOffice, parse_ticket_line
 from frelay.tls.context import ALPN, EXPIRED, OuterTls, Rejection, VerifiedPeer, verified_peer
 from frelay.tls.stream import TlsStream
@@ -42,6 +47,10 @@ T = TypeVar("T")
 
 # The modes that this relay can give, best first: a raw leg costs it a tenth of a tunnelled one.
 _MODES: Final[tuple[Mode, ...]] = ("handoff", "ticket", "tunnel")
+# Fatal, unexpected_message: what OpenSSL says of a first record that is none.
+_ALERT: Final = b"\x15\x03\x03\x00\x02\x02\x0a"
+# For how many times handshake_timeout a connection may be held back for its turn.
+_HELD_BACK: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +69,9 @@ class Door:
     tickets: TicketOffice
     journal: Journal
     admission: Admission
-    """Where a connection to a service gets its slot."""
+    """Where connections get their places."""
+    strangers_refused: StrangersRefused
+    """Who tells of those that were refused before they showed who they are."""
 
 
 async def receive(sock: socket.socket, place: tuple[str, int], door: Door, slot: Slot) -> None:
@@ -93,6 +104,9 @@ class _Guest:
         self._address = format_address(place)
         self._door = door
         self._slot = slot
+        self._stranger: Stranger | None = None
+        self._is_unnamed = False
+        """Whether it came by a balancer that did not say for whom."""
         self._accepted_at = trio.current_time()
         self._certificate: str | None = None
         self.leg: Leg | None = None
@@ -104,24 +118,99 @@ class _Guest:
 
     async def visit(self) -> None:
         """Go through all the stages."""
-        too_many = self._slot.occupy(self._place[0])
-        if too_many is not None:
-            # Nothing was spoken yet, and TLS would have to be spoken to say no in it: the close has to do.
-            self._note_refusal("limit", too_many)
-            return
+        with trio.CancelScope() as scope:
+            too_many = self._slot.occupy(self._place[0], lambda: scope.cancel(reason="it gave way to another"))
+            if too_many is not None:
+                # Nothing was spoken yet, and TLS would have to be spoken to say no in it: the close has to do.
+                self._note_refusal("limit", too_many)
+                return
+            self._stranger = self._slot.stranger
+            await self._visit()
+        if scope.cancelled_caught and self._stranger is not None and self._stranger.gave_way is not None:
+            self._note_refusal("limit", self._stranger.gave_way)
+
+    async def _visit(self) -> None:
         tune(self._sock, self._door.tcp)
         plain = self._door.routes.plain
-        if plain is not None:
+        opening: Opening | None = None
+        limit = self._door.limits.handshake_timeout
+        comes_by_proxy = self._comes_by_proxy()
+        missing = "PROXY header" if comes_by_proxy else "TLS handshake"
+        try:
+            with trio.move_on_at(self._accepted_at + limit) as patience:
+                if comes_by_proxy:
+                    await self._learn_address()
+                    missing = "TLS handshake"
+                if plain is None:
+                    opening = await wait_for_opening(self._sock)
+        except RemoteProtocolError as error:
+            await self._turn_away(str(error), alert=b"" if missing == "PROXY header" else _ALERT)
+            return
+        if patience.cancelled_caught:
+            self._note_refusal("protocol-error", f"no {missing} within {limit:g} s")
+        elif plain is not None:
             await self._visit_plain(plain)
-        else:
+        elif opening is Opening.TICKET:
+            await self._visit_with_ticket()
+        elif await self._await_turn():
             await self._visit_tls()
+
+    # --- who comes, and when it is served --------------------------------------------------------------------------
+
+    async def _turn_away(self, why: str, *, alert: bytes) -> None:
+        """Refuse what is none of the protocols that are spoken here."""
+        self._note_refusal("protocol-error", why)
+        self._slot.refused()
+        with suppress(OSError):
+            self._sock.send(alert)
+        # An RST on what it has sent would destroy the alert under way.
+        await close_after_linger(self._sock, LINGER_TIME)
+
+    def _comes_by_proxy(self) -> bool:
+        """Whether a balancer opened this connection, which must say for whom."""
+        # All routes of an address say the same.
+        route = next(iter(self._door.routes.values()), None)
+        return route is not None and route.comes_by_proxy(self._place[0])
+
+    async def _learn_address(self) -> None:
+        header = await take_proxy_header(self._sock)
+        if header.source is None:
+            self._is_unnamed = True
+            return
+        self._place = header.source
+        self._address = format_address(header.source)
+        self.log = self.log.bind(address=self._address)
+        if self._slot.stranger is not None:
+            self._door.admission.strangers.move(self._slot.stranger, header.source[0])
+
+    async def _await_turn(self) -> bool:
+        """Wait until this connection's handshake may begin; False if that is never."""
+        strangers, stranger = self._door.admission.strangers, self._slot.stranger
+        if stranger is None:
+            raise AssertionError("a handshake of nobody")
+        began = trio.current_time()
+        longest = _HELD_BACK * self._door.limits.handshake_timeout
+        with trio.CancelScope(deadline=began + longest) as scope:
+            if strangers.ask(stranger, lambda: scope.cancel(reason="its turn has come")):
+                return True
+            await wait_for_departure(self._sock)
+        if stranger.stage is not Stage.RUNNING:
+            text = f"held back for {longest:g} s, and no turn came (limits.max_pre_auth, limits.max_pre_auth_per_ip)"
+            self._note_refusal("limit", text)
+            return False
+        # It was we who let it wait.
+        self._accepted_at += trio.current_time() - began
+        return True
 
     # --- without outer TLS -------------------------------------------------------------------------------------
 
     async def _visit_plain(self, route: LiveRoute) -> None:
-        if not route.admits_address(self._place[0]):
+        objection = None if route.admits_address(self._place[0]) else "address not in allow_from"
+        if self._is_unnamed:
+            objection = "the PROXY header names no address, so none that is in allow_from"
+        if objection is not None:
             self.log = self.log.bind(route=route.name)
-            self._note_refusal("not-authorised", "address not in allow_from")
+            self._note_refusal("not-authorised", objection)
             return
         leg = PlainLeg(self._sock, route.party_by_arrival(), self._address)
         await self._stay(leg, route)
@@ -129,17 +218,13 @@ class _Guest:
     # --- outer TLS ---------------------------------------------------------------------------------------------
 
     async def _visit_tls(self) -> None:
-        door, trust = self._door, self._door.trust
+        trust = self._door.trust
         if trust is None:
             raise AssertionError("an mTLS route without [tls]; the configuration should not have loaded")
-        with trio.move_on_at(self._accepted_at + door.limits.handshake_timeout):
-            if await self._first_byte() == b"F":
-                # 0x16 opens a TLS handshake, F a ticket line.
-                await self._visit_with_ticket()
-                return
         stream = TlsStream(self._sock, trust.context)
         if not await self._shake_hands(stream):
             return
+        self._note_progress()
         connection = stream.connection
         peer = verified_peer(connection, trust)
         self._certificate = peer.identity.describe()
@@ -178,24 +263,11 @@ class _Guest:
 
     # --- tickets -----------------------------------------------------------------------------------------------
 
-    async def _first_byte(self) -> bytes:
-        """The first byte of the connection, left in the kernel; ``b""`` at its end."""
-        while True:
-            try:
-                return self._sock.recv(1, socket.MSG_PEEK)
-            except BlockingIOError:
-                await trio.lowlevel.wait_readable(self._sock)
-
     async def _visit_with_ticket(self) -> None:
         """A second connection, on which a party brings its ticket; what is wrong with it gets no answer."""
-        line = b""
-        while len(line) < TICKET_LINE_LENGTH:
-            await trio.lowlevel.wait_readable(self._sock)
-            # Not a byte more than the line: what follows belongs to the functions.
-            data = self._sock.recv(TICKET_LINE_LENGTH - len(line))
-            if not data:
-                break
-            line += data
+        await trio.lowlevel.checkpoint_if_cancelled()
+        # Not a byte more than the line: what follows belongs to the functions.
+        line = self._sock.recv(TICKET_LINE_LENGTH)
         ticket = parse_ticket_line(line)
         if ticket is None or not self._door.tickets.redeem(ticket, self._door.listener, self._sock, self._slot):
             self._note_refusal("not-authorised", "no such ticket, or no longer")
@@ -217,6 +289,8 @@ class _Guest:
             else:
                 self._note_refusal("protocol-error", f"TLS handshake: {fault}")
             # The alert is written; an RST on unread input would destroy it under way.
+            stream.leave_without_close_notify()
+            self._slot.refused()
             await close_after_linger(self._sock, LINGER_TIME)
             return False
         if patience.cancelled_caught:
@@ -262,6 +336,8 @@ class _Guest:
             # descriptors while it takes its time to hear it.
             await self._withdraw(leg, objection)
             return
+        # Whoever gave way in this very moment is not let in.
+        await trio.lowlevel.checkpoint_if_cancelled()
         self._slot.admitted()
         self._slot.charge([route.charges.waiting(leg)])
         limit = route.wait_limit(leg)
@@ -373,21 +449,28 @@ class _Guest:
 
     async def _refuse(self, leg: Leg, refusal: Refused, why: str, *, reconnect_in: float | None = None) -> None:
         self._note_refusal(refusal.code, why)
+        self._slot.refused()
         await leg.refuse(refusal, reconnect_in=reconnect_in)
 
     def _note_refusal(self, code: str, why: str) -> None:
-        self.log.warning("refused", code=code, reason=why)
-        self._door.journal.note(
-            LegRefused(
-                code=code,
-                reason=why,
-                address=self._address,
-                route=self._route_name(),
-                party=None if self._route is None or self.leg is None else self.leg.party,
-                identity=None if self._route is None or self.leg is None else self.leg.identity,
-                certificate=self._certificate,
-            )
+        entry = LegRefused(
+            code=code,
+            reason=why,
+            address=self._address,
+            route=self._route_name(),
+            party=None if self._route is None or self.leg is None else self.leg.party,
+            identity=None if self._route is None or self.leg is None else self.leg.identity,
+            certificate=self._certificate,
         )
+        if self._certificate is None and self._route is None:
+            self._door.strangers_refused.note(entry)
+            return
+        self.log.warning("refused", code=code, reason=why)
+        self._door.journal.note(entry)
+
+    def _note_progress(self) -> None:
+        if self._slot.stranger is not None:
+            self._door.admission.strangers.progress(self._slot.stranger)
 
     def _route_name(self) -> str | None:
         """The route that this is about: the one it was let in to, or the only one that it can have wanted."""

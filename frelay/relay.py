@@ -47,6 +47,7 @@ from frelay.privileges import groups_in_force
 from frelay.protocol.messages import Refused
 from frelay.raw_pump import PipePool
 from frelay.reception import Door
+from frelay.refusals import StrangersRefused
 from frelay.reload import Reloader, Staged
 from frelay.route import LiveRoute
 from frelay.sockets import objection_to_congestion_control
@@ -127,6 +128,7 @@ class Relay:
         self._was_cut = False
         self._servers: Servers | None = None
         self.journal: Final = Journal()
+        self._strangers_refused: Final = StrangersRefused(self.journal)
         self.started_at: Final = time.time()
         """When, in seconds since the epoch."""
         self._now: Final = InForce(
@@ -218,6 +220,8 @@ class Relay:
                 root.start_soon(self._service_manager.run)
                 await root.start(self._obey_signals)
                 await root.start(self._names.run)
+                root.start_soon(self._admission.strangers.run)
+                root.start_soon(self._strangers_refused.run)
                 async with trio.open_nursery() as self._pairings, trio.open_nursery() as self._doors:
                     await (await self.stage(first, trust, instead_of=None)).put_in_force()
                     self._start_servers(first, root)
@@ -283,6 +287,7 @@ class Relay:
                 tickets=self._tickets,
                 journal=self.journal,
                 admission=self._admission,
+                strangers_refused=self._strangers_refused,
             )
 
         return door

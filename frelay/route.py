@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final
@@ -19,7 +19,7 @@ import trio
 from frelay.bandwidth import Bandwidth
 from frelay.charges import Charges
 from frelay.choice import Parties
-from frelay.config.model import Dial, Limits, Route
+from frelay.config.model import Dial, Limits, Network, Route
 from frelay.leg import Leg
 from frelay.lobby import Lobby, Place, Withdrawn, opposite
 from frelay.outcome import Outcome
@@ -105,9 +105,11 @@ class LiveRoute:
 
     def admits_address(self, host: str) -> bool:
         """Whether a plain route's ``allow_from`` holds this source address."""
-        address = ipaddress.ip_address(host)
-        mapped = getattr(address, "ipv4_mapped", None)
-        return any((mapped or address) in network for network in self.config.allow_from)
+        return _is_in(self.config.allow_from, host)
+
+    def comes_by_proxy(self, host: str) -> bool:
+        """Whether a connection from ``host`` must begin with a PROXY header."""
+        return _is_in(self.config.proxy_protocol, host)
 
     def party_by_arrival(self) -> PartyName:
         """On a plain route the party is a matter of arrival: whoever waits is met by the next, as func2."""
@@ -242,6 +244,14 @@ class LiveRoute:
 def _too_many(holder: str, held: int, of_all: str) -> Withdrawn:
     text = f"{described(holder)} has {held} of the {of_all}, and the rest is kept for others"
     return Withdrawn(Refused("limit", text, retry_after=10.0))
+
+
+def _is_in(networks: Iterable[Network], host: str) -> bool:
+    if not networks:
+        return False
+    address = ipaddress.ip_address(host)
+    mapped = getattr(address, "ipv4_mapped", None)
+    return any((mapped or address) in network for network in networks)
 
 
 def _pairing_limits(route: Route, limits: Limits, policy_ends_pairings: bool) -> PairingLimits:

@@ -13,9 +13,10 @@ import socket
 import struct
 from typing import Final
 
-__all__ = ["has_sent_end", "is_after_end", "is_dead", "shutdown_failure", "take_error", "unacknowledged"]
+__all__ = ["has_sent_end", "is_after_end", "is_dead", "is_open", "shutdown_failure", "take_error", "unacknowledged"]
 
 _SIOCOUTQ: Final = 0x5411
+_TCP_ESTABLISHED: Final = 1
 _TCP_CLOSE: Final = 7
 # TIME_WAIT, CLOSE_WAIT, LAST_ACK, CLOSING: the states after the other side's FIN.
 _AFTER_FIN: Final = frozenset({6, 8, 9, 11})
@@ -49,6 +50,14 @@ def has_sent_end(sock: socket.socket) -> bool:
     """
     try:
         return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] in _AFTER_FIN
+    except OSError:
+        return False
+
+
+def is_open(sock: socket.socket) -> bool:
+    """Whether the connection is as it was accepted: neither side has ended it in any way."""
+    try:
+        return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_ESTABLISHED
     except OSError:
         return False
 

@@ -33,7 +33,7 @@ class Holdings:
     pairings: int
     retired_routes: int
     legs: int
-    free_slots: int
+    handshakes: int
     hosts_with_strangers: int
 
 
@@ -49,8 +49,8 @@ def holdings(relay: RelayInProcess) -> Holdings:
         pairings=len(inner.pairings),
         retired_routes=len(inner._now.retired),
         legs=admission.legs,
-        free_slots=admission._free.value,
-        hosts_with_strangers=len(admission._by_host),
+        handshakes=admission.strangers.running,
+        hosts_with_strangers=admission.strangers.holders,
     )
 
 

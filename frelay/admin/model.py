@@ -75,6 +75,7 @@ class RouteBody(_Body):
     func2: _Selectors | DialBody | None = None
     outer: Literal["mtls", "none"] | None = None
     allow_from: list[str] | None = None
+    proxy_protocol: list[str] | None = None
     handoff: Literal["close-notify", "hello"] | None = None
     require_inner_tls: bool | Literal["always"] | None = None
     hello_settle: float | None = None
@@ -142,6 +143,7 @@ class RouteView(_View):
     func2: list[str] | dict[str, Any]
     outer: Literal["mtls", "none"]
     allow_from: list[str]
+    proxy_protocol: list[str]
     handoff: Literal["close-notify", "hello"]
     require_inner_tls: bool | Literal["always"]
     hello_settle: float
@@ -309,6 +311,8 @@ class RefusalView(_View):
     party: PartyKey | None
     identity: str | None
     certificate: str | None
+    count: int = 1
+    """Above 1: so many of this kind in one second; ``address`` is that of the last."""
 
 
 class StatusView(_View):

@@ -262,6 +262,10 @@ def add_route(
     allow_from: Annotated[
         list[str] | None, typer.Option(help="A network that may call; may be repeated.", metavar="NETWORK")
     ] = None,
+    proxy_protocol: Annotated[
+        list[str] | None,
+        typer.Option(help="A network of balancers that send a PROXY header; may be repeated.", metavar="NETWORK"),
+    ] = None,
     handoff: Annotated[str | None, typer.Option(help="close-notify or hello.", metavar="WORD")] = None,
     require_inner_tls: Annotated[str | None, typer.Option(help="true, false or always.", metavar="WORD")] = None,
     hello_settle: Seconds = None,
@@ -300,6 +304,7 @@ def add_route(
         **parties,
         "outer": outer,
         "allow_from": allow_from or None,
+        "proxy_protocol": proxy_protocol or None,
         "handoff": handoff,
         "require_inner_tls": {"true": True, "false": False}.get(require_inner_tls or "", require_inner_tls),
         "hello_settle": hello_settle,

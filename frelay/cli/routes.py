@@ -118,6 +118,8 @@ def _facts(route: Mapping[str, Any], now: float) -> list[tuple[str, str]]:
         ("outer", route["outer"]),
     ]
     facts += [("allow_from", ", ".join(route["allow_from"]))] if route["allow_from"] else []
+    balancers = route.get("proxy_protocol")
+    facts += [("proxy_protocol", ", ".join(balancers))] if balancers else []
     facts += [
         ("handoff", route["handoff"]),
         ("require_inner_tls", json.dumps(route["require_inner_tls"]).strip('"')),

@@ -206,6 +206,7 @@ class RouteTable(RouteLimits):
     func2: PartyValue = ()
     outer: Outer = "mtls"
     allow_from: Networks = ()
+    proxy_protocol: Networks = ()
     handoff: HandOff = "close-notify"
     require_inner_tls: InnerTls = True
     hello_settle: Duration = _HELLO_SETTLE
@@ -221,6 +222,7 @@ class RouteTable(RouteLimits):
             func2=self.func2,
             outer=self.outer,
             allow_from=self.allow_from,
+            proxy_protocol=self.proxy_protocol,
             handoff=self.handoff,
             require_inner_tls=self.require_inner_tls,
             hello_settle=self.hello_settle,
@@ -234,7 +236,8 @@ class Route(Section):
     """A route as the relay runs it: groups expanded, limits effective, durations in seconds.
 
     ``func1`` and ``func2`` are selectors (any of them), or at most one of the two is a :class:`Dial`; both are
-    empty exactly where ``outer`` is "none", and there ``allow_from`` is not. ``source`` is the file it stands in.
+    empty exactly where ``outer`` is "none", and there ``allow_from`` is not. ``proxy_protocol`` are the networks of
+    balancers that send a PROXY header, the same for all routes of an address. ``source`` is the file it stands in.
     These rules are held by ``load``, which can say where they are broken; the class does not check them again.
     """
 
@@ -244,6 +247,7 @@ class Route(Section):
     func2: PartyValue
     outer: Outer = "mtls"
     allow_from: Networks = ()
+    proxy_protocol: Networks = ()
     handoff: HandOff = "close-notify"
     require_inner_tls: InnerTls = True
     hello_settle: Duration = _HELLO_SETTLE

@@ -24,7 +24,7 @@ from frelay.config.model import Address, Config, Dial, Route, RouteLimits, Secti
 
 __all__ = ["Add", "Keep", "ListenerKey", "Plan", "Remove", "Replace", "listener_key", "plan"]
 
-_WIRING: Final = ("listen", "func1", "func2", "outer", "allow_from", "handoff", "require_inner_tls")
+_WIRING: Final = ("listen", "func1", "func2", "outer", "allow_from", "proxy_protocol", "handoff", "require_inner_tls")
 _TIMINGS: Final = ("hello_settle", "ticket_timeout")
 
 # The relay's name is in every bound logger, processes are started once, and so are the two HTTP servers; and who is not

@@ -20,10 +20,12 @@ from frelay.config.model import (
     AdminSection,
     Limits,
     MetricsSection,
+    Network,
     RouteTable,
     TcpSection,
     is_name,
     parse_address,
+    parse_network,
 )
 
 __all__ = [
@@ -57,6 +59,14 @@ class WrittenRoute:
         try:
             return parse_address(self.table["listen"])
         except (KeyError, TypeError, ValueError):
+            return None
+
+    @cached_property
+    def proxy_protocol(self) -> frozenset[Network] | None:
+        """Its networks of balancers, if those are valid ones."""
+        try:
+            return frozenset(parse_network(one) for one in self.table.get("proxy_protocol", ()))
+        except (TypeError, ValueError, AttributeError):
             return None
 
     @property
@@ -163,6 +173,15 @@ def _check_sharing(address: Address, sharing: Sequence[WrittenRoute]) -> None:
             # Those clients send no JOIN.route, and the oldest of them no server name either.
             text = f'{beside}, but with handoff = "hello" nothing tells their callers apart'
             route.report("listen", text, is_conflict=True)
+        first = sharing[0]
+        networks = (first.proxy_protocol, route.proxy_protocol)
+        if None not in networks and networks[0] != networks[1]:
+            route.report(
+                "proxy_protocol",
+                f"differs from that of {first}, at {first.where('listen')}, and both share {address}: a PROXY header "
+                "comes before anything that tells their callers apart, so write the same networks in both",
+                is_conflict=True,
+            )
         if route.name is not None:
             like = by_server_name.setdefault(route.name.lower(), route)
             if like.name != route.name:

@@ -48,15 +48,19 @@ async def test_64_descriptors_and_100_connects(site: Site) -> None:
     async with site.process(sections=LIMITS + ADMIN, launcher=FEW, workers=1) as relay:
         await pairs_up(site, relay)
         async with connections(relay.port(), 100):
-            budget = "the share of file descriptors for legs is used up (limits.fd_budget)"
-            await relay.log("refused", count=80, code="limit", reason=budget)
+            full = "all places for strangers are taken"
+
+            def gave_way() -> int:
+                return sum(e.get("count", 1) for e in relay.logged("refused", code="limit") if full in e["reason"])
+
+            await eventually(lambda: gave_way() >= 80, "all but a few gave way")
             assert len(open_descriptors(relay.process.pid)) < 60
             relay.signal(signal.SIGHUP)
             await relay.log("reloaded")
             async with admin(site) as api:
                 status = (await api.get("/v1/status")).json()
                 assert status["descriptors"]["limit"] == 64
-                assert status["descriptors"]["legs"] == status["descriptors"]["leg_budget"]
+                assert 0 < status["descriptors"]["legs"] < 64
                 assert (await api.post("/v1/reload")).status_code == 200
             assert not relay.logged("cannot accept")
         # The refusals of the flood are not yet all read when it has gone.

@@ -42,7 +42,9 @@ async def test_a_rightful_pair_joins_at_once(site: Site, kinds: dict[str, int]) 
             reason = "no TLS handshake within 1 s" if "silent" in kinds else None
             wanted = 80 if reason else 60
             await eventually(
-                lambda: len([e for e in relay.logged("refused") if reason in (None, e["reason"])]) >= wanted,
+                lambda: (
+                    sum(e.get("count", 1) for e in relay.logged("refused") if reason in (None, e["reason"])) >= wanted
+                ),
                 "the flood is on",
                 3 * PATIENCE,
             )
@@ -55,10 +57,13 @@ async def test_all_are_gone_at_the_deadline(site: Site) -> None:
         async with strangers(relay.own_port(), silent=40, garbage=40, slow=40):
             await eventually(lambda: relay.legs >= 80, "those who wait have come", 3 * PATIENCE)
             await eventually(
-                lambda: len(relay.logged("refused", reason="no TLS handshake within 0.5 s")) >= 160,
+                lambda: (
+                    sum(e.get("count", 1) for e in relay.logged("refused", reason="no TLS handshake within 0.5 s"))
+                    >= 160
+                ),
                 "each was sent away, and again",
                 3 * PATIENCE,
             )
             assert relay.legs <= 120 + 40  # those whose alert lingers
         # Those that the kernel still had queued are accepted and found to be gone.
-        await eventually(lambda: relay.legs == 0 and relay.relay.admission._free.value == 256, "none is left")
+        await eventually(lambda: relay.legs == 0, "none is left")

@@ -244,9 +244,12 @@ KEPT = 4
 
 
 def budget() -> str:
-    """Limits with which a relay in this process may have BUDGET legs, and many of one function may wait."""
+    """Limits with which a relay in this process may have BUDGET legs, and many of one function may wait.
+
+    A quarter of the budget is for strangers, and a leg takes two of the rest.
+    """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return f"[limits]\nfd_budget = {(32 + 2 * BUDGET + 0.5) / hard}\nmax_waiting_per_party = 1000\n"
+    return f"[limits]\nfd_budget = {(32 + 2 * BUDGET * 4 // 3 + 0.5) / hard}\nmax_waiting_per_party = 1000\n"
 
 
 async def takes_all_it_gets(site: Site, relay: RelayInProcess, name: str, expected: str) -> int:

@@ -106,18 +106,18 @@ async def test_a_retry_needs_no_room_and_takes_none(site: Site) -> None:
 
 
 async def test_a_refused_leg_stays_a_stranger(site: Site) -> None:
-    """It may take its time to hear its refusal, but in the slot of a stranger: so a thousand of them are not let in."""
+    """It may take its time to hear its refusal, but as a stranger, so a thousand are not let in; and with no turn."""
     limits = "[limits]\nmax_waiting_per_party = 1\nmax_pre_auth = 3\nmax_pre_auth_per_ip = 3\n"
     async with site.relay(sections=limits) as relay:
         await wait_in_line(site, relay, "func1")
         refused = [await answer(site, relay, "func1") for _ in range(3)]
         assert [code for _, code in refused] == ["queue-full"] * 3
         assert relay.legs == 4
-        assert relay.relay.admission._free.value == 0
+        assert relay.relay.admission.strangers.running == 0
+        assert len(relay.relay.admission.strangers) == 3
         for party, _ in refused:
             party.close()
         await eventually(lambda: relay.legs == 1, "they have gone")
-        assert relay.relay.admission._free.value == 3
 
 
 async def test_those_who_are_being_refused_are_not_without_number(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,14 @@
-"""Connections that nobody has vouched for are few at a time, few from one address, and cost no function its place."""
+"""Connections that nobody has vouched for cost no function its place, its turn or its time."""
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import pytest
 import trio
+import trio.testing
 
 from rig import PATIENCE, Party, RelayInProcess, Site, eventually, pair
 
@@ -31,27 +34,16 @@ async def is_closed(stream: trio.SocketStream) -> bool:
             return True
 
 
-async def test_one_address_may_only_have_so_many(site: Site) -> None:
-    """The fourth of three is closed at once; the first three are left in peace, and other addresses too."""
-    limits = "[limits]\nmax_pre_auth_per_ip = 3\nhandshake_timeout = 60\n"
-    async with site.relay(sections=limits) as relay, silent(relay, 3) as first:
-        await eventually(lambda: relay.legs == 3, "three strangers")
-        async with silent(relay, 2) as more:
-            for stream in more:
-                assert await is_closed(stream)
-        refused = relay.logged("refused", code="limit")
-        assert [event["reason"] for event in refused] == [
-            "3 connections from this address are unauthenticated already"
-        ] * 2
-        async with silent(relay, 3, source="127.0.0.2"):
-            await eventually(lambda: relay.legs == 6, "three strangers from elsewhere")
-        await eventually(lambda: relay.legs == 3, "those gone")
-        # A place that was given back can be had again.
-        await trio.aclose_forcefully(first.pop())
-        await eventually(lambda: relay.legs == 2, "one less")
-        party = await site.party(relay, "func1")
-        await party.join()
-        await party.expect("WAITING")
+async def test_the_silent_hold_no_turn(site: Site) -> None:
+    """However few turns there are, and whoever has them: a function has its own at once, from whichever address."""
+    limits = "[limits]\nmax_pre_auth = 1\nmax_pre_auth_per_ip = 1\nhandshake_timeout = 60\n"
+    async with site.relay(sections=limits) as relay, silent(relay, 20):
+        await eventually(lambda: relay.legs == 20, "twenty strangers")
+        one = await site.party(relay, "func1")
+        await one.join()
+        await one.expect("WAITING")
+        await pair_with(site, relay, one)
+        assert not relay.logged("refused")
 
 
 async def test_known_functions_do_not_count(site: Site) -> None:
@@ -70,12 +62,30 @@ async def test_known_functions_do_not_count(site: Site) -> None:
         assert not relay.logged("refused", code="limit")
 
 
-async def test_beyond_the_limit_newcomers_wait_in_the_kernel(site: Site) -> None:
-    """With all places taken nobody is refused: the next connection is accepted once a place is free."""
-    limits = "[limits]\nmax_pre_auth = 2\nmax_pre_auth_per_ip = 32\nhandshake_timeout = 60\n"
-    async with site.relay(sections=limits) as relay, silent(relay, 2) as strangers:
-        await eventually(lambda: relay.legs == 2, "all places taken")
-        party = await site.connect(relay, "func1")  # the kernel has it
+@asynccontextmanager
+async def halfway(site: Site, relay: RelayInProcess, count: int) -> AsyncIterator[list[Party]]:
+    """``count`` connections that send a whole ClientHello, and no more."""
+    parties = []
+    for _ in range(count):
+        party = await site.connect(relay, "func1")
+        with pytest.raises(ssl.SSLWantReadError):
+            party.tls.do_handshake()
+        await party.flush()
+        parties.append(party)
+    yield parties
+
+
+@pytest.mark.parametrize("limit", ["max_pre_auth", "max_pre_auth_per_ip"])
+async def test_beyond_the_limit_newcomers_are_held_back(
+    site: Site, limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With all turns taken nobody is refused: the next connection is served once there is one."""
+    monkeypatch.setattr("frelay.strangers._MORE_PATIENCE", 600)
+    limits = f"[limits]\n{limit} = 2\nhandshake_timeout = 60\n"
+    async with site.relay(sections=limits) as relay, halfway(site, relay, 2) as strangers:
+        admission = relay.relay.admission
+        await eventually(lambda: admission.strangers.running == 2, "all turns taken")
+        party = await site.connect(relay, "func1")
         joining = trio.Event()
 
         async def join() -> None:
@@ -86,14 +96,95 @@ async def test_beyond_the_limit_newcomers_wait_in_the_kernel(site: Site) -> None
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(join)
+            await eventually(lambda: admission.strangers.held == 1, "it is held back")
             with trio.move_on_after(0.3) as pause:
                 await joining.wait()
             assert pause.cancelled_caught
-            assert relay.legs == 2
-            await trio.aclose_forcefully(strangers.pop())
+            strangers.pop().close()
             with trio.fail_after(PATIENCE):
                 await joining.wait()
         assert not relay.logged("refused", code="limit")
+
+
+async def test_who_is_held_back_and_hangs_up_is_gone(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, in whatever way it goes, and whatever it had sent."""
+    monkeypatch.setattr("frelay.strangers._MORE_PATIENCE", 600)
+    limits = "[limits]\nmax_pre_auth = 1\nhandshake_timeout = 60\n"
+    async with site.relay(sections=limits) as relay, halfway(site, relay, 1):
+        strangers = relay.relay.admission.strangers
+        await eventually(lambda: strangers.running == 1, "the turn is taken")
+        async with halfway(site, relay, 3) as held:
+            await eventually(lambda: strangers.held == 3, "they are held back")
+            await held[0].send_raw(b"more")
+            held[0].close()
+            held[1].reset()
+            await held[2].send_eof()
+            await eventually(lambda: relay.legs == 1, "all three have gone")
+
+
+async def test_the_time_for_which_it_was_held_back_is_not_a_functions_own(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has its handshake_timeout from then on; only for so long, though, or the queue would have no end."""
+    monkeypatch.setattr("frelay.strangers._MORE_PATIENCE", 600)
+    limits = "[limits]\nmax_pre_auth = 1\nhandshake_timeout = 2\n"
+    async with site.relay(sections=limits) as relay, halfway(site, relay, 1), halfway(site, relay, 1) as held:
+        await relay.log("refused", reason="no TLS handshake within 2 s")
+        (party,) = held
+        await party.handshake()
+        await party.join()
+        await party.expect("WAITING")
+
+
+async def test_who_gets_no_turn_is_told_to_the_operator(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("frelay.strangers._MORE_PATIENCE", 600)
+    monkeypatch.setattr("frelay.reception._HELD_BACK", 0.1)
+    limits = "[limits]\nmax_pre_auth = 1\nhandshake_timeout = 5\n"
+    async with site.relay(sections=limits) as relay, halfway(site, relay, 1), halfway(site, relay, 1) as held:
+        assert await is_closed(held[0].stream)
+        (refused,) = relay.logged("refused", code="limit")
+        assert refused["reason"] == (
+            "held back for 0.5 s, and no turn came (limits.max_pre_auth, limits.max_pre_auth_per_ip)"
+        )
+
+
+async def test_a_handshake_that_lets_others_wait_gives_way(site: Site) -> None:
+    """It could hold its turn for handshake_timeout; where somebody else needs it, it does so for two seconds."""
+    limits = "[limits]\nmax_pre_auth = 2\nmax_pre_auth_per_ip = 2\nhandshake_timeout = 600\n"
+    async with site.relay(sections=limits) as relay, halfway(site, relay, 2) as strangers:
+        await eventually(lambda: relay.relay.admission.strangers.running == 2, "all turns taken")
+        await pair(await site.party(relay, "func1"), await site.party(relay, "func2"))
+        assert len(relay.logged("refused", code="limit")) in (1, 2)
+        await ended_by_relay(strangers[0])
+
+
+async def ended_by_relay(party: Party) -> None:
+    with trio.fail_after(PATIENCE):
+        try:
+            while await party.pull():
+                pass
+        except trio.BrokenResourceError:
+            pass
+
+
+async def test_the_limits_hold_from_a_reload_on(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raised, those who were held back are served at once; lowered, those who have their turn keep it."""
+    monkeypatch.setattr("frelay.strangers._MORE_PATIENCE", 600)
+    rest = "handshake_timeout = 60\n"
+    async with site.relay(sections="[limits]\nmax_pre_auth = 1\n" + rest) as relay, halfway(site, relay, 4):
+        strangers = relay.relay.admission.strangers
+        for limits, running in (
+            ("max_pre_auth = 3\nmax_pre_auth_per_ip = 2\n", 2),
+            ("max_pre_auth = 3\n", 3),
+            ("max_pre_auth_per_ip = 1\n", 3),
+            ("max_pre_auth = 1\n", 3),
+            ("", 4),
+        ):
+            await eventually(lambda: len(strangers) == 4, "all four have come")
+            site.write(sections=f"[limits]\n{limits}{rest}")
+            await relay.relay.reload()
+            await trio.testing.wait_all_tasks_blocked()
+            assert strangers.running == running
 
 
 async def test_silent_strangers_are_gone_at_the_deadline(site: Site) -> None:
@@ -130,16 +221,64 @@ async def test_bare_legs_are_strangers_until_their_certificate_is_known(site: Si
 
 
 async def test_the_share_of_descriptors_has_an_end(site: Site) -> None:
-    """Beyond fd_budget a connection is closed at once, known or not; with one gone there is room again."""
+    """Beyond fd_budget a function is told so; with one gone there is room again."""
     async with site.relay(sections="[limits]\nfd_budget = 1e-9\n") as relay:  # two legs are always allowed
         one, two = await site.party(relay, "func1"), await site.party(relay, "func2")
         await pair(one, two)
-        async with silent(relay, 1) as turned_away:
-            assert await is_closed(turned_away[0])
-        refused = await relay.log("refused", code="limit")
-        assert "limits.fd_budget" in refused["reason"]
+        third = await site.party(relay, "func1")
+        await third.join()
+        assert await third.refusal() == {
+            "code": "limit",
+            "reason": "this relay has no file descriptor left for one more connection (limits.fd_budget)",
+            "retry_after": 10.0,
+        }
+        await relay.log("refused", code="limit", identity="dns:func1.demo")
         assert len(relay.relay.pairings) == 1
         one.reset()
         two.reset()
-        await eventually(lambda: relay.legs == 0, "both legs gone")
+        await eventually(lambda: relay.relay.admission.admitted == 0, "both legs gone")
         await pair(await site.party(relay, "func1"), await site.party(relay, "func2"))
+
+
+async def test_a_full_pool_makes_room_for_an_address_with_fewer(site: Site) -> None:
+    """Of the address that has the most places for strangers, the longest silent one gives way; and it is told."""
+    async with site.relay(sections="[limits]\nfd_budget = 1e-9\nhandshake_timeout = 600\n") as relay:
+        budget = relay.relay.admission.stranger_budget
+        async with silent(relay, budget - 1, "127.0.0.2") as many, silent(relay, 1, "127.0.0.3") as few:
+            await eventually(lambda: relay.legs == budget, "the pool is full")
+            one = await site.party(relay, "func1")
+            assert await is_closed(many[0])
+            await one.join()
+            await one.expect("WAITING")
+            await pair_with(site, relay, one)
+            assert relay.legs == budget - 1 + 2
+            with trio.move_on_after(0.1) as pause:
+                await few[0].receive_some(1)
+            assert pause.cancelled_caught
+            refused = relay.logged("refused", code="limit")
+            assert {e["reason"] for e in refused} == {
+                "gave its place to another connection: all places for strangers are taken"
+            }
+
+
+async def pair_with(site: Site, relay: RelayInProcess, one: Party) -> None:
+    two = await site.party(relay, "func2")
+    await two.join()
+    await two.expect("WAITING")
+    await one.expect("PAIRED")
+    await two.expect("PAIRED")
+
+
+async def test_a_flood_is_told_in_a_few_lines_and_counted_to_the_last(site: Site) -> None:
+    """No stranger may fill the log, or drive what an operator looks for out of the last refusals."""
+    count = 500
+    async with site.relay() as relay:
+        for _ in range(count):
+            async with await trio.open_tcp_stream("127.0.0.1", relay.port()) as stream:
+                await stream.send_all(b"GET / HTTP/1.1\r\n\r\n")
+                await is_closed(stream)
+        totals = relay.relay.journal.totals["demo"].refusals
+        await eventually(lambda: totals["protocol-error"] == count, "all are counted")
+        refused = relay.logged("refused")
+        assert sum(event.get("count", 1) for event in refused) == count
+        assert len(refused) < count / 2

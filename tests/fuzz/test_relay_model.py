@@ -241,7 +241,6 @@ class World:
         self.write_file()
         self.relay = Relay(load(self.site.config), watch_files=False)
         self.office = RelayOffice(self.relay)
-        self.free_slots = self.relay.admission._free.value
         self.events = self._patches.enter_context(structlog.testing.capture_logs())
         self._patches.enter_context(self.relay.journal.listen(self._hear))
         self.routes["a"] = Route("a", "straight")
@@ -275,8 +274,8 @@ class World:
         inner = self.relay
         holdings = {
             "legs": inner.admission.legs,
-            "slots": self.free_slots - inner.admission._free.value,
-            "strangers": len(inner.admission._by_host),
+            "slots": inner.admission.strangers.running,
+            "strangers": inner.admission.strangers.holders,
             "pairings": len(inner.pairings),
             "pairings in all": inner._forwarding.pairings,
             "retired": len(inner._now.retired),
@@ -321,7 +320,7 @@ class World:
                 for name, totals in relay.journal.totals.items()
             },
             "legs": relay.admission.legs,
-            "slots": self.free_slots - relay.admission._free.value,
+            "slots": relay.admission.strangers.running,
             "tickets": len(relay._tickets),
             "handshakes": self._handshakes_seen,
         }

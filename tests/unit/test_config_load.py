@@ -142,6 +142,7 @@ def test_a_route_has_its_defaults(written: Written, tmp_path: Path) -> None:
             func2=(parse_selector("dns:func2.acme"),),
             outer="mtls",
             allow_from=(),
+            proxy_protocol=(),
             handoff="close-notify",
             require_inner_tls=True,
             hello_settle=0.2,
@@ -711,7 +712,7 @@ def test_the_example_shows_every_key_with_its_true_default(written: Written) -> 
 
 def test_the_commented_routes_of_the_example_are_valid_too(written: Written) -> None:
     config = load(written(_uncommented(EXAMPLE.read_text(), ("group", "route"))))
-    assert sorted(config.routes_by_name) == ["database", "demo", "hello", "mesh"]
+    assert sorted(config.routes_by_name) == ["balanced", "database", "demo", "hello", "mesh"]
     demo = config.routes_by_name["demo"]
     assert demo == load(EXAMPLE).routes[0].model_copy(update={"source": config.path})
 

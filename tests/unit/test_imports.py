@@ -62,13 +62,16 @@ HOUSE: Final = (
     Room("choice", "protocol config", "", "the relay and `frelay why` must never choose differently"),
     Room("config.watch", "errors protocol config", "trio watchfiles", "the one part of it that waits"),
     Room("names", "", "trio", "whoever looks a name up waits for nobody else's"),
-    Room("admission", "config shares", "trio", "limits, whoever the connection belongs to"),
+    Room("strangers", "config shares", "trio", "who gives way to whom, whatever a connection is"),
+    Room("admission", "config shares strangers", "trio", "limits, whoever the connection belongs to"),
     Room("privileges", "errors key_mode config", "", "what a process may do is settled before it is a relay"),
     Room("sockets", "errors tcp config", "trio", "the border to the kernel: its errors end here"),
     Room("systemd", "config sockets", "trio structlog sdnotify", "who started us, wherever that is systemd"),
     Room("tls", "errors key_mode tcp protocol config sockets", "trio OpenSSL cryptography", "the border to OpenSSL"),
     Room("verdict", "protocol config choice tls", "", "why a certificate is let in or not, for whoever asks offline"),
+    Room("refusals", "journal", "trio structlog", "of a flood so much that it can be read"),
     Room("tickets", "admission sockets", "trio", "who brings one brings a leg, whatever that is"),
+    Room("opening", "errors protocol tcp tickets", "trio", "the first bytes, while nothing is read or spent"),
     Room("leg", f"{LEAVES} admission sockets tls tickets", "trio", "one party's connection, hand-off included"),
     Room("frameless", f"{LEAVES} shares admission sockets tls leg", "trio", "legs that speak no frames"),
     Room(
@@ -105,7 +108,8 @@ HOUSE: Final = (
     ),
     Room(
         "reception",
-        f"{LEAVES} journal config choice admission sockets tls tickets leg frameless lobby pairing route dial",
+        f"{LEAVES} journal config choice strangers admission sockets tls refusals tickets opening leg frameless lobby "
+        "pairing route dial",
         "trio structlog",
         "from accept to paired or gone",
     ),
@@ -140,7 +144,7 @@ HOUSE: Final = (
     Room(
         "relay",
         f"{LEAVES} journal config config.store config.watch choice names admission privileges tls tickets lobby "
-        "raw_pump pairing route reception inspection listener sockets systemd in_force reload office servers",
+        "raw_pump pairing route refusals reception inspection listener sockets systemd in_force reload office servers",
         "trio structlog",
         "the nursery tree",
     ),
