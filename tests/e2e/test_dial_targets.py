@@ -12,7 +12,18 @@ import pytest
 import trio
 
 from certs import TestAuthority
-from rig import TLS_HEADER, Party, RelayInProcess, Site, eventually, open_descriptors, opened_since, pair, reserved_port
+from rig import (
+    DEMO,
+    TLS_HEADER,
+    Party,
+    RelayInProcess,
+    Site,
+    eventually,
+    open_descriptors,
+    opened_since,
+    pair,
+    reserved_port,
+)
 from rounds import settled
 from services import (
     CALLERS,
@@ -497,13 +508,15 @@ async def test_two_callers_for_the_last_place(site: Site) -> None:
 async def test_a_dialled_connection_counts_in_the_descriptor_budget(site: Site) -> None:
     """With no descriptor left for it the caller is told so, and nothing is dialled."""
     limits = "[limits]\nfd_budget = 0.000001\n"  # the least there is: two legs
-    async with serving(echo) as service, site.relay(dialling(service, more=OPEN), sections=limits) as relay:
-        silent = await site.connect(relay)
-        await eventually(lambda: relay.legs == 1, "one leg that only stands there")
+    other = DEMO.replace('"demo"', '"other"')
+    async with serving(echo) as service, site.relay(dialling(service, more=OPEN) + other, sections=limits) as relay:
+        waiter = await site.party(relay, "func1", route="other")
+        await waiter.join()
+        await waiter.expect("WAITING")
         party = await joined(site, relay)
         assert (await party.refusal())["code"] == "limit"
         assert service.connections == 0
-        silent.close()
+        waiter.close()
         party.close()
         await nothing_is_left(relay)
         end = await call(site, relay)
