@@ -178,6 +178,7 @@ async def _held_back(relay: RelayInProcess, count: int, party: PartyName) -> Non
     await eventually(all_are, "all wait for their turn")
 
 
+@pytest.mark.load
 @direct
 @pytest.mark.parametrize("who", ["func1", "func2"])
 async def test_a_reset_is_told_before_its_turn_comes(site: Site, who: PartyName) -> None:
@@ -198,6 +199,7 @@ async def test_a_reset_is_told_before_its_turn_comes(site: Site, who: PartyName)
         assert len(relay.logged("pairing ended", outcome="reset", side=who)) == len(pairs)
 
 
+@pytest.mark.load
 @direct
 @pytest.mark.parametrize(("mode1", "mode2"), PAIRS_OF_MODES)
 @pytest.mark.parametrize("gone", ["sender", "receiver"])
@@ -233,6 +235,7 @@ async def test_what_was_sent_before_an_end_arrives_though_its_sender_is_gone(sit
         assert await two.receive_to_end() == data
 
 
+@pytest.mark.load
 async def test_turns_of_pairings_that_are_gone_are_given_back(site: Site) -> None:
     async with site.relay(OPEN + "max_bytes_per_second = 5000\n") as relay:
         kept = await join_ends(site, relay)

@@ -249,6 +249,7 @@ async def test_who_goes_while_it_waits_leaves_the_turn_to_the_others(autojump_cl
     assert trio.current_time() - began <= 1.1
 
 
+@pytest.mark.load
 async def test_turns_of_those_who_have_gone_are_given_back(autojump_clock: trio.testing.MockClock) -> None:
     """Sixty pairings ask for a kilobyte each and end. Whoever comes then waits for none of it."""
     bandwidth = Bandwidth(5000)
@@ -262,6 +263,7 @@ async def test_turns_of_those_who_have_gone_are_given_back(autojump_clock: trio.
     assert trio.current_time() - began <= 0.21
 
 
+@pytest.mark.load
 async def test_who_is_next_and_goes_leaves_the_turn_to_the_one_after_it(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
@@ -286,6 +288,7 @@ async def test_who_is_next_and_goes_leaves_the_turn_to_the_one_after_it(
     assert trio.current_time() - began == pytest.approx(0.2, abs=0.01)
 
 
+@pytest.mark.load
 @pytest.mark.parametrize("rate", [100, 5000, 1_000_000])
 async def test_a_turn_is_short_at_any_rate(autojump_clock: trio.testing.MockClock, rate: int) -> None:
     """However slow the route, ten bytes wait for one turn of somebody else, and then for their own."""
@@ -300,6 +303,7 @@ async def test_a_turn_is_short_at_any_rate(autojump_clock: trio.testing.MockCloc
         nursery.cancel_scope.cancel()
 
 
+@pytest.mark.load
 async def test_a_new_rate_counts_for_those_who_wait(autojump_clock: trio.testing.MockClock) -> None:
     """Up, down, and away: nobody waits for what the old one would have asked."""
     bandwidth = Bandwidth(1)
