@@ -103,11 +103,13 @@ class Running:
         assert self.output.count(text) >= count, f"it ended without {text!r}:\n{self.output}"
         return next(line for line in reversed(self.output.splitlines()) if text in line)
 
-    def write(self, text: str) -> None:
-        """Send it ``text``, and leave its input open."""
+    def write(self, text: str, *, is_last: bool = False) -> None:
+        """Send it ``text``, and leave its input open unless that is the last of it."""
         assert self.process.stdin is not None
         self.process.stdin.write(text)
         self.process.stdin.flush()
+        if is_last:
+            self.process.stdin.close()
 
     def end(self) -> int:
         """Close its input, and wait for its end; gives the exit code."""

@@ -280,9 +280,7 @@ def the_command(here: Machine, page: str) -> None:
     one = find(page, RUN[page][2]).text
     two = one.replace("func1", "FUNC").replace("func2", "func1").replace("FUNC", "func2")
     with here.start(two) as other:
-        other.write("from func2\n")
-        assert other.process.stdin is not None
-        other.process.stdin.close()
+        other.write("from func2\n", is_last=True)
         assert succeeds(here, one, stdin="from func1\n") == "from func2\n"
         other.says("from func1")
 
