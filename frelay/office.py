@@ -82,7 +82,7 @@ class RelayOffice(Office):
             return "draining: it takes nothing new any more"
         if trust is not None and now > trust.not_after:
             return "tls.certificate has expired: no function will trust it"
-        if trust is not None and trust.crl_next_update is not None and now > trust.crl_next_update:
+        if trust is not None and trust.has_expired_list(now):
             return "tls.crl has run out: nobody is let in"
         return None
 

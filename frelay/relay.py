@@ -29,11 +29,12 @@ import trio
 
 from frelay.admission import Admission, raise_descriptor_limit
 from frelay.choice import Table
-from frelay.config.load import load
+from frelay.config.load import load, load_sections
 from frelay.config.model import Config
 from frelay.config.plan import ListenerKey, Plan, listener_key, plan
 from frelay.config.store import RouteFileEdit
 from frelay.config.watch import Watcher
+from frelay.doubts import log_doubts
 from frelay.errors import ConfigError, Problem
 from frelay.in_force import InForce
 from frelay.inspection import follow_clock
@@ -60,7 +61,7 @@ if TYPE_CHECKING:
     from frelay.admin.office import Office
     from frelay.servers import Servers
 
-__all__ = ["Relay", "prepare"]
+__all__ = ["Relay", "prepare", "with_all_problems"]
 
 # What a function that was waiting is told to wait before it dials again, while this relay goes away.
 _RECONNECT_IN: Final = 1.0
@@ -73,14 +74,42 @@ def prepare(
 
     ``contents`` and ``now`` are those of :func:`~frelay.tls.loading.load_outer_tls`.
     """
-    groups = groups_in_force(config)
-    _check_congestion_control(config)
-    if config.tls is None:
-        return None
-    serves_http = config.admin is not None and config.admin.address is not None
-    return load_outer_tls(
-        config.tls, source=config.path, serves_http=serves_http, contents=contents, now=now, key_readers=groups
-    )
+    problems: list[Problem] = []
+    groups, trust = None, None
+    try:
+        groups = groups_in_force(config)
+    except ConfigError as error:
+        problems += error.problems
+    try:
+        _check_congestion_control(config)
+    except ConfigError as error:
+        problems += error.problems
+    if config.tls is not None:
+        serves_http = config.admin is not None and config.admin.address is not None
+        try:
+            trust = load_outer_tls(
+                config.tls, source=config.path, serves_http=serves_http, contents=contents, now=now, key_readers=groups
+            )
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return trust
+
+
+def with_all_problems(path: Path, error: ConfigError, *, base: Path | None = None) -> ConfigError:
+    """``error``, for which the route file at ``path`` was refused, and what is wrong with the files that it names.
+
+    ``base`` is where their paths start from, as for :func:`~frelay.config.load.load`.
+    """
+    config = load_sections(path, base=base)
+    if config is None:
+        return error
+    try:
+        prepare(config)
+    except ConfigError as more:
+        return ConfigError([*error.problems, *more.problems])
+    return error
 
 
 def _check_congestion_control(config: Config) -> None:
@@ -360,12 +389,17 @@ class Relay:
 
         async def put_in_force() -> None:
             self._now.take_over(new, trust, changes, opened)
+            self._tell_doubts(new, trust)
 
         async def abandon() -> None:
             for listener in opened.values():
                 listener.close()
 
         return Staged(changes, put_in_force, abandon)
+
+    def _tell_doubts(self, new: Config, trust: OuterTls | None) -> None:
+        """Log what keeps functions out; a worker leaves that to its supervisor."""
+        log_doubts(new, trust, self._log)
 
     async def _open_missing(self, new: Config) -> dict[ListenerKey, Listener]:
         """What ``new`` needs and nobody has bound yet; a worker has it from its supervisor. Raises ConfigError."""

@@ -18,7 +18,8 @@ routes the names would fit once the rest is mended.
   ``routes_checked``: among how many; ``plain_routes``: those that look at no certificate;
 * ``refusal``: null, or ``code`` (REFUSED's, and the log's), ``reason`` (as the log has it), and what the function sees:
   ``alert`` (of TLS, or null) or ``told`` (the sentence of the REFUSED frame, or null);
-* ``hints``: sentences.
+* ``hints``: sentences;
+* ``warnings``: sentences on what the relay lets in, and the other function would refuse: see :func:`_inner_warnings`.
 """
 
 from __future__ import annotations
@@ -123,6 +124,7 @@ class Verdict:
     plain_routes: tuple[str, ...]
     refusal: Refusal | None
     hints: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
     @property
     def objection(self) -> Check | None:
@@ -140,6 +142,7 @@ class Verdict:
             "plain_routes": list(self.plain_routes),
             "refusal": None if self.refusal is None else self.refusal.as_json(),
             "hints": list(self.hints),
+            "warnings": list(self.warnings),
         }
 
 
@@ -182,7 +185,32 @@ def examine(
     hints = [] if found or identity.objection else list(_hints(facts, guarded))
     if facts.authority and not all(certificate_facts(one).authority for one in chain[1:]):
         hints.insert(0, "the file begins with the certificate of an authority; the function's own must be the first")
-    return Verdict(facts, tuple(checks), found, len(guarded), plain, refusal, tuple(hints[:_HINTS]))
+    warnings = tuple(_inner_warnings(chain, found))
+    return Verdict(facts, tuple(checks), found, len(guarded), plain, refusal, tuple(hints[:_HINTS]), warnings)
+
+
+# --- what the other function will say -----------------------------------------------------------------------------
+
+
+def _inner_warnings(chain: Sequence[x509.Certificate], found: Sequence[RouteFit]) -> Iterator[str]:
+    """Why a function that is let in fails all the same: in the inner TLS func2 is the server, and shows what it has.
+
+    What func1 needs there, clientAuth, the relay has asked for already.
+    """
+    servers = [one.route for one in found if any(fit.party == "func2" for fit in one.parties)]
+    if not servers:
+        return
+    where = f"func2 of route {servers[0]}" + (f" and {len(servers) - 1} more" if len(servers) > 1 else "")
+    for depth, one in enumerate(chain):
+        facts = certificate_facts(one)
+        if facts.usages is None or "serverAuth" in facts.usages:
+            continue
+        whose = "the certificate" if depth == 0 else f"its authority {facts.subject}"
+        yield (
+            f"as {where} it is the server of the TLS between the functions, and {whose} is not for servers (its "
+            "extended key usage lacks serverAuth): func1 will refuse it; issue it with serverAuth and clientAuth, as "
+            "`frelay ca party` does"
+        )
 
 
 # --- what TLS says ------------------------------------------------------------------------------------------------
@@ -270,14 +298,20 @@ def _remedy(
     match rejection.number:
         case 0:
             return "issue it again, with a key that TLS 1.3 knows, such as P-256 or Ed25519"
-        case 18:
+        case 18 if rejection.authority is None:
             return f"have it issued by an authority of {client_ca}; a certificate cannot vouch for itself"
         case 2 | 19 | 20 | 21 if not facts.names:
             return "its extensions cannot be parsed, so OpenSSL finds no issuer for it: issue it again with others"
-        case 2 | 19 | 20 | 21 if facts.issuer in trust.authorities:
+        case 2 | 18 | 19 | 20 | 21 if rejection.authority is not None:
             return (
-                f"the authority that issued it has the same name as one of {client_ca}, and another key: issue the "
-                "certificate again with that one, or add the other to the file"
+                f"{rejection.authority} of {client_ca} has expired, and with it all that it issued: have the "
+                "certificate issued by another authority, or put that one's renewed certificate there"
+            )
+        case 2 | 19 | 20 | 21 if (rehearsal.missing or facts.issuer) in trust.authorities:
+            return (
+                f"the authority that issued {'it' if len(rehearsal.path) < 2 else rehearsal.path[-1]} has the same "
+                f"name as one of {client_ca}, and another key: issue that again with this one, or add the other to the "
+                "file"
             )
         case 2 | 19 | 20 | 21:
             return (
@@ -300,7 +334,7 @@ def _remedy(
         case 67 | 68:
             return f"replace {authority}, whose key or signature is too weak to be believed"
         case 3 | 33:
-            issuer = rehearsal.path[rejection.depth + 1] if rejection.depth + 1 < len(rehearsal.path) else facts.issuer
+            issuer = _at(min(rejection.depth + 1, len(rehearsal.path) - 1), rehearsal)
             return f"{crl} must hold a list of every authority of the chain; add that of {issuer}"
         case 12 | 11:
             return f"publish a list that is in date to {crl}; `frelay ca revoke` without a certificate renews it"

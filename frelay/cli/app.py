@@ -78,7 +78,12 @@ def run(
     # The relay obeys it as long as it runs. What comes before that, or after, would kill the process, and with it the
     # exit code of a clean drain.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    first = load(config)
+    try:
+        first = load(config)
+    except ConfigError as error:
+        from frelay.relay import with_all_problems
+
+        raise with_all_problems(config, error) from error
     privileges.give_up(first)  # before the log, which has a thread
     log.configure("json" if log_format == "json" else "console", log_level)
     inherited, service_manager = Inherited.from_environment(), ServiceManager.from_environment()
@@ -110,8 +115,10 @@ def check(
 ) -> None:
     """Say whether a route file is good, with everything that is wrong in it. Binds nothing.
 
-    --json prints ok, problems (file, line, key, message) and, if ok, routes (names), addresses, certificate_not_after
-    and crl_next_update (times as text, or null).
+    Whatever keeps functions out without being an error is a warning, on stderr.
+
+    --json prints ok, problems (file, line, key, message) and, if ok, warnings (likewise), routes (names), addresses,
+    certificate_not_after and crl_next_update (times as text, or null).
     """
     from frelay.cli.check import check_file
 

@@ -10,25 +10,41 @@ from typing import Any
 
 from frelay.config.load import load
 from frelay.config.model import Config
+from frelay.doubts import doubts
 from frelay.errors import ConfigError, Problem
-from frelay.relay import prepare
+from frelay.relay import prepare, with_all_problems
 from frelay.tls.context import OuterTls
 
-__all__ = ["as_json_object", "check_file", "report_problems"]
+__all__ = ["as_json_object", "check_file", "load_and_prepare", "report_problems"]
 
 
 def check_file(path: Path, *, as_json: bool) -> int:
     """Check the route file at ``path`` and all that it refers to; prints the result, gives the exit code."""
     try:
-        config = load(path)
-        trust = prepare(config)
+        config, trust = load_and_prepare(path)
     except ConfigError as error:
         return report_problems(path, error, as_json=as_json)
+    found = doubts(config, trust)
+    if trust is not None and not trust.is_open:
+        return report_problems(path, ConfigError(found), as_json=as_json)
     if as_json:
-        print(json.dumps({"ok": True, "problems": [], **_facts(config, trust)}))
-    else:
-        print(f"{path}: ok, {_summary(config, trust)}")
+        warnings = [as_json_object(doubt) for doubt in found]
+        print(json.dumps({"ok": True, "problems": [], "warnings": warnings, **_facts(config, trust)}))
+        return 0
+    for doubt in found:
+        print(f"warning: {doubt}", file=sys.stderr)
+    more = f"; {len(found)} warning{'s' if len(found) > 1 else ''}" if found else ""
+    print(f"{path}: ok, {_summary(config, trust)}{more}")
     return 0
+
+
+def load_and_prepare(path: Path, *, base: Path | None = None) -> tuple[Config, OuterTls | None]:
+    """The route file at ``path`` and what its certificates came to; raises ConfigError with the problems of both."""
+    try:
+        config = load(path, base=base)
+    except ConfigError as error:
+        raise with_all_problems(path, error, base=base) from error
+    return config, prepare(config)
 
 
 def report_problems(path: Path, error: ConfigError, *, as_json: bool) -> int:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from frelay.cli.check import report_problems
+from frelay.cli.check import load_and_prepare, report_problems
 from frelay.cli.remote import CallFailed, Credentials, Place, Remote, find, place_in_file
 from frelay.cli.text import bold, count
 from frelay.config.load import load
@@ -22,8 +22,8 @@ from frelay.config.model import Config, Route
 from frelay.config.plan import Plan
 from frelay.config.plan import plan as planned
 from frelay.config.written import config_as_written, load_written, route_as_written
+from frelay.doubts import doubts
 from frelay.errors import ConfigError, printable
-from frelay.relay import prepare
 
 if TYPE_CHECKING:
     from frelay.cli.operate import Asked
@@ -53,8 +53,7 @@ def plan(asked: Asked, *, running: Path | None, as_json: bool) -> int:
     path = asked.config or Path(os.environ.get("FRELAY_CONFIG") or "relay.toml")
     before = _before(asked, path, running)
     try:
-        new = load(path, base=_base(before, path) if isinstance(before, Running) else None)
-        prepare(new)
+        new, trust = load_and_prepare(path, base=_base(before, path) if isinstance(before, Running) else None)
     except ConfigError as error:
         code = report_problems(path, error, as_json=as_json)
         is_lost = isinstance(before, CallFailed) and not as_json
@@ -63,6 +62,8 @@ def plan(asked: Asked, *, running: Path | None, as_json: bool) -> int:
         return code
     if isinstance(before, CallFailed):
         raise before
+    for doubt in () if as_json else doubts(new, trust):
+        print(f"warning: {doubt}", file=sys.stderr)
     found = planned(before.config, new)
     if as_json:
         print(json.dumps(_as_json(found, before, new)))

@@ -14,12 +14,10 @@ from pathlib import Path
 
 import typer
 
-from frelay.cli.check import as_json_object
+from frelay.cli.check import as_json_object, load_and_prepare
 from frelay.cli.show import Row, certificate_rows, fit_rows, print_rows
-from frelay.config.load import load
 from frelay.errors import ConfigError
 from frelay.pki.files import read_certificates
-from frelay.relay import prepare
 from frelay.verdict import Verdict, examine
 
 __all__ = ["explain"]
@@ -31,8 +29,7 @@ def explain(config_path: Path, certificate: Path, route: str | None, *, as_json:
     Raises CertificateError for a file that holds none, and typer.BadParameter for a route that is not there.
     """
     try:
-        config = load(config_path)
-        trust = prepare(config)
+        config, trust = load_and_prepare(config_path)
     except ConfigError as error:
         if as_json:
             print(json.dumps({"admitted": None, "problems": [as_json_object(problem) for problem in error.problems]}))
@@ -83,5 +80,7 @@ def _summary_rows(verdict: Verdict, route: str | None) -> Iterator[Row]:
         yield "routes", f"{len(verdict.fits)} of {verdict.routes_checked} have a party that these names fit"
         if verdict.plain_routes:
             yield "routes", f"{len(verdict.plain_routes)} more look at no certificate, only at addresses (allow_from)"
+    for warning in verdict.warnings:
+        yield "warning", warning
     for hint in verdict.hints:
         yield "hint", hint

@@ -57,7 +57,7 @@ from frelay.config.store import RouteFileEdit
 from frelay.errors import ConfigError, Problem
 from frelay.protocol.identity import Selector
 
-__all__ = ["load", "route_files"]
+__all__ = ["load", "load_sections", "route_files"]
 
 SectionType = TypeVar("SectionType", bound=Section)
 
@@ -76,6 +76,23 @@ def load(path: Path | str, *, edit: RouteFileEdit | None = None, base: Path | No
     if config is None:
         raise ConfigError(problems)
     return config
+
+
+def load_sections(path: Path | str, *, base: Path | None = None) -> Config | None:
+    """The good ones among the sections of the route file at ``path``, without its routes; None if it cannot be read.
+
+    It is for those who look at the files that the sections name, where :func:`load` has refused the whole.
+    """
+    main = read_document(Path(path).absolute(), [])
+    if main is None:
+        return None
+    around = Surroundings(base or main.path.parent)
+    return Config(
+        path=main.path,
+        relay=_section(main, "relay", RelaySection, around) or RelaySection(),
+        tls=_section(main, "tls", TlsSection, around),
+        tcp=_section(main, "tcp", TcpSection, around) or TcpSection(),
+    )
 
 
 def route_files(directory: Path) -> tuple[Path, ...]:

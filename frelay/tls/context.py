@@ -6,13 +6,20 @@ reload makes a new one and swaps the reference; a connection ends with the one i
 
 Fail closed: a verdict of OpenSSL is passed on as it is, and a CRL's ``nextUpdate``, which was checked when it was
 loaded, is checked again at every handshake and every pairing: once it has passed, nobody is let in.
+
+There is one exception to "as it is". OpenSSL looks every certificate of a chain up in its issuer's list, the last one
+too; and where that is an anchor by itself (:mod:`frelay.tls.anchors`) nobody has its issuer's list, nor may: an anchor
+is trusted because the operator wrote it down, until the operator takes it out (RFC 5280, 6.1). So of this certificate,
+and of no other, it is passed over that there is no such list.
 """
 
 from __future__ import annotations
 
+import base64
 import functools
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 from weakref import WeakValueDictionary
@@ -20,9 +27,13 @@ from weakref import WeakValueDictionary
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
+from cryptography.hazmat.primitives.serialization import Encoding
 from OpenSSL import SSL, crypto
 
+from frelay.errors import Problem
 from frelay.sockets import TlsFault
+from frelay.tls.anchors import subject
+from frelay.tls.constraints import NameLimits
 from frelay.tls.identity import PeerIdentity, describe_unverified, identities, nobody
 
 __all__ = [
@@ -30,10 +41,13 @@ __all__ = [
     "EXPIRED",
     "NOT_TAKEN",
     "Credential",
+    "Judgement",
+    "ListDates",
     "OuterTls",
     "Rejection",
+    "Trusted",
     "VerifiedPeer",
-    "judgement_store",
+    "judgement_of",
     "openssl_version",
     "server_context",
     "verified_peer",
@@ -44,6 +58,10 @@ ALPN: Final = b"frelay/1"
 # X509_V_ERR_* of OpenSSL's x509_vfy.h, where our protocol has a word for them.
 _ERR_CERT_HAS_EXPIRED: Final = 10
 _ERR_CERT_REVOKED: Final = 23
+# No list, a list that does not fit, none of whose issuer is known, or one of another scope.
+_NO_LIST: Final = frozenset({3, 8, 33, 44})
+# No issuer was found, or one that is not trusted.
+_NO_ISSUER: Final = frozenset({2, 18, 19, 20, 21})
 # X509_V_FLAG_NO_CHECK_TIME of the same file, which pyOpenSSL does not name.
 _NO_CHECK_TIME: Final = 0x200000
 
@@ -51,7 +69,7 @@ _NO_CHECK_TIME: Final = 0x200000
 _SHOWN: Final = 256
 
 NOT_TAKEN: Final = (SSL.Error, crypto.Error, TypeError, ValueError, UnsupportedAlgorithm)
-"""What :func:`server_context` and :func:`judgement_store` raise for certificates, lists or a key that OpenSSL does not
+"""What :func:`server_context` and :func:`judgement_of` raise for certificates, lists or a key that OpenSSL does not
 take, although they could be read."""
 
 
@@ -72,6 +90,8 @@ class Rejection:
     """OpenSSL's X509_V_ERR; 0 where it was not OpenSSL that refused."""
     depth: int = 0
     """Where in the chain, 0 being the party's own certificate."""
+    authority: str | None = None
+    """The subject of an authority of ``client_ca`` that it leads to, and that has expired."""
 
 
 EXPIRED: Final = Rejection("certificate-expired", "the certificate has expired since the handshake")
@@ -84,7 +104,7 @@ class Credential:
     leaf: bytes
     """In DER: parsed, and with all that a parser keeps at hand, it is ten times that."""
     intermediates: tuple[bytes, ...]
-    """In DER, and without the anchor: whether that is still trusted is what a later judgement has to find out."""
+    """In DER, and without a root: whether the anchor is still trusted is what a later judgement has to find out."""
     not_after: float
     """When the first certificate of the chain expires, in seconds since the epoch."""
 
@@ -106,17 +126,48 @@ class VerifiedPeer:
     trust: OuterTls
 
 
+@dataclass(frozen=True, slots=True)
+class Trusted:
+    """The authorities and lists that go into a store."""
+
+    chained: Sequence[x509.Certificate]
+    """Roots, and what leads to others of these."""
+    alone: Sequence[x509.Certificate] = ()
+    """Anchors by themselves: whose issuer is not here."""
+    lists: Sequence[x509.CertificateRevocationList] = ()
+    expired: Sequence[x509.Certificate] = ()
+    """Those that are in no store, for the log to name them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What :meth:`OuterTls.verify` goes by: stores that know no clock."""
+
+    store: crypto.X509Store
+    without_lists: crypto.X509Store
+    alone: frozenset[bytes]
+    """In DER, the anchors by themselves."""
+
+
+@dataclass(frozen=True, slots=True)
+class ListDates:
+    """Until when a list is good, and until when anybody needs it: its authority's own end. Seconds since the epoch."""
+
+    next_update: float
+    needed_until: float
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class OuterTls:
     """A consistent set of certificate, key, CA bundle and CRLs; immutable."""
 
     context: SSL.Context
     not_after: float
-    """When the relay's own certificate expires, in seconds since the epoch."""
+    """When the relay's own certificate, or the last one that vouches for it, expires, in seconds since the epoch."""
     authorities_not_after: float
-    """When the first of the CA certificates expires."""
-    crl_next_update: float | None
-    """When the first of the CRLs expires, in seconds since the epoch; None without ``tls.crl``."""
+    """When the first of the CA certificates in use expires."""
+    lists: tuple[ListDates, ...]
+    """Empty without ``tls.crl``."""
     http_context: SSL.Context | None
     """The same for HTTP instead of frelay/1; None unless it was asked for."""
     server_names: frozenset[str]
@@ -124,8 +175,18 @@ class OuterTls:
     subject: str
     authorities: tuple[str, ...]
     """The subjects of the CA certificates that parties are verified by."""
-    judgement: crypto.X509Store
-    """What :meth:`verify` goes by: the same anchors and lists, and no clock."""
+    judgement: Judgement
+    name_limits: tuple[NameLimits, ...]
+    """Of each authority by which somebody can come in, what it may call them."""
+    is_open: bool
+    """Whether there is an authority by which somebody can come in."""
+    warnings: tuple[Problem, ...]
+    """What is wrong with these files, and keeps out some functions or all of them, for the operator."""
+
+    @property
+    def crl_next_update(self) -> float | None:
+        """When the first of the CRLs expires, in seconds since the epoch; None without ``tls.crl``."""
+        return min((one.next_update for one in self.lists), default=None)
 
     def judge(self, peer: VerifiedPeer, now: float | None = None) -> Rejection | None:
         """Whether ``peer``, verified some time ago, would still be let in; None means yes.
@@ -142,7 +203,7 @@ class OuterTls:
     def has_expired_list(self, now: float | None = None) -> bool:
         """Whether the ``nextUpdate`` of a CRL has passed, so that nobody can be let in."""
         now = time.time() if now is None else now
-        return self.crl_next_update is not None and now > self.crl_next_update
+        return any(one.next_update < now <= one.needed_until for one in self.lists)
 
     def verify(self, credential: Credential) -> Rejection | None:
         """Ask OpenSSL about a certificate that was verified by other files than these; None means it is accepted.
@@ -153,21 +214,42 @@ class OuterTls:
 
         Costs as much as in a handshake, a fraction of a millisecond.
         """
-        try:
-            crypto.X509StoreContext(
-                self.judgement,
-                crypto.load_certificate(crypto.FILETYPE_ASN1, credential.leaf),
-                [crypto.load_certificate(crypto.FILETYPE_ASN1, data) for data in credential.intermediates],
-            ).verify_certificate()
-        except crypto.X509StoreContextError as error:
-            number, depth = error.errors[:2] if error.errors else (0, 0)
-            return _rejection(number, depth, str(error))
-        return None
+        judgement = self.judgement
+        error = _ask(judgement.store, credential)
+        if error is not None and _lacks_list_of_anchor(error, judgement.alone):
+            # From below OpenSSL has looked everybody else up, and stopped at the anchor; all else it has yet to judge.
+            error = _ask(judgement.without_lists, credential)
+        if error is None:
+            return None
+        number, depth = error.errors[:2] if error.errors else (0, 0)
+        return _rejection(number, depth, str(error))
 
 
-def _rejection(number: int, depth: int, text: str, certificate: str | None = None) -> Rejection:
+def _ask(store: crypto.X509Store, credential: Credential) -> crypto.X509StoreContextError | None:
+    try:
+        crypto.X509StoreContext(
+            store,
+            crypto.load_certificate(crypto.FILETYPE_ASN1, credential.leaf),
+            [crypto.load_certificate(crypto.FILETYPE_ASN1, data) for data in credential.intermediates],
+        ).verify_certificate()
+    except crypto.X509StoreContextError as error:
+        return error
+    return None
+
+
+def _lacks_list_of_anchor(error: crypto.X509StoreContextError, alone: frozenset[bytes]) -> bool:
+    number, depth = error.errors[:2] if error.errors else (0, 0)
+    return (
+        number in _NO_LIST and depth > 0 and crypto.dump_certificate(crypto.FILETYPE_ASN1, error.certificate) in alone
+    )
+
+
+def _rejection(
+    number: int, depth: int, text: str, certificate: str | None = None, authority: str | None = None
+) -> Rejection:
     codes = {_ERR_CERT_HAS_EXPIRED: "certificate-expired", _ERR_CERT_REVOKED: "revoked"}
-    return Rejection(codes.get(number, "not-authorised"), text, certificate, number, depth)
+    code = codes.get(number, "not-authorised") if authority is None else "certificate-expired"
+    return Rejection(code, text, certificate, number, depth, authority)
 
 
 def verified_peer(connection: SSL.Connection, trust: OuterTls) -> VerifiedPeer:
@@ -186,13 +268,14 @@ def _read(chain: tuple[bytes, ...]) -> tuple[PeerIdentity, Credential]:
     try:
         certificates = [x509.load_der_x509_certificate(der) for der in chain]
         not_after = min(certificate.not_valid_after_utc.timestamp() for certificate in certificates)
+        is_root = certificates[-1].issuer == certificates[-1].subject
     except MemoryError:
         raise  # says nothing of the chain, and must not be remembered of it
     except Exception as error:
         # OpenSSL takes what ``cryptography`` cannot read, such as a version or a date that there is not. It was signed
         # by one of ours, so this is no attack and no bug; but who it is nobody can say, and nobody is let in.
         return nobody(error), Credential(b"", (), 0.0)
-    return identities(certificates[0]), _credential(chain[:-1] or chain, not_after)
+    return identities(certificates[0]), _credential((is_root and chain[:-1]) or chain, not_after)
 
 
 def _credential(chain: tuple[bytes, ...], not_after: float) -> Credential:
@@ -208,16 +291,43 @@ def _credential(chain: tuple[bytes, ...], not_after: float) -> Credential:
 # --- what OpenSSL asks us during a handshake --------------------------------------------------------------------
 
 
-def _note_rejection(connection: SSL.Connection, certificate: crypto.X509, number: int, depth: int, ok: int) -> bool:
-    """Keep why verification failed, for the log, and *pass on* OpenSSL's verdict.
+_Verdict = Callable[[SSL.Connection, crypto.X509, int, int, int], bool]
 
-    The return value overrides the verdict, so it must be ``ok`` and nothing else. An exception in here refuses.
+
+def _verdict(trusted: Trusted) -> _Verdict:
+    """Keep why verification failed, for the log, and *pass on* OpenSSL's verdict, but for the anchors by themselves.
+
+    What it returns overrides the verdict, so it must be ``ok`` and nothing else for any other certificate. An exception
+    in there refuses.
     """
-    if not ok:
+    alone = _in_der(trusted.alone)
+    expired = {one.subject.public_bytes(): subject(one) for one in trusted.expired}
+
+    def note(connection: SSL.Connection, certificate: crypto.X509, number: int, depth: int, ok: int) -> bool:
+        if ok:
+            return True
+        if number in _NO_LIST and depth > 0 and crypto.dump_certificate(crypto.FILETYPE_ASN1, certificate) in alone:
+            return True
         described = describe_unverified(certificate.to_cryptography)
-        text = _VERIFY_ERRORS.get(number, f"X509 verification error {number}")
-        connection.set_app_data(_rejection(number, depth, f"{text} (at depth {depth} of the chain)", described))
-    return bool(ok)
+        text = f"{_VERIFY_ERRORS.get(number, f'X509 verification error {number}')} (at depth {depth} of the chain)"
+        authority = _expired_issuer(certificate, expired) if expired and number in _NO_ISSUER else None
+        if authority is not None:
+            text += f"; {authority} of tls.client_ca has expired"
+        connection.set_app_data(_rejection(number, depth, text, described, authority))
+        return False
+
+    return note
+
+
+def _expired_issuer(certificate: crypto.X509, expired: Mapping[bytes, str]) -> str | None:
+    try:
+        return expired.get(certificate.to_cryptography().issuer.public_bytes())
+    except Exception:  # a stranger's bytes
+        return None
+
+
+def _in_der(certificates: Sequence[x509.Certificate]) -> frozenset[bytes]:
+    return frozenset(one.public_bytes(Encoding.DER) for one in certificates)
 
 
 _VERIFY_ERRORS: Final = {
@@ -285,8 +395,7 @@ def _select_http(connection: SSL.Connection, offered: list[bytes]) -> bytes:
 def server_context(
     chain: Sequence[x509.Certificate],
     private_key: PrivateKeyTypes,
-    authorities: Sequence[x509.Certificate],
-    lists: Sequence[x509.CertificateRevocationList],
+    trusted: Trusted,
     *,
     for_http: bool = False,
 ) -> SSL.Context:
@@ -307,32 +416,53 @@ def server_context(
     store = context.get_cert_store()
     if store is None:
         raise AssertionError("a new context without a certificate store")
-    _fill(store, authorities, lists)
-    context.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT, _note_rejection)
+    _fill(store, trusted)
+    context.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT, _verdict(trusted))
     context.set_alpn_select_callback(_select_http if for_http else _select_protocol)
     return context
 
 
-def judgement_store(
-    authorities: Sequence[x509.Certificate], lists: Sequence[x509.CertificateRevocationList]
-) -> crypto.X509Store:
+def judgement_of(trusted: Trusted) -> Judgement:
     """What :meth:`OuterTls.verify` goes by; raises one of NOT_TAKEN."""
     store = crypto.X509Store()
-    _fill(store, authorities, lists, _NO_CHECK_TIME)
-    return store
+    _fill(store, trusted, _NO_CHECK_TIME)
+    without_lists = crypto.X509Store()
+    _fill(without_lists, Trusted(trusted.chained, trusted.alone), _NO_CHECK_TIME)
+    return Judgement(store, without_lists, _in_der(trusted.alone))
 
 
-def _fill(
-    store: crypto.X509Store,
-    authorities: Sequence[x509.Certificate],
-    lists: Sequence[x509.CertificateRevocationList],
-    flags: int = 0,
-) -> None:
-    for certificate in authorities:
+def _fill(store: crypto.X509Store, trusted: Trusted, flags: int = 0) -> None:
+    for certificate in trusted.chained:
         store.add_cert(crypto.X509.from_cryptography(certificate))
-    for crl in lists:
+    if trusted.alone:
+        _add_alone(store, trusted.alone)
+    for crl in trusted.lists:
         store.add_crl(crl)
-    if lists:
+    if trusted.lists:
         # ALL: a revoked intermediate must not vouch for anyone either.
         flags |= crypto.X509StoreFlags.CRL_CHECK | crypto.X509StoreFlags.CRL_CHECK_ALL
     store.set_flags(flags)
+
+
+# X509_CERT_AUX with a trust list of anyExtendedKeyUsage: what `openssl x509 -addtrust anyExtendedKeyUsage` writes.
+_TRUSTED: Final = bytes.fromhex("3008 3006 0604 551d2500")
+
+
+def _add_alone(store: crypto.X509Store, certificates: Sequence[x509.Certificate]) -> None:
+    """Add anchors at which a chain may end although they are no roots.
+
+    X509_V_FLAG_PARTIAL_CHAIN would make an anchor of *every* certificate in the store, so that no chain went on to a
+    root that revokes or constrains what is below it. OpenSSL's trust setting is for one certificate. It is read from
+    its own kind of PEM only, and pyOpenSSL reads that from a file only: here one without a name, in memory.
+    """
+    lines = []
+    for one in certificates:
+        data = base64.encodebytes(one.public_bytes(Encoding.DER) + _TRUSTED)
+        lines.append(b"-----BEGIN TRUSTED CERTIFICATE-----\n" + data + b"-----END TRUSTED CERTIFICATE-----\n")
+    descriptor = os.memfd_create("frelay-anchors", os.MFD_CLOEXEC)
+    try:
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(b"".join(lines))
+        store.load_locations(f"/proc/self/fd/{descriptor}")
+    finally:
+        os.close(descriptor)

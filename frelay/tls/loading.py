@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID
@@ -25,15 +25,25 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from frelay.config.model import TlsSection
 from frelay.errors import ConfigError, Problem
 from frelay.key_mode import objection_to_mode
-from frelay.tls.context import NOT_TAKEN, OuterTls, judgement_store, server_context
+from frelay.tls.anchors import (
+    UNREADABLE,
+    Anchors,
+    RevocationList,
+    find_anchors,
+    has_issued,
+    objection_to_list,
+    scope_of,
+    signers,
+    subject,
+)
+from frelay.tls.constraints import name_limits
+from frelay.tls.context import NOT_TAKEN, ListDates, OuterTls, Trusted, judgement_of, server_context
 from frelay.tls.identity import distinguished_name
 
 __all__ = ["load_outer_tls"]
 
-# What ``cryptography`` raises for a certificate or a list that it cannot make sense of; not all of it is a ValueError.
-_UNREADABLE: Final = (ValueError, x509.InvalidVersion, x509.DuplicateExtension, x509.UnsupportedGeneralNameType)
-
 _CRL_BLOCK: Final = re.compile(rb"-----BEGIN X509 CRL-----.+?-----END X509 CRL-----", re.DOTALL)
+_SHOWN: Final = 8
 
 
 class _Loader:
@@ -47,9 +57,20 @@ class _Loader:
         self._contents = {} if contents is None else contents
         self._given = frozenset(self._contents)
         self.problems: list[Problem] = []
+        self.warnings: list[Problem] = []
 
     def complain(self, key: str, message: str) -> None:
         self.problems.append(Problem(self._source, message, key=f"tls.{key}"))
+
+    def warn(self, key: str, message: str) -> None:
+        self.warnings.append(Problem(self._source, message, key=f"tls.{key}"))
+
+    def warn_of_many(self, found: Sequence[tuple[str, str]]) -> None:
+        """Of a bundle of a hundred authorities, half may have no list."""
+        for key, message in found[:_SHOWN]:
+            self.warn(key, message)
+        if len(found) > _SHOWN:
+            self.warn("client_ca", f"and {len(found) - _SHOWN} more like these")
 
     def read(self, key: str, path: Path) -> bytes | None:
         known = self._contents.get(path)
@@ -73,7 +94,7 @@ class _Loader:
             for one in found:
                 one.not_valid_before_utc, one.not_valid_after_utc  # noqa: B018  read only when asked for, and maybe not then
             return found
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             self.complain(key, f"{path} holds no readable PEM certificate ({error})")
             return []
 
@@ -106,7 +127,7 @@ class _Loader:
                 crl = x509.load_pem_x509_crl(block)
                 crl.issuer, crl.last_update_utc, crl.next_update_utc  # noqa: B018  see above
                 lists.append(crl)
-            except _UNREADABLE as error:
+            except UNREADABLE as error:
                 self.complain("crl", f"{path} holds a revocation list that cannot be read ({error})")
         return lists
 
@@ -134,35 +155,55 @@ def load_outer_tls(
     authorities = loader.certificates("client_ca", section.client_ca)
     lists = loader.revocation_lists(section.crl) if section.crl else []
     if chain:
-        _check_own(loader, section, chain[0], private_key, now)
-    _check_authorities(loader, section, authorities, now)
-    _check_lists(loader, section, lists, authorities, now)
+        _check_own(loader, section, chain, private_key, now)
+    in_force = _check_lists(loader, section, lists, authorities, now)
+    anchors = _check_authorities(loader, section, authorities, in_force, now)
     if loader.problems:
         raise ConfigError(loader.problems)
     assert private_key is not None  # noqa: S101  for the type checker: its absence is a problem above
+    trusted = Trusted(anchors.chained, anchors.alone, tuple(one.crl for one in in_force), anchors.expired)
     try:
-        context = server_context(chain, private_key, authorities, lists)
-        http = server_context(chain, private_key, authorities, lists, for_http=True) if serves_http else None
-        judgement = judgement_store(authorities, lists)
+        context = server_context(chain, private_key, trusted)
+        http = server_context(chain, private_key, trusted, for_http=True) if serves_http else None
+        judgement = judgement_of(trusted)
     except NOT_TAKEN as error:
         raise ConfigError([Problem(source, f"OpenSSL does not take these files: {error}", key="tls")]) from error
+    used = (*anchors.chained, *anchors.alone)
     return OuterTls(
         context=context,
-        not_after=min(certificate.not_valid_after_utc.timestamp() for certificate in chain),
-        authorities_not_after=min(one.not_valid_after_utc.timestamp() for one in authorities),
-        crl_next_update=min((_next_update(item) for item in lists), default=None),
+        not_after=_end_of_own(chain),
+        authorities_not_after=min(one.not_valid_after_utc.timestamp() for one in used),
+        lists=tuple(ListDates(_next_update(one.crl), _last_end(one.signers)) for one in in_force),
         http_context=http,
         server_names=_server_names(chain[0]),
         subject=distinguished_name(lambda: chain[0].subject),
-        authorities=tuple(distinguished_name(partial(getattr, one, "subject")) for one in authorities),
+        authorities=tuple(map(subject, used)),
         judgement=judgement,
+        name_limits=tuple(map(name_limits, anchors.open)),
+        is_open=bool(anchors.open),
+        warnings=tuple(loader.warnings),
     )
+
+
+def _last_end(certificates: Sequence[x509.Certificate]) -> float:
+    return max(one.not_valid_after_utc.timestamp() for one in certificates)
+
+
+def _end_of_own(chain: Sequence[x509.Certificate]) -> float:
+    """When the relay's certificate is trusted no more: its own end, or that of the last one that can vouch for it.
+
+    Any other certificate behind it is one way to a root among others, of which a function may need none.
+    """
+    leaf, *others = chain
+    issuers = [one for one in others if has_issued(one, leaf)]
+    ends = [leaf.not_valid_after_utc.timestamp()]
+    return min(*ends, _last_end(issuers)) if issuers else ends[0]
 
 
 def _server_names(leaf: x509.Certificate) -> frozenset[str]:
     try:
         alternatives = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except (x509.ExtensionNotFound, *_UNREADABLE):
+    except (x509.ExtensionNotFound, *UNREADABLE):
         return frozenset()
     return frozenset(name.lower() for name in alternatives.get_values_for_type(x509.DNSName))
 
@@ -172,9 +213,21 @@ def _date(moment: datetime.datetime) -> str:
 
 
 def _check_own(
-    loader: _Loader, section: TlsSection, leaf: x509.Certificate, private_key: PrivateKeyTypes | None, now: float
+    loader: _Loader,
+    section: TlsSection,
+    chain: Sequence[x509.Certificate],
+    private_key: PrivateKeyTypes | None,
+    now: float,
 ) -> None:
+    leaf, *others = chain
     path = section.certificate
+    for one in others:
+        if now > one.not_valid_after_utc.timestamp():
+            loader.warn(
+                "certificate",
+                f"{path}: {subject(one)}, behind the relay's own, expired on {_date(one.not_valid_after_utc)}; "
+                "renew it, or take it out if functions do not need it",
+            )
     if now > leaf.not_valid_after_utc.timestamp():
         loader.complain("certificate", f"{path} expired on {_date(leaf.not_valid_after_utc)}; issue a new one")
     if now < leaf.not_valid_before_utc.timestamp():
@@ -183,7 +236,7 @@ def _check_own(
         usage = leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
     except x509.ExtensionNotFound:
         usage = None
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         loader.complain("certificate", f"{path} has extensions that cannot be read ({error})")
         usage = None
     if usage is not None and not {ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE} & set(
@@ -204,22 +257,49 @@ def _check_own(
 
 
 def _check_authorities(
-    loader: _Loader, section: TlsSection, authorities: Sequence[x509.Certificate], now: float
-) -> None:
+    loader: _Loader,
+    section: TlsSection,
+    authorities: Sequence[x509.Certificate],
+    lists: Sequence[RevocationList],
+    now: float,
+) -> Anchors:
     path = section.client_ca
     for certificate in authorities:
-        subject = distinguished_name(partial(getattr, certificate, "subject"))
         try:
             constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
             is_authority = constraints.ca
-        except (x509.ExtensionNotFound, *_UNREADABLE):
+        except (x509.ExtensionNotFound, *UNREADABLE):
             is_authority = False
         if not is_authority:
-            loader.complain("client_ca", f"{path}: {subject} is not a CA certificate")
-        if now > certificate.not_valid_after_utc.timestamp():
-            loader.complain(
-                "client_ca", f"{path}: {subject} expired on {_date(certificate.not_valid_after_utc)}; remove it"
-            )
+            loader.complain("client_ca", f"{path}: {subject(certificate)} is not a CA certificate")
+    # A list that could not be read or is not in date is a problem of its own, and says nothing of the authorities.
+    reads_lists = section.crl is not None and not any(one.key == "tls.crl" for one in loader.problems)
+    anchors = find_anchors(authorities, [one for one in lists if one.counts] if reads_lists else None, now)
+    if any(one.key == "tls.client_ca" for one in loader.problems):
+        return anchors  # of a file that is no good
+    found = [
+        (
+            "client_ca",
+            f"{path}: {subject(one)} expired on {_date(one.not_valid_after_utc)}, so nobody comes in by it; remove it",
+        )
+        for one in anchors.expired
+    ]
+    for one in anchors.blocked:
+        if one.key == "crl":
+            text = f"{section.crl}: {subject(one.certificate)}, which stands in {path}, {one.why}"
+            remedy = "add that list (`frelay ca revoke` writes one), or remove the authority"
+        else:
+            text = f"{path}: {subject(one.certificate)} {one.why}"
+            remedy = "remove it, or put another in its place"
+        found.append((one.key, f"{text}, so nobody comes in by it; {remedy}"))
+    if not (anchors.chained or anchors.alone):
+        for key, text in found[:_SHOWN]:
+            loader.complain(key, text)
+        loader.complain("client_ca", f"{path} holds no authority that has not expired; put one there")
+    elif not anchors.open:
+        loader.warn("client_ca", f"{path} holds no authority by which anybody can come in: nobody is let in")
+    loader.warn_of_many(found)
+    return anchors
 
 
 def _next_update(crl: x509.CertificateRevocationList) -> float:
@@ -233,23 +313,42 @@ def _check_lists(
     lists: Sequence[x509.CertificateRevocationList],
     authorities: Sequence[x509.Certificate],
     now: float,
-) -> None:
+) -> list[RevocationList]:
+    """The lists that count; complains of those that would let somebody in, or nobody."""
     path = section.crl
+    kept: dict[tuple[bytes, bytes, bytes], RevocationList] = {}
+    lapsed: list[tuple[RevocationList, str]] = []
     for crl in lists:
         issuer = distinguished_name(partial(getattr, crl, "issuer"))
-        if now > _next_update(crl):
-            when = _date(crl.next_update_utc) if crl.next_update_utc else "(it has no nextUpdate)"
-            loader.complain("crl", f"{path}: the list of {issuer} expired on {when}; publish a newer one")
+        found = signers(crl, authorities)
+        if authorities and not found:
+            loader.complain("crl", f"{path}: the list of {issuer} was not signed by any CA of {section.client_ca}")
+            continue
+        if authorities and now > _last_end(found):
+            continue  # of an authority that has expired itself, nobody needs one any more
+        try:
+            objection, scope = objection_to_list(crl), scope_of(crl)
+        except UNREADABLE as error:
+            objection, scope = f"has extensions that cannot be read ({error})", b""
+        if objection is not None:
+            loader.warn("crl", f"{path}: the list of {issuer} {objection}")
         if now < crl.last_update_utc.timestamp():
             loader.complain("crl", f"{path}: the list of {issuer} is not valid before {_date(crl.last_update_utc)}")
-        if authorities and not any(_is_signed_by(crl, certificate) for certificate in authorities):
-            loader.complain("crl", f"{path}: the list of {issuer} was not signed by any CA of {section.client_ca}")
+        one = RevocationList(crl, tuple(found), counts=objection is None)
+        if now > _next_update(crl):
+            when = _date(crl.next_update_utc) if crl.next_update_utc else "(it has no nextUpdate)"
+            lapsed.append((one, f"{path}: the list of {issuer} expired on {when}"))
+        # Of an authority's lists the newest counts, as for OpenSSL.
+        key = (crl.issuer.public_bytes(), _key_of(found), scope)
+        if key not in kept or crl.last_update_utc > kept[key].crl.last_update_utc:
+            kept[key] = one
+    for one, text in lapsed:
+        if one in kept.values():
+            loader.complain("crl", f"{text}; publish a newer one")
+        else:
+            loader.warn("crl", f"{text}, and a newer one is there; remove it")
+    return list(kept.values())
 
 
-def _is_signed_by(crl: x509.CertificateRevocationList, authority: x509.Certificate) -> bool:
-    try:
-        if crl.issuer != authority.subject:
-            return False
-        return crl.is_signature_valid(authority.public_key())  # type: ignore[arg-type]
-    except (TypeError, InvalidSignature, ValueError, UnsupportedAlgorithm):
-        return False
+def _key_of(found: Sequence[x509.Certificate]) -> bytes:
+    return found[0].public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo) if found else b""

@@ -54,8 +54,9 @@ class Rehearsal:
 
     Exactly one of ``peer`` and ``rejection`` is set. ``alert`` is the name of the TLS alert that a refused function
     sees, as RFC 8446 writes it. ``path`` are the subjects of the chain that OpenSSL built, the certificate itself
-    first; where no authority was found it ends early. ``unshown`` says why no client can show the certificate at all,
-    and is None where one can; the relay then sees a client without a certificate.
+    first; where no authority was found it ends early, and ``missing`` is the issuer of its last one. ``unshown`` says
+    why no client can show the certificate at all, and is None where one can; the relay then sees a client without a
+    certificate.
     """
 
     peer: VerifiedPeer | None
@@ -63,6 +64,7 @@ class Rehearsal:
     alert: str | None
     path: tuple[str, ...]
     unshown: str | None = None
+    missing: str | None = None
 
 
 def rehearse(trust: OuterTls, chain: Sequence[x509.Certificate]) -> Rehearsal:
@@ -75,12 +77,11 @@ def rehearse(trust: OuterTls, chain: Sequence[x509.Certificate]) -> Rehearsal:
         return _not_shown("OpenSSL takes no such certificate for TLS")
     fault = _shake_hands(client, server)
     rejection = server.get_app_data()
-    path = tuple(
-        distinguished_name(partial(getattr, one, "subject"))
-        for one in server.get_verified_chain(as_cryptography=True) or ()
-    )
+    found = server.get_verified_chain(as_cryptography=True) or ()
+    path = tuple(distinguished_name(partial(getattr, one, "subject")) for one in found)
     if isinstance(rejection, Rejection):
-        return Rehearsal(None, rejection, _ALERTS.get(rejection.number, "certificate_unknown"), path)
+        missing = distinguished_name(partial(getattr, found[-1], "issuer")) if found else None
+        return Rehearsal(None, rejection, _ALERTS.get(rejection.number, "certificate_unknown"), path, missing=missing)
     if server.get_peer_certificate(as_cryptography=True) is None:
         return _not_shown("no TLS 1.3 client can sign with its key", fault)
     return Rehearsal(verified_peer(server, trust), None, None, path)

@@ -133,6 +133,7 @@ class Supervisor(Relay):
         async def put_in_force() -> None:
             self._papers, self._placed = papers, placed
             self._hold(new, trust, opened)
+            self._tell_doubts(new, trust)
             if not self._has_crew:
                 await self._assemble()
             else:

@@ -77,6 +77,9 @@ class _WorkerRelay(Relay):
     async def _obey_signals(self, *, task_status: trio.TaskStatus[None]) -> None:
         task_status.started()  # they are the supervisor's
 
+    def _tell_doubts(self, new: Config, trust: OuterTls | None) -> None:
+        pass  # the supervisor has told them
+
     async def _open_missing(self, new: Config) -> dict[ListenerKey, Listener]:
         missing = {listener_key(route): route.listen for route in new.routes}
         return {

@@ -40,6 +40,7 @@ def test_a_good_file_as_json(site: Site) -> None:
     assert found == {
         "ok": True,
         "problems": [],
+        "warnings": [],
         "routes": ["demo"],
         "addresses": ["127.0.0.1:0"],
         "certificate_not_after": not_after,

@@ -106,7 +106,7 @@ def test_a_bad_route_file_is_told_as_by_check(site: Site) -> None:
     found = json.loads(why(site, "func1", "--json", routes=bad).stdout)
     assert found["admitted"] is None
     assert found["problems"][0]["key"] == "route[demo].func1"
-    site.relay_paths[1].chmod(0o640)
+    site.relay_paths[1].chmod(0o644)
     assert "tls.private_key" in why(site, "func1").messages[0]
 
 

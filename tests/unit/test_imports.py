@@ -70,6 +70,7 @@ HOUSE: Final = (
     Room("tls", "errors key_mode tcp protocol config sockets", "trio OpenSSL cryptography", "the border to OpenSSL"),
     Room("verdict", "protocol config choice tls", "", "why a certificate is let in or not, for whoever asks offline"),
     Room("refusals", "journal", "trio structlog", "of a flood so much that it can be read"),
+    Room("doubts", "errors config tls", "", "what keeps functions out, for who checks a file and who runs it"),
     Room("tickets", "admission sockets", "trio", "who brings one brings a leg, whatever that is"),
     Room("opening", "errors protocol tcp tickets", "trio", "the first bytes, while nothing is read or spent"),
     Room("leg", f"{LEAVES} admission sockets tls tickets", "trio", "one party's connection, hand-off included"),
@@ -143,8 +144,9 @@ HOUSE: Final = (
     ),
     Room(
         "relay",
-        f"{LEAVES} journal config config.store config.watch choice names admission privileges tls tickets lobby "
-        "raw_pump pairing route refusals reception inspection listener sockets systemd in_force reload office servers",
+        f"{LEAVES} journal config config.store config.watch choice names admission privileges tls doubts tickets "
+        "lobby raw_pump pairing route refusals reception inspection listener sockets systemd in_force reload office "
+        "servers",
         "trio structlog",
         "the nursery tree",
     ),
@@ -156,7 +158,7 @@ HOUSE: Final = (
     ),
     Room(
         "cli",
-        f"{LEAVES} client client.trio pki log config privileges systemd tls verdict relay workers",
+        f"{LEAVES} client client.trio pki log config privileges systemd tls verdict doubts relay workers",
         "typer trio",
         "nothing below knows that it was typed",
     ),

@@ -6,6 +6,7 @@ That the answers are the relay's is shown in ``tests/e2e/test_why_says_what_the_
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import x25519
 from certs import Credential, TestAuthority, san_der
 from frelay.config.load import load
 from frelay.relay import prepare
+from frelay.tls.context import ListDates
 from frelay.verdict import Verdict, examine
 from rig import DEMO, Site
 
@@ -146,7 +148,7 @@ def test_what_ran_out_since_the_handshake_refuses_too(site: Site) -> None:
     config = load(site.write())
     trust = prepare(config)
     assert trust is not None
-    verdict = examine(config, replace(trust, crl_next_update=1.0), site.credentials["func1"].chain)
+    verdict = examine(config, replace(trust, lists=(ListDates(1.0, math.inf),)), site.credentials["func1"].chain)
     assert verdict.refusal is not None
     assert (verdict.refusal.code, verdict.refusal.alert) == ("not-authorised", None)
     assert verdict.objection is not None
@@ -274,7 +276,17 @@ def test_the_shape_for_programs(site: Site) -> None:
     now = datetime.now(UTC)
     admitted = json.loads(json.dumps(judged(site, site.credentials["func1"]).as_json(now)))
     assert list(admitted) == [
-        *("admitted", "certificate", "checks", "routes", "routes_checked", "plain_routes", "refusal", "hints")
+        *(
+            "admitted",
+            "certificate",
+            "checks",
+            "routes",
+            "routes_checked",
+            "plain_routes",
+            "refusal",
+            "hints",
+            "warnings",
+        )
     ]
     assert admitted["admitted"] is True
     assert admitted["refusal"] is None
