@@ -342,8 +342,12 @@ class TestAuthority:
         excluded: Sequence[x509.GeneralName] | None = None,
         path_length: int | None = None,
         key: ec.EllipticCurvePrivateKey | None = None,
+        not_after: datetime | None = None,
+        purposes: Sequence[x509.ObjectIdentifier] = (),
     ) -> TestAuthority:
         """An authority signed by this one; ``permitted`` and ``excluded`` are its name constraints.
+
+        One whose ``not_after`` has passed began a day before that.
 
         With the ``key`` and the name of an authority that somebody else has signed, it is cross-signed.
 
@@ -358,20 +362,41 @@ class TestAuthority:
             issuer=self.authority.certificate,
             issuer_key=self.authority.private_key,
             san=None,
-            purposes=(),
+            purposes=purposes,
             critical=constraints,
             ca=True,
             path_length=path_length,
+            not_before=None if not_after is None else not_after - _DAY,
+            not_after=not_after,
         )
         above = (self.authority.certificate, *self.authority.above)
         return TestAuthority(authority=Authority(certificate, key, above))
 
     @classmethod
-    def root_for_intermediates(cls, common_name: str = "test root CA") -> TestAuthority:
+    def root_for_intermediates(
+        cls,
+        common_name: str = "test root CA",
+        *,
+        key: ec.EllipticCurvePrivateKey | None = None,
+        not_after: datetime | None = None,
+        purposes: Sequence[x509.ObjectIdentifier] = (),
+        critical: Sequence[x509.ExtensionType] = (),
+    ) -> TestAuthority:
         """A root without a pathlen; those that frelay makes have pathlen 0 and allow no authority below them."""
-        key = ec.generate_private_key(ec.SECP256R1())
+        key = key or ec.generate_private_key(ec.SECP256R1())
         subject = _name(common_name)
-        certificate = _sign(subject=subject, key=key, issuer=None, issuer_key=key, san=None, purposes=(), ca=True)
+        certificate = _sign(
+            subject=subject,
+            key=key,
+            issuer=None,
+            issuer_key=key,
+            san=None,
+            purposes=purposes,
+            critical=critical,
+            ca=True,
+            not_before=None if not_after is None else not_after - _DAY,
+            not_after=not_after,
+        )
         return cls(authority=Authority(certificate, key))
 
     # --- what a verifier needs ---

@@ -564,6 +564,8 @@ class Site:
         self.directory = directory
         self.ca = ca or TestAuthority()
         self.ca_path = self.ca.write(directory)
+        self.client_ca = self.ca_path
+        """What the relay verifies functions by; they verify the relay by ``ca_path``."""
         self.relay_paths = self.ca.relay().write(directory, "relay")
         self.credentials: dict[str, Credential] = {
             name: self.ca.party(dns=[f"{name}.demo"]) for name in ("func1", "func2")
@@ -588,7 +590,7 @@ class Site:
 [tls]
 certificate = "{self.relay_paths[0].name}"
 private_key = "{self.relay_paths[1].name}"
-client_ca = "{self.ca_path.name}"
+client_ca = "{self.client_ca.name}"
 """
         if crl:
             tls += 'crl = "crl.pem"\n'

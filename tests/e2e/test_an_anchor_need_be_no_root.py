@@ -1,0 +1,225 @@
+"""An authority in ``client_ca`` is trusted because it stands there, whether or not its own issuer stands there too.
+
+What cert-manager, Vault or a cloud's private CA call "the CA" is often the issuing one, without the root above it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Final
+
+import pytest
+import trio
+import trio.testing
+from cryptography import x509
+
+from certs import Credential, TestAuthority
+from commands import frelay_command
+from ends import MODES, OPEN, End, join_ends
+from frelay.pki.files import certificates_pem
+from rig import PATIENCE, RelayInProcess, Site, eventually, pair
+
+NAMES: Final = ("func1", "func2")
+
+
+class Pki:
+    """A root, an authority below it, and the files of a site in which functions are issued by the second."""
+
+    def __init__(self, directory: Path) -> None:
+        self.root = TestAuthority.root_for_intermediates()
+        self.issuing = self.root.intermediate("issuing CA")
+        self.site = Site(directory, self.issuing)
+        self.site.client_ca = directory / "anchors.pem"
+        self.trust(self.issuing)
+
+    def trust(self, *authorities: TestAuthority) -> None:
+        """Make them ``client_ca``."""
+        self.site.client_ca.write_bytes(certificates_pem([one.authority.certificate for one in authorities]))
+
+    def lists(self, *lists: bytes) -> None:
+        """Make them ``crl``."""
+        self.site.ca.write_crl(self.site.directory, b"".join(lists))
+
+    def send_leaf_alone(self) -> None:
+        """From now on functions show no intermediate."""
+        for name in NAMES:
+            self.site.paths[name][0].write_bytes(self.site.credentials[name].cert_pem)
+
+
+@pytest.fixture
+def pki(tmp_path: Path) -> Pki:
+    return Pki(tmp_path)
+
+
+async def meet(pki: Pki, relay: RelayInProcess) -> None:
+    await pair(await pki.site.party(relay, "func1"), await pki.site.party(relay, "func2"))
+
+
+async def refusal(pki: Pki, relay: RelayInProcess, name: str = "func1") -> str:
+    """Why the relay does not take ``name``, as its log has it."""
+    seen = len(relay.logged("refused"))
+    await (await pki.site.connect(relay, name)).alert()
+    await eventually(lambda: len(relay.logged("refused")) > seen, "it is refused")
+    return str(relay.logged("refused")[-1]["reason"])
+
+
+async def talk(one: End, two: End) -> None:
+    with trio.fail_after(PATIENCE):
+        for source, sink in ((one, two), (two, one)):
+            await source.send(b"still here")
+            assert await sink.receive_exactly(10) == b"still here"
+
+
+async def inspected(relay: RelayInProcess) -> None:
+    await eventually(lambda: not relay.relay._now.inspection_due.is_set(), "the inspection begins")
+    await trio.testing.wait_all_tasks_blocked()
+
+
+# --- it works -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shown", ["the chain", "the leaf"])
+async def test_the_issuing_authority_alone(pki: Pki, shown: str) -> None:
+    if shown == "the leaf":
+        pki.send_leaf_alone()
+    async with pki.site.relay() as relay:
+        await meet(pki, relay)
+        assert not relay.logged("configuration warning")
+
+
+async def test_an_authority_below_it_that_the_function_shows(pki: Pki) -> None:
+    below = pki.issuing.intermediate("below")
+    for name in NAMES:
+        pki.site.add(name, below.party(dns=[f"{name}.demo"]))
+    async with pki.site.relay() as relay:
+        await meet(pki, relay)
+
+
+def test_check_and_why_agree(pki: Pki) -> None:
+    said = frelay_command("check", "-c", pki.site.write())
+    assert (said.code, said.stderr) == (0, "")
+    found = json.loads(
+        frelay_command("why", "--json", "-c", pki.site.config, "--cert", pki.site.paths["func1"][0]).stdout
+    )
+    assert found["admitted"] is True
+
+
+async def test_another_authority_of_its_name_is_no_anchor(pki: Pki) -> None:
+    twin = TestAuthority.root_for_intermediates().intermediate("issuing CA")
+    pki.site.add("func1", twin.party(dns=["func1.demo"]))
+    async with pki.site.relay() as relay:
+        assert "issuer" in await refusal(pki, relay) or "signature" in await refusal(pki, relay)
+
+
+async def test_nor_is_the_root_above_it(pki: Pki) -> None:
+    """Only what stands in the file is trusted: not what its issuer has issued besides."""
+    pki.site.add("func1", pki.root.intermediate("another").party(dns=["func1.demo"]))
+    async with pki.site.relay() as relay:
+        assert "issuer" in await refusal(pki, relay)
+
+
+# --- and revocation holds -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shown", ["the chain", "the leaf"])
+async def test_its_own_list_is_enough(pki: Pki, shown: str) -> None:
+    bad = pki.site.add("bad", pki.issuing.party(dns=["func1.demo"]))
+    if shown == "the leaf":
+        pki.send_leaf_alone()
+    pki.lists(pki.issuing.crl(revoked=[bad]))
+    assert frelay_command("check", "-c", pki.site.write(crl=True)).code == 0
+    async with pki.site.relay(crl=True) as relay:
+        await meet(pki, relay)
+        assert "revoked" in await refusal(pki, relay, "bad")
+
+
+async def test_an_authority_below_it_needs_a_list_too(pki: Pki) -> None:
+    below = pki.issuing.intermediate("below")
+    for name in NAMES:
+        pki.site.add(name, below.party(dns=[f"{name}.demo"]))
+    pki.lists(pki.issuing.crl())
+    async with pki.site.relay(crl=True) as relay:
+        assert "unable to get certificate CRL (at depth 0" in await refusal(pki, relay)
+        # A list's signature is verified when it is loaded, by the authority's certificate.
+        pki.trust(pki.issuing, below)
+        pki.lists(pki.issuing.crl(number=2), below.crl())
+        await relay.relay.reload()
+        await meet(pki, relay)
+
+
+async def test_an_authority_below_it_may_be_revoked(pki: Pki) -> None:
+    below = pki.issuing.intermediate("below")
+    itself = Credential("below", below.authority.certificate, below.authority.private_key, ())
+    for name in NAMES:
+        pki.site.add(name, below.party(dns=[f"{name}.demo"]))
+    pki.trust(pki.issuing, below)
+    pki.lists(pki.issuing.crl(revoked=[itself]), below.crl())
+    async with pki.site.relay(crl=True) as relay:
+        assert "revoked (at depth 1" in await refusal(pki, relay)
+
+
+async def test_where_its_root_is_there_too_the_root_may_revoke_it(pki: Pki) -> None:
+    """An anchor by itself is one whose issuer is not there: the chain goes on up as far as the file leads."""
+    itself = Credential("issuing", pki.issuing.authority.certificate, pki.issuing.authority.private_key, ())
+    pki.trust(pki.root, pki.issuing)
+    pki.lists(pki.root.crl(), pki.issuing.crl())
+    async with pki.site.relay(crl=True) as relay:
+        await meet(pki, relay)
+        pki.lists(pki.root.crl(revoked=[itself], number=2), pki.issuing.crl())
+        await relay.relay.reload()
+        assert "revoked (at depth 1" in await refusal(pki, relay)
+
+
+async def test_where_its_root_is_there_too_the_roots_constraints_hold(tmp_path: Path) -> None:
+    forbidden = x509.NameConstraints(None, [x509.DNSName("demo")])
+    root = TestAuthority.root_for_intermediates("strict root", critical=[forbidden])
+    pki = Pki(tmp_path)
+    issuing = root.intermediate("issuing below a strict root")
+    pki.site.add("func1", issuing.party(dns=["func1.demo"]))
+    pki.trust(pki.issuing, root, issuing)
+    async with pki.site.relay() as relay:
+        assert "excluded subtree violation" in await refusal(pki, relay)
+
+
+# --- after a reload -------------------------------------------------------------------------------------------------
+
+
+async def test_who_is_in_is_judged_again_by_it(pki: Pki) -> None:
+    """Pairings go on through reloads with lists, and end when their certificate is on one, or the anchor goes."""
+    pki.lists(pki.issuing.crl())
+    pki.site.add("other", pki.issuing.party(dns=["func1.demo"]))
+    async with pki.site.relay(OPEN, crl=True) as relay:
+        pairs = [await join_ends(pki.site, relay, mode, mode) for mode in MODES]
+        bad = await join_ends(pki.site, relay, names=("other", "func2"))
+        pki.lists(pki.issuing.crl(number=2))
+        await relay.relay.reload()
+        await inspected(relay)
+        for ends in (*pairs, bad):
+            await talk(*ends)
+        pki.lists(pki.issuing.crl(revoked=[pki.site.credentials["other"]], number=3))
+        await relay.relay.reload()
+        await eventually(lambda: len(relay.logged("pairing ended")) == 1, "one is ended")
+        await inspected(relay)
+        for ends in pairs:
+            await talk(*ends)
+        stranger = TestAuthority("stranger")
+        pki.trust(stranger)
+        pki.lists(stranger.crl())
+        await relay.relay.reload()
+        await eventually(lambda: len(relay.logged("pairing ended")) == len(pairs) + 1, "all are ended")
+        assert {entry["outcome"] for entry in relay.logged("pairing ended")} == {"revoked"}
+
+
+async def test_the_root_may_take_its_place(pki: Pki) -> None:
+    """Nobody has to come again with more than they have shown."""
+    async with pki.site.relay(OPEN) as relay:
+        waiting = await pki.site.party(relay, "func1")
+        await waiting.join()
+        await waiting.expect("WAITING")
+        pki.trust(pki.root)
+        await relay.relay.reload()
+        await inspected(relay)
+        other = await pki.site.party(relay, "func2")
+        await other.join()
+        await waiting.expect("PAIRED")
