@@ -1,6 +1,7 @@
 """Whom there is room for: a place for each connection, out of a share of the descriptors.
 
-The budget is ``fd_budget`` of the descriptor limit. An admitted leg takes two of it: its own, and one for its share of
+The budget is ``fd_budget`` of the descriptor limit, or what the relay's HTTP servers, which have a share of their own,
+its listeners and its own files leave, if that is less. An admitted leg takes two of it: its own, and one for its share of
 pipes. Strangers, who have not shown yet who they are, take one each, and have a share of their own: a quarter is theirs
 even where legs would use it, and as long as legs leave room they may have more, up to :data:`_MOST_STRANGERS`. So
 no number of legs shuts the door, and no number of strangers takes the place of a leg: they give way to it.
@@ -22,7 +23,7 @@ from frelay.strangers import Stranger, Strangers
 
 __all__ = ["Admission", "Slot", "raise_descriptor_limit"]
 
-# Listeners, epoll sets, log, admin API, reload: what the relay itself needs, beside its legs.
+# Epoll sets, log, service manager, and the files of a reload: what the relay itself needs, beside all connections.
 _OWN_DESCRIPTORS: Final = 32
 # The last part of the budget for legs goes only to those who hold few of them: an eighth, or four.
 _PART_KEPT: Final = 8
@@ -30,6 +31,11 @@ _LEAST_KEPT: Final = 4
 # As many as may queue in the kernel (net.core.somaxconn); each is a task and a socket, some 20 KiB.
 _MOST_STRANGERS: Final = 4096
 _LEAST_STRANGERS: Final = 4
+# How many connections each of the two HTTP servers may have at a time: a sixteenth of all descriptors, within reason.
+_SERVERS: Final = 2
+_PART_OF_A_SERVER: Final = 16
+_FEWEST_PLACES: Final = 4
+_MOST_PLACES: Final = 256
 
 
 def raise_descriptor_limit() -> int:
@@ -113,6 +119,8 @@ class Admission:
         self.charged: Final[Pool[Slot]] = Pool(part=_PART_KEPT, least=_LEAST_KEPT)
         """The admitted legs by whom they are charged to: one function must not take the descriptors of all."""
         self.descriptor_limit: Final = descriptor_limit
+        self.listeners = 0
+        """Sockets on which the routes listen now."""
         self.strangers: Final = Strangers(limits, room=lambda: self.stranger_budget, clock=trio.current_time)
 
     @property
@@ -132,7 +140,15 @@ class Admission:
 
     @property
     def _budget(self) -> int:
-        return int(self.descriptor_limit * self.limits.fd_budget) - _OWN_DESCRIPTORS
+        share = int(self.descriptor_limit * self.limits.fd_budget)
+        # Whatever fd_budget says, nobody takes what the HTTP servers and the listeners have or may come to have.
+        rest = self.descriptor_limit - self.listeners - _SERVERS * self.places_of_a_server
+        return min(share, rest) - _OWN_DESCRIPTORS
+
+    @property
+    def places_of_a_server(self) -> int:
+        """How many connections each of the relay's HTTP servers may have at a time."""
+        return max(_FEWEST_PLACES, min(_MOST_PLACES, self.descriptor_limit // _PART_OF_A_SERVER))
 
     @property
     def _strangers_own(self) -> int:

@@ -193,6 +193,8 @@ class InForce:
                 self.forget_if_gone(name)
         for key in [key for key in self.listeners if key not in needed]:
             self.listeners.pop(key).stop()
+        self._admission.listeners = sum(len(listener.sockets) for listener in self.listeners.values())
+        self._forwarding.pipes.limit(self._admission.leg_budget // 2)
 
     def announce(self, opened: dict[ListenerKey, Listener]) -> None:
         """Say where it listens now, and let go of what systemd has passed for that."""

@@ -110,6 +110,12 @@ class PipePool:
         """How many descriptors all pipes, used and free, hold."""
         return 2 * (self.in_use + len(self._free))
 
+    def limit(self, capacity: int) -> None:
+        """From now on there are at most ``capacity`` pipes; those in use beyond it are closed when they come back."""
+        self._capacity = capacity
+        while self._free and self.in_use + len(self._free) > capacity:
+            self._free.pop().close()
+
     def take(self) -> Pipe | None:
         """An empty pipe, or None when there is no descriptor left for one."""
         if self._free:
@@ -127,7 +133,8 @@ class PipePool:
     def give(self, pipe: Pipe, *, is_empty: bool) -> None:
         """Take a pipe back; one that is not empty is destroyed."""
         self.in_use -= 1
-        if is_empty and len(self._free) < _POOLED_PIPES:
+        has_room = len(self._free) < _POOLED_PIPES and self.in_use + len(self._free) < self._capacity
+        if is_empty and has_room:
             self._free.append(pipe)
         else:
             pipe.close()

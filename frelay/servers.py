@@ -30,9 +30,6 @@ from frelay.tls.context import OuterTls
 
 __all__ = ["Servers"]
 
-# Seconds. Prometheus asks several times a minute, on one connection; who is silent for longer has gone.
-_METRICS_PATIENCE: Final = 120
-
 
 class Servers:
     """The admin API and the metrics of one relay. Make it to bind them; then give :meth:`run` a task."""
@@ -45,13 +42,16 @@ class Servers:
         running: Callable[[], Config],
         trust: Callable[[], OuterTls | None],
         inherited: Inherited,
+        places: int,
     ) -> None:
         """Bind what ``config`` asks for; raises ConfigError with nothing left bound.
 
-        ``running`` and ``trust`` give the configuration and the certificates in force, now and after any reload.
-        Sockets that systemd has bound for "admin" and "metrics" are used instead of own ones.
+        Each of the two has at most ``places`` connections at a time. ``running`` and ``trust`` give the configuration
+        and the certificates in force, now and after any reload. Sockets that systemd has bound for "admin" and
+        "metrics" are used instead of own ones.
         """
         self._inherited: Final = inherited
+        self._places: Final = places
         self._office: Final = office
         self._running: Final = running
         self._trust: Final = trust
@@ -103,7 +103,7 @@ class Servers:
 
     async def run(self) -> None:
         """Serve until cancelled."""
-        events, metrics = EventStream(), Metrics(self._office)
+        events, metrics = EventStream(self._places // 2), Metrics(self._office)
         journal = self._office.journal
         with self._cleaning, journal.listen(events.note):
             async with trio.open_nursery() as nursery:
@@ -111,11 +111,11 @@ class Servers:
                     is_own_host = is_local_host if self._is_local else self._is_own_host
                     app = api(self._office, events, is_own_host=is_own_host)
                     admit: Admit = let_in if self._is_local else TlsDoor(self._needed_trust, self._allow)
-                    nursery.start_soon(partial(serve, app, self._admin, admit, read_timeout=None))
+                    nursery.start_soon(partial(serve, app, self._admin, admit, most=self._places))
                 if self._metrics:
-                    nursery.start_soon(metrics.watch_loop)
+                    nursery.start_soon(metrics.run)
                     app = metrics_app(self._office, metrics)
-                    nursery.start_soon(partial(serve, app, self._metrics, let_in, read_timeout=_METRICS_PATIENCE))
+                    nursery.start_soon(partial(serve, app, self._metrics, let_in, most=self._places))
 
     def close(self) -> None:
         """Give everything back without having run."""

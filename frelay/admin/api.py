@@ -1,9 +1,10 @@
 """The admin API: HTTP around an :class:`~frelay.admin.office.Office`, described by itself at ``/openapi.json``.
 
-Whoever reaches it has been let in already: by the mode of a Unix socket, or by the client certificate that
-:mod:`frelay.admin.door` asked for. What is left to guard against is a browser that somebody else steers. So ``Host``
-must be a name that this relay goes by (a rebound DNS name is not), ``Origin``, where a browser sends one, must be the
-same place, and nothing changes on GET. A body may have 64 KiB, which is a hundred times what a route needs.
+A caller has been let in already: by the mode of a Unix socket, or by the client certificate that
+:mod:`frelay.admin.door` asked for. That certificate is judged again for each request and before each event of a
+stream, since a connection may outlive it. What is left to guard against is a browser that somebody else steers. So
+``Host`` must be a name that this relay goes by (a rebound DNS name is not), ``Origin``, where a browser sends one, must
+be the same place, and nothing changes on GET. A body may have 64 KiB, which is a hundred times what a route needs.
 
 Two callers who edit one route at a time must not undo each other: a route has an ``ETag``, ``If-Match`` makes a change
 conditional on it, and ``If-None-Match: *`` makes a PUT add and never replace. PUT and DELETE are done when they are
@@ -25,12 +26,14 @@ from fastapi import FastAPI, Header, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from frelay import __version__
 from frelay.admin import office as desk
 from frelay.admin.dashboard import add_dashboard
+from frelay.admin.http import caller_of
 from frelay.admin.model import (
     DialBody,
     EventView,
@@ -54,6 +57,10 @@ _MAX_DISCARDED: Final = 16 * _MAX_BODY
 _BODY_TIME: Final = 10.0
 # A proxy or a NAT in between forgets silent connections; a comment a few times a minute keeps them.
 _HEARTBEAT: Final = 15.0
+# How often, in seconds, the certificate of who reads a silent event stream is judged again: it may just have expired.
+_JUDGE_AGAIN: Final = 1.0
+# Event streams at a time, of which one address gets half: each has a place of the server for as long as it likes.
+_MAX_STREAMS: Final = 64
 # What a reader that reconnects may have missed and still gets; and how far one may lag behind before it is cut.
 _EVENTS_KEPT: Final = 256
 _MAX_LAG: Final = 1024
@@ -82,6 +89,7 @@ def is_local_host(host: str) -> bool:
 class _Reader:
     """One open event stream."""
 
+    holder: str
     queue: deque[EventView] = field(default_factory=deque)
     news: trio.Event = field(default_factory=trio.Event)
     is_too_slow: bool = False
@@ -95,9 +103,13 @@ class _Reader:
 
 
 class EventStream:
-    """The journal as events with numbers, for any number of readers; a slow one is cut, and never slows the relay."""
+    """The journal as events with numbers, for a bounded number of readers; a slow one is cut, and slows nobody.
 
-    def __init__(self) -> None:
+    There are at most ``most`` readers, and of one address at most half of them.
+    """
+
+    def __init__(self, most: int = _MAX_STREAMS) -> None:
+        self._most: Final = max(2, min(most, _MAX_STREAMS))
         self._last = 0
         self._kept: Final[deque[EventView]] = deque(maxlen=_EVENTS_KEPT)
         self._readers: Final[set[_Reader]] = set()
@@ -112,10 +124,18 @@ class EventStream:
         for reader in self._readers:
             reader.tell(event)
 
+    def objection_to_another(self, holder: str) -> str | None:
+        """Why ``holder`` cannot have one more reader now, or None."""
+        if len(self._readers) >= self._most:
+            return f"{self._most} event streams are open already, and there are no more at a time"
+        if sum(reader.holder == holder for reader in self._readers) >= self._most // 2:
+            return f"{self._most // 2} event streams of this address are open already, and it gets no more at a time"
+        return None
+
     @contextmanager
-    def reader(self, after: int | None) -> Iterator[_Reader]:
+    def reader(self, after: int | None, holder: str = "") -> Iterator[_Reader]:
         """A reader of what comes from now on; with ``after``, an event's number, of what came since as far as kept."""
-        reader = _Reader()
+        reader = _Reader(holder)
         if after is not None:
             if after > self._last:
                 after = 0  # a number of the relay before this one: all that there is came since
@@ -144,37 +164,52 @@ class _EventResponse(Response):
         self._after: Final = after
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        caller = caller_of(scope)
+        holder = "" if caller is None else caller.holder
+        objection = self._events.objection_to_another(holder)
+        if objection is not None:
+            await _problem(429, "too-many", objection)(scope, receive, send)
+            return
+
         async def wait_gone() -> None:
             while (await receive())["type"] != "http.disconnect":
                 pass
             nursery.cancel_scope.cancel(reason="the reader of this event stream has gone")
 
-        with self._events.reader(self._after) as reader:
-            # Only now: whoever has read the head of this answer must miss nothing that happens from there on.
+        def may_read() -> bool:
+            return caller is None or caller.objection() is None
+
+        with self._events.reader(self._after, holder) as reader:
+            # Only now: who has read the head of this answer must miss nothing that happens from there on.
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(wait_gone)
-                await self._tell(reader, send)
-                nursery.cancel_scope.cancel(reason="the reader of this event stream is too slow")
+                await self._tell(reader, send, may_read)
+                nursery.cancel_scope.cancel(reason="this event stream has ended")
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _tell(self, reader: _Reader, send: Send) -> None:
+    async def _tell(self, reader: _Reader, send: Send, may_read: Callable[[], bool]) -> None:
+        """Tell ``reader`` what there is, until it is too slow or may read no more."""
+
         async def put(text: str) -> None:
             await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
 
         # Says at once that the stream is open; a client would otherwise wait for the first event to know.
         await put(": frelay events\n\n")
-        while True:
-            while reader.queue:
+        beats_at = trio.current_time() + _HEARTBEAT
+        while may_read():
+            if reader.queue:
                 event = reader.queue.popleft()
                 await put(f"id: {event.id}\nevent: {event.kind}\ndata: {json.dumps(event.model_dump(mode='json'))}\n\n")
+                continue
             if reader.is_too_slow:
-                break
-            reader.news = trio.Event()
-            with trio.move_on_after(_HEARTBEAT) as pause:
-                await reader.news.wait()
-            if pause.cancelled_caught:
+                return
+            if trio.current_time() >= beats_at:
+                beats_at = trio.current_time() + _HEARTBEAT
                 await put(": still here\n\n")
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            reader.news = trio.Event()
+            with trio.move_on_after(_JUDGE_AGAIN):
+                await reader.news.wait()
 
 
 def _event_data(entry: Entry) -> dict[str, Any]:
@@ -200,20 +235,38 @@ class _Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            return  # websockets: there are none here, and the server answers for a handler that says nothing
+            return  # there is nothing else here
         headers = [(name.lower(), value.decode("latin-1")) for name, value in scope["headers"]]
         objection = self._objection(scope["method"], headers)
         if objection is not None:
             await _problem(403, "forbidden", objection)(scope, receive, send)
             return
+        if not await self._may_call(scope, receive, send):
+            return
         body = None
-        with trio.move_on_after(_BODY_TIME):
-            body = await _read(receive)
+        try:
+            with trio.move_on_after(_BODY_TIME):
+                body = await _read(receive)
+        except ClientDisconnect:
+            return  # half a body is not what the caller wanted
+        # The body may have taken a while, and what counts is whether the caller may do this when it is done.
+        if not await self._may_call(scope, receive, send):
+            return
         if body is None:
             text = f"a body has at most {_MAX_BODY} bytes here, and comes within {_BODY_TIME:g} s"
             await _problem(413, "too-large", text)(scope, receive, send)
             return
         await self._app(scope, _replayed(body, receive), send)
+
+    async def _may_call(self, scope: Scope, receive: Receive, send: Send) -> bool:
+        """Whether the caller's certificate is still accepted; answers and ends the connection if it is not."""
+        caller = caller_of(scope)
+        objection = None if caller is None else caller.objection()
+        if objection is None:
+            return True
+        text = f"this certificate may not call this API any more: {objection}"
+        await _problem(403, "forbidden", text, headers={"connection": "close"})(scope, receive, send)
+        return False
 
     def _objection(self, method: str, headers: list[tuple[bytes, str]]) -> str | None:
         # Somebody followed a link to the dashboard, from a wiki say: the other page gets to see nothing of it.
@@ -236,10 +289,12 @@ def _without_port(host: str) -> str:
 
 
 async def _read(receive: Receive) -> bytes | None:
-    """The whole body, or None if it is larger than any may be."""
+    """The whole body, or None if it is larger than any may be; raises ClientDisconnect if it ends before its end."""
     body, size = b"", 0
     while size <= _MAX_DISCARDED:
         message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
         piece = bytes(message.get("body", b""))
         size += len(piece)
         # Read on, and let go of it: a client that is still sending would take an early answer for a reset.
@@ -287,6 +342,7 @@ def _errors(*codes: int) -> dict[int | str, dict[str, Any]]:
         412: "It is not as the caller believes",
         413: "Too large",
         422: "Its values are wrong, each named by its key",
+        429: "Too many of them are open at a time",
         503: "The relay drains",
         507: "It could not be written",
     }
@@ -393,7 +449,10 @@ def _add_looks(app: FastAPI, office: desk.Office, events: EventStream) -> None:
         "/v1/events",
         summary="What happens, as it happens (server-sent events)",
         response_class=StreamingResponse,
-        responses={200: {"content": {"text/event-stream": {}}, "description": "An endless stream of EventView"}},
+        responses={
+            200: {"content": {"text/event-stream": {}}, "description": "An endless stream of EventView"},
+            **_errors(429),
+        },
     )
     async def event_stream(
         last_event_id: Annotated[str | None, Header(description="The last event that the caller has.")] = None,

@@ -2,62 +2,31 @@
 
 The same TLS as on a route, with the same certificates, CA and revocation list, which a reload replaces in the same
 way: nothing here has to be rotated on its own. Anyone who is not verified, or not on the list, gets the close and no
-byte of HTTP, and the log a line that says who it was.
+byte of HTTP, and the log a line that says who it was. Who was let in is judged again for each request, because a
+connection may live for days: by the certificates, lists and ``allow`` that are in force then.
 """
 
 from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import structlog
 import trio
 
-from frelay.admin.server import Connection
+from frelay.admin.server import Admitted
 from frelay.errors import ConnectionBroken, RemoteProtocolError
 from frelay.protocol.identity import Selector, match
 from frelay.sockets import TlsFault, close_after_linger, format_address
-from frelay.tls.context import OuterTls, Rejection, verified_peer
+from frelay.tls.context import OuterTls, Rejection, VerifiedPeer, verified_peer
 from frelay.tls.stream import TlsStream
 
 __all__ = ["TlsDoor"]
 
-_HANDSHAKE_TIME: Final = 10.0
+_HANDSHAKE_TIME: Final = 5.0
 _LINGER_TIME: Final = 1.0
-
-
-class _HttpStream:
-    """A TLS stream with the face of a socket stream, and Trio's errors instead of ours."""
-
-    def __init__(self, stream: TlsStream) -> None:
-        self._stream: Final = stream
-
-    @property
-    def socket(self) -> socket.socket:
-        return self._stream.sock
-
-    async def send_all(self, data: bytes) -> None:
-        try:
-            await self._stream.send_all(data)
-        except (ConnectionBroken, RemoteProtocolError) as error:
-            raise trio.BrokenResourceError(str(error)) from error
-
-    async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        try:
-            return await self._stream.receive_some(max_bytes)
-        except (ConnectionBroken, RemoteProtocolError) as error:
-            # Truncation included: HTTP says itself where a message ends, and what is cut short is no request.
-            raise trio.BrokenResourceError(str(error)) from error
-
-    async def send_eof(self) -> None:
-        try:
-            await self._stream.send_eof()
-        except (ConnectionBroken, RemoteProtocolError) as error:
-            raise trio.BrokenResourceError(str(error)) from error
-
-    async def aclose(self) -> None:
-        await self._stream.aclose()
 
 
 class TlsDoor:
@@ -67,8 +36,8 @@ class TlsDoor:
         self._trust: Final = trust
         self._allow: Final = allow
 
-    async def __call__(self, sock: socket.socket) -> Connection | None:
-        """The connection in ``sock`` as an HTTP stream, or None."""
+    async def __call__(self, sock: socket.socket) -> Admitted | None:
+        """The caller in ``sock``, or None."""
         trust = self._trust()
         if trust.http_context is None:
             raise AssertionError("an admin API on TCP whose certificates were loaded without it")
@@ -92,16 +61,46 @@ class TlsDoor:
         if patience.cancelled_caught:
             log.warning("admin refused", reason=f"no TLS handshake within {_HANDSHAKE_TIME:g} s")
             return None
-        return _HttpStream(stream) if self._may_come_in(stream, trust, log) else None
-
-    def _may_come_in(self, stream: TlsStream, trust: OuterTls, log: Any) -> bool:
         peer = verified_peer(stream.connection, trust)
         log = log.bind(certificate=peer.identity.describe())
+        caller = _Caller(peer, self._trust, self._allow, log)
         # The handshake asked OpenSSL about revocation; that the list itself has run out since is ours to see.
-        rejection = trust.judge(peer)
-        name = match(self._allow(), peer.identity.names)
-        if rejection is not None or name is None:
-            log.warning("admin refused", reason="not in admin.allow" if rejection is None else rejection.reason)
-            return False
-        log.info("admin connected", identity=str(name))
-        return True
+        if caller.objection() is not None:
+            return None
+        log.info("admin connected", identity=str(caller.name))
+        return Admitted(stream, caller.objection)
+
+
+class _Caller:
+    """A verified certificate, and whether it may call: judged anew by what is in force, whenever it is asked."""
+
+    def __init__(
+        self, peer: VerifiedPeer, trust: Callable[[], OuterTls], allow: Callable[[], Sequence[Selector]], log: Any
+    ) -> None:
+        self._peer = peer
+        self._trust: Final = trust
+        self._allow: Final = allow
+        self._log: Final = log
+        self._told: str | None = None
+
+    @property
+    def name(self) -> object:
+        """The name under which it is on the list, or None."""
+        return match(self._allow(), self._peer.identity.names)
+
+    def objection(self) -> str | None:
+        """Why it may not call, or None; the log is told when that changes."""
+        found = self._judge()
+        if found is not None and found != self._told:
+            self._log.warning("admin refused", reason=found)
+        self._told = found
+        return found
+
+    def _judge(self) -> str | None:
+        trust = self._trust()
+        rejection = trust.judge(self._peer)
+        if rejection is not None:
+            return rejection.reason
+        # Verified by the files in force now: from here on clocks alone can change that, until other files come.
+        self._peer = replace(self._peer, trust=trust)
+        return "not in admin.allow" if self.name is None else None

@@ -1,6 +1,7 @@
 """Health and metrics over plain HTTP: ``/healthz``, ``/readyz`` and ``/metrics``.
 
-A scrape must be exact, and no function may feel it. So what is live (routes, who waits, bytes under way) is copied out
+A scrape must be exact, and no function may feel it. All who ask at a time share one (:mod:`frelay.admin.sharing`), and
+what was begun for somebody who has gone is dropped. What is live (routes, who waits, bytes under way) is copied out
 of the office in one synchronous look: no pairing can end in the middle of it, and be counted twice or not at all. The
 thousands of lines are then made of that copy in another thread.
 
@@ -41,6 +42,7 @@ from starlette.types import ASGIApp
 from frelay import __version__
 from frelay.admin.model import CertificateView
 from frelay.admin.office import Counts, Office
+from frelay.admin.sharing import Batch, Shared
 from frelay.journal import Distribution
 from frelay.lag import LAG_MEMORY, LoopLag
 from frelay.outcome import Outcome
@@ -58,45 +60,70 @@ _DIRECTIONS: Final[dict[PartyName, str]] = {"func1": "func1_to_func2", "func2": 
 
 _TEXT: Final = "text/plain"
 _OPENMETRICS: Final = "application/openmetrics-text"
+_TEXT_TYPE: Final = f"{_TEXT}; version=0.0.4; charset=utf-8"
+_ENCODERS: Final[Mapping[str, Callable[[Collector], bytes]]] = {
+    _TEXT_TYPE: generate_latest,
+    openmetrics.CONTENT_TYPE_LATEST: openmetrics.generate_latest,
+}
 
 
 class Metrics:
-    """The metrics of one relay. Give :meth:`watch_loop` a task."""
+    """The metrics of one relay. Give :meth:`run` a task."""
 
     def __init__(self, office: Office) -> None:
         self._office: Final = office
         self._lag: Final = LoopLag()
-        # One at a time: two would only take the interpreter's lock from each other, and a reload needs threads too.
-        self._places: Final = trio.CapacityLimiter(1)
+        self._scrapes: Final[Shared[str, bytes]] = Shared(self._scrape)
 
-    async def watch_loop(self) -> None:
-        """Measure how late the loop is, until cancelled."""
-        await self._lag.watch()
+    async def run(self) -> None:
+        """Measure how late the loop is, and make the scrapes that are asked for, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._lag.watch)
+            nursery.start_soon(self._scrapes.run)
 
     async def expose(self, accept: str) -> tuple[bytes, str]:
-        """Everything as it is now, and its content type: OpenMetrics if the ``Accept`` header wants that, else text."""
-        async with self._places:
-            tasks = trio.lowlevel.current_statistics().tasks_living
-            scrape = _Scrape(await self._office.counts(), self._lag.worst, tasks)
-            encode: Callable[[Collector], bytes] = generate_latest
-            content_type = f"{_TEXT}; version=0.0.4; charset=utf-8"
-            if _wants_openmetrics(accept):
-                encode, content_type = openmetrics.generate_latest, openmetrics.CONTENT_TYPE_LATEST
-            return await trio.to_thread.run_sync(encode, scrape, abandon_on_cancel=True), content_type
+        """Everything as it is now, and its content type: OpenMetrics if the ``Accept`` header wants that, else text.
+
+        It is made once for all who ask at a time, and not at all once they have gone.
+        """
+        kind = openmetrics.CONTENT_TYPE_LATEST if _wants_openmetrics(accept) else _TEXT_TYPE
+        return await self._scrapes.get(kind), kind
+
+    async def _scrape(self, batch: Batch[str, bytes]) -> None:
+        tasks = trio.lowlevel.current_statistics().tasks_living
+        scrape = _Scrape(await self._office.counts(), self._lag.worst, tasks, lambda: not batch.wanted)
+
+        def encode() -> None:
+            for kind in batch.wanted:
+                try:
+                    batch.results[kind] = _ENCODERS[kind](scrape)
+                except _Forsaken:
+                    return
+
+        # Not abandoned when it is cancelled: two such threads would only take the interpreter's lock from each other.
+        await trio.to_thread.run_sync(encode)
+
+
+class _Forsaken(Exception):
+    """Nobody waits for this scrape any more."""
 
 
 class _Scrape(Collector):
-    """All that one scrape tells. Safe in a thread: it has copies, and asks nobody but the kernel."""
+    """All that one scrape tells. Safe in a thread: it has copies, and asks nobody but the kernel.
 
-    def __init__(self, counts: Counts, loop_lag: float, tasks: int) -> None:
+    ``is_forsaken`` is asked for every series; once it says so, the scrape ends with :class:`_Forsaken`.
+    """
+
+    def __init__(self, counts: Counts, loop_lag: float, tasks: int, is_forsaken: Callable[[], bool]) -> None:
         self._counts: Final = counts
         self._loop_lag: Final = loop_lag
         self._tasks: Final = tasks
+        self._is_forsaken: Final = is_forsaken
 
     def collect(self) -> Iterator[Metric]:
         counts = self._counts
         yield _build_info()
-        yield from _route_families(counts)
+        yield from _route_families(counts, self._is_forsaken)
         for name, distribution in counts.durations.items():
             yield _histogram(f"frelay_{name}_seconds", _DURATIONS[name], distribution)
         yield GaugeMetricFamily(
@@ -143,28 +170,32 @@ def _build_info() -> Metric:
     )
 
 
-def _route_families(counts: Counts) -> Iterator[Metric]:
+def _route_families(counts: Counts, is_forsaken: Callable[[], bool]) -> Iterator[Metric]:
     # The usual end from the start on: of a counter that begins at 1, no rate would ever see the first.
     ordinary = dict.fromkeys(((route, Outcome.CLOSED.value) for route in counts.pairings), 0)
     yield _family(
         CounterMetricFamily("frelay_pairings", "Pairings that have ended, by how they ended."),
         ("route", "outcome"),
         {**ordinary, **counts.outcomes}.items(),
+        is_forsaken,
     )
     yield _family(
         GaugeMetricFamily("frelay_pairings_active", "Pairings that run."),
         ("route",),
         (((route,), count) for route, count in counts.pairings.items()),
+        is_forsaken,
     )
     yield _family(
         GaugeMetricFamily("frelay_legs_waiting", "Connections that wait for their other party."),
         ("route", "party"),
         counts.waiting.items(),
+        is_forsaken,
     )
     yield _family(
         CounterMetricFamily("frelay_bytes", "Bytes delivered to the receiving party, as they are delivered."),
         ("route", "direction"),
         (((route, _DIRECTIONS[party]), count) for (route, party), count in counts.bytes_moved.items()),
+        is_forsaken,
     )
     yield _family(
         CounterMetricFamily(
@@ -172,16 +203,29 @@ def _route_families(counts: Counts) -> Iterator[Metric]:
         ),
         ("route", "code"),
         counts.refusals.items(),
+        is_forsaken,
     )
 
 
-def _family(family: Metric, labels: Sequence[str], series: Iterable[tuple[tuple[str, ...], int]]) -> Metric:
+def _family(
+    family: Metric,
+    labels: Sequence[str],
+    series: Iterable[tuple[tuple[str, ...], int]],
+    is_forsaken: Callable[[], bool],
+) -> Metric:
     """``family`` with a sample for each of ``series``: what its ``labels`` are, and how many."""
+
+    def still_wanted() -> Iterator[tuple[tuple[str, ...], int]]:
+        for one in series:
+            if is_forsaken():
+                raise _Forsaken
+            yield one
+
     name = f"{family.name}_total" if family.type == "counter" else family.name
     # Made while they are written, once, and gone with their line: ten thousand at a time, scrape after scrape, would
     # have the garbage collector go through everything, and that stops the loop for longer than all else in here.
     family.samples = (  # type: ignore[assignment]
-        Sample(name, dict(zip(labels, key, strict=True)), value) for key, value in series
+        Sample(name, dict(zip(labels, key, strict=True)), value) for key, value in still_wanted()
     )
     return family
 
@@ -290,7 +334,22 @@ def metrics_app(office: Office, metrics: Metrics) -> ASGIApp:
         return PlainTextResponse("ready\n") if objection is None else PlainTextResponse(f"{objection}\n", 503)
 
     async def expose(request: Request) -> Response:
-        content, content_type = await metrics.expose(",".join(request.headers.getlist("accept")))
-        return Response(content, headers={"content-type": content_type, "vary": "accept"})
+        answer = Response(status_code=503)
+
+        async def scrape() -> None:
+            content, content_type = await metrics.expose(",".join(request.headers.getlist("accept")))
+            nonlocal answer
+            answer = Response(content, headers={"content-type": content_type, "vary": "accept"})
+            waits.cancel_scope.cancel(reason="the scrape is made")
+
+        async def wait_gone() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+            waits.cancel_scope.cancel(reason="the scraper has gone")
+
+        async with trio.open_nursery() as waits:
+            waits.start_soon(wait_gone)
+            waits.start_soon(scrape)
+        return answer
 
     return Starlette(routes=[Route("/healthz", healthz), Route("/readyz", readyz), Route("/metrics", expose)])

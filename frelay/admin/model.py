@@ -246,7 +246,7 @@ class Problems(_View):
     """The body of every answer that is an error.
 
     ``error`` is a word for programs: ``invalid``, ``conflict``, ``not-found``, ``precondition-failed``,
-    ``not-writable``, ``draining``, ``forbidden``, ``too-large``, ``method-not-allowed``, ``internal``.
+    ``not-writable``, ``draining``, ``forbidden``, ``too-large``, ``too-many``, ``method-not-allowed``, ``internal``.
     """
 
     error: str

@@ -1,70 +1,55 @@
 """An ASGI application on listening sockets, beside a relay that must not suffer from it.
 
-HTTP itself is hypercorn's, on Trio, a connection at a time; accepting is ours, for three reasons. The socket of the
-admin API must never be open to others, not even for a moment, so we bind it. Whoever comes in over TCP has to be let in
-by a certificate first (:mod:`frelay.admin.door`), with the relay's own TLS. And hypercorn shields what it sends from
-cancellation: a reader that does not read would keep the relay from ending, so the connection is closed under it.
+The socket of the admin API must never be open to others, not even for a moment, so it is bound here. A caller over TCP
+has to be let in by a certificate first (:mod:`frelay.admin.door`), with the relay's own TLS. How many there are at a
+time, and who has to go for a newcomer, is told in :mod:`frelay.admin.places`; how HTTP is spoken with each of them in
+:mod:`frelay.admin.http`.
 """
 
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import socket
 import stat
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final
 
 import structlog
 import trio
-from hypercorn.app_wrappers import ASGIWrapper
-from hypercorn.config import Config
-from hypercorn.trio.tcp_server import TCPServer
-from hypercorn.trio.worker_context import WorkerContext
-from hypercorn.typing import ASGIFramework, ConnectionState
 from starlette.types import ASGIApp
 
-from frelay.sockets import close
+from frelay.admin.http import Caller, speak_http
+from frelay.admin.places import Place, Places, holder_of
+from frelay.sockets import RawStream, close
+from frelay.tls.stream import TlsStream
 
-__all__ = ["Admit", "Connection", "bind_unix", "let_in", "serve", "unlinked_at_end"]
+__all__ = ["Admit", "Admitted", "bind_unix", "let_in", "serve", "unlinked_at_end"]
 
-_BACKLOG: Final = 64
-# A person with a browser has six, a script one. Whoever wants more waits in the kernel.
-_MAX_CONNECTIONS: Final = 64
+_BACKLOG: Final = 256
 _PAUSE: Final = 0.1
-_KEEP_ALIVE: Final = 30.0
+# Seconds for which the kernel keeps a connection without a byte to itself, about: it rounds up.
+_FIRST_BYTE_TIME: Final = 5
 
 
-class Connection(Protocol):
-    """What hypercorn needs of a stream; it looks for ``socket`` to know who is there."""
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """A caller who was let in; ``objection`` is that of :class:`~frelay.admin.http.Caller`."""
 
-    @property
-    def socket(self) -> Any:
-        """The socket under it."""
-
-    async def send_all(self, data: bytes) -> None:
-        """As in Trio."""
-
-    async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """As in Trio."""
-
-    async def send_eof(self) -> None:
-        """As in Trio."""
-
-    async def aclose(self) -> None:
-        """As in Trio."""
+    stream: RawStream | TlsStream
+    objection: Callable[[], str | None] = lambda: None
 
 
-Admit = Callable[[socket.socket], Awaitable[Connection | None]]
-"""Makes a connection of an accepted socket, or gives None for one that may not come in. It may raise OSError."""
+Admit = Callable[[socket.socket], Awaitable[Admitted | None]]
+"""Makes a caller of an accepted socket, or gives None for one that may not come in. It may raise OSError."""
 
 
-async def let_in(sock: socket.socket) -> Connection:
+async def let_in(sock: socket.socket) -> Admitted:
     """Admit everybody: whoever can reach this socket may use it."""
-    return cast("Connection", trio.SocketStream(trio.socket.from_stdlib_socket(sock)))
+    return Admitted(RawStream(sock))
 
 
 # --- sockets ---------------------------------------------------------------------------------------------------
@@ -121,66 +106,70 @@ def unlinked_at_end(path: Path) -> Iterator[None]:
 # --- serving ---------------------------------------------------------------------------------------------------
 
 
-async def serve(app: ASGIApp, sockets: Sequence[socket.socket], admit: Admit, *, read_timeout: int | None) -> None:
+async def serve(app: ASGIApp, sockets: Sequence[socket.socket], admit: Admit, *, most: int) -> None:
     """Serve ``app`` on listening ``sockets``, which are closed at the end, until cancelled.
 
-    ``read_timeout`` seconds without a byte from a client end its connection; None is for those who may be trusted with
-    an open one, and follow a stream of events on it.
+    There are at most ``most`` connections at a time.
     """
-    server = _Server(app, admit, read_timeout)
+    server = _Server(app, admit, Places(most))
     try:
         async with trio.open_nursery() as nursery:
             for sock in sockets:
+                _wait_for_the_first_byte(sock)
                 nursery.start_soon(server.accept, sock)
     finally:
         for sock in sockets:
             sock.close()
 
 
-class _Server:
-    def __init__(self, app: ASGIApp, admit: Admit, read_timeout: int | None) -> None:
-        self._app: Final = ASGIWrapper(cast("ASGIFramework", app))
-        self._admit: Final = admit
-        self._context: Final = WorkerContext(None)
-        self._places: Final = trio.Semaphore(_MAX_CONNECTIONS)
-        self._log: Final[Any] = structlog.get_logger("frelay.admin")
-        config = self._config = Config()
-        config.accesslog = None
-        config.errorlog = _complaints()
-        config.include_server_header = False
-        config.keep_alive_timeout = _KEEP_ALIVE
-        config.read_timeout = read_timeout
+def _wait_for_the_first_byte(sock: socket.socket) -> None:
+    """Have the kernel keep connections that say nothing: in HTTP and in TLS the client speaks first."""
+    if sock.family != socket.AF_UNIX:
+        # A sandboxed kernel may not know it, and then such connections have places like all others.
+        with suppress(OSError):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, _FIRST_BYTE_TIME)
 
-    async def accept(self, sock: socket.socket) -> None:
+
+class _Server:
+    def __init__(self, app: ASGIApp, admit: Admit, places: Places) -> None:
+        self._app: Final = app
+        self._admit: Final = admit
+        self._places: Final = places
+        self._log: Final[Any] = structlog.get_logger("frelay.admin")
+
+    async def accept(self, listener: socket.socket) -> None:
         async with trio.open_nursery() as connections:
             while True:
-                await self._places.acquire()
+                sock, address = await self._next(listener)
                 try:
-                    connection = await self._next(sock)
+                    place = await self._places.take(holder_of(address))
                 except BaseException:
-                    self._places.release()
+                    sock.close()
                     raise
-                connections.start_soon(self._attend, connection)
+                connections.start_soon(self._attend, sock, place)
 
-    async def _next(self, sock: socket.socket) -> socket.socket:
+    async def _next(self, listener: socket.socket) -> tuple[socket.socket, Any]:
         while True:
-            await trio.lowlevel.wait_readable(sock)
+            await trio.lowlevel.wait_readable(listener)
             try:
-                connection, _ = sock.accept()
+                sock, address = listener.accept()
             except BlockingIOError:
                 continue
             except OSError:
                 # A connection that died in the queue, or no descriptors left: either way, in a moment again.
                 await trio.sleep(_PAUSE)
                 continue
-            connection.setblocking(False)
-            return connection
+            sock.setblocking(False)
+            return sock, address
 
-    async def _attend(self, sock: socket.socket) -> None:
+    async def _attend(self, sock: socket.socket, place: Place) -> None:
         try:
-            stream = await self._admit(sock)
-            if stream is not None:
-                await self._speak(stream)
+            with place.scope:
+                admitted = await self._admit(sock)
+                if admitted is not None:
+                    place.clients_turn()
+                    caller = Caller(place.holder, admitted.objection)
+                    await speak_http(self._app, admitted.stream, caller, place)
         except* OSError:
             pass  # it is gone; there is nobody to tell
         except* Exception:
@@ -188,34 +177,4 @@ class _Server:
             self._log.exception("a bug in frelay ended this HTTP connection")
         finally:
             close(sock)
-            self._places.release()
-
-    async def _speak(self, stream: Connection) -> None:
-        async with trio.open_nursery() as nursery:
-
-            async def close_when_cancelled() -> None:
-                try:
-                    await trio.sleep_forever()
-                finally:
-                    with suppress(trio.ClosedResourceError):
-                        close(stream.socket)
-
-            nursery.start_soon(close_when_cancelled)
-            # Typed for the two streams that hypercorn opens itself; it looks for attributes.
-            await TCPServer(self._app, self._config, self._context, ConnectionState({}), stream).run()  # type: ignore[arg-type]
-            nursery.cancel_scope.cancel(reason="this HTTP connection has ended")
-
-
-class _Complaints(logging.Handler):
-    """What hypercorn has to say of an application that failed, as a line of our log."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.exc_info:
-            structlog.get_logger("frelay.admin").error("a bug in frelay ended this request", exc_info=record.exc_info)
-
-
-def _complaints() -> logging.Logger:
-    logger = logging.getLogger("frelay.admin.http")
-    logger.propagate = False
-    logger.handlers = [_Complaints(logging.ERROR)]
-    return logger
+            place.give_back()

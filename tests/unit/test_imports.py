@@ -119,7 +119,7 @@ HOUSE: Final = (
     Room(
         "admin",
         "errors outcome protocol journal lag sockets tls",
-        "fastapi starlette hypercorn pydantic prometheus_client trio structlog",
+        "fastapi starlette h11 pydantic prometheus_client trio structlog",
         "what an operator sees and changes; it asks an Office, and does not know whose",
     ),
     Room(
