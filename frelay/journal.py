@@ -119,13 +119,17 @@ class PairingEnded(Entry):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reloaded(Entry):
-    """A configuration was put in force; ``kept`` counts routes, the others are their names."""
+    """A configuration was put in force; ``kept`` counts routes, the others are their names.
+
+    ``restart_only`` are the keys in which it differs from what runs, and that only a restart changes.
+    """
 
     kind: ClassVar[str] = "reloaded"
     kept: int
     added: tuple[str, ...]
     removed: tuple[str, ...]
     replaced: tuple[str, ...]
+    restart_only: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

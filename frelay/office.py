@@ -133,6 +133,7 @@ class RelayOffice(Office):
                 at=relay.last_reload_at,
                 ok=error is None,
                 problems=[] if error is None else [problem_view(problem) for problem in error.problems],
+                restart_only=list(relay.needs_restart),
             ),
             certificates=list(self._certificates()),
             descriptors=DescriptorView(

@@ -252,7 +252,7 @@ class Relay:
                 root.start_soon(self._admission.strangers.run)
                 root.start_soon(self._strangers_refused.run)
                 async with trio.open_nursery() as self._pairings, trio.open_nursery() as self._doors:
-                    await (await self.stage(first, trust, instead_of=None)).put_in_force()
+                    await (await self.stage(first, trust, plan(None, first))).put_in_force()
                     self._start_servers(first, root)
                     self._now.warn_of_unclaimed_sockets()
                     self._log.info("ready", routes=len(first.routes), openssl=openssl_version())
@@ -375,6 +375,11 @@ class Relay:
         """Why the last reload was refused; None after one that was taken over."""
         return self._reloader.last_error
 
+    @property
+    def needs_restart(self) -> tuple[str, ...]:
+        """The keys that the file in force changes and only a restart can."""
+        return self._reloader.needs_restart
+
     def describe(self) -> str:
         """What is in force, in half a line."""
         return self._now.describe()
@@ -383,9 +388,8 @@ class Relay:
         """:func:`prepare`, for which a supervisor keeps what was read."""
         return await trio.to_thread.run_sync(prepare, config, limiter=self._reading)
 
-    async def stage(self, new: Config, trust: OuterTls | None, *, instead_of: Config | None) -> Staged:
+    async def stage(self, new: Config, trust: OuterTls | None, changes: Plan) -> Staged:
         """Do for ``new`` all that can fail: bind, and in a supervisor ask the workers. Raises ConfigError."""
-        changes = plan(instead_of, new)
         opened = await self._open_missing(new)
 
         async def put_in_force() -> None:

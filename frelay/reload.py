@@ -14,7 +14,6 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -22,11 +21,12 @@ import trio
 
 from frelay.config.load import load
 from frelay.config.model import Config
-from frelay.config.plan import Plan
+from frelay.config.plan import Plan, plan, without_restart
 from frelay.config.store import RouteFileEdit
 from frelay.config.watch import Watcher
 from frelay.errors import ConfigError, Problem
 from frelay.journal import Journal, Reloaded, ReloadRefused
+from frelay.privileges import find_account
 from frelay.systemd import ServiceManager
 from frelay.tls.context import OuterTls
 
@@ -62,8 +62,15 @@ class Changeable(Protocol):
     async def prepare(self, config: Config) -> OuterTls | None:
         """Load what ``config`` refers to; raises ConfigError."""
 
-    async def stage(self, new: Config, trust: OuterTls | None, *, instead_of: Config | None) -> Staged:
-        """Do for ``new`` all else that can fail; raises ConfigError."""
+    async def stage(self, new: Config, trust: OuterTls | None, changes: Plan) -> Staged:
+        """Do for ``new`` all else that can fail; ``changes`` led to it. Raises ConfigError."""
+
+
+def _read(path: Path, edit: RouteFileEdit | None) -> Config:
+    """Load a configuration, and judge also what of it waits for a restart; raises ConfigError."""
+    config = load(path, edit=edit)
+    find_account(config)
+    return config
 
 
 class Reloader:
@@ -93,6 +100,8 @@ class Reloader:
         """When it last reloaded or refused to, in seconds since the epoch; at first, when the relay began."""
         self.last_error: ConfigError | None = None
         """Why the last reload was refused; None after one that was taken over."""
+        self.needs_restart: tuple[str, ...] = ()
+        """The keys in which the file differs from what runs and that only a restart changes, as ``admin.listen``."""
 
     @property
     def watched_files(self) -> set[Path]:
@@ -102,6 +111,8 @@ class Reloader:
     def status(self) -> str:
         """How it stands, in one line for systemctl."""
         text = self._relay.describe()
+        if self.needs_restart:
+            text += f", a restart is needed for {', '.join(self.needs_restart)}"
         if self.last_error is None:
             return text
         return f"{text}, as before: the last reload was refused: {self.last_error.problems[0]}"
@@ -136,7 +147,7 @@ class Reloader:
     async def _change(self, edit: RouteFileEdit | None) -> Plan:
         path = self._relay.config.path
         # Parsing a thousand routes takes a while, in which the bytes of everybody else go on.
-        new = await trio.to_thread.run_sync(partial(load, path, edit=edit), limiter=self._reading)
+        new = await trio.to_thread.run_sync(_read, path, edit, limiter=self._reading)
         if edit is None:
             self._attempted = new
         staged = await self.stage(new)
@@ -151,11 +162,13 @@ class Reloader:
         await staged.put_in_force()
         changes = staged.changes
         self.last_at, self.last_error = time.time(), None
+        self.needs_restart = changes.restart_only
         entry = Reloaded(
             kept=len(changes.keep),
             added=tuple(added.route.name for added in changes.add),
             removed=tuple(removed.route.name for removed in changes.remove),
             replaced=tuple(replaced.new.name for replaced in changes.replace),
+            restart_only=changes.restart_only,
         )
         self._log.info(
             "reloaded",
@@ -163,15 +176,21 @@ class Reloader:
             added=list(entry.added),
             removed=list(entry.removed),
             replaced=list(entry.replaced),
+            **({"restart_only": list(entry.restart_only)} if entry.restart_only else {}),
         )
         self._journal.note(entry)
         return changes
 
     async def stage(self, new: Config) -> Staged:
-        """Do for ``new`` all that can fail, but for the disk. Raises ConfigError."""
-        trust = await self._relay.prepare(new)
+        """Do for ``new`` all that can fail, but for the disk. Raises ConfigError.
+
+        What needs a restart stays as it runs, and is named in the plan.
+        """
+        running = self._relay.config
+        changes, settled = plan(running, new), without_restart(running, new)
+        trust = await self._relay.prepare(settled)
         self._forbid_when_draining()
-        return await self._relay.stage(new, trust, instead_of=self._relay.config)
+        return await self._relay.stage(settled, trust, changes)
 
     def _forbid_when_draining(self) -> None:
         # It may have begun while files were read. A listener opened now would never be told to stop.

@@ -255,11 +255,15 @@ class Problems(_View):
 
 
 class ReloadView(_View):
-    """The last time that a configuration was put in force, or was not."""
+    """The last time that a configuration was put in force, or was not.
+
+    ``restart_only`` are the keys in which the file that was taken over last differs from what runs, until a restart.
+    """
 
     at: float
     ok: bool
     problems: list[ProblemView]
+    restart_only: list[str] = []
 
 
 class ReloadedView(_View):

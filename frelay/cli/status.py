@@ -65,6 +65,10 @@ def warnings(status: Mapping[str, Any]) -> Iterator[str]:
         yield f"LAST RELOAD REFUSED {ago(last['at'], now)}, the configuration before it stays in force:"
         for problem in last["problems"]:
             yield f"  {printable(problem_line(problem))}"
+    if last.get("restart_only"):
+        yield printable(
+            f"RESTART NEEDED: the file has other values than what runs for {', '.join(last['restart_only'])}"
+        )
     for one in status["certificates"]:
         left = one["not_after"] - now
         if left < _WARNING:

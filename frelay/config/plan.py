@@ -22,16 +22,14 @@ from typing import Final
 
 from frelay.config.model import Address, Config, Dial, Route, RouteLimits, Section
 
-__all__ = ["Add", "Keep", "ListenerKey", "Plan", "Remove", "Replace", "listener_key", "plan"]
+__all__ = ["Add", "Keep", "ListenerKey", "Plan", "Remove", "Replace", "listener_key", "plan", "without_restart"]
 
 _WIRING: Final = ("listen", "func1", "func2", "outer", "allow_from", "proxy_protocol", "handoff", "require_inner_tls")
 _TIMINGS: Final = ("hello_settle", "ticket_timeout")
 
 # The relay's name is in every bound logger, processes are started once, and so are the two HTTP servers; and who is not
-# root any more can become nobody else.
-_RESTART_ONLY: Final = frozenset(
-    {"relay.name", "relay.user", "relay.workers", "admin", "admin.listen", "metrics", "metrics.listen"}
-)
+# root any more can become nobody else. A section of a server that comes or goes does so as a whole.
+_RESTART_ONLY: Final = {"relay": ("name", "user", "workers"), "admin": ("listen",), "metrics": ("listen",)}
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -87,8 +85,8 @@ class Plan:
 
     ``bind`` are listening sockets to open before anything is given up, ``close`` those to close after that.
     ``settings`` names the other settings that differ and take effect with the reload, such as
-    ``limits.handshake_timeout``; ``restart_only`` names those that do not. A section that came or went stands there
-    as a whole, by its name.
+    ``limits.handshake_timeout``; ``restart_only`` names those that do not, and stay as they are until a restart
+    (:func:`without_restart`). A section that came or went stands there as a whole, by its name.
     """
 
     keep: tuple[Keep, ...] = ()
@@ -140,7 +138,7 @@ def plan(old: Config | None, new: Config) -> Plan:
             keep.append(Keep(route, limits))
     bound = {listener_key(route) for route in before.values()}
     wanted = {listener_key(route) for route in new.routes}
-    changed = () if old is None else _changed_settings(old, new)
+    settled = without_restart(old, new)
     return Plan(
         keep=tuple(keep),
         add=tuple(add),
@@ -148,9 +146,37 @@ def plan(old: Config | None, new: Config) -> Plan:
         replace=tuple(replace),
         bind=frozenset(wanted - bound),
         close=frozenset(bound - wanted),
-        settings=tuple(name for name in changed if name not in _RESTART_ONLY),
-        restart_only=tuple(name for name in changed if name in _RESTART_ONLY),
+        settings=() if old is None else _changed_settings(old, settled),
+        restart_only=_changed_settings(settled, new),
     )
+
+
+def without_restart(old: Config | None, new: Config) -> Config:
+    """``new`` as far as it can be in force in a process that runs ``old``: what needs a restart is as in ``old``.
+
+    So what runs is left alone by a key that cannot change it, and the configuration in force says what is so. An admin
+    API that stays on TCP while the file moves it to a Unix socket, or drops it, keeps its ``allow``, and the ``[tls]``
+    that it cannot do without.
+    """
+    if old is None:
+        return new
+    changes: dict[str, Section | None] = {}
+    for name, keys in _RESTART_ONLY.items():
+        was: Section | None = getattr(old, name)
+        now: Section | None = getattr(new, name)
+        if was is None or now is None:
+            changes[name] = was
+        else:
+            changes[name] = now.model_copy(update={key: getattr(was, key) for key in keys})
+    if old.admin is not None and new.admin is not None and _is_on_tcp(old) != _is_on_tcp(new):
+        changes["admin"] = old.admin  # ``allow`` is for TCP alone
+    if _is_on_tcp(old) and new.tls is None:
+        changes["tls"] = old.tls
+    return new.model_copy(update=changes)
+
+
+def _is_on_tcp(config: Config) -> bool:
+    return config.admin is not None and config.admin.address is not None
 
 
 def _changed_wiring(old: Route, new: Route) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ import trio
 
 from frelay.admin.office import Counts
 from frelay.config.model import Config
-from frelay.config.plan import ListenerKey, listener_key, plan
+from frelay.config.plan import ListenerKey, Plan, listener_key
 from frelay.config.written import config_as_written
 from frelay.errors import ConfigError, Problem
 from frelay.journal import Draining
@@ -123,9 +123,9 @@ class Supervisor(Relay):
         self._read = Papers(contents, now)
         return trust
 
-    async def stage(self, new: Config, trust: OuterTls | None, *, instead_of: Config | None) -> Staged:
+    async def stage(self, new: Config, trust: OuterTls | None, changes: Plan) -> Staged:
         """As in a relay; and each worker has staged its share."""
-        changes, papers = plan(instead_of, new), self._read
+        papers = self._read
         opened = await self._open_missing(new)
         placed = spread(map(listener_key, new.routes), (post.number for post in self.posts), self._placed)
         asked: list[tuple[Post, WorkerProcess]] = []

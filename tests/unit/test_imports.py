@@ -131,7 +131,7 @@ HOUSE: Final = (
     ),
     Room(
         "reload",
-        "errors journal config config.store config.watch systemd tls",
+        "errors journal config config.store config.watch privileges systemd tls",
         "trio",
         "when a configuration changes, whatever there is to be replaced",
     ),
