@@ -1,10 +1,10 @@
 """Whom there is room for: a place for each connection, out of a share of the descriptors.
 
-The budget is ``fd_budget`` of the descriptor limit, or what the relay's HTTP servers, which have a share of their own,
-its listeners and its own files leave, if that is less. An admitted leg takes two of it: its own, and one for its share of
-pipes. Strangers, who have not shown yet who they are, take one each, and have a share of their own: a quarter is theirs
-even where legs would use it, and as long as legs leave room they may have more, up to :data:`_MOST_STRANGERS`. So
-no number of legs shuts the door, and no number of strangers takes the place of a leg: they give way to it.
+The budget is ``fd_budget`` of the descriptor limit, or what the relay's HTTP servers (they have a share of their own),
+its listeners and its own files leave, if that is less. An admitted leg takes two of it: its own, and one for its share
+of pipes. Strangers, who have not shown yet who they are, take one each, and have a share of their own: a quarter is
+theirs even where legs would use it, and as long as legs leave room they may have more, up to :data:`_MOST_STRANGERS`.
+So no number of legs shuts the door, and no number of strangers takes the place of a leg: they give way to it.
 
 What else bounds strangers, and who of them gives way to whom, is told in :mod:`frelay.strangers`.
 """
