@@ -95,8 +95,8 @@ class _Carrier:
             raise Broken(f"{self._source} broke: {text}") from error
 
     def _lose(self, error: trio.BrokenResourceError) -> None:
-        cause = error.__cause__
-        self.lost = f"{self._sink} takes nothing more: {cause or error}"
+        self.lost = f"{self._sink} takes nothing more: {error.__cause__ or error}"
+        cause = error.__cause__ or error.__context__
         # After a FIN it would be EPIPE: see tcp_reset in net/ipv4/tcp_input.c.
         if isinstance(cause, OSError) and cause.errno in _RESET:
             self.reset = cause

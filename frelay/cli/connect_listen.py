@@ -19,7 +19,7 @@ import trio
 from frelay.cli.connect_address import LocalError, listening, shown
 from frelay.cli.connect_bridge import Broken, bridge
 from frelay.cli.connect_hangup import hung_up
-from frelay.cli.connect_join import Joiner, back_off
+from frelay.cli.connect_join import Joiner, back_off, is_nobody_came
 from frelay.cli.connect_local import LocalSocket
 from frelay.cli.connect_report import Report
 from frelay.client.retry import Retry
@@ -150,15 +150,15 @@ class Port:
                     await turn.take()
                 left = deadline - trio.current_time()
                 if limit.cancelled_caught or left <= 0:
-                    raise Refused("wait-timeout", f"nobody came within {wait:g} s", retry_after=0.0)
+                    raise _nobody_came(wait)
                 try:
                     return await self._joiner.join_once(None if wait is None else left, turn.on_status(self._report))
                 except FrelayError as error:
                     pause = self._pause_after(error, tries, failures)
                     if pause is None or trio.current_time() + pause >= deadline:
-                        raise
+                        raise _nobody_came(wait) if is_nobody_came(error) else error from None
                     self._report.retrying(error, pause)
-                    failures = 0 if isinstance(error, Refused) and error.code == "wait-timeout" else failures + 1
+                    failures = 0 if is_nobody_came(error) else failures + 1
                     tries += 1
                 await trio.sleep(pause)
         finally:
@@ -170,6 +170,11 @@ class Port:
         if isinstance(error, CertificateError):
             return back_off(Retry(), error, failures) if failures < _TRIES_WITH_BAD_FILES else None
         return None if self._retry is None else self._retry.pause_after(error, tries, failures)
+
+
+def _nobody_came(wait: float | None) -> Refused:
+    """The whole wait, of which the relay saw the last part only."""
+    return Refused("wait-timeout", f"nobody came within {wait or 0:g} s", retry_after=0.0)
 
 
 class _Turn:

@@ -124,7 +124,7 @@ class Stdio(LocalSide):
         try:
             await trio.to_thread.run_sync(_write, memoryview(data), abandon_on_cancel=True)
         except OSError as error:
-            raise trio.BrokenResourceError(f"standard output: {error.strerror}") from error
+            raise trio.BrokenResourceError(f"standard output: {error.strerror}") from None
 
     async def wait_send_all_might_not_block(self) -> None:
         """See :meth:`trio.abc.SendStream.wait_send_all_might_not_block`."""

@@ -1,0 +1,151 @@
+"""On a terminal ``frelay connect`` says what it does; elsewhere, and with --quiet, only what failed."""
+
+from __future__ import annotations
+
+import os
+import pty
+import socket
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+
+from command import arguments
+from connects import dial, offering, still_echoes
+from frelay.sockets import format_address
+from rig import PATIENCE, Site
+from services import echo, nobody, serving
+
+
+class Screen:
+    """What a command has written on its terminal."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self._more = trio.Event()
+
+    async def read(self, descriptor: int) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(descriptor)
+            try:
+                data = os.read(descriptor, 65536)
+            except OSError:
+                return  # nobody has the terminal any more
+            self.text += data.decode().replace("\r\n", "\n")
+            self._more.set()
+            self._more = trio.Event()
+
+    async def shows(self, text: str) -> str:
+        """Wait for ``text``; gives what stands behind it on its line."""
+        with trio.move_on_after(PATIENCE):
+            while text not in self.text or "\n" not in self.text.partition(text)[2]:
+                await self._more.wait()
+        assert text in self.text, self.text
+        return self.text.partition(text)[2].partition("\n")[0]
+
+
+@asynccontextmanager
+async def on_a_terminal(line: list[str]) -> AsyncIterator[tuple[Screen, trio.Process]]:
+    ours, theirs = pty.openpty()
+    screen = Screen()
+    async with trio.open_nursery() as nursery:
+        process = await trio.lowlevel.open_process(
+            line, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=theirs
+        )
+        os.close(theirs)
+        nursery.start_soon(screen.read, ours)
+        try:
+            yield screen, process
+        finally:
+            process.kill()
+            with trio.CancelScope(shield=True):
+                await process.wait()
+            nursery.cancel_scope.cancel()
+    os.close(ours)
+
+
+async def test_each_step_on_a_terminal(site: Site) -> None:
+    async with serving(echo) as service, site.relay() as relay:
+        place = f"127.0.0.1:{relay.port()}"
+        async with (
+            on_a_terminal(arguments(site, place, "func2", "func1", "--to", service.address)) as (there, _),
+            on_a_terminal(arguments(site, place, "func1", "func2", "--listen", "127.0.0.1:0")) as (here, _),
+        ):
+            assert await there.shows("frelay: waiting on route demo as func2 ") == "(dns:func2.demo)"
+            async with await dial(await here.shows("frelay: listening on ")) as caller:
+                await still_echoes(caller, b"12345")
+                pairing = (await here.shows("frelay: paired with dns:func2.demo (pairing ")).rstrip(")")
+                await there.shows(f"frelay: paired with dns:func1.demo (pairing {pairing})")
+                await caller.send_eof()
+                await here.shows(f"frelay: pairing {pairing} ended: 5 bytes sent, 5 received")
+
+
+async def test_quiet(site: Site) -> None:
+    """Failures only, on a terminal as elsewhere."""
+    async with site.relay() as relay:
+        place = f"127.0.0.1:{relay.port()}"
+        line = arguments(site, place, "func1", "func2", "--wait", "1.5", "--quiet")
+        async with on_a_terminal(line) as (screen, process):
+            with trio.fail_after(PATIENCE):
+                assert await process.wait() == 4
+            await screen.shows("nobody came within ")
+            assert screen.text.count("\n") == 1
+
+
+async def failure(line: list[str], code: int = 1) -> str:
+    """The one line that a command says which fails."""
+    with trio.fail_after(PATIENCE):
+        done = await trio.run_process(line, capture_stderr=True, check=False)
+    text = done.stderr.decode()
+    assert done.returncode == code, text
+    assert text.startswith("frelay: ") == (code == 1)
+    assert text.count("\n") == 1 or code == 2, text
+    return text.removeprefix("frelay: ").rstrip("\n")
+
+
+async def test_an_address_that_is_in_use_is_named(site: Site) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        place = format_address(other.getsockname())
+        line = arguments(site, "127.0.0.1:1", "func1", "func2", "--listen", place)
+        assert await failure(line) == f"cannot listen on {place}: Address already in use"
+
+
+@pytest.mark.parametrize("what", ["a socket in use", "a file", "no directory"])
+async def test_a_unix_socket_that_cannot_be_is_named(site: Site, what: str) -> None:
+    path = site.directory / "socket"
+    reason = "Address already in use"
+    with socket.socket(socket.AF_UNIX) as other:
+        if what == "a socket in use":
+            other.bind(str(path))
+            other.listen()
+        elif what == "a file":
+            path.write_text("precious")
+            reason = "there is a file of that name already, which is no socket"
+        else:
+            path = site.directory / "nowhere" / "socket"
+            reason = "No such file or directory"
+        line = arguments(site, "127.0.0.1:1", "func1", "func2", "--listen", f"unix:{path}")
+        assert await failure(line) == f"cannot listen on unix:{path}: {reason}"
+    if what == "a file":
+        assert path.read_text() == "precious"
+
+
+async def test_what_is_no_address_is_usage(site: Site) -> None:
+    for option in ("--listen", "--to"):
+        for place in ("unix:", "127.0.0.1", f"unix:/{'x' * 108}", ":80", "localhost:70000"):
+            await failure(arguments(site, "127.0.0.1:1", "func1", "func2", option, place), 2)
+    await failure(arguments(site, "127.0.0.1:1", "func1", "func2", "--to", "127.0.0.1:1", "--concurrency", "0"), 2)
+
+
+async def test_a_service_that_is_down_is_named(site: Site) -> None:
+    """TCP or Unix socket; and the caller's side is told apart from it."""
+    async with site.relay() as relay:
+        with nobody() as tcp:
+            for place in (tcp, f"unix:{site.directory}/nobody"):
+                async with offering(site, relay, place) as there:
+                    line = arguments(site, f"127.0.0.1:{relay.port()}", "func1", "func2")
+                    await failure(line)
+                    reason = (await there.say("failed"))["reason"]
+                    assert reason.startswith(f"no connection to the local service {place}: "), reason
