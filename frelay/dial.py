@@ -25,7 +25,7 @@ import structlog
 import trio
 
 from frelay.admission import Admission, Slot
-from frelay.config.model import Address, TcpSection
+from frelay.config.model import Address, TcpSection, UnixAddress
 from frelay.frameless import PlainLeg
 from frelay.journal import Journal, PairingEnded
 from frelay.lobby import Place, Withdrawn
@@ -34,6 +34,7 @@ from frelay.pairing import Pairing, log_record
 from frelay.protocol.messages import Refused
 from frelay.route import LiveRoute, Service
 from frelay.sockets import format_address, tune
+from frelay.unix import connect_unix
 
 __all__ = ["DialledLeg", "bring_service"]
 
@@ -90,8 +91,9 @@ async def bring_service(
     began = trio.current_time()
     leg: DialledLeg | None = None
     try:
-        sock = await _reach(service.target.address, limit, tcp, is_callers_limit=limit < route.longest_wait)
-        leg = DialledLeg(sock, service, _where(sock), slot)
+        target = service.target.address
+        sock = await _reach(target, limit, tcp, is_callers_limit=limit < route.longest_wait)
+        leg = DialledLeg(sock, service, _where(sock, target), slot)
         log.info("dialled", address=leg.address, seconds=round(trio.current_time() - began, 3))
         return _introduce(leg, place, route)
     except _TooLate:
@@ -144,12 +146,19 @@ def _record(place: Place, route: LiveRoute, service: Service, detail: str, durat
 # --- the connection ------------------------------------------------------------------------------------------------
 
 
-async def _reach(address: Address, limit: float, tcp: TcpSection, *, is_callers_limit: bool) -> socket.socket:
+async def _reach(
+    address: Address | UnixAddress, limit: float, tcp: TcpSection, *, is_callers_limit: bool
+) -> socket.socket:
     """A connected, tuned, non-blocking socket within ``limit`` seconds, the look-up of the name included.
 
     Raises _Unreachable, or _TooLate if the limit was the caller's own.
     """
     with trio.move_on_after(limit):
+        if isinstance(address, UnixAddress):
+            try:
+                return await connect_unix(address.path)
+            except OSError as error:
+                raise _Unreachable(_text(error)) from error
         try:
             # All addresses of the name, each with a head start over the next (RFC 8305).
             stream = await trio.open_tcp_stream(address.host, address.port)
@@ -169,8 +178,10 @@ async def _reach(address: Address, limit: float, tcp: TcpSection, *, is_callers_
     raise _TooLate if is_callers_limit else _Unreachable(f"no answer within {limit:g} s")
 
 
-def _where(sock: socket.socket) -> str:
+def _where(sock: socket.socket, target: Address | UnixAddress) -> str:
     """The address that answered, of those that the name has."""
+    if isinstance(target, UnixAddress):
+        return str(target)
     try:
         host, port, *_ = sock.getpeername()
     except OSError:

@@ -2,8 +2,11 @@
 
 It is replaced as a whole, in two halves. :meth:`InForce.open_missing` is the one that can fail: it finds and binds the
 addresses that nobody has yet, all or none. :meth:`InForce.take_over` cannot: it swaps the references and stops what is
-gone. A route whose wiring is unchanged keeps its socket, its waiting legs and its pairings. One that was removed or
+gone. A route whose wiring is unchanged keeps its sockets, its waiting legs and its pairings. One that was removed or
 replaced has *retired*: it takes nobody in any more, and is known until its last pairing has ended.
+
+A route is reached at each of its addresses, and an address may have several routes. So there is a table of routes for
+each listener, and a route stands in as many tables as it has addresses.
 
 Nothing here starts a task. Who has the nursery says how a new listener is served.
 """
@@ -17,9 +20,10 @@ from typing import Any, Final
 import trio
 
 from frelay.admission import Admission
+from frelay.binding import look_up, why_not
 from frelay.choice import Table
 from frelay.config.model import Address, Config, Route
-from frelay.config.plan import ListenerKey, Plan, listener_key
+from frelay.config.plan import ListenerKey, Plan, listener_keys
 from frelay.errors import ConfigError, Problem
 from frelay.inspection import judge_again
 from frelay.journal import Journal
@@ -29,7 +33,6 @@ from frelay.outcome import Outcome
 from frelay.pairing import Forwarding, Pairing
 from frelay.protocol.messages import Refused
 from frelay.route import LiveRoute
-from frelay.sockets import look_up
 from frelay.systemd import RESERVED, Inherited
 from frelay.tls.context import OuterTls
 
@@ -66,6 +69,8 @@ class InForce:
         self.trust: OuterTls | None = None
         self.routes: dict[str, LiveRoute] = {}
         self.listeners: dict[ListenerKey, Listener] = {}
+        self._left: set[Listener] = set()
+        """Listeners at addresses that are gone, where legs may still wait whose routes have stayed."""
         self.tables: dict[ListenerKey, Table[LiveRoute]] = {}
         """The routes behind each listener."""
         self.retired: Final[set[LiveRoute]] = set()
@@ -86,6 +91,11 @@ class InForce:
         """All pairings that run, those of retired routes too."""
         return [pairing for route in self.all_routes for pairing in route.pairings.values()]
 
+    @property
+    def all_listeners(self) -> tuple[Listener, ...]:
+        """Those that accept, and those that only look after legs that wait."""
+        return (*self.listeners.values(), *self._left)
+
     def describe(self) -> str:
         """How much it is, in half a line for systemctl."""
         routes, addresses = len(self.config.routes), len(self.listeners)
@@ -102,8 +112,9 @@ class InForce:
         """What ``new`` needs and nobody has bound yet: the routes that share each."""
         missing: dict[ListenerKey, list[Route]] = {}
         for route in new.routes:
-            if listener_key(route) not in self.listeners:
-                missing.setdefault(listener_key(route), []).append(route)
+            for key in listener_keys(route):
+                if key not in self.listeners:
+                    missing.setdefault(key, []).append(route)
         return missing
 
     async def _look_up_missing(self, new: Config) -> Mapping[Address, _Places]:
@@ -117,7 +128,9 @@ class InForce:
                 found[address] = error
 
         async with trio.open_nursery() as nursery:
-            for address in {sharers[-1].listen for sharers in self._missing(new).values()}:
+            routes = [route for sharers in self._missing(new).values() for route in sharers]
+            # All of a route, as systemd may have bound any of them.
+            for address in {address for route in routes for address in route.listen}:
                 nursery.start_soon(look, address)
         return found
 
@@ -128,17 +141,17 @@ class InForce:
         opened: dict[ListenerKey, Listener] = {}
         problems = []
         for key, sharers in wanted.items():
-            route = sharers[-1]
+            route, address = sharers[-1], key.address
             names = [sharer.name for sharer in sharers]
             try:
-                found = places[route.listen]
+                found = places[address]
                 if isinstance(found, OSError):
                     raise found
-                passed = self._inherited.open(names, route.listen, found)
-                opened[key] = Listener(route.listen, passed) if passed else Listener.open(route.listen, found)
+                passed = self._inherited.open({sharer.name: _found(sharer, places) for sharer in sharers}, found)
+                opened[key] = Listener(address, passed) if passed else Listener.open(address, found)
             except (OSError, ValueError) as error:
-                text = f"cannot listen on {route.listen}: {getattr(error, 'strerror', None) or error}"
-                own = next((old for old in self.listeners.values() if old.address.overlaps(route.listen)), None)
+                text = f"cannot listen on {address}: {why_not(address, error)}"
+                own = next((old for old in self.listeners.values() if old.address.overlaps(address)), None)
                 if own is not None:
                     text += (
                         f"; this relay itself has {own.address}: remove that route in one reload, add this in a second"
@@ -158,7 +171,7 @@ class InForce:
         self, new: Config, trust: OuterTls | None, changes: Plan, opened: dict[ListenerKey, Listener]
     ) -> None:
         """Put ``new`` in force. Nothing in here can fail."""
-        needed = {listener_key(route) for route in new.routes}
+        needed = {key for route in new.routes for key in listener_keys(route)}
         old_routes = self.routes
         keep = {kept.route.name for kept in changes.keep}
         self.config, self.trust = new, trust
@@ -177,11 +190,13 @@ class InForce:
                     policy_ends_pairings=ends,
                     forwarding=self._forwarding,
                     trust=lambda: self.trust,
+                    instead_of=old_routes.get(route.name),
                 )
             self.routes[route.name] = live
             self._journal.keep(route.name)
-            tables[listener_key(route)][route.name] = live
-        self.tables = {key: Table(table) for key, table in tables.items()}
+            for key in listener_keys(route):
+                tables[key][route.name] = live
+        old_tables, self.tables = self.tables, {key: Table(table) for key, table in tables.items()}
         self._admission.limits = new.limits
         for key, listener in opened.items():
             self.listeners[key] = listener
@@ -191,17 +206,24 @@ class InForce:
             if name not in keep:
                 self._retire(live)
                 self.forget_if_gone(name)
+        self._left = {listener for listener in self._left if not listener.has_ended}
         for key in [key for key in self.listeners if key not in needed]:
-            self.listeners.pop(key).stop()
+            listener = self.listeners.pop(key)
+            if any(name in keep for name in old_tables.get(key, ())):
+                # The route has stayed at another address, and those who came by this one wait on.
+                listener.leave()
+                self._left.add(listener)
+            else:
+                listener.stop()
         self._admission.listeners = sum(len(listener.sockets) for listener in self.listeners.values())
         self._forwarding.pipes.limit(self._admission.leg_budget // 2)
 
     def announce(self, opened: dict[ListenerKey, Listener]) -> None:
         """Say where it listens now, and let go of what systemd has passed for that."""
         for route in self.config.routes:
-            key = listener_key(route)
-            if key in opened:
-                self._log.info("listening", route=route.name, address=", ".join(opened[key].bound))
+            new = [place for key in listener_keys(route) if key in opened for place in opened[key].bound]
+            if new:
+                self._log.info("listening", route=route.name, address=", ".join(new))
                 if route.name not in RESERVED:
                     for original in self._inherited.take(route.name):
                         original.close()  # its duplicate listens
@@ -262,3 +284,9 @@ class InForce:
                 remedy="set FileDescriptorName= in its unit to the name of a route with that listen address, "
                 "or to admin or metrics where the route file has that section",
             )
+
+
+def _found(route: Route, places: Mapping[Address, _Places]) -> dict[Address, tuple[Address, ...]]:
+    """The IP addresses of each address of ``route``, in as far as they are known."""
+    found = {address: places[address] for address in route.listen}
+    return {address: those for address, those in found.items() if not isinstance(those, OSError)}

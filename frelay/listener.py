@@ -17,9 +17,10 @@ import structlog
 import trio
 
 from frelay.admission import Admission, Slot
+from frelay.binding import bind
 from frelay.config.model import Address
 from frelay.reception import Door, receive
-from frelay.sockets import accept, bind, close, format_address
+from frelay.sockets import accept, close, format_address
 
 __all__ = ["Listener"]
 
@@ -47,18 +48,24 @@ _GOODBYE: Final = 3.5
 
 
 class Listener:
-    """One bound address. Bind with :meth:`open`; then give :meth:`serve` a task, which ends by :meth:`stop`."""
+    """One bound address. Bind with :meth:`open`; then give :meth:`serve` a task, which ends by :meth:`stop`.
+
+    An address that goes while its routes stay elsewhere is left by :meth:`leave`: those who wait there wait on.
+    """
 
     def __init__(self, address: Address, sockets: Sequence[socket.socket]) -> None:
         self.address: Final = address
         self._sockets: Final = tuple(sockets)
         self._accepting: Final = trio.CancelScope()
+        self._connections: trio.Nursery | None = None
+        self._is_stopped = False
+        self._has_ended = False
         self._log: Any = structlog.get_logger("frelay.listener").bind(listen=str(address))
 
     @classmethod
     def open(cls, address: Address, places: Sequence[Address]) -> Listener:
         """Bind and listen at ``places``, which are what ``address`` stands for; raises OSError with nothing bound."""
-        return cls(address, bind(*places))
+        return cls(address, bind(address, places))
 
     @property
     def sockets(self) -> tuple[socket.socket, ...]:
@@ -75,21 +82,39 @@ class Listener:
         for sock in self._sockets:
             close(sock)
 
-    def stop(self) -> None:
-        """Accept nothing more, give the address back at once, and let the legs that wait here be told why."""
+    def leave(self) -> None:
+        """Accept nothing more and give the address back at once; the legs that wait here wait on. Idempotent."""
         self._accepting.cancel(reason="this listener was stopped")
         self.close()
+
+    def stop(self) -> None:
+        """As :meth:`leave`, and give the legs that wait here only the time to be told why. Idempotent."""
+        self.leave()
+        if not self._is_stopped:
+            self._is_stopped = True
+            self._set_deadline()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether :meth:`serve` is over."""
+        return self._has_ended
+
+    def _set_deadline(self) -> None:
+        if self._connections is not None and self._is_stopped:
+            self._connections.cancel_scope.deadline = trio.current_time() + _GOODBYE
 
     async def serve(self, door: Callable[[], Door], admission: Admission) -> None:
         """Accept until :meth:`stop`; returns once the last unpaired leg has gone. ``door`` is asked per connection."""
         try:
             async with trio.open_nursery() as connections:
+                self._connections = connections
                 with self._accepting:
                     async with trio.open_nursery() as loops:
                         for sock in self._sockets:
                             loops.start_soon(self._accept, sock, connections, door, admission)
-                connections.cancel_scope.deadline = trio.current_time() + _GOODBYE
+                self._set_deadline()
         finally:
+            self._has_ended = True
             self.close()
 
     async def _accept(

@@ -118,7 +118,7 @@ def _become(account: pwd.struct_passwd, config: Config) -> None:
 
 
 def _binds_low_ports(config: Config) -> bool:
-    addresses = [route.listen for route in config.routes]
+    addresses = [address for route in config.routes for address in route.listen]
     if config.admin is not None and config.admin.address is not None:
         addresses.append(config.admin.address)
     if config.metrics is not None:

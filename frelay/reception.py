@@ -24,6 +24,7 @@ import trio
 from frelay.admission import Admission, Slot
 from frelay.choice import Table, TurnedAway, choose, stranger
 from frelay.config.model import Limits, TcpSection
+from frelay.config.plan import listener_keys
 from frelay.dial import bring_service
 from frelay.errors import ConnectionBroken, RemoteProtocolError
 from frelay.frameless import BareLeg, HelloLeg, PlainLeg
@@ -65,7 +66,7 @@ class Door:
     start_pairing: Callable[[Pairing, LiveRoute], None]
     """Gives a pairing the task that it runs in."""
     listener: Hashable
-    """Which listener it is; a ticket is good at the one where it was issued."""
+    """Which listener it is; a ticket is good at all of its leg's route."""
     tickets: TicketOffice
     journal: Journal
     admission: Admission
@@ -318,7 +319,8 @@ class _Guest:
                 leg.attempt, leg.wait, leg.mode = join.attempt, join.wait, _choose_mode(join)
             if isinstance(leg, FramedLeg):
                 timeout = route.config.ticket_timeout
-                leg.ticket_desk = TicketDesk(self._door.tickets, self._door.listener, timeout)
+                listeners = (self._door.listener, *listener_keys(route.config))
+                leg.ticket_desk = TicketDesk(self._door.tickets, listeners, timeout)
         except TurnedAway as turned:
             await self._refuse(leg, turned.refusal, turned.why)
             return

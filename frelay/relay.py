@@ -31,7 +31,7 @@ from frelay.admission import Admission, raise_descriptor_limit
 from frelay.choice import Table
 from frelay.config.load import load, load_sections
 from frelay.config.model import Config
-from frelay.config.plan import ListenerKey, Plan, listener_key, plan
+from frelay.config.plan import ListenerKey, Plan, listener_keys, plan
 from frelay.config.store import RouteFileEdit
 from frelay.config.watch import Watcher
 from frelay.doubts import log_doubts
@@ -226,7 +226,8 @@ class Relay:
 
     def bound(self, route: str) -> list[str]:
         """The addresses on which ``route`` really listens, ``host:port``."""
-        return self._now.listeners[listener_key(self._now.config.routes_by_name[route])].bound
+        keys = listener_keys(self._now.config.routes_by_name[route])
+        return [place for key in keys for place in self._now.listeners[key].bound]
 
     # --- the tree ----------------------------------------------------------------------------------------------
 
@@ -268,7 +269,7 @@ class Relay:
         except* ConfigError as group:
             raise _only(group) from None
         finally:
-            for listener in self._now.listeners.values():
+            for listener in self._now.all_listeners:
                 listener.close()
             self._inherited.close()
             self._forwarding.pipes.close()
@@ -433,7 +434,7 @@ class Relay:
         self._service_manager.stopping(f"draining, {len(self.pairings)} pairings are left to end", timeout)
         self.journal.note(Draining(reason=reason, seconds=timeout))
         refusal = Refused("draining", "this relay is going away", retry_after=_RECONNECT_IN)
-        for listener in self._now.listeners.values():
+        for listener in self._now.all_listeners:
             listener.stop()
         # Only now: who reads this and starts a successor must find the address free.
         self._log.info("draining", reason=reason, pairings=len(self.pairings), seconds=timeout)

@@ -68,6 +68,7 @@ class LiveRoute:
         policy_ends_pairings: bool,
         forwarding: Forwarding,
         trust: Callable[[], OuterTls | None],
+        instead_of: LiveRoute | None = None,
     ) -> None:
         self.config = route
         self.limits = limits
@@ -77,7 +78,8 @@ class LiveRoute:
         self.charges = Charges(route)
         self._pool: Final = new_pairing_pool()
         self._pairing_limits = _pairing_limits(route, limits, policy_ends_pairings)
-        self._bandwidth: Bandwidth | None = None
+        # The pairings of a route that this one replaces go on for a while, and at the rate of one budget together.
+        self._bandwidth: Bandwidth | None = None if instead_of is None else instead_of._bandwidth
         self._set_rate(route.limits.max_bytes_per_second)
         self._forwarding: Final = forwarding
         self._trust: Final = trust

@@ -21,10 +21,11 @@ from frelay.admin.door import TlsDoor
 from frelay.admin.metrics import Metrics, metrics_app
 from frelay.admin.office import Office
 from frelay.admin.server import Admit, bind_unix, let_in, serve, unlinked_at_end
+from frelay.binding import bind
 from frelay.config.model import Config
 from frelay.errors import ConfigError, Problem
 from frelay.protocol.identity import Selector
-from frelay.sockets import bind, format_address
+from frelay.sockets import format_address
 from frelay.systemd import Inherited
 from frelay.tls.context import OuterTls
 

@@ -1,4 +1,4 @@
-"""The border to the kernel's sockets: binding, tuning, closing, and a raw leg as a Trio stream.
+"""The border to the kernel's sockets: accepting, tuning, closing, and a raw leg as a Trio stream.
 
 Everything here works on non-blocking :class:`socket.socket` objects and Trio's public readiness calls rather than on
 ``trio.socket``, because OpenSSL and ``splice(2)`` need the descriptor itself, and one descriptor should have one
@@ -24,7 +24,7 @@ from typing import Final
 
 import trio
 
-from frelay.config.model import Address, TcpSection
+from frelay.config.model import TcpSection
 from frelay.errors import ConnectionBroken, RemoteProtocolError, Truncated
 from frelay.tcp import is_after_end, shutdown_failure, unacknowledged
 
@@ -36,14 +36,12 @@ __all__ = [
     "TlsFault",
     "TruncatedStream",
     "accept",
-    "bind",
     "broken",
     "close",
     "close_after_delivery",
     "close_after_linger",
     "close_with_reset",
     "format_address",
-    "look_up",
     "objection_to_congestion_control",
     "tune",
 ]
@@ -56,11 +54,8 @@ _LINGER_BYTES: Final = 256 * 1024
 # How often close_after_delivery asks the kernel, in seconds, and how much it drops each time (4 MiB).
 _DELIVERY_LOOK: Final = 0.02
 _DROPS_PER_LOOK: Final = 64
-# Linux caps it at net.core.somaxconn anyway; a burst of 5,000 connects must find room in the kernel, not in us.
-_BACKLOG: Final = 4096
 _AVAILABLE: Final = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")
 _ALLOWED: Final = Path("/proc/sys/net/ipv4/tcp_allowed_congestion_control")
-_TO_BIND: Final = socket.AI_PASSIVE | socket.AI_NUMERICSERV
 
 
 class BrokenStream(ConnectionBroken, trio.BrokenResourceError):
@@ -105,40 +100,7 @@ class OneAtATime:
         self._busy = False
 
 
-# --- listening -------------------------------------------------------------------------------------------------
-
-
-async def look_up(address: Address) -> tuple[Address, ...]:
-    """What ``address`` stands for, with IP addresses as hosts; raises OSError. Waits only where its host is a name."""
-    found = await trio.socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=_TO_BIND)
-    hosts = [f"{host}%{scope[1]}" if any(scope[1:]) else str(host) for *_, (host, _, *scope) in found]
-    return tuple(Address(host, address.port) for host in dict.fromkeys(hosts))
-
-
-def bind(*addresses: Address) -> list[socket.socket]:
-    """Bind and listen on all of ``addresses``; raises OSError with nothing left bound.
-
-    Where a host is a name rather than an IP address this blocks for as long as it takes to :func:`look_up`.
-    """
-    bound: list[socket.socket] = []
-    try:
-        for address in addresses:
-            found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=_TO_BIND)
-            for family, kind, protocol, _, place in dict.fromkeys(found):
-                sock = socket.socket(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, protocol)
-                bound.append(sock)
-                # Without it a restart would wait for the TIME_WAIT of the connections before it.
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if family == socket.AF_INET6:
-                    # [::] must not take 0.0.0.0 with it: a route file says what it means.
-                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                sock.bind(place)
-                sock.listen(_BACKLOG)
-    except BaseException:
-        for sock in bound:
-            sock.close()
-        raise
-    return bound
+# --- accepting -------------------------------------------------------------------------------------------------
 
 
 def accept(listener: socket.socket) -> tuple[socket.socket, tuple[str, int]]:

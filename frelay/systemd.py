@@ -17,7 +17,7 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +25,7 @@ import sdnotify  # type: ignore[import-untyped]
 import structlog
 import trio
 
+from frelay.binding import places_of
 from frelay.config.model import Address
 from frelay.sockets import format_address
 
@@ -198,7 +199,7 @@ class Inherited:
             if isinstance(listen, Path):
                 _check_path(name, sock, listen)
             elif listen is not None:
-                _check_place(name, sock, listen)
+                _check_place(name, sock, {listen: places_of(listen)})
         if name in self._sockets:
             self._taken.add(name)
         return self._sockets.pop(name, [])
@@ -207,21 +208,27 @@ class Inherited:
         """Whether there was a socket of one of these names, and somebody took it. systemd keeps its own hold on it."""
         return not self._taken.isdisjoint(names)
 
-    def open(self, names: Iterable[str], listen: Address, places: Sequence[Address] = ()) -> list[socket.socket]:
-        """Duplicates of the sockets of the routes ``names``, which share ``listen``; none if there are none.
+    def open(
+        self, routes: Mapping[str, Mapping[Address, Sequence[Address]]], places: Sequence[Address]
+    ) -> list[socket.socket]:
+        """Duplicates of those sockets of ``routes`` that are bound at ``places``; none if there are none.
 
-        ``places`` are the IP addresses that ``listen`` stands for; without them its name is looked up, which blocks.
+        ``places`` are the IP addresses of one address that the routes share. ``routes`` has, by name, all addresses
+        where each of them listens, with their IP addresses: a socket of that name must be at one of these.
 
         Duplicates, so that a reload that fails in the end can close what it opened; one that succeeds closes the
         originals with :meth:`take`. Raises ValueError, with nothing opened, for a socket that is bound elsewhere, or
         OSError.
         """
-        mine = [(name, sock) for name in names if name not in RESERVED for sock in self._sockets.get(name, [])]
-        for name, sock in mine:
-            _check_place(name, sock, listen, places)
+        mine = []
+        for name, listen in routes.items():
+            for sock in self._sockets.get(name, []) if name not in RESERVED else []:
+                _check_place(name, sock, listen)
+                if _is_at(sock, places):
+                    mine.append(sock)
         opened: list[socket.socket] = []
         try:
-            for _, sock in mine:
+            for sock in mine:
                 opened.append(sock.dup())
         except OSError:
             for sock in opened:
@@ -262,25 +269,34 @@ def _check_path(name: str, sock: socket.socket, path: Path) -> None:
         raise ValueError(f"{what} ({path}) lets everybody in: write SocketMode=0600 into its unit")
 
 
-def _check_place(name: str, sock: socket.socket, listen: Address, places: Sequence[Address] = ()) -> None:
-    """Raise ValueError unless ``sock`` is what binding ``listen`` would have given."""
-    what = f"the socket {name!r} that systemd passed"
-    is_internet = sock.family in (socket.AF_INET, socket.AF_INET6) and sock.type == socket.SOCK_STREAM
-    if not is_internet or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-        raise ValueError(f"{what} ({_place(sock)}) is no listening TCP socket: write ListenStream={listen} for it")
+def _is_at(sock: socket.socket, places: Sequence[Address]) -> bool:
+    """Whether ``sock``, an Internet socket, is bound at one of ``places``."""
     flags = socket.AI_PASSIVE | socket.AI_NUMERICSERV
     wanted = [
         found
-        for place in places or (listen,)
+        for place in places
         for *_, found in socket.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM, flags=flags)
     ]
     bound = sock.getsockname()
     # Port 0 says "any free one", and systemd has chosen.
-    if not any(place == (*bound[:1], place[1], *bound[2:]) and place[1] in (0, bound[1]) for place in wanted):
+    return any(place == (*bound[:1], place[1], *bound[2:]) and place[1] in (0, bound[1]) for place in wanted)
+
+
+def _check_place(name: str, sock: socket.socket, listen: Mapping[Address, Sequence[Address]]) -> None:
+    """Raise ValueError unless ``sock`` is what binding one of ``listen`` would have given.
+
+    ``listen`` has the IP addresses of each, or names in their place, which are looked up, and that blocks.
+    """
+    written = " or ".join(map(str, listen))
+    what = f"the socket {name!r} that systemd passed"
+    is_internet = sock.family in (socket.AF_INET, socket.AF_INET6) and sock.type == socket.SOCK_STREAM
+    if not is_internet or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        raise ValueError(f"{what} ({_place(sock)}) is no listening TCP socket: write ListenStream={written} for it")
+    if not any(_is_at(sock, places) for places in listen.values()):
         raise ValueError(
-            f"{what} is bound to {_place(sock)}, and not to {listen}: make ListenStream= there and listen here agree"
+            f"{what} is bound to {_place(sock)}, and not to {written}: make ListenStream= there and listen here agree"
         )
-    if bound[0] == "::" and not sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
+    if sock.getsockname()[0] == "::" and not sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
         raise ValueError(
-            f"{what} takes IPv4 as well, which {listen} does not say: write BindIPv6Only=ipv6-only into its unit"
+            f"{what} takes IPv4 as well, which {written} does not say: write BindIPv6Only=ipv6-only into its unit"
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import select
 import socket
 import struct
 from typing import Final
@@ -25,8 +26,11 @@ _AFTER_FIN: Final = frozenset({6, 8, 9, 11})
 def unacknowledged(sock: socket.socket) -> int:
     """How many bytes (a FIN counts as one) were written to ``sock`` and not acknowledged by the other side yet.
 
-    Closing a socket with unread input, or by RST, throws these away. 0 where the system cannot tell.
+    Closing a socket with unread input, or by RST, throws these away. 0 where the system cannot tell, and for a Unix
+    socket: what was written to one is the other side's already.
     """
+    if sock.family == socket.AF_UNIX:
+        return 0
     answer = struct.pack("i", 0)
     try:
         answer = fcntl.ioctl(sock.fileno(), _SIOCOUTQ, answer)
@@ -37,6 +41,10 @@ def unacknowledged(sock: socket.socket) -> int:
 
 def is_dead(sock: socket.socket) -> bool:
     """Whether the connection is over for the kernel (reset, timed out, or closed both ways and acknowledged)."""
+    if sock.family == socket.AF_UNIX:
+        poll = select.poll()
+        poll.register(sock, 0)
+        return any(events & select.POLLHUP for _, events in poll.poll(0))
     try:
         return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE
     except OSError:

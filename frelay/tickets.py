@@ -2,7 +2,7 @@
 
 The party gets 32 random bytes in PAIRED and shows them on a second, plain TCP connection to the same address, which
 then *is* the leg. So a ticket is a bearer's right to one leg of one pairing, and is treated as such: it is good once,
-for a few seconds, at one listener, and whoever comes with a wrong one learns nothing, not even how wrong.
+for a few seconds, at the listeners of its route, and whoever comes with a wrong one learns nothing, not even how wrong.
 
 Only the SHA-256 of a ticket is kept, and it is the key of a dictionary: how long a look-up takes tells nothing that
 would help to guess the ticket itself. The last comparison is in constant time all the same.
@@ -15,7 +15,7 @@ import hmac
 import re
 import secrets
 import socket
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Final
 
@@ -40,17 +40,17 @@ def parse_ticket_line(line: bytes) -> str | None:
 class Claim:
     """One ticket that is out: whoever brings it brings the socket of the leg."""
 
-    __slots__ = ("_brought", "_listener", "arrived", "ticket")
+    __slots__ = ("_brought", "_listeners", "arrived", "ticket")
 
-    def __init__(self, listener: Hashable) -> None:
+    def __init__(self, listeners: frozenset[Hashable]) -> None:
         self.ticket: Final = secrets.token_hex(32)
         self.arrived: Final = trio.Event()
         self._brought: tuple[socket.socket, Slot] | None = None
-        self._listener: Final = listener
+        self._listeners: Final = listeners
 
     def fits(self, ticket: str, listener: Hashable) -> bool:
         """Whether ``ticket``, shown at ``listener``, is this one."""
-        return hmac.compare_digest(self.ticket, ticket) and listener == self._listener
+        return hmac.compare_digest(self.ticket, ticket) and listener in self._listeners
 
     def bring(self, sock: socket.socket, slot: Slot) -> None:
         """Somebody came with the ticket, on this connection."""
@@ -82,9 +82,9 @@ class TicketOffice:
         return len(self._claims)
 
     @contextmanager
-    def issue(self, listener: Hashable) -> Iterator[Claim]:
+    def issue(self, listeners: frozenset[Hashable]) -> Iterator[Claim]:
         """A new ticket for one leg; it is void once the context is left."""
-        claim = Claim(listener)
+        claim = Claim(listeners)
         key = _key(claim.ticket)
         self._claims[key] = claim
         try:
@@ -104,19 +104,19 @@ class TicketOffice:
 
 
 class TicketDesk:
-    """Where the legs of one route at one listener get their tickets."""
+    """Where the legs of one route get their tickets, which are good at any of its listeners."""
 
-    __slots__ = ("_listener", "_office", "timeout")
+    __slots__ = ("_listeners", "_office", "timeout")
 
-    def __init__(self, office: TicketOffice, listener: Hashable, timeout: float) -> None:
+    def __init__(self, office: TicketOffice, listeners: Iterable[Hashable], timeout: float) -> None:
         self._office: Final = office
-        self._listener: Final = listener
+        self._listeners: Final = frozenset(listeners)
         self.timeout: Final = timeout
         """How long a ticket is good, in seconds."""
 
     def issue(self) -> AbstractContextManager[Claim]:
         """A new ticket; void once the context is left."""
-        return self._office.issue(self._listener)
+        return self._office.issue(self._listeners)
 
 
 def _key(ticket: str) -> bytes:

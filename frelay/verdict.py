@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from difflib import SequenceMatcher
@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from frelay.choice import Fit, Parties, Table, TurnedAway, choose, stranger
 from frelay.config.model import Config, Dial, Party, Route
-from frelay.config.plan import listener_key
+from frelay.config.plan import ListenerKey, listener_keys
 from frelay.protocol.identity import Kind, Name, OddName, Selector, dns_name
 from frelay.protocol.messages import Join, PartyName
 from frelay.tls.context import OuterTls, Rejection
@@ -163,9 +163,9 @@ def examine(
         return Verdict(facts, (), (), 0, plain, None, ())
     identity = identities(chain[0])
     names = identity.names
-    shared = Counter(map(listener_key, config.routes))
+    shared = Counter(key for one in config.routes for key in listener_keys(one))
     found = tuple(
-        RouteFit(one.name, tuple(parties), _how_to_ask(one, parties, shared[listener_key(one)]))
+        RouteFit(one.name, tuple(parties), _how_to_ask(one, parties, shared))
         for one in guarded
         if (parties := Parties(one).fits(names))
     )
@@ -385,7 +385,7 @@ def _route(
         more = f" and {len(found) - _HINTS} more" if len(found) > _HINTS else ""
         return Check("route", "ok", shown + more), None
     only = asked[0] if len(asked) == 1 else None
-    neighbours = asked if only is None else [one for one in config.routes if listener_key(one) == listener_key(only)]
+    neighbours = asked if only is None else _neighbours(only, config)
     join = None if only is None else Join(attempt="", route=only.name)
     try:
         choose(Table({one.name: _Candidate(one) for one in neighbours}), names, join, "")
@@ -415,12 +415,19 @@ def _side(route: Route, party: PartyName) -> Party:
     return route.func1 if party == "func1" else route.func2
 
 
-def _how_to_ask(route: Route, parties: Sequence[Fit], neighbours: int) -> str | None:
+def _neighbours(route: Route, config: Config) -> list[Route]:
+    """The routes that share an address with ``route``, itself included."""
+    keys = set(listener_keys(route))
+    return [one for one in config.routes if not keys.isdisjoint(listener_keys(one))]
+
+
+def _how_to_ask(route: Route, parties: Sequence[Fit], shared: Mapping[ListenerKey, int]) -> str | None:
     """What a function must say beside showing its certificate; None where that is enough."""
     says = []
-    if neighbours > 1:
+    key = max(listener_keys(route), key=lambda one: shared[one])
+    if shared[key] > 1:
         says.append(
-            f"{neighbours} routes share {route.listen}: ask for this one, by JOIN.route or SNI {route.name}.NAME"
+            f"{shared[key]} routes share {key.address}: ask for this one, by JOIN.route or SNI {route.name}.NAME"
         )
     if len(parties) > 1:
         says.append("it fits both parties: say which, by JOIN.party")

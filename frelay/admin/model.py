@@ -70,7 +70,7 @@ class RouteBody(_Body):
     """A route, with the keys that a ``[[route]]`` has; ``name`` may be left out, as it stands in the path."""
 
     name: str | None = None
-    listen: str
+    listen: str | list[str]
     func1: _Selectors | DialBody | None = None
     func2: _Selectors | DialBody | None = None
     outer: Literal["mtls", "none"] | None = None
@@ -131,13 +131,14 @@ class PartyLimits(_View):
 class RouteView(_View):
     """A route in force, and what goes on there.
 
-    ``bound`` are the addresses that it really listens on. ``file`` is where it stands, and ``is_editable`` whether the
-    API may change it there. ``etag`` stands for its configuration: it changes exactly when that does. ``outcomes``
-    counts the pairings that have ended, ``refusals`` who was turned away, by code. Bytes include those under way.
+    ``listen`` is text for one address, a list for several; ``bound`` are those that it really listens on. ``file`` is
+    where it stands, and ``is_editable`` whether the API may change it there. ``etag`` stands for its configuration: it
+    changes exactly when that does. ``outcomes`` counts the pairings that have ended, ``refusals`` who was turned away,
+    by code. Bytes include those under way.
     """
 
     name: str
-    listen: str
+    listen: str | list[str]
     bound: list[str]
     func1: list[str] | dict[str, Any]
     func2: list[str] | dict[str, Any]

@@ -67,7 +67,7 @@ def as_json_object(problem: Problem) -> dict[str, Any]:
 def _facts(config: Config, trust: OuterTls | None) -> dict[str, Any]:
     return {
         "routes": [route.name for route in config.routes],
-        "addresses": sorted({str(route.listen) for route in config.routes}),
+        "addresses": sorted({str(address) for route in config.routes for address in route.listen}),
         "certificate_not_after": None if trust is None else _date(trust.not_after),
         "crl_next_update": None if trust is None or trust.crl_next_update is None else _date(trust.crl_next_update),
     }

@@ -245,7 +245,10 @@ def top(
 def add_route(
     asked: Asked,
     name: RouteName,
-    listen: Annotated[str, typer.Option(help="Where its functions dial; port 0 for any.", metavar="HOST:PORT")],
+    listen: Annotated[
+        list[str],
+        typer.Option(help="Where its functions dial; port 0 for any; may be repeated.", metavar="HOST:PORT"),
+    ],
     func1: Annotated[
         list[str] | None,
         typer.Option(
@@ -300,7 +303,7 @@ def add_route(
     if not replace and if_match is not None:
         raise BadPlace("--new is for a route that is not there, --if-match for one that is")
     body = {
-        "listen": listen,
+        "listen": listen[0] if len(listen) == 1 else listen,
         **parties,
         "outer": outer,
         "allow_from": allow_from or None,

@@ -168,7 +168,7 @@ def _as_json(plan: Plan, running: Running, new: Config) -> dict[str, Any]:
 
     def hit(route: Route) -> dict[str, Any]:
         pairings, waiting = running.counts.get(route.name, (None, None))
-        return {"name": route.name, "listen": str(route.listen), "pairings": pairings, "waiting": waiting}
+        return {"name": route.name, "listen": route.listen.as_written(), "pairings": pairings, "waiting": waiting}
 
     return {
         "ok": not plan.clashes,
@@ -182,7 +182,7 @@ def _as_json(plan: Plan, running: Running, new: Config) -> dict[str, Any]:
             }
             for kept in plan.keep
         ],
-        "add": [{"name": added.route.name, "listen": str(added.route.listen)} for added in plan.add],
+        "add": [{"name": added.route.name, "listen": added.route.listen.as_written()} for added in plan.add],
         "remove": [hit(removed.route) for removed in plan.remove],
         "replace": [
             {
@@ -227,7 +227,10 @@ def lines(plan: Plan, running: Running, new: Config) -> Iterator[str]:
     before = running.config.routes_by_name
     for kept in plan.keep:
         if kept.changed:
-            yield f"  keep     {kept.route.name}, with other limits for new legs and pairings"
+            moved = kept.changed[0] == "listen"
+            limits = "with other limits for new legs and pairings"
+            what = limits if not moved else "at other addresses" if len(kept.changed) == 1 else f"moved, {limits}"
+            yield f"  keep     {kept.route.name}, {what}"
             yield from _indented(_route_changes(before[kept.route.name], kept.route, kept.changed))
     unchanged = sum(not kept.changed for kept in plan.keep)
     if unchanged:

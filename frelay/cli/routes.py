@@ -110,9 +110,10 @@ def show(remote: Remote, name: str, *, as_json: bool) -> int:
 
 def _facts(route: Mapping[str, Any], now: float) -> list[tuple[str, str]]:
     bound = ", ".join(route["bound"])
+    listen = route["listen"] if isinstance(route["listen"], str) else ", ".join(route["listen"])
     facts = [
         ("name", route["name"]),
-        ("listen", route["listen"] if route["listen"] == bound else f"{route['listen']}, bound to {bound}"),
+        ("listen", listen if listen == bound else f"{listen}, bound to {bound}"),
         ("func1", party_text(route["func1"])),
         ("func2", party_text(route["func2"])),
         ("outer", route["outer"]),

@@ -4,6 +4,8 @@ The system's own readers are generous where a route file must not be. ``getaddri
 ``010.0.0.1`` for addresses that no person sees in them, an empty host for all of them, and ``ip_network`` takes
 ``10.0.0.0/0.0.0.255`` for a mask. Here each of these is refused with the way to write what was meant, and what is
 accepted is brought to one canonical text, so that equal places compare equal.
+
+A route listens on several (:class:`Addresses`), and a service may be at a Unix socket (:class:`UnixAddress`).
 """
 
 from __future__ import annotations
@@ -14,7 +16,24 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Final
 
-__all__ = ["Address", "Network", "ip_of", "parse_address", "parse_network"]
+__all__ = [
+    "LOOPBACK",
+    "MAX_UNIX_PATH",
+    "Address",
+    "Addresses",
+    "Network",
+    "UnixAddress",
+    "ip_of",
+    "parse_address",
+    "parse_listen",
+    "parse_network",
+]
+
+LOOPBACK: Final = ("127.0.0.1", "::1")
+"""What ``localhost`` stands for (RFC 6761, 6.3), whatever a hosts file says."""
+
+MAX_UNIX_PATH: Final = 107
+"""Bytes in the path of a Unix socket at most: ``sun_path`` of unix(7), less its NUL."""
 
 Network = IPv4Network | IPv6Network
 
@@ -66,7 +85,30 @@ def _reaches(address: IPv4Address | IPv6Address | None, name: str) -> bool:
     """Whether binding ``address`` takes a place that the host ``name`` (not an address) stands for."""
     if address is None:
         return False
-    return address.is_unspecified or (name == "localhost" and str(address) in ("127.0.0.1", "::1"))
+    return address.is_unspecified or (name == "localhost" and str(address) in LOOPBACK)
+
+
+class Addresses(tuple[Address, ...]):
+    """Where a route listens: one address or several, in the order of the file; ``str()`` gives all of them."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self))
+
+    def as_written(self) -> str | list[str]:
+        """How a route file writes it: text for one, a list for several."""
+        return str(self[0]) if len(self) == 1 else [str(address) for address in self]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class UnixAddress:
+    """A Unix socket's path; ``str()`` gives ``unix:/run/postgresql/.s.PGSQL.5432``."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return f"unix:{self.path}"
 
 
 def ip_of(host: str) -> IPv4Address | IPv6Address | None:
@@ -79,6 +121,9 @@ def ip_of(host: str) -> IPv4Address | IPv6Address | None:
 
 def parse_address(text: str) -> Address:
     """Read ``HOST:PORT``: an IPv4 address, an IPv6 address in brackets, or a host name; port 0 to 65535.
+
+    A dot at the end of a host name stays, for a resolver then appends no search domain. That ``localhost.`` is
+    ``localhost`` needs no resolver.
 
     Raises:
         ValueError: says what is wrong with ``text`` and how to write it.
@@ -106,7 +151,13 @@ def parse_address(text: str) -> Address:
             raise ValueError(f"{text!r}: {host!r} is not an IPv4 address") from None
     if len(host) > _MAX_HOST or not all(_HOST_LABEL.match(label) for label in labels):
         raise ValueError(f"{text!r}: {host!r} is neither an IP address nor a host name")
-    return Address(host, port)
+    return Address("localhost" if host == "localhost." else host, port)
+
+
+def parse_listen(text: str) -> Address:
+    """As :func:`parse_address`, for a place to listen: ``relay.acme.`` is ``relay.acme``, and the same place."""
+    address = parse_address(text)
+    return Address(address.host.removesuffix("."), address.port)
 
 
 def _ipv6_text(text: str, inner: str) -> str:

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
-from frelay.config.address import Address, Network, parse_address, parse_network
+from frelay.config.address import Address, Addresses, Network, UnixAddress, parse_address, parse_network
 from frelay.config.values import (
     Account,
     CongestionControl,
@@ -30,6 +30,7 @@ from frelay.config.values import (
     InnerTls,
     KeepAlive,
     Listen,
+    Listens,
     Name,
     Networks,
     Party,
@@ -45,6 +46,7 @@ from frelay.protocol.identity import Selector
 
 __all__ = [
     "Address",
+    "Addresses",
     "AdminSection",
     "Config",
     "Dial",
@@ -63,6 +65,7 @@ __all__ = [
     "Surroundings",
     "TcpSection",
     "TlsSection",
+    "UnixAddress",
     "is_name",
     "parse_address",
     "parse_network",
@@ -201,7 +204,7 @@ class RouteTable(RouteLimits):
     """One ``[[route]]`` as written, limits inherited only where it does not set them. See :meth:`effective`."""
 
     name: Name
-    listen: Listen
+    listen: Listens
     func1: PartyValue = ()
     func2: PartyValue = ()
     outer: Outer = "mtls"
@@ -242,7 +245,7 @@ class Route(Section):
     """
 
     name: Name
-    listen: Listen
+    listen: Listens
     func1: PartyValue
     func2: PartyValue
     outer: Outer = "mtls"

@@ -1,15 +1,18 @@
 """What a reload has to do: (running configuration, new configuration) to a :class:`Plan`. Pure, no I/O.
 
 A reload must not touch what did not change, so routes are compared by name, and a difference is one of two kinds.
-*Wiring* (where a route listens, who its parties are, how they are let in and handed off) decides who may meet; legs
+*Wiring* (who the parties of a route are, how they are let in and handed off) decides who may meet; legs
 that wait were admitted under the old one, so a route whose wiring changes is replaced. *Limits* only bound what
 happens, so the route is kept, and its new limits hold for new legs and pairings. A service's address is wiring, the
 time to reach it a limit.
 
 Listening sockets are planned apart from routes, since they outlive them: several routes share one, and a replaced
-route that stays at its address keeps its socket, with whatever callers queue in it. A socket's identity is
-:func:`listener_key`: its address, or, as port 0 means "any free one" and each such route has its own, its address and
-the route's name.
+route that stays at its address keeps its socket, with whatever callers queue in it. A route has a listener for each of
+its addresses. A listener's identity is one of :func:`listener_keys`: its address, or, as port 0 means "any free one"
+and each such route has its own, its address and the route's name.
+
+So the addresses of a route are wiring only where all of them change. As long as one stays, functions find the route
+where it was: it is kept, with those who wait and all pairings.
 
 Lists that mean "any of them" are compared as sets: another order is no change.
 """
@@ -22,9 +25,9 @@ from typing import Final
 
 from frelay.config.model import Address, Config, Dial, Route, RouteLimits, Section
 
-__all__ = ["Add", "Keep", "ListenerKey", "Plan", "Remove", "Replace", "listener_key", "plan", "without_restart"]
+__all__ = ["Add", "Keep", "ListenerKey", "Plan", "Remove", "Replace", "listener_keys", "plan", "without_restart"]
 
-_WIRING: Final = ("listen", "func1", "func2", "outer", "allow_from", "proxy_protocol", "handoff", "require_inner_tls")
+_WIRING: Final = ("func1", "func2", "outer", "allow_from", "proxy_protocol", "handoff", "require_inner_tls")
 _TIMINGS: Final = ("hello_settle", "ticket_timeout")
 
 # The relay's name is in every bound logger, processes are started once, and so are the two HTTP servers; and who is not
@@ -34,7 +37,7 @@ _RESTART_ONLY: Final = {"relay": ("name", "user", "workers"), "admin": ("listen"
 
 @dataclass(frozen=True, slots=True, order=True)
 class ListenerKey:
-    """What identifies a listening socket; ``route`` is None unless the port is 0."""
+    """What identifies a listener; ``route`` is None unless the port is 0."""
 
     address: Address
     route: str | None = None
@@ -43,14 +46,17 @@ class ListenerKey:
         return str(self.address) if self.route is None else f"{self.address} (route {self.route})"
 
 
-def listener_key(route: Route) -> ListenerKey:
-    """The listening socket that ``route`` is reached at."""
-    return ListenerKey(route.listen, route.name if route.listen.port == 0 else None)
+def listener_keys(route: Route) -> tuple[ListenerKey, ...]:
+    """The listeners that ``route`` is reached at, in the order of its addresses."""
+    return tuple(ListenerKey(address, route.name if address.port == 0 else None) for address in route.listen)
 
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """A route that stays; ``changed`` names the limits that differ, which hold for new legs and pairings only."""
+    """A route that stays; ``changed`` names what differs: it holds for new legs and pairings only.
+
+    These are limits, and ``listen`` where some of its addresses came or went.
+    """
 
     route: Route
     changed: tuple[str, ...] = ()
@@ -132,12 +138,13 @@ def plan(old: Config | None, new: Config) -> Plan:
             add.append(Add(route))
             continue
         wiring, limits = _changed_wiring(running, route), _changed_limits(running, route)
-        if wiring:
-            replace.append(Replace(running, route, wiring + limits))
+        moved = () if set(running.listen) == set(route.listen) else ("listen",)
+        if wiring or (moved and set(running.listen).isdisjoint(route.listen)):
+            replace.append(Replace(running, route, moved + wiring + limits))
         else:
-            keep.append(Keep(route, limits))
-    bound = {listener_key(route) for route in before.values()}
-    wanted = {listener_key(route) for route in new.routes}
+            keep.append(Keep(route, moved + limits))
+    bound = {key for route in before.values() for key in listener_keys(route)}
+    wanted = {key for route in new.routes for key in listener_keys(route)}
     settled = without_restart(old, new)
     return Plan(
         keep=tuple(keep),

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
 from typing import Any
 
+from frelay.config.address import parse_listen
 from frelay.config.document import Document, Place
 from frelay.config.model import (
     Address,
@@ -24,7 +26,6 @@ from frelay.config.model import (
     RouteTable,
     TcpSection,
     is_name,
-    parse_address,
     parse_network,
 )
 
@@ -54,12 +55,18 @@ class WrittenRoute:
         return name if is_name(name) else None
 
     @cached_property
-    def listen(self) -> Address | None:
-        """Its address, if that is a valid one."""
-        try:
-            return parse_address(self.table["listen"])
-        except (KeyError, TypeError, ValueError):
-            return None
+    def listen(self) -> dict[Address, Place]:
+        """Its valid addresses, and where each stands."""
+        written = self.table.get("listen")
+        places: list[tuple[object, Place]] = [(written, (*self.place, "listen"))]
+        if isinstance(written, list):
+            places = [(one, (*self.place, "listen", index)) for index, one in enumerate(written)]
+        found: dict[Address, Place] = {}
+        for text, place in places:
+            if isinstance(text, str):
+                with suppress(ValueError):
+                    found.setdefault(parse_listen(text), place)
+        return found
 
     @cached_property
     def proxy_protocol(self) -> frozenset[Network] | None:
@@ -78,9 +85,17 @@ class WrittenRoute:
         """Add a problem with one of its keys."""
         self.document.report((*self.place, key), message, is_conflict=is_conflict)
 
+    def report_address(self, address: Address, message: str) -> None:
+        """Add a problem of one of its addresses with another."""
+        self.document.report(self.listen[address], message, is_conflict=True)
+
     def where(self, key: str) -> str:
         """File and line of one of its keys."""
         return self.document.where((*self.place, key))
+
+    def where_address(self, address: Address) -> str:
+        """File and line of one of its addresses."""
+        return self.document.where(self.listen[address])
 
     def __str__(self) -> str:
         return f'route "{self.name}"' if self.name else "a route without a valid name"
@@ -136,8 +151,9 @@ def check_addresses(routes: Iterable[WrittenRoute]) -> None:
     """Routes may share an address exactly, and only where the relay can tell whom a caller means."""
     by_address: dict[Address, list[WrittenRoute]] = defaultdict(list)
     for route in routes:
-        if route.listen is not None and route.listen.port != 0:
-            by_address[route.listen].append(route)
+        for address in route.listen:
+            if address.port != 0:
+                by_address[address].append(route)
     by_port: dict[int, list[Address]] = defaultdict(list)
     for address, sharing in by_address.items():
         by_port[address.port].append(address)
@@ -150,13 +166,15 @@ def check_addresses(routes: Iterable[WrittenRoute]) -> None:
             others = addresses[:index] if address.is_wide else wide
             taken = next((other for other in others if address.overlaps(other)), None)
             if taken is not None:
-                other = by_address[taken][0]
-                by_address[address][0].report(
-                    "listen",
-                    f"{address} overlaps {taken} of {other}, at {other.where('listen')}: both cannot be bound. Use "
-                    "exactly the same address to share it, or another port",
-                    is_conflict=True,
-                )
+                one, other = by_address[address][0], by_address[taken][0]
+                if one is other:
+                    text = f"{address} overlaps {taken}, which stands here too: both cannot be bound; leave one out"
+                else:
+                    text = (
+                        f"{address} overlaps {taken} of {other}, at {other.where_address(taken)}: both cannot be "
+                        "bound. Use exactly the same address to share it, or another port"
+                    )
+                one.report_address(address, text)
             if address.is_wide:
                 wide.append(address)
 
@@ -165,21 +183,19 @@ def _check_sharing(address: Address, sharing: Sequence[WrittenRoute]) -> None:
     by_server_name: dict[str, WrittenRoute] = {}
     for route in sharing:
         other = next(other for other in sharing if other is not route)
-        beside = f"{address} is shared with {other}, at {other.where('listen')}"
+        beside = f"{address} is shared with {other}, at {other.where_address(address)}"
         if route.outer == "none":
-            text = f'{beside}, but with outer = "none" nothing tells their callers apart'
-            route.report("listen", text, is_conflict=True)
+            route.report_address(address, f'{beside}, but with outer = "none" nothing tells their callers apart')
         elif route.table.get("handoff") == "hello":
             # Those clients send no JOIN.route, and the oldest of them no server name either.
-            text = f'{beside}, but with handoff = "hello" nothing tells their callers apart'
-            route.report("listen", text, is_conflict=True)
+            route.report_address(address, f'{beside}, but with handoff = "hello" nothing tells their callers apart')
         first = sharing[0]
         networks = (first.proxy_protocol, route.proxy_protocol)
         if None not in networks and networks[0] != networks[1]:
             route.report(
                 "proxy_protocol",
-                f"differs from that of {first}, at {first.where('listen')}, and both share {address}: a PROXY header "
-                "comes before anything that tells their callers apart, so write the same networks in both",
+                f"differs from that of {first}, at {first.where_address(address)}, and both share {address}: a PROXY "
+                "header comes before anything that tells their callers apart, so write the same networks in both",
                 is_conflict=True,
             )
         if route.name is not None:
@@ -223,10 +239,10 @@ def check_servers(
             main.report((section, "listen"), f"{here} is in the way of {what} on {there}: choose another port")
     for route in routes:
         for section, address, what in taken:
-            if route.listen is not None and route.listen.overlaps(address):
-                place = main.where((section, "listen"))
-                text = f"{route.listen} is in the way of {what} on {address}, at {place}"
-                route.report("listen", text, is_conflict=True)
+            for own in route.listen:
+                if own.overlaps(address):
+                    place = main.where((section, "listen"))
+                    route.report_address(own, f"{own} is in the way of {what} on {address}, at {place}")
 
 
 def check_tls(main: Document, routes: Iterable[WrittenRoute]) -> None:

@@ -29,7 +29,17 @@ from pydantic import (
     ValidationInfo,
 )
 
-from frelay.config.address import Address, Network, ip_of, parse_address, parse_network
+from frelay.config.address import (
+    MAX_UNIX_PATH,
+    Address,
+    Addresses,
+    Network,
+    UnixAddress,
+    ip_of,
+    parse_address,
+    parse_listen,
+    parse_network,
+)
 from frelay.errors import holds_pem
 from frelay.protocol.identity import Selector, parse_selector
 
@@ -44,6 +54,7 @@ __all__ = [
     "InnerTls",
     "KeepAlive",
     "Listen",
+    "Listens",
     "Name",
     "Networks",
     "Party",
@@ -61,7 +72,6 @@ _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
 _CONGESTION_CONTROL: Final = re.compile(r"[a-z0-9_-]{1,15}\Z")
 # What useradd(8) takes, and the capitals and dots of other directories.
 _ACCOUNT: Final = re.compile(r"[A-Za-z_][A-Za-z0-9._-]{0,31}\Z")
-_MAX_UNIX_PATH: Final = 107  # sun_path of unix(7), less its NUL
 _CONNECT_TIMEOUT: Final = 5.0  # seconds
 
 # Seconds. TOML has no duration, and a unit in the text would be a second notation to learn.
@@ -82,12 +92,13 @@ class Surroundings:
 
 @dataclass(frozen=True, slots=True)
 class Dial:
-    """A party that is a place: the relay calls it when the other party arrives. The port is 1 to 65535.
+    """A party that is a place: the relay calls it when the other party arrives.
 
-    ``connect_timeout`` is in seconds, from the look-up of the name to the finished connection.
+    ``address`` has a port from 1 to 65535, or is a Unix socket with an absolute path. ``connect_timeout`` is in
+    seconds, from the look-up of the name to the finished connection.
     """
 
-    address: Address
+    address: Address | UnixAddress
     connect_timeout: float = _CONNECT_TIMEOUT
 
     def __str__(self) -> str:
@@ -159,19 +170,61 @@ def _path(value: object, info: ValidationInfo) -> Path:
 def _unix_or_address(value: object, info: ValidationInfo) -> str:
     text = _text(value, '"unix:PATH" or "HOST:PORT"')
     if not text.startswith("unix:"):
-        return str(parse_address(text))
+        return str(parse_listen(text))
+    return f"unix:{_unix_path(text, info)}"
+
+
+def _unix_path(text: str, info: ValidationInfo) -> str:
     path = str(_path(text.removeprefix("unix:"), info))
-    if len(path.encode(errors="surrogateescape")) > _MAX_UNIX_PATH:
-        raise ValueError(f"a Unix socket's path has at most {_MAX_UNIX_PATH} bytes, which this has not: {path}")
-    return f"unix:{path}"
+    size = len(path.encode(errors="surrogateescape"))
+    if size > MAX_UNIX_PATH:
+        raise ValueError(
+            f"a Unix socket's path has at most {MAX_UNIX_PATH} bytes, and this has {size}: {path}; use a shorter one, "
+            "or a symbolic link to its directory"
+        )
+    return path
 
 
 def _address(value: object) -> Address:
-    return value if isinstance(value, Address) else parse_address(_text(value, "HOST:PORT"))
+    return value if isinstance(value, Address) else parse_listen(_text(value, "HOST:PORT"))
 
 
-def _dial(value: object) -> Address:
-    address = parse_address(_text(value, "HOST:PORT"))
+def _addresses(value: object) -> Addresses:
+    if isinstance(value, Addresses):
+        return value
+    if isinstance(value, (str, Address)):
+        return Addresses((_address(value),))
+    # A ValidationError raised in here keeps its own places ("[2]"), put after the key that this value stands at.
+    found = _ADDRESSES.validate_python(value)
+    for index, address in enumerate(found):
+        if address in found[:index]:
+            raise ValueError(f"names {address} twice")
+    return Addresses(found)
+
+
+def _address_list(value: object) -> object:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError('must be HOST:PORT, or a list of them as in ["0.0.0.0:9001", "[::]:9001"]')
+    if not value:
+        raise ValueError(
+            'is an empty list, at which nobody could call: name at least one address, as in "0.0.0.0:9001"'
+        )
+    return tuple(value)
+
+
+_ADDRESSES: Final[TypeAdapter[tuple[Address, ...]]] = TypeAdapter(
+    Annotated[
+        tuple[Annotated[Address, PlainValidator(_address)], ...],
+        BeforeValidator(_address_list),
+    ]
+)
+
+
+def _dial(value: object, info: ValidationInfo) -> Address | UnixAddress:
+    text = _text(value, "HOST:PORT or unix:PATH")
+    if text.startswith("unix:"):
+        return UnixAddress(_unix_path(text, info))
+    address = parse_address(text)
     host = ip_of(address.host)
     if address.port == 0 or (host is not None and host.is_unspecified):
         raise ValueError(f"{value!r} cannot be dialled: name one host, and a port from 1 to 65535")
@@ -212,7 +265,7 @@ def _flat(value: tuple[tuple[Selector, ...], ...]) -> tuple[Selector, ...]:
 class _DialTable(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    dial: Annotated[Address, PlainValidator(_dial)]
+    dial: Annotated[Address | UnixAddress, PlainValidator(_dial)]
     connect_timeout: Duration = _CONNECT_TIMEOUT
 
 
@@ -238,7 +291,7 @@ def _party(value: object, info: ValidationInfo) -> Party:
     if isinstance(value, Dial):
         return value
     if isinstance(value, dict):
-        table = _DialTable.model_validate(value)
+        table = _DialTable.model_validate(value, context=info.context)
         return Dial(table.dial, table.connect_timeout)
     return _selector_list(value, info)
 
@@ -304,6 +357,7 @@ Name = Annotated[str, PlainValidator(_name)]
 Account = Annotated[str, PlainValidator(_account)]
 File = Annotated[Path, PlainValidator(_path)]
 Listen = Annotated[Address, PlainValidator(_address)]
+Listens = Annotated[Addresses, PlainValidator(_addresses)]
 SelectorList = Annotated[tuple[Selector, ...], PlainValidator(_selector_list)]
 PartyValue = Annotated[Party, PlainValidator(_party)]
 Networks = Annotated[tuple[Network, ...], PlainValidator(_networks)]

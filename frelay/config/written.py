@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from frelay.config.model import (
+    Addresses,
     AdminSection,
     Config,
     Dial,
@@ -29,7 +30,7 @@ __all__ = ["config_as_written", "load_written", "route_as_written"]
 
 
 def _value(value: Any) -> Any:
-    if isinstance(value, Dial):
+    if isinstance(value, Dial | Addresses):
         return value.as_written()
     if isinstance(value, Section):
         return {name: _value(getattr(value, name)) for name in type(value).model_fields}

@@ -11,10 +11,11 @@ the file, the signals, the watcher, systemd, the admin API and ``/metrics``. But
       worker 1      a Relay with its share of the routes, no file, no signals, no HTTP
       worker 2      ...
 
-1.  **A listening address belongs to one worker**, and with it all routes that share it, so both parties of a route meet
-    in one process and nothing of the way of a connection has to know that there are others. A new address goes to the
-    worker that has the fewest; one that is there already stays where it is (:mod:`~frelay.workers.spread`). A hash
-    would put two busy addresses on one of two workers half the time.
+1.  **A listening address belongs to one worker**, and with it all routes that share it, with all their addresses. So
+    both parties of a route meet in one process and nothing of the way of a connection has to know that there are
+    others. A new address goes to the worker that has the fewest; one that is there already stays where it is, with the
+    one exception that :mod:`~frelay.workers.spread` tells. A hash would put two busy addresses on one of two workers
+    half the time.
 
 2.  **Sockets are bound by the supervisor** (or by systemd) and passed on, so they outlive any worker: while one is
     started again, whoever dials waits in the kernel's queue.

@@ -1,34 +1,66 @@
-"""Which worker has which listening address. Pure."""
+"""Which worker has which listening address. Pure.
+
+Both parties of a route must meet in one process. So all addresses of a route belong to one worker, and with them all
+routes that share any of these: what hangs together in this way is a *cluster*, and goes as a whole.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from frelay.config.model import Config
-from frelay.config.plan import ListenerKey, listener_key
+from frelay.config.model import Config, Route
+from frelay.config.plan import ListenerKey, listener_keys
 
-__all__ = ["share", "spread"]
+__all__ = ["clusters", "share", "spread"]
+
+
+def clusters(routes: Iterable[Route]) -> list[tuple[ListenerKey, ...]]:
+    """The addresses of ``routes`` that belong together, in the order of the file."""
+    of: dict[ListenerKey, dict[ListenerKey, None]] = {}
+    for route in routes:
+        keys = listener_keys(route)
+        parts = {id(part): part for key in keys if (part := of.get(key)) is not None}
+        # The largest grows, so that thousands that come one by one do not copy it each time.
+        whole = max(parts.values(), key=len, default={})
+        for part in parts.values():
+            if part is not whole:
+                whole |= part
+                of.update(dict.fromkeys(part, whole))
+        for key in keys:
+            whole[key] = None
+            of[key] = whole
+    return [tuple(part) for part in {id(part): part for part in of.values()}.values()]
 
 
 def spread(
-    wanted: Iterable[ListenerKey], workers: Iterable[int], before: Mapping[ListenerKey, int]
+    wanted: Iterable[tuple[ListenerKey, ...]], workers: Iterable[int], before: Mapping[ListenerKey, int]
 ) -> dict[ListenerKey, int]:
-    """The worker of each address that is wanted: the one it had ``before``, else the one with the fewest.
+    """The worker of each address: the one that its cluster had ``before``, else the one with the fewest.
 
-    The same file gives the same answer at each start, and a reload moves nothing that stays.
+    ``wanted`` are :func:`clusters`. The same file gives the same answer at each start, and a reload moves nothing that
+    stays, with one exception: where two clusters become one, because a route has come that is at addresses of both, the
+    addresses of one of them move to the worker that has more of them.
     """
-    keys = list(dict.fromkeys(wanted))
-    placed = {key: before[key] for key in keys if key in before}
-    loads = dict.fromkeys(workers, 0) | Counter(placed.values())
-    for key in keys:
-        if key not in placed:
-            placed[key] = worker = min(loads, key=lambda one: (loads[one], one))
-            loads[worker] += 1
+    placed: dict[ListenerKey, int] = {}
+    loads = dict.fromkeys(workers, 0)
+    rest = []
+    for cluster in wanted:
+        had = Counter(before[key] for key in cluster if key in before)
+        if had:
+            worker = min(had, key=lambda one: (-had[one], one))
+            placed |= dict.fromkeys(cluster, worker)
+            loads[worker] += len(cluster)
+        else:
+            rest.append(cluster)
+    for cluster in rest:
+        worker = min(loads, key=lambda one: (loads[one], one))
+        placed |= dict.fromkeys(cluster, worker)
+        loads[worker] += len(cluster)
     return placed
 
 
 def share(config: Config, worker: int, placed: Mapping[ListenerKey, int]) -> Config:
     """What a worker is to know of ``config``: its own routes, and nothing of what the supervisor serves."""
-    routes = tuple(route for route in config.routes if placed[listener_key(route)] == worker)
+    routes = tuple(route for route in config.routes if placed[listener_keys(route)[0]] == worker)
     return config.model_copy(update={"routes": routes, "admin": None, "metrics": None})

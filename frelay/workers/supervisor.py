@@ -22,7 +22,7 @@ import trio
 
 from frelay.admin.office import Counts
 from frelay.config.model import Config
-from frelay.config.plan import ListenerKey, Plan, listener_key
+from frelay.config.plan import ListenerKey, Plan, listener_keys
 from frelay.config.written import config_as_written
 from frelay.errors import ConfigError, Problem
 from frelay.journal import Draining
@@ -33,7 +33,7 @@ from frelay.systemd import Inherited, ServiceManager
 from frelay.tls.context import OuterTls
 from frelay.workers.letters import Papers, counts_to_json, key_to_json
 from frelay.workers.process import WorkerLost, WorkerProcess
-from frelay.workers.spread import share, spread
+from frelay.workers.spread import clusters, share, spread
 
 if TYPE_CHECKING:
     from frelay.admin.office import Office
@@ -110,7 +110,7 @@ class Supervisor(Relay):
 
     def post_of(self, route: str) -> Post:
         """The post that serves ``route``, which must be in force."""
-        return self.posts[self._placed[listener_key(self._now.config.routes_by_name[route])] - 1]
+        return self.posts[self._placed[listener_keys(self._now.config.routes_by_name[route])[0]] - 1]
 
     # --- changing ----------------------------------------------------------------------------------------------
 
@@ -127,10 +127,20 @@ class Supervisor(Relay):
         """As in a relay; and each worker has staged its share."""
         papers = self._read
         opened = await self._open_missing(new)
-        placed = spread(map(listener_key, new.routes), (post.number for post in self.posts), self._placed)
+        placed = spread(clusters(new.routes), (post.number for post in self.posts), self._placed)
+        moved = {key for key, number in placed.items() if self._placed.get(key, number) != number}
+        handed = {**opened, **{key: self._now.listeners[key] for key in moved}}
         asked: list[tuple[Post, WorkerProcess]] = []
 
         async def put_in_force() -> None:
+            for key in sorted(moved):
+                self._log.warning(
+                    "an address moves to another worker",
+                    address=str(key),
+                    worker=placed[key],
+                    reason="a route has come that also listens at an address of that worker",
+                    consequence="its waiting legs and its pairings end as those of a route that goes",
+                )
             self._papers, self._placed = papers, placed
             self._hold(new, trust, opened)
             self._tell_doubts(new, trust)
@@ -150,7 +160,7 @@ class Supervisor(Relay):
         async def ask(post: Post, worker: WorkerProcess) -> None:
             asked.append((post, worker))
             try:
-                letter = _letter(new, papers, post, placed, opened)
+                letter = _letter(new, papers, post, placed, handed)
                 await worker.ask("prepare", patience=PATIENCE, **letter)
             except ConfigError as error:
                 problems.extend(error.problems)
@@ -198,7 +208,7 @@ class Supervisor(Relay):
         now = self._now
         now.config, now.trust = new, trust
         now.listeners |= opened
-        needed = {listener_key(route) for route in new.routes}
+        needed = {key for route in new.routes for key in listener_keys(route)}
         for key in [key for key in now.listeners if key not in needed]:
             now.listeners.pop(key).close()
         now.announce(opened)

@@ -30,7 +30,7 @@ import trio
 from frelay import log, privileges
 from frelay.admin.office import Counts
 from frelay.config.model import Config
-from frelay.config.plan import ListenerKey, listener_key
+from frelay.config.plan import ListenerKey, listener_keys
 from frelay.config.written import load_written
 from frelay.errors import ConfigError, Problem
 from frelay.journal import Entry, Journal, RouteTotals
@@ -81,12 +81,8 @@ class _WorkerRelay(Relay):
         pass  # the supervisor has told them
 
     async def _open_missing(self, new: Config) -> dict[ListenerKey, Listener]:
-        missing = {listener_key(route): route.listen for route in new.routes}
-        return {
-            key: Listener(address, self.handed.pop(key))
-            for key, address in missing.items()
-            if key not in self._now.listeners
-        }
+        wanted = dict.fromkeys(key for route in new.routes for key in listener_keys(route))
+        return {key: Listener(key.address, self.handed.pop(key)) for key in wanted if key not in self._now.listeners}
 
     async def prepare_and_stage(self, new: Config, papers: Papers) -> Staged:
         """Everything of a reload that can fail."""

@@ -32,7 +32,7 @@ def one_input(data: bytes) -> None:
     office = TicketOffice()
     slot = Slot(Admission(Limits(), descriptor_limit=1024))
     nobody: Any = socket.SocketType.__new__(socket.SocketType)
-    with office.issue("here") as claim:
+    with office.issue(frozenset({"here"})) as claim:
         line = data.replace(b"TICKET", claim.ticket.encode())
         ticket = parse_ticket_line(line)
         assert ticket == read(line)

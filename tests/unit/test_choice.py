@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from frelay.choice import Parties, Table, TurnedAway, choose
-from frelay.config.model import Address, Route
+from frelay.config.model import Address, Addresses, Route
 from frelay.protocol.identity import Name, dns_name, parse_selector
 from frelay.protocol.messages import Join
 
@@ -39,7 +39,7 @@ def table(*routes: tuple[str, str, str]) -> Table[Written]:
             name: Written(
                 Route(
                     name=name,
-                    listen=Address("127.0.0.1", 9001),
+                    listen=Addresses([Address("127.0.0.1", 9001)]),
                     func1=(parse_selector(func1),),
                     func2=(parse_selector(func2),),
                     source=Path("relay.toml"),

@@ -16,6 +16,7 @@ from frelay.config.document import ARRAYS, SECTIONS
 from frelay.config.load import load
 from frelay.config.model import (
     Address,
+    Addresses,
     Config,
     Dial,
     Limits,
@@ -137,7 +138,7 @@ def test_a_route_has_its_defaults(written: Written, tmp_path: Path) -> None:
     assert load(written(TLS + ROUTE)).routes == (
         Route(
             name="shuffle",
-            listen=Address("127.0.0.1", 9001),
+            listen=Addresses([Address("127.0.0.1", 9001)]),
             func1=(parse_selector("dns:func1.acme"),),
             func2=(parse_selector("dns:func2.acme"),),
             outer="mtls",
@@ -659,7 +660,7 @@ def test_nothing_in_a_configuration_can_be_changed(written: Written) -> None:
     with pytest.raises(TypeError):
         config.routes_by_name["x"] = config.routes[0]  # type: ignore[index]
     with pytest.raises(AttributeError):
-        config.routes[0].listen.port = 1  # type: ignore[misc]
+        config.routes[0].listen[0].port = 1  # type: ignore[misc]
 
 
 def test_equal_files_give_equal_configurations_with_hashable_routes(written: Written) -> None:
@@ -671,7 +672,7 @@ def test_equal_files_give_equal_configurations_with_hashable_routes(written: Wri
 def test_a_configuration_can_be_built_by_hand(tmp_path: Path) -> None:
     route = Route(
         name="r",
-        listen=Address("127.0.0.1", 0),
+        listen=Addresses([Address("127.0.0.1", 0)]),
         func1=(parse_selector("dns:a.b"),),
         func2=Dial(Address("h", 1)),
         source=tmp_path,

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from frelay.config.model import (
     Address,
+    Addresses,
     AdminSection,
     Config,
     Dial,
@@ -24,16 +25,16 @@ from frelay.config.model import (
     TlsSection,
     parse_address,
 )
-from frelay.config.plan import Add, Keep, ListenerKey, Plan, Remove, Replace, listener_key, plan
+from frelay.config.plan import Add, Keep, ListenerKey, Plan, Remove, Replace, listener_keys, plan
 from frelay.protocol.identity import parse_selector
 
 A, B, C = (parse_selector(f"dns:{letter}.acme") for letter in "abc")
 FILE = Path("/etc/frelay/relay.toml")
 
 
-def route(name: str = "r", listen: str = "127.0.0.1:9001", **keys: Any) -> Route:
+def route(name: str = "r", *listen: str, **keys: Any) -> Route:
     given: dict[str, Any] = {"func1": (A,), "func2": (B,), "source": FILE, **keys}
-    return Route(name=name, listen=parse_address(listen), **given)
+    return Route(name=name, listen=Addresses(map(parse_address, listen or ["127.0.0.1:9001"])), **given)
 
 
 def config(*routes: Route, **sections: Any) -> Config:
@@ -121,7 +122,7 @@ def test_a_replacement_names_its_limits_as_well() -> None:
 
 
 def test_another_address_binds_the_new_and_closes_the_old() -> None:
-    old, new = route(), route(listen="127.0.0.1:9002")
+    old, new = route(), route("r", "127.0.0.1:9002")
     found = plan(config(old), config(new))
     assert found.replace == (Replace(old, new, ("listen",)),)
     assert (found.bind, found.close) == (frozenset({key("127.0.0.1:9002")}), frozenset({key("127.0.0.1:9001")}))
@@ -129,7 +130,7 @@ def test_another_address_binds_the_new_and_closes_the_old() -> None:
 
 
 def test_sockets_that_cannot_be_bound_beside_the_old_are_named() -> None:
-    found = plan(config(route()), config(route(listen="0.0.0.0:9001")))
+    found = plan(config(route()), config(route("r", "0.0.0.0:9001")))
     assert found.clashes == ((key("0.0.0.0:9001"), key("127.0.0.1:9001")),)
 
 
@@ -149,12 +150,29 @@ def test_a_route_that_moves_to_another_file_is_kept() -> None:
 
 def test_each_route_on_port_0_has_a_socket_of_its_own_and_keeps_it() -> None:
     one, two = route("one", "127.0.0.1:0"), route("two", "127.0.0.1:0")
-    assert listener_key(one) == key("127.0.0.1:0", "one")
-    assert listener_key(one) != listener_key(two)
-    assert listener_key(route("one")) == listener_key(route("two")) == key("127.0.0.1:9001")
-    assert plan(None, config(one, two)).bind == {listener_key(one), listener_key(two)}
+    assert listener_keys(one) == (key("127.0.0.1:0", "one"),)
+    assert listener_keys(one) != listener_keys(two)
+    assert listener_keys(route("one")) == listener_keys(route("two")) == (key("127.0.0.1:9001"),)
+    assert plan(None, config(one, two)).bind == {*listener_keys(one), *listener_keys(two)}
     found = plan(config(one, two), config(route("one", "127.0.0.1:0", func1=(C,))))
-    assert (found.bind, found.close) == (frozenset(), frozenset({listener_key(two)}))
+    assert (found.bind, found.close) == (frozenset(), frozenset(listener_keys(two)))
+
+
+def test_a_route_that_keeps_an_address_is_kept() -> None:
+    """Functions still find it there; only where all addresses change it is another place."""
+    four, six, other = "0.0.0.0:9001", "[::]:9001", "127.0.0.1:9002"
+    found = plan(config(route("r", four)), config(route("r", four, six)))
+    assert (found.keep, found.replace) == ((Keep(route("r", four, six), ("listen",)),), ())
+    assert (found.bind, found.close) == (frozenset({key(six)}), frozenset())
+    assert not found.is_empty
+    found = plan(config(route("r", four, six)), config(route("r", six)))
+    assert (found.keep, found.replace) == ((Keep(route("r", six), ("listen",)),), ())
+    assert (found.bind, found.close) == (frozenset(), frozenset({key(four)}))
+    assert plan(config(route("r", four, six)), config(route("r", six, four))).is_empty
+    found = plan(config(route("r", four, six)), config(route("r", other)))
+    assert found.replace == (Replace(route("r", four, six), route("r", other), ("listen",)),)
+    found = plan(config(route("r", four)), config(route("r", four, six, func1=(C,))))
+    assert [replaced.changed for replaced in found.replace] == [("listen", "func1")]
 
 
 def test_a_default_limit_shows_at_the_routes_that_inherit_it_only() -> None:
@@ -198,10 +216,11 @@ def test_settings_beside_the_routes_are_named_by_when_they_take_effect(
 
 # --- any two configurations --------------------------------------------------------------------------------------
 
+ADDRESSES = st.sampled_from(["127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:0", "0.0.0.0:1"])
 ROUTES = st.builds(
-    route,
+    lambda name, listen, **keys: route(name, *listen, **keys),
     name=st.sampled_from("abcd"),
-    listen=st.sampled_from(["127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:0", "0.0.0.0:1"]),
+    listen=st.lists(ADDRESSES, min_size=1, max_size=3, unique=True),
     func1=st.sampled_from([(A,), (A, C), (C, A)]),
     limits=st.sampled_from([RouteLimits(), RouteLimits(idle_timeout=7)]),
 )
@@ -219,26 +238,30 @@ def test_applying_a_plan_gives_the_new_configuration(old: Config, new: Config) -
     routes |= {replaced.new.name: replaced.new for replaced in found.replace}
     assert routes == new.routes_by_name
 
-    bound = {listener_key(route) for route in old.routes}
+    bound = {key for route in old.routes for key in listener_keys(route)}
     assert found.close <= bound
     assert not found.bind & bound
-    assert (bound - found.close) | found.bind == {listener_key(route) for route in new.routes}
+    assert (bound - found.close) | found.bind == {key for route in new.routes for key in listener_keys(route)}
 
 
 @settings(deadline=None)
 @given(CONFIGS, CONFIGS)
-def test_a_kept_route_keeps_its_socket_and_a_plan_is_empty_exactly_when_nothing_differs(
-    old: Config, new: Config
-) -> None:
+def test_a_kept_route_keeps_a_socket_and_a_plan_is_empty_exactly_when_nothing_differs(old: Config, new: Config) -> None:
     found = plan(old, new)
     for kept in found.keep:
-        assert listener_key(kept.route) not in found.bind | found.close
-        assert listener_key(kept.route) == listener_key(old.routes_by_name[kept.route.name])
+        mine, before = set(listener_keys(kept.route)), set(listener_keys(old.routes_by_name[kept.route.name]))
+        assert mine & before
+        assert not mine & before & (found.bind | found.close)
+        assert (mine == before) is ("listen" not in kept.changed)
     assert plan(new, new).is_empty
 
     def meaning(configuration: Config) -> object:
         return {
-            name: (route.listen, frozenset(route.func1) if isinstance(route.func1, tuple) else None, route.limits)
+            name: (
+                frozenset(route.listen),
+                frozenset(route.func1) if isinstance(route.func1, tuple) else None,
+                route.limits,
+            )
             for name, route in configuration.routes_by_name.items()
         }
 

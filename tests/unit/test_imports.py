@@ -65,8 +65,10 @@ HOUSE: Final = (
     Room("strangers", "config shares", "trio", "who gives way to whom, whatever a connection is"),
     Room("admission", "config shares strangers", "trio", "limits, whoever the connection belongs to"),
     Room("privileges", "errors key_mode config", "", "what a process may do is settled before it is a relay"),
+    Room("binding", "config", "trio structlog", "where a name or a wildcard listens, whoever listens"),
+    Room("unix", "", "trio", "what Unix sockets do that TCP does not"),
     Room("sockets", "errors tcp config", "trio", "the border to the kernel: its errors end here"),
-    Room("systemd", "config sockets", "trio structlog sdnotify", "who started us, wherever that is systemd"),
+    Room("systemd", "config binding sockets", "trio structlog sdnotify", "who started us, wherever that is systemd"),
     Room("tls", "errors key_mode tcp protocol config sockets", "trio OpenSSL cryptography", "the border to OpenSSL"),
     Room("verdict", "protocol config choice tls", "", "why a certificate is let in or not, for whoever asks offline"),
     Room("refusals", "journal", "trio structlog", "of a flood so much that it can be read"),
@@ -103,7 +105,7 @@ HOUSE: Final = (
     ),
     Room(
         "dial",
-        f"{LEAVES} journal config admission sockets leg frameless lobby pairing route",
+        f"{LEAVES} journal config admission sockets unix leg frameless lobby pairing route",
         "trio structlog",
         "the one place where the relay opens a connection",
     ),
@@ -115,7 +117,7 @@ HOUSE: Final = (
         "from accept to paired or gone",
     ),
     Room("inspection", "outcome tls route", "trio structlog", "judges again who is in, whatever they are doing"),
-    Room("listener", f"{LEAVES} config admission sockets reception", "trio structlog", "one address"),
+    Room("listener", f"{LEAVES} config admission binding sockets reception", "trio structlog", "one address"),
     Room(
         "admin",
         "errors outcome protocol journal lag sockets tls",
@@ -124,7 +126,7 @@ HOUSE: Final = (
     ),
     Room(
         "in_force",
-        "errors outcome protocol journal config choice admission sockets tls lobby pairing route inspection listener "
+        "errors outcome protocol journal config choice admission binding tls lobby pairing route inspection listener "
         "systemd",
         "trio",
         "one configuration and what was made of it, replaced as a whole",
@@ -138,7 +140,7 @@ HOUSE: Final = (
     Room("office", "admin config config.store errors journal lobby protocol", "", "the relay's side of that"),
     Room(
         "servers",
-        "admin config errors protocol sockets systemd tls",
+        "admin binding config errors protocol sockets systemd tls",
         "trio",
         "loaded only where a route file asks for them",
     ),

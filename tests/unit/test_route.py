@@ -10,7 +10,7 @@ from typing import cast
 
 import pytest
 
-from frelay.config.model import Address, Limits, Route
+from frelay.config.model import Address, Addresses, Limits, Route
 from frelay.leg import Departure, Leg
 from frelay.lobby import Taken, Withdrawn
 from frelay.pairing import Forwarding, Pairing
@@ -70,7 +70,7 @@ async def test_nobody_is_paired_with_one_whose_certificate_is_no_longer_good(con
     It is the last lock of three, and the only one that does not depend on whose task runs first.
     """
     judge = Judge()
-    table = Route(name="r", listen=Address("127.0.0.1", 0), func1=(), func2=(), source=Path("r"))
+    table = Route(name="r", listen=Addresses([Address("127.0.0.1", 0)]), func1=(), func2=(), source=Path("r"))
     route = LiveRoute(
         table, Limits(), policy_ends_pairings=True, forwarding=Forwarding(), trust=lambda: cast(OuterTls, judge)
     )
@@ -106,7 +106,7 @@ async def test_nobody_is_paired_with_one_whose_certificate_is_no_longer_good(con
 )
 async def test_allow_from_knows_an_address_however_it_is_written(host: str, is_inside: bool) -> None:
     networks = (ip_network("10.0.0.0/8"), ip_network("fe80::/64"))
-    listen = Address("127.0.0.1", 0)
+    listen = Addresses([Address("127.0.0.1", 0)])
     table = Route(name="r", listen=listen, func1=(), func2=(), outer="none", allow_from=networks, source=Path("r"))
     route = LiveRoute(table, Limits(), policy_ends_pairings=True, forwarding=Forwarding(), trust=lambda: None)
     assert route.admits_address(host) is is_inside

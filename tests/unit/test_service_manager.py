@@ -15,7 +15,8 @@ import pytest
 import structlog
 import trio
 
-from frelay.config.model import parse_address
+from frelay.binding import places_of
+from frelay.config.model import Address, parse_address
 from frelay.systemd import Inherited, ServiceManager
 from manager import Manager, activated, listening
 
@@ -239,12 +240,18 @@ def test_sockets_that_are_not_for_us_are_left_alone(
     assert not [name for name in os.environ if name.startswith("LISTEN_")]
 
 
+def opened_by(inherited: Inherited, names: list[str], *listen: Address) -> list[socket.socket]:
+    """What a relay would open for the first of ``listen``, at all of which the routes ``names`` listen."""
+    places = {address: places_of(address) for address in listen}
+    return inherited.open(dict.fromkeys(names, places), places[listen[0]])
+
+
 def test_a_socket_is_opened_as_often_as_wanted_until_it_is_taken() -> None:
     with listening() as sock:
         port = sock.getsockname()[1]
         inherited = Inherited([("demo", sock.dup())])
         for _ in range(2):
-            (mine,) = inherited.open(["demo"], parse_address(f"127.0.0.1:{port}"))
+            (mine,) = opened_by(inherited, ["demo"], parse_address(f"127.0.0.1:{port}"))
             with mine:
                 assert not mine.getblocking()
                 assert not mine.get_inheritable()
@@ -253,13 +260,13 @@ def test_a_socket_is_opened_as_often_as_wanted_until_it_is_taken() -> None:
         for original in inherited.take("demo"):
             original.close()
         assert inherited.were_taken(["other", "demo"])
-        assert inherited.open(["demo"], parse_address(f"127.0.0.1:{port}")) == []
+        assert opened_by(inherited, ["demo"], parse_address(f"127.0.0.1:{port}")) == []
 
 
 def test_any_name_of_those_that_share_an_address_will_do() -> None:
     with listening() as sock:
         inherited = Inherited([("two", sock.dup())])
-        (mine,) = inherited.open(["one", "two"], parse_address(f"127.0.0.1:{sock.getsockname()[1]}"))
+        (mine,) = opened_by(inherited, ["one", "two"], parse_address(f"127.0.0.1:{sock.getsockname()[1]}"))
         mine.close()
         inherited.close()
         assert inherited.unclaimed == {}
@@ -269,7 +276,7 @@ def test_any_name_of_those_that_share_an_address_will_do() -> None:
 def test_the_reserved_names_are_for_no_route(name: str) -> None:
     with listening() as sock:
         inherited = Inherited([(name, sock.dup())])
-        assert inherited.open([name], parse_address(f"127.0.0.1:{sock.getsockname()[1]}")) == []
+        assert opened_by(inherited, [name], parse_address(f"127.0.0.1:{sock.getsockname()[1]}")) == []
         (taken,) = inherited.take(name)
         taken.close()
 
@@ -320,24 +327,38 @@ def test_the_api_of_a_unix_socket_never_takes_another(tmp_path: Path) -> None:
 def test_port_0_is_whatever_systemd_chose() -> None:
     with listening() as sock:
         inherited = Inherited([("demo", sock.dup())])
-        (mine,) = inherited.open(["demo"], parse_address("127.0.0.1:0"))
+        (mine,) = opened_by(inherited, ["demo"], parse_address("127.0.0.1:0"))
         mine.close()
         inherited.close()
 
 
-def test_a_name_may_stand_for_several_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
-    def both(host: str, port: int, **_: object) -> list[tuple[object, ...]]:
-        # As most machines have it, and not all.
-        assert host == "localhost"
-        return [(0, 0, 0, "", ("::1", port, 0, 0)), (0, 0, 0, "", ("127.0.0.1", port))]
-
-    monkeypatch.setattr(socket, "getaddrinfo", both)
+def test_a_name_may_stand_for_several_addresses() -> None:
     with listening("127.0.0.1") as four, listening("::1", four.getsockname()[1]) as six:
         inherited = Inherited([("demo", four.dup()), ("demo", six.dup())])
-        opened = inherited.open(["demo"], parse_address(f"localhost:{four.getsockname()[1]}"))
+        opened = opened_by(inherited, ["demo"], parse_address(f"localhost:{four.getsockname()[1]}"))
         assert {sock.family for sock in opened} == {socket.AF_INET, socket.AF_INET6}
         for sock in opened:
             sock.close()
+        inherited.close()
+
+
+def test_a_route_with_several_addresses_gets_a_socket_for_each() -> None:
+    """All by one name, in any order; and one at none of its addresses is a slip in the unit."""
+    with listening("127.0.0.1") as four, listening("::1", four.getsockname()[1]) as six, listening() as stray:
+        port = four.getsockname()[1]
+        both = [parse_address(f"127.0.0.1:{port}"), parse_address(f"[::1]:{port}")]
+        inherited = Inherited([("demo", six.dup()), ("demo", four.dup())])
+        for listen, family in ((both, socket.AF_INET), (both[::-1], socket.AF_INET6)):
+            (mine,) = opened_by(inherited, ["demo"], *listen)
+            with mine:
+                assert mine.family == family
+        inherited.close()
+        inherited = Inherited([("demo", four.dup())])
+        assert opened_by(inherited, ["demo"], *both[::-1]) == []
+        inherited.close()
+        inherited = Inherited([("demo", four.dup()), ("demo", stray.dup())])
+        with pytest.raises(ValueError, match=rf"and not to 127\.0\.0\.1:{port} or \[::1\]:{port}: make"):
+            opened_by(inherited, ["demo"], *both)
         inherited.close()
 
 
@@ -359,7 +380,7 @@ def test_a_socket_that_is_bound_elsewhere_is_an_error_that_names_both(host: str,
         address = parse_address(listen.replace("PORT", str(port)))
         place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         with pytest.raises(ValueError, match="bound to") as raised:
-            inherited.open(["demo"], address)
+            opened_by(inherited, ["demo"], address)
         assert str(raised.value) == (
             f"the socket 'demo' that systemd passed is bound to {place}, and not to {address}: "
             "make ListenStream= there and listen here agree"
@@ -371,13 +392,13 @@ def test_an_ipv6_socket_must_not_take_ipv4_with_it() -> None:
     with listening("::") as sock:
         address = parse_address(f"[::]:{sock.getsockname()[1]}")
         inherited = Inherited([("demo", sock.dup())])
-        (mine,) = inherited.open(["demo"], address)
+        (mine,) = opened_by(inherited, ["demo"], address)
         mine.close()
         inherited.close()
     with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as both:
         inherited = Inherited([("demo", both.dup())])
         with pytest.raises(ValueError, match=r"takes IPv4 as well.*BindIPv6Only=ipv6-only"):
-            inherited.open(["demo"], parse_address(f"[::]:{both.getsockname()[1]}"))
+            opened_by(inherited, ["demo"], parse_address(f"[::]:{both.getsockname()[1]}"))
         inherited.close()
 
 
@@ -392,5 +413,5 @@ def test_only_a_listening_tcp_socket_will_do(tmp_path: Path) -> None:
         for sock in (connected, bound, datagram, unix):
             inherited = Inherited([("demo", sock.dup())])
             with pytest.raises(ValueError, match=r"no listening TCP socket: write ListenStream=127\.0\.0\.1:9001"):
-                inherited.open(["demo"], parse_address("127.0.0.1:9001"))
+                opened_by(inherited, ["demo"], parse_address("127.0.0.1:9001"))
             inherited.close()

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from frelay.admin.office import Counts
 from frelay.config.address import Address
-from frelay.config.plan import ListenerKey
+from frelay.config.model import Route
+from frelay.config.plan import ListenerKey, listener_keys
 from frelay.errors import Problem
 from frelay.journal import (
     Draining,
@@ -41,7 +42,7 @@ from frelay.workers.letters import (
     problem_from_json,
     problem_to_json,
 )
-from frelay.workers.spread import spread
+from frelay.workers.spread import clusters, spread
 from frelay.workers.worker import _Outbox
 
 KEYS = [ListenerKey(Address("127.0.0.1", port)) for port in range(9001, 9009)]
@@ -49,14 +50,19 @@ KEYS = [ListenerKey(Address("127.0.0.1", port)) for port in range(9001, 9009)]
 # --- who has which address -----------------------------------------------------------------------------------------
 
 
+def alone(keys: list[ListenerKey]) -> list[tuple[ListenerKey, ...]]:
+    """Each address with routes that have no other."""
+    return [(key,) for key in dict.fromkeys(keys)]
+
+
 def test_addresses_are_dealt_out_in_their_order() -> None:
-    assert list(spread(KEYS[:5], (1, 2), {}).values()) == [1, 2, 1, 2, 1]
+    assert list(spread(alone(KEYS[:5]), (1, 2), {}).values()) == [1, 2, 1, 2, 1]
 
 
 def test_a_new_address_goes_to_whoever_has_the_fewest() -> None:
-    before = spread(KEYS[:4], (1, 2), {})
+    before = spread(alone(KEYS[:4]), (1, 2), {})
     left = [key for key in KEYS[:4] if before[key] == 2]
-    after = spread([*left, *KEYS[4:]], (1, 2), before)
+    after = spread(alone([*left, *KEYS[4:]]), (1, 2), before)
     assert [after[key] for key in KEYS[4:]] == [1, 1, 1, 2]
 
 
@@ -65,13 +71,40 @@ def test_what_stays_does_not_move_and_new_ones_are_even(
     first: list[ListenerKey], second: list[ListenerKey], n: int
 ) -> None:
     workers = range(1, n + 1)
-    before = spread(first, workers, {})
-    after = spread(second, workers, before)
+    before = spread(alone(first), workers, {})
+    after = spread(alone(second), workers, before)
     assert after.keys() == set(second)
     assert set(after.values()) <= set(workers)
     assert all(after[key] == before[key] for key in before.keys() & after.keys())
     loads = [list(before.values()).count(worker) for worker in workers]
     assert max(loads) - min(loads) <= 1
+
+
+def _route(name: str, *ports: int) -> Route:
+    listen = [f"127.0.0.1:{port}" for port in ports]
+    return Route.model_validate({"name": name, "listen": listen, "func1": (), "func2": (), "source": Path(name)})
+
+
+@given(st.lists(st.lists(st.integers(1, 8), min_size=1, max_size=3, unique=True), max_size=8), st.integers(1, 4))
+def test_a_route_is_in_one_worker_whatever_it_shares(lists: list[list[int]], n: int) -> None:
+    routes = [_route(f"r{at}", *ports) for at, ports in enumerate(lists)]
+    found = clusters(routes)
+    assert sorted(key for cluster in found for key in cluster) == sorted(
+        {key for one in routes for key in listener_keys(one)}
+    )
+    placed = spread(found, range(1, n + 1), {})
+    for one in routes:
+        assert len({placed[key] for key in listener_keys(one)}) == 1
+
+
+def test_a_route_that_joins_two_clusters_moves_the_smaller() -> None:
+    routes = [_route("a", 1, 2), _route("b", 3)]
+    before = spread(clusters(routes), (1, 2), {})
+    assert sorted(before.values()) == [1, 1, 2]
+    after = spread(clusters([*routes, _route("c", 2, 3)]), (1, 2), before)
+    assert set(after.values()) == {1}
+    # And when it goes again nothing moves back.
+    assert spread(clusters(routes), (1, 2), after) == after
 
 
 # --- the channel ---------------------------------------------------------------------------------------------------
