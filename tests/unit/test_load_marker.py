@@ -1,4 +1,4 @@
-"""Tests that count descriptors or tasks, or that read a clock, carry the marker ``load``.
+"""Tests that count descriptors or tasks, or that read a clock, carry the marker ``load``, and count what is theirs.
 
 ``pytest -m load`` beside other work shows whether the suite holds on a busy machine, so every test that such a machine
 could upset must be in it.
@@ -7,9 +7,14 @@ could upset must be in it.
 from __future__ import annotations
 
 import ast
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
+
+import pytest
+
+from rig import open_descriptors, opened_since
 
 TESTS: Final = Path(__file__).parents[1]
 
@@ -83,3 +88,21 @@ def test_a_state_machine_is_a_test_too() -> None:
     source = "class M:\n    def teardown(self): assert not opened_since(self.before)\n\nTestM = MARK(M.TestCase)\n"
     assert unmarked(source.replace("MARK", "")) == ["TestM"]
     assert unmarked(source.replace("MARK", "pytest.mark.load")) == []
+
+
+@pytest.mark.load
+def test_what_an_earlier_test_has_left_may_go_at_any_moment() -> None:
+    """Neither its going, nor what takes the number that it had, is mistaken: as a bare count would be."""
+    theirs = os.pipe()
+    before = open_descriptors()
+    os.close(theirs[0])
+    os.close(theirs[1])
+    assert opened_since(before) == {}
+    ours = os.pipe()
+    try:
+        assert opened_since(before).keys() == set(ours)
+        assert all(what.startswith("pipe:") for what in opened_since(before).values())
+    finally:
+        os.close(ours[0])
+        os.close(ours[1])
+    assert opened_since(before) == {}
