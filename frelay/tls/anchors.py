@@ -156,7 +156,8 @@ class _House:
         if next(self._own_lists(one), None) is None:
             return Blocked(one, "crl", "has no revocation list there")
         for other in self._issuers[one]:
-            # A root is looked up in its own list, too.
+            if other is one:
+                continue  # nobody looks a root up
             if not any(not _is_for_leaves_only(crl) for crl in self._own_lists(other)):
                 return Blocked(one, "crl", f"was issued by {subject(other)}, which has no list of authorities there")
             if any(_revokes(crl, one) for crl in self._own_lists(other)):

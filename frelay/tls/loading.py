@@ -11,6 +11,7 @@ from __future__ import annotations
 import datetime
 import re
 import time
+import warnings
 from collections.abc import MutableMapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
+from cryptography.utils import CryptographyDeprecationWarning
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from frelay.config.model import TlsSection
@@ -150,6 +152,13 @@ def load_outer_tls(
     """
     now = time.time() if now is None else now
     loader = _Loader(source, contents, key_readers)
+    with warnings.catch_warnings():
+        # Of serial numbers and the like that RFC 5280 forbids, in roots of decades ago.
+        warnings.simplefilter("ignore", CryptographyDeprecationWarning)
+        return _load(loader, section, source, now, serves_http=serves_http)
+
+
+def _load(loader: _Loader, section: TlsSection, source: Path, now: float, *, serves_http: bool) -> OuterTls:
     chain = loader.certificates("certificate", section.certificate)
     private_key = loader.private_key(section.private_key)
     authorities = loader.certificates("client_ca", section.client_ca)

@@ -16,6 +16,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import x25519
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from certs import Credential, TestAuthority, san_der
 from frelay.config.load import load
@@ -301,3 +302,53 @@ def test_the_shape_for_programs(site: Site) -> None:
         "told": None,
     }
     assert refused["certificate"]["expired"] is True
+
+
+# --- what the other function would refuse -----------------------------------------------------------------------------
+
+
+def test_a_server_whose_certificate_is_for_clients_only(site: Site) -> None:
+    """The relay lets it in, and no func1 will talk to it."""
+    verdict = judged(site, site.ca.client_only(dns=["func2.demo"]))
+    assert verdict.refusal is None
+    (warning,) = verdict.warnings
+    assert "func2 of route demo" in warning
+    assert "lacks serverAuth" in warning
+    assert "func1 will refuse it" in warning
+    assert verdict.as_json(datetime.now(UTC))["warnings"] == [warning]
+
+
+def test_a_client_needs_no_certificate_for_servers(site: Site) -> None:
+    assert judged(site, site.ca.client_only(dns=["func1.demo"])).warnings == ()
+
+
+def test_a_certificate_for_any_purpose_is_for_servers(site: Site) -> None:
+    assert judged(site, site.ca.odd([x509.DNSName("func2.demo")], purposes=[])).warnings == ()
+
+
+def test_an_authority_for_clients_only_makes_no_servers(site: Site) -> None:
+    root = TestAuthority.root_for_intermediates()
+    clients = root.intermediate("clients", purposes=[ExtendedKeyUsageOID.CLIENT_AUTH])
+    site.client_ca = root.write(site.directory, "anchors")
+    verdict = judged(site, clients.party(dns=["func2.demo"]))
+    assert verdict.refusal is None
+    (warning,) = verdict.warnings
+    assert "its authority CN=clients is not for servers" in warning
+
+
+def test_a_refused_certificate_gets_the_remedy_first(site: Site) -> None:
+    """func1's certificate for servers only is refused by the relay itself, which asks for clientAuth."""
+    verdict = judged(site, site.ca.server_only(dns=["func1.demo"]))
+    assert verdict.objection is not None
+    assert verdict.objection.name == "purpose"
+    assert "clientAuth" in str(verdict.objection.remedy)
+    assert verdict.warnings == ()
+
+
+def test_where_the_missing_issuer_has_the_name_of_a_known_authority(site: Site) -> None:
+    """The remedy is about the certificate whose issuer is missing, not about the function's own."""
+    twin = TestAuthority.root_for_intermediates("test CA")
+    below = twin.intermediate("below")
+    verdict = judged(site, below.party(dns=["func1.demo"]))
+    assert verdict.objection is not None
+    assert "the authority that issued CN=below has the same name" in str(verdict.objection.remedy)
