@@ -22,7 +22,9 @@ from typing import Final
 import structlog
 import trio
 
+from frelay.lobby import Withdrawn
 from frelay.outcome import Outcome
+from frelay.protocol.messages import PartyName, Refused
 from frelay.route import LiveRoute
 from frelay.tls.context import Credential, OuterTls, Rejection
 
@@ -31,21 +33,37 @@ __all__ = ["follow_clock", "judge_again"]
 # Seconds. notAfter counts whole ones, and a clock that NTP slews takes half an hour to get this far off.
 _CLOCK_LOOK: Final = 1.0
 _CLOCK_TOLERANCE: Final = 1.0
+_PARTIES: Final[tuple[PartyName, ...]] = ("func1", "func2")
+# How many are woken before everybody else has a turn.
+_AT_ONCE: Final = 64
 
 
 async def judge_again(routes: Sequence[LiveRoute], trust: OuterTls, *, ends_pairings: bool) -> None:
     """Judge all legs of ``routes`` again by ``trust``; those of pairings only if ``ends_pairings``."""
+    known: dict[Credential, Rejection | None] = {}
     for route in routes:
-        for place in (*route.lobby.waiting("func1"), *route.lobby.waiting("func2")):
-            if place.verdict is None:
-                route.judge_again(place)
+        for place in [place for party in _PARTIES for place in route.lobby.waiting(party)]:
+            credential = place.leg.credential
+            if place.verdict is not None or credential is None:
+                continue
+            rejection = _judge(credential, trust, known)
+            if rejection is not None:
+                route.lobby.withdraw(place, Withdrawn(Refused(rejection.code, rejection.reason)))
             await trio.lowlevel.checkpoint()
     if ends_pairings:
-        await _judge_pairings(routes, trust)
+        await _judge_pairings(routes, trust, known)
 
 
-async def _judge_pairings(routes: Sequence[LiveRoute], trust: OuterTls) -> None:
-    known: dict[Credential, Rejection | None] = {}
+def _judge(credential: Credential, trust: OuterTls, known: dict[Credential, Rejection | None]) -> Rejection | None:
+    """What ``trust`` says of a certificate; dates are not asked for, since every leg has a deadline for its own."""
+    if credential not in known:
+        known[credential] = trust.verify(credential)
+    return known[credential]
+
+
+async def _judge_pairings(
+    routes: Sequence[LiveRoute], trust: OuterTls, known: dict[Credential, Rejection | None]
+) -> None:
     for pairing in [pairing for route in routes for pairing in route.pairings.values()]:
         # For those that began while policy_ends_pairings was off; it is nothing new to all others.
         pairing.end_with_certificates()
@@ -53,9 +71,7 @@ async def _judge_pairings(routes: Sequence[LiveRoute], trust: OuterTls) -> None:
             credential = leg.credential
             if credential is None:
                 continue
-            if credential not in known:
-                known[credential] = trust.verify(credential)
-            rejection = known[credential]
+            rejection = _judge(credential, trust, known)
             if rejection is not None:
                 text = f"the certificate of {party} is no longer accepted: {rejection.reason}"
                 pairing.expire_at(trio.current_time(), Outcome.REVOKED, text)
@@ -73,11 +89,15 @@ async def follow_clock(routes: Callable[[], Iterable[LiveRoute]]) -> None:
             continue
         reckoned_by += step
         log.warning("the clock was set", seconds=round(step, 3))
+        # As it was at this moment: who comes later reckons by the new date anyway.
+        everybody: list[Callable[[], None]] = []
         for route in routes():
-            for place in (*route.lobby.waiting("func1"), *route.lobby.waiting("func2")):
-                place.reckon_expiry()
-            for pairing in route.pairings.values():
-                pairing.reckon_expiry()
+            everybody += (place.reckon_expiry for party in _PARTIES for place in route.lobby.waiting(party))
+            everybody += (pairing.reckon_expiry for pairing in route.pairings.values())
+        for number, reckon_expiry in enumerate(everybody, 1):
+            reckon_expiry()
+            if number % _AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
 
 
 def _ahead() -> float:

@@ -31,7 +31,7 @@ from frelay.tls.context import OuterTls
 __all__ = ["UNFINISHED", "LiveRoute", "Service", "Unfinished"]
 
 # How many who may not be paired any more one match sends away before everybody else has a turn.
-_SENT_AWAY_AT_ONCE: Final = 64
+_SENT_AWAY_AT_ONCE: Final = 16
 
 
 class Unfinished(Enum):
@@ -150,12 +150,6 @@ class LiveRoute:
         rejection = trust.judge(leg.peer)
         return None if rejection is None else Withdrawn(Refused(rejection.code, rejection.reason))
 
-    def judge_again(self, place: Place) -> None:
-        """Look once more at a leg that waits; it is withdrawn if its certificate is not accepted any more."""
-        verdict = self._policy(place.leg)
-        if verdict is not None:
-            self.lobby.withdraw(place, verdict)
-
     def match(self, leg: Leg) -> Pairing | Withdrawn | Unfinished | None:
         """Pair ``leg`` with whoever has waited longest for it; None if nobody has, Withdrawn if it may not."""
         for _ in range(_SENT_AWAY_AT_ONCE):
@@ -172,7 +166,7 @@ class LiveRoute:
 
         None if the other one may not be paired any more, or holds too much: it is withdrawn.
         """
-        if (verdict := self.lack_of_room(leg)) is not None:
+        if (verdict := self.lobby.closed or self.lack_of_room(leg)) is not None:
             return verdict
         if place.leg.is_gone():
             self.lobby.withdraw(place, Withdrawn(Refused("pong-timeout", "the connection has ended")))

@@ -36,6 +36,7 @@ __all__ = [
     "OddName",
     "Selector",
     "alternative_name_count",
+    "distinguished_name_sizes",
     "dns_name",
     "match",
     "may_stand_under_wildcard",
@@ -140,6 +141,20 @@ def spki_of_certificate(der: bytes) -> Name:
     from hashlib import sha256
 
     return spki_name(sha256(der[at:after]).hexdigest())
+
+
+def distinguished_name_sizes(der: bytes) -> tuple[int, int]:
+    """How many bytes the issuer and the subject of a DER certificate take; raises :class:`OddName` for what is none."""
+    _, at, end = _der_element(der, 0, len(der), 0x30)
+    _, at, end = _der_element(der, at, end, 0x30)
+    if der[at : at + 1] == b"\xa0":
+        at, _, _ = _der_element(der, at, end, 0xA0)
+    sizes = []
+    for tag in (0x02, 0x30, 0x30, 0x30, 0x30):  # serialNumber, signature, issuer, validity, subject
+        before = at
+        at, _, _ = _der_element(der, at, end, tag)
+        sizes.append(at - before)
+    return sizes[2], sizes[4]
 
 
 def alternative_name_count(der: bytes) -> int:

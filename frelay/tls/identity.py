@@ -28,6 +28,7 @@ from frelay.protocol.identity import (
     Name,
     OddName,
     alternative_name_count,
+    distinguished_name_sizes,
     dns_name,
     spki_of_certificate,
     uri_names,
@@ -40,6 +41,8 @@ _SHOWN: Final = 8
 MOST_NAMES: Final = 256
 """How many names a certificate may hold, of whatever kind. All of them are compared with routes at each JOIN."""
 _SHOWN_LENGTH: Final = 256
+# Bytes of DER. Every stranger's certificate is described in the log, and 80 KiB of name are 30 ms of work.
+_LONGEST_NAME: Final = 4096
 
 _NEVER: Final[dict[type[x509.GeneralName], str]] = {
     x509.RFC822Name: "e-mail address",
@@ -109,8 +112,10 @@ def _read(certificate: x509.Certificate) -> PeerIdentity:
     names: list[Name] = []
     ignored: list[str] = []
     objection = None
+    sizes = (0, 0)
     try:
         der = certificate.public_bytes(Encoding.DER)
+        sizes = distinguished_name_sizes(der)
         count = alternative_name_count(der)
         if count > MOST_NAMES:
             objection = f"the certificate has {count} names, and at most {MOST_NAMES} are allowed"
@@ -122,13 +127,18 @@ def _read(certificate: x509.Certificate) -> PeerIdentity:
     return PeerIdentity(
         names=tuple(names),
         ignored=tuple(ignored),
-        subject=distinguished_name(lambda: certificate.subject),
-        issuer=distinguished_name(lambda: certificate.issuer),
+        subject=_short_name(lambda: certificate.subject, sizes[1]),
+        issuer=_short_name(lambda: certificate.issuer, sizes[0]),
         serial=certificate.serial_number,
         not_before=certificate.not_valid_before_utc.timestamp(),
         not_after=certificate.not_valid_after_utc.timestamp(),
         objection=objection,
     )
+
+
+def _short_name(read: Callable[[], x509.Name], size: int) -> str:
+    """:func:`distinguished_name` of a name of ``size`` bytes, for which anybody may have made a great deal of text."""
+    return distinguished_name(read) if size <= _LONGEST_NAME else f"(a name of {size} bytes)"
 
 
 def describe_unverified(read: Callable[[], x509.Certificate]) -> str:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import NameOID
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -35,6 +38,12 @@ def ca() -> TestAuthority:
 
 def pin(credential: Credential) -> Name:
     return spki_of_certificate(credential.certificate.public_bytes(Encoding.DER))
+
+
+def self_signed_as(name: x509.Name) -> x509.Certificate:
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + timedelta(days=1))
+    return builder.sign(key, hashes.SHA256())
 
 
 def named(identity: PeerIdentity) -> list[Name]:
@@ -317,6 +326,16 @@ def test_a_certificate_with_more_names_than_that_is_refused_as_a_whole(ca: TestA
         assert identity.objection == f"the certificate has {count} names, and at most 256 are allowed"
         assert identity.names == ()
         assert f"ignored all names, because there are {count}" in identity.describe()
+
+
+def test_a_name_that_is_too_long_to_describe_is_told_by_its_size(ca: TestAuthority) -> None:
+    """A subject has no bound of its own, and the certificate of a stranger is described at each handshake."""
+    for count, is_shown in ((60, True), (200, False)):
+        name = x509.Name([x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, f"{i:040}") for i in range(count)])
+        size = len(name.public_bytes())
+        identity = identities(self_signed_as(name))
+        expected = name.rfc4514_string() if is_shown else f"(a name of {size} bytes)"
+        assert (identity.subject, identity.issuer) == (expected, expected)
 
 
 @given(

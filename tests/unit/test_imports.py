@@ -116,7 +116,7 @@ HOUSE: Final = (
         "trio structlog",
         "from accept to paired or gone",
     ),
-    Room("inspection", "outcome tls route", "trio structlog", "judges again who is in, whatever they are doing"),
+    Room("inspection", "outcome protocol tls lobby route", "trio structlog", "judges again who is in"),
     Room("listener", f"{LEAVES} config admission binding sockets reception", "trio structlog", "one address"),
     Room(
         "admin",

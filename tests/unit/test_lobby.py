@@ -220,6 +220,53 @@ def test_two_legs_are_one_attempt_by_the_name_or_by_the_certificate() -> None:
             assert Leg.is_retry_of(cast(Leg, one), cast(Leg, other)) is one.is_retry_of(other)
 
 
+def test_a_closed_lobby_empties_itself_a_few_at_a_time() -> None:
+    """Each that has gone lets another go, so that thousands are never woken in one moment; nobody is forgotten."""
+    lobby = Lobby(max_waiting=1000, clock=lambda: 0.0)
+    woken: list[int] = []
+    places = [
+        lobby.enter(
+            cast(Leg, Waiter(PARTIES[number % 2], "dns:a.demo", str(number), None)),
+            lambda number=number: woken.append(number),  # type: ignore[misc]
+            reckon_expiry=lambda: None,
+        )
+        for number in range(1000)
+    ]
+    verdict = Withdrawn(Refused("draining", "the relay goes away"))
+    lobby.close(verdict)
+    newcomer = cast(Leg, Waiter("func1", "dns:b.demo", None, None))
+    most = gone = 0
+    while gone < len(woken):
+        assert lobby.objection(newcomer) is verdict
+        most = max(most, len(woken) - gone)
+        lobby.leave(places[woken[gone]])
+        gone += 1
+    assert sorted(woken) == list(range(1000))
+    assert most <= 16
+    assert all(place.verdict is verdict for place in places)
+    assert lobby.count("func1") == lobby.count("func2") == 0
+
+
+def test_a_leg_that_goes_by_itself_holds_up_nobody_in_a_closed_lobby() -> None:
+    lobby = Lobby(max_waiting=1000, clock=lambda: 0.0)
+    woken: list[int] = []
+    places = [
+        lobby.enter(
+            cast(Leg, Waiter("func1", "dns:a.demo", str(number), None)),
+            lambda number=number: woken.append(number),  # type: ignore[misc]
+            reckon_expiry=lambda: None,
+        )
+        for number in range(200)
+    ]
+    lobby.close(Withdrawn(Refused("draining", "the relay goes away")))
+    for place in places[100:]:
+        lobby.leave(place)
+    for number in list(woken):
+        lobby.leave(places[number])
+    assert set(range(100)) <= set(woken)
+    assert lobby.count("func1") == 0
+
+
 @pytest.mark.load
 @pytest.mark.parametrize("case", CASES)
 def test_a_join_costs_the_same_however_many_wait(case: str) -> None:
