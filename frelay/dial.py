@@ -157,6 +157,9 @@ async def _reach(
         if isinstance(address, UnixAddress):
             try:
                 return await connect_unix(address.path)
+            except PermissionError as error:
+                text = f"{_text(error)}: user {os.geteuid()} needs write permission on the socket"
+                raise _Unreachable(text) from error
             except OSError as error:
                 raise _Unreachable(_text(error)) from error
         try:

@@ -253,13 +253,17 @@ def add_route(
         list[str] | None,
         typer.Option(
             help="Who the first party is: dns:NAME, uri:URI, spki:sha256:HEX, group:NAME; may be repeated. "
-            "Or dial:HOST:PORT.",
+            "Or dial:HOST:PORT, dial:unix:PATH.",
             metavar="SELECTOR",
         ),
     ] = None,
     func2: Annotated[list[str] | None, typer.Option(help="Likewise the second.", metavar="SELECTOR")] = None,
-    func1_dial: Annotated[str | None, typer.Option(help="Dial it there instead.", metavar="HOST:PORT")] = None,
-    func2_dial: Annotated[str | None, typer.Option(help="Dial it there instead.", metavar="HOST:PORT")] = None,
+    func1_dial: Annotated[
+        str | None, typer.Option(help="Dial it there instead: HOST:PORT or unix:PATH.", metavar="PLACE")
+    ] = None,
+    func2_dial: Annotated[
+        str | None, typer.Option(help="Dial it there instead: HOST:PORT or unix:PATH.", metavar="PLACE")
+    ] = None,
     dial_timeout: Annotated[float | None, typer.Option(help="Time to reach it.", metavar="SECONDS")] = None,
     outer: Annotated[str | None, typer.Option(help="mtls, or none with --allow-from.", metavar="WORD")] = None,
     allow_from: Annotated[
