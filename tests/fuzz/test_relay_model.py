@@ -450,6 +450,13 @@ class World:
             return None
         return [other for other in queue if other.identity == greediest][-1]
 
+    def _has_its_share(self, guest: Guest) -> bool:
+        """Whether it may not be paired: the last 1/32 of the pairings, at least one, is for those with few of them."""
+        meetings = guest.route.meetings
+        free = self.most_pairings - len(meetings)
+        held = sum(guest.identity in {other.identity for other in meeting.guests.values()} for meeting in meetings)
+        return free <= 0 or (free <= max(1, self.most_pairings // 32) and held >= free)
+
     def _stale(self, guest: Guest) -> Guest | None:
         return next((other for other in guest.route.waiting() if guest.is_retry_of(other)), None)
 
@@ -468,10 +475,12 @@ class World:
             stale.route.queues[stale.side].remove(stale)
             await self.refused(stale, "replaced")
         others = guest.route.queues[opposite(guest.side)]
-        if others and len(guest.route.meetings) >= self.most_pairings:
+        if others and self._has_its_share(guest):
             await self.refused(guest, "limit")
             return
         self.joining.remove(guest)
+        while others and self._has_its_share(others[0]):
+            await self.refused(others.pop(0), "limit")
         if others:
             await self._meet(guest, others.pop(0))
             return
