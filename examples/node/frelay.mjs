@@ -88,6 +88,7 @@ async function joinAndMeet(options, sockets) {
     servername: options.servername ?? (net.isIP(host) ? undefined : host),
     host, // whose name or address the relay's certificate must have
     ca: options.ca,
+    allowPartialTrustChain: true, // an issuing authority is enough as `ca`, from Node 20.18 on
     cert: options.cert,
     key: options.key,
     minVersion: 'TLSv1.3',
@@ -284,7 +285,10 @@ async function showTicket(outer, first, ticket, sockets) {
 // --- the inner TLS -------------------------------------------------------------------------------------------------
 
 async function meet(raw, role, { cert, key, ca, peerCa = ca, peer }, sockets) {
-  const common = { cert, key, ca: peerCa, minVersion: 'TLSv1.3', rejectUnauthorized: true };
+  const common = {
+    // Of the two only tls.connect heeds allowPartialTrustChain: as func2 the root must be in `peerCa`.
+    cert, key, ca: peerCa, allowPartialTrustChain: true, minVersion: 'TLSv1.3', rejectUnauthorized: true,
+  };
   let wire;
   if (role === 'client') {
     // Functions have no host names: checkPeer does it.

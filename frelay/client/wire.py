@@ -319,6 +319,8 @@ def load_credentials(context: ssl.SSLContext, cert: StrPath, key: StrPath | None
         # Without this OpenSSL would ask on the terminal, and a program without one would hang or fail in the dark.
         raise CertificateError(f"key: {key or cert} is encrypted, and there is nobody to ask for its passphrase")
 
+    # What stands in ca is trusted because it stands there, be it a root or an issuing authority.
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     try:
         context.load_verify_locations(ca)
     except ssl.SSLError as error:

@@ -15,6 +15,8 @@ import trio.testing
 from cryptography import x509
 
 from certs import Credential, TestAuthority
+from clients import CLIENTS, Client, answer, ask, options
+from clients import meet as clients_meet
 from commands import frelay_command
 from ends import MODES, OPEN, End, join_ends
 from frelay.pki.files import certificates_pem
@@ -117,6 +119,17 @@ async def test_nor_is_the_root_above_it(pki: Pki) -> None:
     pki.site.add("func1", pki.root.intermediate("another").party(dns=["func1.demo"]))
     async with pki.site.relay() as relay:
         assert "issuer" in await refusal(pki, relay)
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+async def test_functions_go_by_the_issuing_authority_alone_too(pki: Pki, client: Client) -> None:
+    """As their ``ca``: for the TLS to the relay, and on both sides of the one between them."""
+    site = pki.site
+    site.ca_path = site.client_ca
+    async with site.relay() as relay:
+        address = f"127.0.0.1:{relay.port()}"
+        given = (options(site, "func1", "func2"), options(site, "func2", "func1"))
+        assert await clients_meet((client, client), address, (ask(b"a"), answer(b"b")), given) == (b"b", b"a")
 
 
 # --- and revocation holds -------------------------------------------------------------------------------------------

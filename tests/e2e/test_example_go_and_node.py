@@ -22,7 +22,9 @@ import pytest
 import trio
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from certs import TestAuthority
 from ends import block
+from frelay.pki.files import certificates_pem
 from frelay.protocol.identity import spki_of_certificate
 from rig import DEMO, PATIENCE, RelayInProcess, Site, frame
 from tools import tool
@@ -170,6 +172,19 @@ async def test_all_bytes_cross_with_python_as_the_tls_client(
     async with functions.site.relay() as relay:
         await meet(functions, relay, ("python", hand_off), (two, hand_off))
         assert (await relay.log("pairing ended"))["outcome"] == "closed"
+
+
+@pytest.mark.parametrize(("one", "two"), [("go", "python"), ("node", "python"), ("node", "go"), ("python", "go")])
+async def test_an_issuing_authority_is_enough_as_ca(functions: Functions, one: Runtime, two: Runtime) -> None:
+    """For the TLS to the relay and between the functions, without the root above it; but to Node.js as a TLS server."""
+    site = functions.site
+    issuing = TestAuthority.root_for_intermediates().intermediate("issuing CA")
+    issuing.relay().write(site.directory, "relay")
+    for name in ("func1", "func2"):
+        site.add(name, issuing.party(dns=[f"{name}.demo"]))
+    site.ca_path.write_bytes(certificates_pem([issuing.authority.certificate]))
+    async with site.relay() as relay:
+        await meet(functions, relay, (one, "handoff"), (two, "handoff"))
 
 
 @pytest.mark.parametrize("two", OURS)
