@@ -16,7 +16,7 @@ Nothing is verified here. Signature, dates, purpose, constraints and revocation 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -74,7 +74,7 @@ class PeerIdentity:
 
     def describe(self) -> str:
         """One line for the log: subject, names (without the key pin), what was ignored, issuer, serial in hex."""
-        shown = [str(name) for name in self.names if name.kind is not Kind.SPKI]
+        shown = [name for name in self.names if name.kind is not Kind.SPKI]
         parts = [_short(self.subject) or "(no subject)", f"names {_some(shown) or 'none'}"]
         if self.ignored:
             parts.append(f"ignored {_some(self.ignored)}")
@@ -222,7 +222,7 @@ def _short(text: str) -> str:
     return text if len(text) <= _SHOWN_LENGTH else f"{text[:_SHOWN_LENGTH]}..."
 
 
-def _some(texts: list[str] | tuple[str, ...]) -> str:
-    more = len(texts) - _SHOWN
-    shown = ", ".join(_short(text) for text in texts[:_SHOWN])
+def _some(things: Sequence[Name | str]) -> str:
+    more = len(things) - _SHOWN
+    shown = ", ".join(_short(str(one)) for one in things[:_SHOWN])
     return f"{shown} and {more} more" if more > 0 else shown

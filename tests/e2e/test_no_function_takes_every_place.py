@@ -104,6 +104,25 @@ async def test_on_a_route_that_dials(site: Site, caller: Caller) -> None:
             assert not relay.logged("pairing ended")
 
 
+async def test_callers_of_one_moment_get_no_more(site: Site) -> None:
+    """All are dialled for before the first is paired; each is judged again when its service is there."""
+    async with serving(echo) as service:
+        text = dialling(service, more=f"{OPEN}\nmax_pairings = {MOST}\n").replace('"dns:func1.demo"', BOTH)
+        async with site.relay(text) as relay:
+            callers = [await site.party(relay, "greedy") for _ in range(2 * MOST)]
+            for caller in callers:
+                await caller.join(modes=["tunnel"])
+            told = []
+            for caller in callers:
+                await caller.expect("WAITING")
+                with trio.fail_after(PATIENCE):
+                    found = await caller.next_frame()
+                assert found is not None
+                told.append(found[1].get("code", found[0]))
+            assert sorted(told) == sorted(["PAIRED"] * (MOST - 1) + ["limit"] * (MOST + 1))
+            await call(site, relay, "tunnel", name="polite")
+
+
 @pytest.mark.parametrize("many_partners", [False, True], ids=["one side is several", "both sides are"])
 @pytest.mark.parametrize("greedy_waits", [True, False], ids=["it waits", "it comes last"])
 async def test_on_a_route_of_functions(site: Site, many_partners: bool, greedy_waits: bool) -> None:

@@ -13,6 +13,7 @@ import pytest
 from frelay.config.model import Address, Addresses, Limits, Route
 from frelay.leg import Departure, Leg
 from frelay.lobby import Taken, Withdrawn
+from frelay.outcome import Outcome
 from frelay.pairing import Forwarding, Pairing
 from frelay.protocol.messages import PartyName, Refused
 from frelay.route import LiveRoute
@@ -87,6 +88,20 @@ async def test_nobody_is_paired_with_one_whose_certificate_is_no_longer_good(con
     assert places[0].verdict == Withdrawn(Refused(EXPIRED.code, EXPIRED.reason))
     assert places[1].verdict == Taken(pairing)
     assert woken == [first, second]
+
+
+async def test_nobody_is_paired_on_a_route_that_is_gone(connection: socket.socket) -> None:
+    """Those who wait leave a few at a time, and the service of one of them may answer in between."""
+    table = Route(name="r", listen=Addresses([Address("127.0.0.1", 0)]), func1=(), func2=(), source=Path("r"))
+    route = LiveRoute(table, Limits(), policy_ends_pairings=True, forwarding=Forwarding(), trust=lambda: None)
+    places = [
+        route.lobby.enter(Guest("func1", connection), lambda: None, reckon_expiry=lambda: None) for _ in range(100)
+    ]
+    verdict = Withdrawn(Refused("route-removed", "the route was removed"))
+    route.close(verdict, outcome=Outcome.ROUTE_REMOVED, cut_at=0.0)
+    assert places[-1].verdict is None
+    assert route.meet(Guest("func2", connection), places[-1]) is verdict
+    assert not route.pairings
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,74 @@
+"""What happens is put into words once, however many read it, and in few writes to whom it comes too fast.
+
+A member that joins without end makes several events each time; times the readers of the stream, that would be work that
+nobody bounds.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import trio
+from starlette.types import Message
+
+from frelay.admin import api
+from frelay.admin.api import EventStream
+from frelay.journal import LegWaits
+
+EVENTS = 500
+
+
+def waits(number: int) -> LegWaits:
+    return LegWaits(route="demo", party="func1", identity=f"dns:f{number}.demo", address="127.0.0.1:1", mode="handoff")
+
+
+async def test_all_readers_share_the_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    put_into_words = 0
+    dumps = json.dumps
+
+    def counting(*arguments: Any, **options: Any) -> str:
+        nonlocal put_into_words
+        put_into_words += 1
+        return str(dumps(*arguments, **options))
+
+    monkeypatch.setattr(json, "dumps", counting)
+    events = EventStream()
+    with events.reader(None, "a") as one, events.reader(None, "b") as two:
+        for number in range(10):
+            events.note(waits(number))
+        assert put_into_words == 0, "nobody has asked yet"
+        for reader in (one, two):
+            assert [event.text.partition(b"\n")[0] for event in reader.queue] == [b"id: %d" % n for n in range(1, 11)]
+    assert put_into_words == 10
+
+
+async def test_a_reader_that_has_fallen_behind_gets_many_in_one_write() -> None:
+    """All of them, in order, whole, and each once."""
+    events = EventStream()
+    written: list[bytes] = []
+    is_done = trio.Event()
+
+    async def receive() -> Message:
+        await is_done.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        if message["type"] != "http.response.body":
+            return
+        written.append(message["body"])
+        if len(written) == 1:
+            # The head of the stream: before it asks for more, all this happens.
+            for number in range(EVENTS):
+                events.note(waits(number))
+        if b"".join(written).count(b"event: waiting") == EVENTS:
+            is_done.set()
+        await trio.lowlevel.checkpoint()
+
+    with trio.fail_after(20):
+        await api._EventResponse(events, None)({"type": "http", "headers": []}, receive, send)
+    text = b"".join(written).decode()
+    ids = [int(line.removeprefix("id: ")) for line in text.splitlines() if line.startswith("id: ")]
+    assert ids == list(range(1, EVENTS + 1))
+    assert len(written) < EVENTS / 10
