@@ -7,9 +7,8 @@ other task can have another opinion.
 
 from __future__ import annotations
 
-import ipaddress
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final
@@ -19,7 +18,8 @@ import trio
 from frelay.bandwidth import Bandwidth
 from frelay.charges import Charges
 from frelay.choice import Parties
-from frelay.config.model import Dial, Limits, Network, Route
+from frelay.config.model import Dial, Limits, Route
+from frelay.config.networks import NetworkSet
 from frelay.leg import Leg
 from frelay.lobby import Lobby, Place, Withdrawn, opposite
 from frelay.outcome import Outcome
@@ -75,7 +75,9 @@ class LiveRoute:
         self.lobby: Final = Lobby(max_waiting=route.limits.max_waiting_per_party, clock=trio.current_time)
         self.pairings: Final[dict[str, Pairing]] = {}
         self.parties: Final = Parties(route)
-        self.charges = Charges(route)
+        self.charges: Final = Charges(route)
+        self._allowed: Final = NetworkSet(route.allow_from)
+        self._proxies: Final = NetworkSet(route.proxy_protocol)
         self._pool: Final = new_pairing_pool()
         self._pairing_limits = _pairing_limits(route, limits, policy_ends_pairings)
         # The pairings of a route that this one replaces go on for a while, and at the rate of one budget together.
@@ -92,7 +94,6 @@ class LiveRoute:
     def retune(self, route: Route, limits: Limits, *, policy_ends_pairings: bool) -> None:
         """Take over new limits: for legs and pairings that come from now on."""
         self.config, self.limits = route, limits
-        self.charges = Charges(route)
         self._pairing_limits = _pairing_limits(route, limits, policy_ends_pairings)
         self.lobby.max_waiting = route.limits.max_waiting_per_party
         self._set_rate(route.limits.max_bytes_per_second)
@@ -107,11 +108,11 @@ class LiveRoute:
 
     def admits_address(self, host: str) -> bool:
         """Whether a plain route's ``allow_from`` holds this source address."""
-        return _is_in(self.config.allow_from, host)
+        return host in self._allowed
 
     def comes_by_proxy(self, host: str) -> bool:
         """Whether a connection from ``host`` must begin with a PROXY header."""
-        return _is_in(self.config.proxy_protocol, host)
+        return host in self._proxies
 
     def party_by_arrival(self) -> PartyName:
         """On a plain route the party is a matter of arrival: whoever waits is met by the next, as func2."""
@@ -240,14 +241,6 @@ class LiveRoute:
 def _too_many(holder: str, held: int, of_all: str) -> Withdrawn:
     text = f"{described(holder)} has {held} of the {of_all}, and the rest is kept for others"
     return Withdrawn(Refused("limit", text, retry_after=10.0))
-
-
-def _is_in(networks: Iterable[Network], host: str) -> bool:
-    if not networks:
-        return False
-    address = ipaddress.ip_address(host)
-    mapped = getattr(address, "ipv4_mapped", None)
-    return any((mapped or address) in network for network in networks)
 
 
 def _pairing_limits(route: Route, limits: Limits, policy_ends_pairings: bool) -> PairingLimits:
