@@ -119,6 +119,15 @@ class Engine:
         if self._kept:
             data, self._kept = self._kept[:size], self._kept[size:]
             return data
+        return self._read_new(size)
+
+    def look_ahead(self) -> bytes | None:
+        """As :meth:`read`, of what has not been looked at yet; :meth:`read` still gives it."""
+        data = self._read_new(_RECORD)
+        self._kept += data or b""
+        return data
+
+    def _read_new(self, size: int) -> bytes | None:
         while True:
             try:
                 return self.tls.read(size)

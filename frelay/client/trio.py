@@ -23,7 +23,7 @@ from frelay.client.lines import Lines, look_up, numeric
 from frelay.client.signature import shows_its_options
 from frelay.client.steps import Close, Endpoint, Open, Pause, Receive, Resolve, Send, Step, drive_async
 from frelay.client.wire import CUT_BEFORE_A_WORD, FAREWELL, FAREWELL_LOOK, LONGEST_FAREWELL
-from frelay.errors import CertificateRefused, Truncated
+from frelay.errors import CertificateRefused, ConnectionBroken, Truncated
 from frelay.protocol.messages import Message, Paired
 from frelay.tcp import is_dead, unacknowledged
 
@@ -132,6 +132,10 @@ class _StreamRefused(CertificateRefused, trio.BrokenResourceError):
     """CertificateRefused for code that was written for any stream."""
 
 
+class _StreamCut(ConnectionBroken, trio.BrokenResourceError):
+    """ConnectionBroken for code that was written for any stream."""
+
+
 class TrioWire(trio.abc.HalfCloseableStream):
     """End-to-end mTLS with the other function, as a Trio stream.
 
@@ -176,10 +180,30 @@ class TrioWire(trio.abc.HalfCloseableStream):
         if data:
             try:
                 await self._transport.send_all(data)
-            except BaseException:
+            except BaseException as error:
                 # Some records may be gone and others not: what follows would not fit.
                 self._is_broken = True
+                if isinstance(error, trio.BrokenResourceError):
+                    await self._look_for_refusal()
                 raise
+
+    async def _look_for_refusal(self) -> None:
+        """Raise CertificateRefused if that is why sending broke: the alert may have come, and nobody has read it."""
+        if self._has_heard or self._is_receiving:
+            return
+        self._is_receiving = True
+        try:
+            with trio.move_on_after(FAREWELL):
+                while self._engine.look_ahead() is None:
+                    self._engine.feed(await self._transport.receive_some(_READ))
+        except (trio.BrokenResourceError, trio.ClosedResourceError, Truncated):
+            pass
+        except ssl.SSLError as error:
+            broken = self._broken(error)
+            if isinstance(broken, _StreamRefused):
+                raise broken from error
+        finally:
+            self._is_receiving = False
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """See :meth:`trio.abc.SendStream.send_all`."""
@@ -244,7 +268,7 @@ class TrioWire(trio.abc.HalfCloseableStream):
         except trio.BrokenResourceError as error:
             if self._has_heard or not isinstance(error.__cause__, ConnectionResetError):
                 raise
-            raise trio.BrokenResourceError(CUT_BEFORE_A_WORD) from error.__cause__
+            raise _StreamCut(CUT_BEFORE_A_WORD) from error.__cause__
 
     def _encrypt(self, data: memoryview) -> None:
         try:
@@ -263,8 +287,9 @@ class TrioWire(trio.abc.HalfCloseableStream):
         refusal = refusal_of_certificate(error, "server" if self._engine.tls.server_side else "client")
         if refusal is not None:
             return _StreamRefused(refusal)
-        was_cut = isinstance(error, Truncated) and not self._has_heard
-        return trio.BrokenResourceError(CUT_BEFORE_A_WORD if was_cut else str(error))
+        if isinstance(error, Truncated) and not self._has_heard:
+            return _StreamCut(CUT_BEFORE_A_WORD)
+        return trio.BrokenResourceError(str(error))
 
     async def aclose(self) -> None:
         """Send close_notify if it was not sent, let what was written arrive, and close; two seconds at most.

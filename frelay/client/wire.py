@@ -181,6 +181,30 @@ class Wire(ssl.SSLSocket):
         self._has_heard = self._has_heard or bool(data)
         return data
 
+    def send(self, data: Any, flags: int = 0) -> int:
+        """As ``SSLSocket.send``; where it breaks because our certificate was refused, CertificateRefused says so."""
+        try:
+            return super().send(data, flags)
+        except (BrokenPipeError, ConnectionResetError, ssl.SSLEOFError):
+            if not self._has_heard and not self._kept:
+                self._look_for_refusal()
+            raise
+
+    def _look_for_refusal(self) -> None:
+        """Raise CertificateRefused if its alert has come, and nobody has read it."""
+        timeout = self.gettimeout()
+        self.settimeout(0)
+        try:
+            self._kept = super().read(16384)
+        except ssl.SSLError as error:
+            text = refusal_of_certificate(error, "server" if self.server_side else "client")
+            if text is not None:
+                raise _WireRefused(text) from error
+        except OSError:
+            pass
+        finally:
+            self.settimeout(timeout)
+
     def _read_kept(self, size: int, buffer: Any) -> Any:
         self._has_heard = True
         if buffer is None:
@@ -297,9 +321,8 @@ def names_of_peer(tls: ssl.SSLObject | ssl.SSLSocket) -> list[Name]:
     """
     try:
         return read_peer(tls.getpeercert(), tls.getpeercert(True))
-    except (
-        Exception
-    ):  # foreign octets, in any field: what is not UTF-8 is UnicodeDecodeError, other things ssl.SSLError
+    except Exception:
+        # The ssl module decodes every field: UnicodeDecodeError, ssl.SSLError, or what its next version raises.
         return []
 
 
