@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import os
 import signal
 import socket
@@ -247,16 +248,20 @@ async def test_the_deadline_holds_for_a_hand_off_too(site: Site) -> None:
 @pytest.mark.load
 async def test_a_second_sigterm_does_not_wait_for_strangers(site: Site) -> None:
     """TESTPLAN 46: a connection in mid-handshake does not hold it up at all."""
-    async with site.process(OPEN, sections="[limits]\nhandshake_timeout = 60\n") as relay:
-        await site.connect(relay, "func1")
-        one, two = await join_ends(site, relay)
-        await draining(relay)
-        began = time.monotonic()
-        relay.signal(signal.SIGTERM)
-        assert await one.ended() == "reset"
-        assert await two.ended() == "reset"
-        assert await relay.exit_code() == 1
-        assert time.monotonic() - began < 2.5
+    took: list[float] = []
+    # A relay that still heard the stranger out would take 3.5 s each time; this one does so on a busy machine at most.
+    while len(took) < 3 and min(took, default=math.inf) >= 2.5:
+        async with site.process(OPEN, sections="[limits]\nhandshake_timeout = 60\n") as relay:
+            await site.connect(relay, "func1")
+            one, two = await join_ends(site, relay)
+            await draining(relay)
+            began = time.monotonic()
+            relay.signal(signal.SIGTERM)
+            assert await one.ended() == "reset"
+            assert await two.ended() == "reset"
+            assert await relay.exit_code() == 1
+            took.append(time.monotonic() - began)
+    assert min(took) < 2.5
 
 
 async def test_sighup_during_the_drain_is_harmless(site: Site) -> None:

@@ -308,7 +308,7 @@ async def test_its_own_limit_ends_the_waiting(functions: Functions, runtime: Run
             ended = await functions.run(runtime, relay, "func1", wait=1)
         assert ended.returncode == 1
         assert b"waiting" in ended.stderr
-        assert 1 <= time.monotonic() - began < 10
+        assert 1 <= time.monotonic() - began < 30  # the relay alone would end it after 60
 
 
 @pytest.mark.parametrize("runtime", OURS)

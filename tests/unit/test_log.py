@@ -87,7 +87,7 @@ def test_a_full_pipe_costs_no_time_and_what_is_missing_is_told_in_its_place() ->
         began = time.monotonic()
         for number in range(1000):
             writer.write(f"{number}\n")
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 20  # a write to the full pipe would never return
         assert os.read(reading, stuffing) == b"x" * stuffing
         wait_until(lambda: not writer._queue)
         writer.write("after\n")
@@ -118,7 +118,7 @@ def test_an_end_does_not_wait_for_a_reader_that_never_comes() -> None:
         writer.write("stuck\n")
         began = time.monotonic()
         writer.close(patience=0.1)
-        assert 0.1 <= time.monotonic() - began < 2
+        assert 0.1 <= time.monotonic() - began < 20  # without patience it would wait for ever
 
 
 @pytest.mark.load
