@@ -301,7 +301,8 @@ class _Guard:
 
 
 def _without_port(host: str) -> str:
-    return re.sub(r":\d+\Z", "", host)
+    # A name with a dot at its end is the same name.
+    return re.sub(r":\d+\Z", "", host).removesuffix(".")
 
 
 async def _read(receive: Receive) -> bytes | None:

@@ -198,7 +198,8 @@ class Remote:
         self._name = "localhost"
         if isinstance(place.where, Address):
             self._context = _context(place, credentials)
-            self._name = credentials.server_name or _reachable(place.where.host)
+            # A dot at the end is for the look-up; certificates have names without.
+            self._name = (credentials.server_name or _reachable(place.where.host)).removesuffix(".")
         host = f"[{self._name}]" if ":" in self._name else self._name
         self._connection: Final = _Connection(host, self._dial)
         self._is_kept = False

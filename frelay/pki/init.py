@@ -39,7 +39,7 @@ crl = "certs/crl.pem"               # ... unless it is revoked here; out of date
 ADMIN
 [[route]]
 name = "demo"
-listen = "127.0.0.1:9001"           # "0.0.0.0:9001" for functions on other machines
+listen = "127.0.0.1:9001"           # ["0.0.0.0:9001", "[::]:9001"] for functions on other machines
 func1 = "dns:func1.demo"            # ... but only these two are let in: one function for each party,
 func2 = "dns:func2.demo"            # known by the names in its certificate
 """

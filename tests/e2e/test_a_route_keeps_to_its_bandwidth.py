@@ -351,3 +351,22 @@ async def test_a_reload_changes_the_rate_of_those_who_share_it(site: Site) -> No
         pumps = [list(pairing._pumps.values()) for pairing in relay.relay.pairings]
         # And no turns are taken by the last one.
         assert [isinstance(one, StreamPump) for one, _ in pumps] == [False, True, True, False]
+
+
+async def test_a_replaced_route_and_its_old_pairings_share_one_budget(site: Site) -> None:
+    """Otherwise a change of its parties would double what it may carry, for as long as the old pairings last."""
+    sections = "[relay]\npolicy_ends_pairings = false\n"
+    async with site.relay(OPEN + MODERATE, sections=sections) as relay:
+        old = await join_ends(site, relay)
+        budget = _no_turn_for_an_hour(relay)
+        site.write((OPEN + MODERATE).replace('"dns:func1.demo"', '"dns:*.demo"'), sections=sections)
+        changes = await relay.relay.reload()
+        assert [replaced.changed for replaced in changes.replace] == [("func1",)]
+        await old[0].send(block(1000))
+        old_pairing = next(iter(relay.relay.pairings))
+        await eventually(lambda: old_pairing._pumps["func1"].is_held_back, "the old one waits")
+        assert relay.relay.routes["demo"]._bandwidth is budget
+        site.write(OPEN.replace('"dns:func1.demo"', '"dns:*.demo"'), sections=sections)
+        await relay.relay.reload()
+        # None at all, and neither for those who wait for a turn of the old one.
+        assert await old[1].receive_exactly(1000) == block(1000)

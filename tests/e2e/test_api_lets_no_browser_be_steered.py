@@ -31,7 +31,9 @@ async def test_a_foreign_host_is_refused(site: Site, host: str) -> None:
         assert list(relay.relay.routes) == ["demo"]
 
 
-@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:8080", "127.0.0.1:9", "[::1]:1234"])
+@pytest.mark.parametrize(
+    "host", ["localhost", "LOCALHOST:8080", "localhost.", "localhost.:8080", "127.0.0.1:9", "[::1]:1234"]
+)
 async def test_the_names_of_this_machine_are_welcome(site: Site, host: str) -> None:
     """As `ssh -L` makes them, with any port."""
     async with site.relay(DEMO, sections=ADMIN), admin(site) as api:

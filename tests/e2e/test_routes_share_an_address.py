@@ -64,6 +64,10 @@ async def test_join_route_chooses(site: Site, chosen: str) -> None:
         ("a.relay.test", "a"),
         ("a.b.relay.test", "a.b"),
         ("a.bc.relay.test", "a"),
+        # With a dot at its end it is the same name, which not every client takes off.
+        ("demo.relay.test.", "demo"),
+        ("a.b.relay.test.", "a.b"),
+        ("a.b.", "a.b"),
     ],
 )
 async def test_the_server_name_chooses(site: Site, server_name: str, chosen: str) -> None:

@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from manager import Manager, activated, listening
-from rig import DEMO, FRELAY_RUN, PATIENCE, RelayProcess, Site, pair
+from rig import DEMO, FRELAY_RUN, PATIENCE, RelayProcess, Site, pair, reserved_port
 
 TWO: Final = DEMO + DEMO.replace('"demo"', '"other"')
 
@@ -198,6 +198,20 @@ async def test_any_route_of_a_shared_address_may_name_it(site: Site) -> None:
         async with relay_with(site, [("other", sock)], route(port) + route(port, "other")):
             await check_that_they_meet(site, port, "demo")
             await check_that_they_meet(site, port, "other")
+
+
+async def test_a_route_with_several_addresses_takes_a_socket_for_each(site: Site) -> None:
+    """All by its name; and an address that systemd has none for is bound by the relay."""
+    with listening() as one, listening("127.0.0.2") as two, reserved_port() as free:
+        (_, port), there = one.getsockname(), two.getsockname()
+        passed = [f"127.0.0.1:{port}", f"127.0.0.2:{there[1]}"]
+        own = f"127.0.0.1:{free}"
+        text = route(9001).replace('"127.0.0.1:9001"', f'["{passed[0]}", "{own}", "{passed[1]}"]')
+        async with relay_with(site, [("demo", two), ("demo", one)], text) as relay:
+            assert (await relay.log("listening", route="demo"))["address"] == f"{passed[0]}, {own}, {passed[1]}"
+            await check_that_they_meet(site, port, "demo")
+            await check_that_they_meet(site, free, "demo")
+            await (await trio.open_tcp_stream(*there)).aclose()
 
 
 async def test_a_socket_that_nobody_claims_is_a_warning_that_says_how(site: Site) -> None:

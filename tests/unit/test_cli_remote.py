@@ -196,6 +196,17 @@ def test_an_address_needs_certificates(given: Credentials, missing: str) -> None
         Remote(parse_place("127.0.0.1:1", "--admin"), given)
 
 
+@pytest.mark.parametrize("given", [Credentials(), Credentials(server_name="relay.demo.")])
+def test_a_name_with_a_dot_at_its_end_is_looked_for_without(
+    given: Credentials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dot is for the resolver; no certificate has it."""
+    monkeypatch.setattr("frelay.cli.remote._context", lambda *_: None)
+    with Remote(parse_place("relay.demo.:1", "--admin"), given) as remote:
+        assert remote._name == "relay.demo"
+        assert str(remote.place.where) == "relay.demo.:1"
+
+
 def test_certificates_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(CertificateError, match="ca: there is no file"):
         Remote(parse_place("127.0.0.1:1", "--admin"), Credentials(cert=tmp_path / "c", ca=tmp_path / "ca"))
