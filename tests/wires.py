@@ -112,8 +112,11 @@ def fake_relay(
     *,
     alpn: Sequence[str] = ("frelay/1",),
     change: Callable[[ssl.SSLContext], None] | None = None,
+    listeners: list[socket.socket] | None = None,
 ) -> Iterator[str]:
     """The address of a server that runs ``script`` with the first connection's TLS, and closes it.
+
+    It is in ``listeners``, if that is given, for a script that takes more connections.
 
     What the script raises fails the test, except that the other side has gone.
     """
@@ -145,6 +148,8 @@ def fake_relay(
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(PATIENCE)
+        if listeners is not None:
+            listeners.append(listener)
         thread = threading.Thread(target=serve, args=(listener,), daemon=True)
         thread.start()
         try:

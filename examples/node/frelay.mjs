@@ -23,6 +23,21 @@ const JOIN = 0x01, PONG = 0x02, WAITING = 0x11, PING = 0x12, PAIRED = 0x13, REFU
 const ADVISORY = 0x80; // this type and those above it are skipped when unknown
 const MAX_PAYLOAD = 4096;
 
+/** `text` with each character escaped that could forge a line, move a cursor or change the reading direction. */
+export function printable(text) {
+  return text.replace(/[\p{C}\p{Zl}\p{Zp}]/gu, (char) => `\\u{${char.codePointAt(0).toString(16)}}`);
+}
+
+/** An error that says so if `error` is the other side's alert about our certificate; else `error` itself. */
+export function explain(error) {
+  const [, alert] = /_ALERT_(\w*CERTIFICATE\w*|UNKNOWN_CA|ACCESS_DENIED)$/.exec(error.code ?? '') ?? [];
+  if (alert === undefined) {
+    return error;
+  }
+  const name = alert.toLowerCase().replaceAll('_', ' ');
+  return new Error(`the other side refused this function's own certificate (${name})`, { cause: error });
+}
+
 /** The relay's no. `retryAfter` is in seconds, or null where a retry will not help without a change. */
 export class Refused extends Error {
   constructor({ code, reason, retry_after: retryAfter = null }) {
@@ -83,10 +98,12 @@ async function joinAndMeet(options, sockets) {
   }));
   await once(socket, 'connect');
   const under = mode === 'handoff' ? new OneRecordAtATime(socket) : socket;
+  // The dot that makes a name absolute is for the look-up; certificates and SNI have none.
+  const [servername, name] = [options.servername, host].map((one) => one?.replace(/\.$/, ''));
   const outer = tls.connect({
     socket: under,
-    servername: options.servername ?? (net.isIP(host) ? undefined : host),
-    host, // whose name or address the relay's certificate must have
+    servername: servername ?? (net.isIP(name) ? undefined : name),
+    host: name, // whose name or address the relay's certificate must have
     ca: options.ca,
     allowPartialTrustChain: true, // an issuing authority is enough as `ca`, from Node 20.18 on
     cert: options.cert,
@@ -143,7 +160,15 @@ async function receive(outer) {
     throw new Error('not a frame of frelay/1');
   }
   const body = length ? await take(outer, length) : Buffer.from('{}');
-  return [header[0], header[0] < ADVISORY ? JSON.parse(body) : {}];
+  if (header[0] >= ADVISORY) {
+    return [header[0], {}];
+  }
+  // Here all text of the relay comes in; none of it may steer the terminal that it is shown on.
+  const payload = JSON.parse(body, (_, value) => (typeof value === 'string' ? printable(value) : value));
+  if (payload === null || typeof payload !== 'object' || Array.isArray(payload)) {
+    throw new Error('not a frame of frelay/1');
+  }
+  return [header[0], payload];
 }
 
 /** Exactly `size` bytes of the outer TLS; an end or an error before that is an error. */
@@ -277,7 +302,16 @@ async function showTicket(outer, first, ticket, sockets) {
   const socket = track(sockets, net.connect({ host, port, allowHalfOpen: true, noDelay: true }));
   await once(socket, 'connect');
   socket.write(`FRELAY/1 ${ticket}\n`);
-  await readToEnd(outer); // the relay ends the outer TLS when it has the ticket, and not otherwise
+  // The relay ends the outer TLS when it has the ticket, and not otherwise. That connection may break instead: the ticket
+  // is on its way, and if the relay has gone the second connection tells.
+  while (!outer.readableEnded && !outer.destroyed) {
+    if (outer.read() !== null) {
+      throw new Error('the hand-off failed: the relay sent data after PAIRED');
+    }
+    if (!outer.readableEnded) {
+      await change(outer).catch(() => {});
+    }
+  }
   outer.end();
   return socket;
 }
@@ -294,13 +328,14 @@ async function meet(raw, role, { cert, key, ca, peerCa = ca, peer }, sockets) {
     // Functions have no host names: checkPeer does it.
     wire = track(sockets, tls.connect({ ...common, socket: raw, checkServerIdentity: () => undefined }));
     await once(wire, 'secureConnect');
+    // Its server has not judged our certificate yet: a refusal comes as an error of the first read. See explain().
   } else {
     // Not `new TLSSocket(raw, { isServer: true })`: nobody would look at the client's certificate there.
     const server = tls.createServer({ ...common, requestCert: true });
     raw.allowHalfOpen = false; // until TLS is up: or an end before that would be no event at all
     server.emit('connection', raw);
     wire = await new Promise((resolve, reject) => {
-      server.once('tlsClientError', reject).once('secureConnection', (socket) => {
+      server.once('tlsClientError', (error) => reject(explain(error))).once('secureConnection', (socket) => {
         socket.allowHalfOpen = true;
         resolve(track(sockets, socket));
       });
@@ -319,7 +354,8 @@ function checkPeer(certificate, expected) {
     ? uris.length === 1 && uris[0] === expected // of several nobody could say which one is meant
     : dns.includes(expected.toLowerCase());
   if (!isExpected) {
-    throw new Error(`the other function shows ${[...dns, ...uris].join(', ') || 'no name'}, where ${expected} was expected`);
+    const shown = printable([...dns, ...uris].slice(0, 8).join(', ')) || 'no name';
+    throw new Error(`the other function shows ${shown}, where ${expected} was expected`);
   }
 }
 

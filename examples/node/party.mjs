@@ -5,7 +5,7 @@
 import { readFileSync } from 'node:fs';
 import { pipeline } from 'node:stream/promises';
 import { parseArgs } from 'node:util';
-import { connect, Refused } from './frelay.mjs';
+import { connect, explain, printable, Refused } from './frelay.mjs';
 
 const text = { type: 'string' };
 const { values } = parseArgs({
@@ -40,7 +40,7 @@ try {
   // Two directions, and each ends by itself.
   await Promise.all([pipeline(process.stdin, wire), pipeline(wire, process.stdout)]);
 } catch (error) {
-  console.error(`party: ${error.message}`);
+  console.error(`party: ${printable(explain(error).message.trim())}`);
   process.exitCode = error instanceof Refused ? 3 : 1;
 }
 process.exit();

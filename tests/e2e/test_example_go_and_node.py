@@ -7,7 +7,10 @@ by itself.
 from __future__ import annotations
 
 import os
+import re
+import socket
 import ssl
+import struct
 import subprocess
 import sys
 import time
@@ -22,12 +25,14 @@ import pytest
 import trio
 from cryptography.hazmat.primitives.serialization import Encoding
 
+import frelay
 from certs import TestAuthority
 from ends import block
 from frelay.pki.files import certificates_pem
 from frelay.protocol.identity import spki_of_certificate
 from rig import DEMO, PATIENCE, RelayInProcess, Site, frame
 from tools import tool
+from wires import fake_relay, read_frame
 
 # The first build may have to compile Go's standard library.
 pytestmark = pytest.mark.timeout(300)
@@ -297,6 +302,97 @@ async def test_a_refusal_says_why(functions: Functions, runtime: Runtime) -> Non
         with trio.fail_after(PATIENCE):
             ended = await functions.run(runtime, relay, "func3")
         assert (ended.returncode, b"not-authorised" in ended.stderr) == (3, True), ended.stderr
+
+
+@pytest.mark.parametrize("runtime", OURS)
+async def test_what_a_relay_says_steers_no_terminal(functions: Functions, runtime: Runtime) -> None:
+    """Nor does it end the function in any other way than by an error."""
+    said = {
+        "text": frame("REFUSED", {"code": "limit", "reason": "a\x1b[2J\nfrelay: b\u202e\x9b", "retry_after": 1e308}),
+        "no object": frame("PING", b"null"),
+        "no JSON": frame("WAITING", b"{" * 4000),
+        "no text": frame("REFUSED", b'{"code": 1, "reason": {"a": "\\u001b"}, "retry_after": "x"}'),
+    }
+    for what, frames in said.items():
+
+        def script(tls: ssl.SSLSocket, frames: bytes = frames) -> None:
+            read_frame(tls)
+            tls.sendall(frames)
+
+        with fake_relay(functions.site, script) as address, trio.fail_after(PATIENCE):
+            command = functions.command(runtime, int(address.split(":")[1]), "func1", "dns:func2.demo", "handoff", 20)
+            ended = await trio.run_process(command, capture_stderr=True, check=False)
+        assert ended.returncode == 3 if what == "text" else ended.returncode in (1, 3)
+        (line,) = ended.stderr.decode().splitlines()
+        assert line.isprintable(), (what, line)
+        assert "    at " not in line, "a stack trace"
+
+
+@pytest.mark.parametrize("runtime", OURS)
+@pytest.mark.parametrize("me", ["func1", "func2"])
+async def test_it_is_told_that_its_own_certificate_was_refused(functions: Functions, runtime: Runtime, me: str) -> None:
+    """By its first read, as the TLS client (func1); before that as the server."""
+    site = functions.site
+    other = "func2" if me == "func1" else "func1"
+    stranger = TestAuthority("another CA").write(site.directory, "another")
+    async with site.relay() as relay:
+        ended: list[subprocess.CompletedProcess[bytes]] = []
+
+        async def run() -> None:
+            ended.append(await functions.run(runtime, relay, me, b"question"))
+
+        with trio.fail_after(PATIENCE * 2):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(run)
+                cert, key = site.paths[other]
+                with pytest.raises(frelay.PeerIdentityMismatch):
+                    await frelay.client.trio.connect(
+                        f"localhost:{relay.port()}",
+                        cert=cert,
+                        key=key,
+                        ca=site.ca_path,
+                        inner_ca=stranger,
+                        peer=f"dns:{me}.demo",
+                    )
+        assert ended[0].returncode == 1
+        said = ended[0].stderr.decode()
+        assert re.search("unknown (ca|certificate authority)|may have refused this function's certificate", said), said
+
+
+@pytest.mark.parametrize("runtime", OURS)
+async def test_the_first_connection_of_a_ticket_may_break(functions: Functions, runtime: Runtime) -> None:
+    """Once the ticket is on its way; the pairing goes on over the second connection."""
+    site = functions.site
+    ticket = "00" * 32
+    heard: list[bytes] = []
+    inner = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    inner.load_cert_chain(*site.paths["func2"])
+
+    def script(tls: ssl.SSLSocket) -> None:
+        read_frame(tls)
+        paired = {"pairing": "1", "route": "demo", "peer": "dns:func2.demo", "role": "client", "mode": "ticket"}
+        tls.sendall(frame("PAIRED", {**paired, "ticket": ticket, "limits": {}}))
+        raw, _ = listeners[0].accept()
+        raw.settimeout(PATIENCE)
+        line = b""
+        while not line.endswith(b"\n"):
+            line += raw.recv(1)
+        assert line == f"FRELAY/1 {ticket}\n".encode()
+        tls.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        tls.close()
+        with raw, inner.wrap_socket(raw, server_side=True) as wire:
+            heard.append(wire.recv(100))
+            wire.sendall(b"answer")
+            wire.unwrap()
+
+    listeners: list[socket.socket] = []
+    with fake_relay(site, script, listeners=listeners) as address, trio.fail_after(PATIENCE):
+        command = functions.command(runtime, int(address.split(":")[1]), "func1", "dns:func2.demo", "ticket", 20)
+        ended = await trio.run_process(
+            command, stdin=b"question", capture_stdout=True, capture_stderr=True, check=False
+        )
+    assert heard == [b"question"], ended.stderr
+    assert ended.stdout == b"answer", ended.stderr
 
 
 @pytest.mark.load

@@ -23,9 +23,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
+	"strconv"
 	"strings"
 	"time"
+	"unicode"
 )
 
 // Config says which route to join, as whom, and whom to expect there.
@@ -64,6 +67,9 @@ const (
 
 const maxPayload = 4096
 
+// In seconds.
+const longestRetryAfter = 86400
+
 // Of an orderly TLS end, or a TLS handshake, after PAIRED: the relay's own limit is 5 to 10 seconds.
 const handOffTimeout = 15 * time.Second
 
@@ -81,6 +87,8 @@ func Connect(ctx context.Context, config Config) (*tls.Conn, error) {
 		}
 		serverName = host
 	}
+	// The dot that makes a name absolute is for the look-up; certificates and SNI have none.
+	serverName = strings.TrimSuffix(serverName, ".")
 	var dialer net.Dialer
 	conn, err := dialer.DialContext(ctx, "tcp", config.Address)
 	if err != nil {
@@ -191,7 +199,9 @@ func join(outer *tls.Conn, config Config) (*message, error) {
 		case kind == frameRefused:
 			refused := &Refused{Code: received.Code, Reason: received.Reason, RetryAfter: -1}
 			if received.RetryAfter != nil {
-				refused.RetryAfter = time.Duration(*received.RetryAfter * float64(time.Second))
+				// A Duration ends after 292 years, and a relay may name any number.
+				seconds := math.Max(0, math.Min(*received.RetryAfter, longestRetryAfter))
+				refused.RetryAfter = time.Duration(seconds * float64(time.Second))
 			}
 			return nil, refused
 		case kind == framePaired && received.Mode == mode && (received.Role == "client" || received.Role == "server"):
@@ -236,15 +246,21 @@ func showTicket(ctx context.Context, outer *tls.Conn, ticket string) (net.Conn, 
 	if _, err := io.WriteString(conn, "FRELAY/1 "+ticket+"\n"); err != nil {
 		return conn, fmt.Errorf("the ticket could not be shown: %w", err)
 	}
-	// The relay ends the outer TLS when it has the ticket, and not otherwise.
-	return conn, readToEnd(outer)
+	// The relay ends the outer TLS when it has the ticket, and not otherwise. That connection may break instead: the
+	// ticket is on its way, and if the relay has gone this connection tells.
+	if err := readToEnd(outer); err == errData {
+		return conn, err
+	}
+	return conn, nil
 }
+
+var errData = errors.New("the hand-off failed: the relay sent data after PAIRED")
 
 func readToEnd(outer *tls.Conn) error {
 	var one [1]byte
 	n, err := outer.Read(one[:])
 	if n > 0 {
-		return errors.New("the hand-off failed: the relay sent data after PAIRED")
+		return errData
 	}
 	if err != io.EOF {
 		return fmt.Errorf("the hand-off failed: %w", err)
@@ -282,6 +298,15 @@ func meet(ctx context.Context, raw net.Conn, role string, config Config) (*tls.C
 	raw.SetDeadline(time.Now().Add(handOffTimeout))
 	if err := wire.HandshakeContext(ctx); err != nil {
 		raw.Close()
+		if text := err.Error(); strings.HasPrefix(text, "remote error: tls:") && strings.Contains(text, "certificate") {
+			// A TLS client learns this only when it first reads: its handshake ends before the server has judged it.
+			return nil, fmt.Errorf("the other function refused this function's own certificate: %w", err)
+		}
+		if role == "server" && strings.Contains(err.Error(), "bad record MAC") {
+			// A TLS 1.3 client that refuses a certificate has no keys yet to encrypt the alert with, and crypto/tls takes
+			// an alert in the clear for a record that was changed.
+			return nil, fmt.Errorf("the other function may have refused this function's certificate: %w", err)
+		}
 		return nil, fmt.Errorf("no TLS with the other function: %w", err)
 	}
 	raw.SetDeadline(time.Time{})
@@ -321,7 +346,11 @@ func verifyPeer(state tls.ConnectionState, pool *x509.CertPool, usage x509.ExtKe
 			}
 		}
 	}
-	return fmt.Errorf("the other function shows %v %v, where %s was expected", leaf.DNSNames, leaf.URIs, expected)
+	shown := printable(fmt.Sprint(leaf.DNSNames, leaf.URIs))
+	if len(shown) > 1000 {
+		shown = shown[:1000] + "..."
+	}
+	return fmt.Errorf("the other function shows %s, where %s was expected", shown, expected)
 }
 
 func splitPeer(expected string) (kind, want string, err error) {
@@ -366,7 +395,22 @@ func readFrame(reader io.Reader) (byte, *message, error) {
 			return 0, nil, err
 		}
 	}
+	// Here all text of the relay comes in; none of it may steer the terminal that it is shown on.
+	payload.Code, payload.Reason, payload.Peer = printable(payload.Code), printable(payload.Reason), printable(payload.Peer)
 	return header[0], payload, nil
+}
+
+// printable escapes each character that could forge a line, move a cursor or change the reading direction.
+func printable(text string) string {
+	var escaped strings.Builder
+	for _, char := range text {
+		if unicode.IsPrint(char) {
+			escaped.WriteRune(char)
+		} else {
+			escaped.WriteString(strings.Trim(strconv.QuoteRuneToASCII(char), "'"))
+		}
+	}
+	return escaped.String()
 }
 
 func newUUID() (string, error) {
