@@ -7,11 +7,12 @@ were loaded (:attr:`~frelay.tls.context.OuterTls.warnings`); what is added here 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from frelay.config.model import Config, Dial, Party, Route
 from frelay.errors import Problem
+from frelay.protocol.identity import Selector
 from frelay.tls.context import OuterTls
 
 __all__ = ["doubts", "log_doubts"]
@@ -23,7 +24,8 @@ def doubts(config: Config, trust: OuterTls | None) -> tuple[Problem, ...]:
     """All doubts about ``config``, for which ``trust`` was loaded."""
     if trust is None:
         return ()
-    return (*trust.warnings, *(found for route in config.routes for found in _of_route(route, trust)))
+    routes = (found for route in config.routes for found in _of_route(route, trust))
+    return (*trust.warnings, *routes, *_of_admin(config, trust))
 
 
 def log_doubts(config: Config, trust: OuterTls | None, log: Any) -> None:
@@ -35,16 +37,26 @@ def log_doubts(config: Config, trust: OuterTls | None, log: Any) -> None:
 
 
 def _of_route(route: Route, trust: OuterTls) -> Iterator[Problem]:
-    if route.outer == "none" or not trust.is_open:
+    if route.outer == "none":
         return
     sides: tuple[tuple[str, Party], ...] = (("func1", route.func1), ("func2", route.func2))
     for party, side in sides:
-        if isinstance(side, Dial) or any(limits.permit(one) for limits in trust.name_limits for one in side):
-            continue
-        names = ", ".join(map(str, side[:_SHOWN])) + (", ..." if len(side) > _SHOWN else "")
-        yield Problem(
-            route.source,
-            f"no certificate can fit {names}: the name constraints of every authority of tls.client_ca exclude it; "
-            "choose a name that they permit, or add the authority that may give this one",
-            key=f"route[{route.name}].{party}",
-        )
+        if not isinstance(side, Dial) and (text := _nobody_fits(side, trust)) is not None:
+            yield Problem(route.source, text, key=f"route[{route.name}].{party}")
+
+
+def _of_admin(config: Config, trust: OuterTls) -> Iterator[Problem]:
+    allow = () if config.admin is None else config.admin.allow
+    if allow and (text := _nobody_fits(allow, trust)) is not None:
+        yield Problem(config.path, text, key="admin.allow")
+
+
+def _nobody_fits(selectors: Sequence[Selector], trust: OuterTls) -> str | None:
+    """Why no certificate can fit any of ``selectors``, if that is certain."""
+    if not trust.is_open or any(limits.permit(one) for limits in trust.name_limits for one in selectors):
+        return None
+    names = ", ".join(map(str, selectors[:_SHOWN])) + (", ..." if len(selectors) > _SHOWN else "")
+    return (
+        f"no certificate can fit {names}: the name constraints of every authority of tls.client_ca exclude it; choose "
+        "a name that they permit, or add the authority that may give this one"
+    )

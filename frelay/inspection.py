@@ -15,6 +15,7 @@ after each, and a certificate that many legs share is verified once.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
@@ -28,11 +29,12 @@ from frelay.protocol.messages import PartyName, Refused
 from frelay.route import LiveRoute
 from frelay.tls.context import Credential, OuterTls, Rejection
 
-__all__ = ["follow_clock", "judge_again"]
+__all__ = ["follow_clock", "judge_again", "reload_at_expiry"]
 
 # Seconds. notAfter counts whole ones, and a clock that NTP slews takes half an hour to get this far off.
 _CLOCK_LOOK: Final = 1.0
 _CLOCK_TOLERANCE: Final = 1.0
+_LONGEST_SLEEP: Final = 60.0
 _PARTIES: Final[tuple[PartyName, ...]] = ("func1", "func2")
 # How many are woken before everybody else has a turn.
 _AT_ONCE: Final = 64
@@ -98,6 +100,25 @@ async def follow_clock(routes: Callable[[], Iterable[LiveRoute]]) -> None:
             reckon_expiry()
             if number % _AT_ONCE == 0:
                 await trio.lowlevel.checkpoint()
+
+
+async def reload_at_expiry(trust: Callable[[], OuterTls | None], request_reload: Callable[[], None]) -> None:
+    """Request a reload whenever an authority in force has expired; ``trust`` gives what is in force.
+
+    An expired one is left out of what is loaded. Until then it could stand in the way: of a newer certificate with its
+    name, or of an authority that it once issued and that is trusted by itself.
+    """
+    told = 0.0
+    while True:
+        found = trust()
+        end = math.inf if found is None else found.authorities_not_after
+        # OpenSSL counts whole seconds.
+        left = end + 1.0 - time.time()
+        if left <= 0 and end != told:
+            told = end
+            request_reload()
+        # Not all at once, for the clock may be set meanwhile.
+        await trio.sleep(min(max(left, _CLOCK_LOOK), _LONGEST_SLEEP))
 
 
 def _ahead() -> float:

@@ -37,7 +37,7 @@ from frelay.config.watch import Watcher
 from frelay.doubts import log_doubts
 from frelay.errors import ConfigError, Problem
 from frelay.in_force import InForce
-from frelay.inspection import follow_clock
+from frelay.inspection import follow_clock, reload_at_expiry
 from frelay.journal import Draining, Journal, PairingEnded, PairingStarted
 from frelay.listener import Listener
 from frelay.lobby import Withdrawn
@@ -263,6 +263,8 @@ class Relay:
                     root.start_soon(follow_clock, lambda: self._now.all_routes)
                     if self._watch_files:
                         root.start_soon(self._reloader.watch, watcher)
+                        # Only here: elsewhere nothing is to be read again before somebody asks for it.
+                        root.start_soon(reload_at_expiry, lambda: self._now.trust, self.request_reload)
                     task_status.started()
                     await self._draining.wait()
                 root.cancel_scope.cancel(reason="the relay has drained")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from frelay.cli.check import load_and_prepare, report_problems
+from frelay.cli.check import as_json_object, load_and_prepare, report_problems
 from frelay.cli.remote import CallFailed, Credentials, Place, Remote, find, place_in_file
 from frelay.cli.text import bold, count
 from frelay.config.load import load
@@ -62,11 +62,13 @@ def plan(asked: Asked, *, running: Path | None, as_json: bool) -> int:
         return code
     if isinstance(before, CallFailed):
         raise before
-    for doubt in () if as_json else doubts(new, trust):
+    found_doubts = doubts(new, trust)
+    for doubt in () if as_json else found_doubts:
         print(f"warning: {doubt}", file=sys.stderr)
     found = planned(before.config, new)
     if as_json:
-        print(json.dumps(_as_json(found, before, new)))
+        warnings = [as_json_object(doubt) for doubt in found_doubts]
+        print(json.dumps({**_as_json(found, before, new), "warnings": warnings}))
     else:
         for line in lines(found, before, new):
             print(line)

@@ -147,6 +147,22 @@ async def test_its_own_list_is_enough(pki: Pki, shown: str) -> None:
         assert "revoked" in await refusal(pki, relay, "bad")
 
 
+async def test_another_root_of_its_issuers_name_changes_nothing(pki: Pki) -> None:
+    """That one's list is of the name that the anchor's issuer has, and of another key."""
+    twin = TestAuthority.root_for_intermediates()
+    assert twin.authority.certificate.subject == pki.issuing.authority.certificate.issuer
+    bad = pki.site.add("bad", pki.issuing.party(dns=["func1.demo"]))
+    pki.trust(pki.issuing, twin)
+    pki.lists(pki.issuing.crl(revoked=[bad]), twin.crl())
+    async with pki.site.relay(OPEN, crl=True) as relay:
+        await meet(pki, relay)
+        assert "revoked" in await refusal(pki, relay, "bad")
+        ends = await join_ends(pki.site, relay)
+        await relay.relay.reload()
+        await inspected(relay)
+        await talk(*ends)
+
+
 async def test_an_authority_below_it_needs_a_list_too(pki: Pki) -> None:
     below = pki.issuing.intermediate("below")
     for name in NAMES:

@@ -129,6 +129,27 @@ async def test_a_root_that_has_expired_above_an_issuing_authority_that_has_not(s
         await meet(site, relay)
 
 
+async def test_a_root_that_expires_while_the_relay_runs(site: Site) -> None:
+    """Until it is loaded without that root, the relay would hold it against everybody below."""
+    root = TestAuthority.root_for_intermediates("old root", not_after=datetime.now(UTC) + timedelta(seconds=4))
+    issuing = root.intermediate("issuing CA")
+    for name in ("func1", "func2"):
+        site.add(name, issuing.party(dns=[f"{name}.demo"]))
+    trust(site, certificate(root), certificate(issuing))
+    async with site.relay(watch=True) as relay:
+        assert not relay.logged("configuration warning")
+        await relay.log("reloaded")
+        assert "CN=old root expired on" in (await relay.log("configuration warning"))["problem"]
+        await meet(site, relay)
+
+
+async def test_workers_leave_the_warning_to_their_supervisor(site: Site) -> None:
+    trust(site, site.ca.root, certificate(TestAuthority.root_for_intermediates("old root", not_after=ago())))
+    async with site.process(workers=2) as relay:
+        await pair(await site.party(relay, "func1"), await site.party(relay, "func2"))
+        assert len(relay.logged("configuration warning")) == 1
+
+
 async def test_an_expired_cross_sign_beside_the_root_itself(site: Site) -> None:
     key = ec.generate_private_key(ec.SECP256R1())
     root = TestAuthority.root_for_intermediates("new root", key=key)

@@ -243,6 +243,15 @@ def test_a_name_that_no_authority_may_give(site: Site, selector: str, fits: bool
     assert said.stderr == "" if fits else f"route[demo].func1: no certificate can fit {selector}: " in said.stderr
 
 
+def test_an_operator_whom_no_authority_may_name(site: Site) -> None:
+    trust(site, TestAuthority.root_for_intermediates("acme CA", critical=[ONLY_ACME]))
+    admin = '[admin]\nlisten = "127.0.0.1:0"\nallow = ["dns:operator.demo"]\n'
+    routes = DEMO.replace(".demo", ".acme")
+    said = frelay_command("check", "-c", site.write(routes, sections=admin))
+    assert said.code == 0
+    assert "admin.allow: no certificate can fit dns:operator.demo" in said.stderr
+
+
 def test_a_name_that_is_excluded(site: Site) -> None:
     excluded = x509.NameConstraints(None, [x509.DNSName("func1.demo")])
     trust(site, TestAuthority.root_for_intermediates("strict CA", critical=[excluded]))

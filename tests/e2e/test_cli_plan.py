@@ -66,6 +66,7 @@ async def test_everything_that_can_change(site: Site) -> None:
     assert plan == {
         "ok": True,
         "problems": [],
+        "warnings": [],
         "changes": True,
         "running": f"relay-1 at unix:{site.directory}/a.sock",
         "keep": [

@@ -72,7 +72,7 @@ HOUSE: Final = (
     Room("tls", "errors key_mode tcp protocol config sockets", "trio OpenSSL cryptography", "the border to OpenSSL"),
     Room("verdict", "protocol config choice tls", "", "why a certificate is let in or not, for whoever asks offline"),
     Room("refusals", "journal", "trio structlog", "of a flood so much that it can be read"),
-    Room("doubts", "errors config tls", "", "what keeps functions out, for who checks a file and who runs it"),
+    Room("doubts", "errors protocol config tls", "", "what keeps functions out, for who checks a file and who runs it"),
     Room("tickets", "admission sockets", "trio", "who brings one brings a leg, whatever that is"),
     Room("opening", "errors protocol tcp tickets", "trio", "the first bytes, while nothing is read or spent"),
     Room("leg", f"{LEAVES} admission sockets tls tickets", "trio", "one party's connection, hand-off included"),
