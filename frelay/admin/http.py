@@ -44,6 +44,7 @@ _LINGER_TIME: Final = 1.0
 _MAX_HEAD: Final = 16 * 1024
 _READ_AHEAD: Final = 64 * 1024
 _PIECE: Final = 16 * 1024
+_FED: Final = 4 * 1024
 _VERSIONS: Final = (b"1.0", b"1.1")
 _EXTENSION: Final = "frelay"
 
@@ -273,7 +274,9 @@ class _Http:
                 self._news = trio.Event()
                 await self._news.wait()
             begin()
-            data, self._ahead = bytes(self._ahead), bytearray()
+            # In small pieces: h11 looks at how long a head is only while that is not whole.
+            data = bytes(self._ahead[:_FED])
+            del self._ahead[:_FED]
             self._room.set()
             self._http.receive_data(data)
 

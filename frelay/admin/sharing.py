@@ -2,8 +2,8 @@
 
 A scrape of a large relay takes a second of the interpreter, and anybody who reaches the port may ask for one. So all
 who ask while one is made wait together for the next, and get one result. The one that is being made is not theirs: it
-began before they asked, and would tell them of a moment before. Who asks often therefore gets no more than the others,
-and after work that somebody waited for there is a pause as long as the work was: at most half of the time goes here.
+began before they asked, and would tell them of a moment before. After work for several there is a pause as long as the
+work was, so that at most half of the time goes here.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ class Batch(Generic[K, T]):
         self.results: dict[K, T] = {}
         self.done: Final = trio.Event()
         self.scope: Final = trio.CancelScope()
+        self.is_shared = False
+        """Whether several have waited for it."""
         self._waiting: Final[dict[K, int]] = {}
 
     @property
@@ -37,6 +39,7 @@ class Batch(Generic[K, T]):
 
     def join(self, kind: K) -> None:
         """One more waits for ``kind``."""
+        self.is_shared = bool(self._waiting)
         self._waiting[kind] = self._waiting.get(kind, 0) + 1
 
     def leave(self, kind: K) -> None:
@@ -89,5 +92,5 @@ class Shared(Generic[K, T]):
                     await self._work(batch)
             finally:
                 batch.done.set()
-            if self._asked.is_set():
+            if batch.is_shared or self._asked.is_set():
                 await trio.sleep(min(trio.current_time() - began, _LONGEST_PAUSE))
