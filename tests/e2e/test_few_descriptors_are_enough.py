@@ -9,7 +9,7 @@ import errno
 import signal
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Final
 
 import pytest
@@ -18,7 +18,7 @@ import trio
 import frelay.listener
 import frelay.sockets
 from admin import ADMIN, admin
-from rig import PATIENCE, RelayProcess, Site, eventually, open_descriptors, pair
+from rig import PATIENCE, RelayProcess, Site, eventually, open_descriptors, pair, reserved_port
 
 FEW: Final = ("/bin/sh", "-c", 'ulimit -n 64 && exec "$@"', "sh")
 SOFT: Final = ("/bin/sh", "-c", 'ulimit -Sn 60 && ulimit -Hn 500 && exec "$@"', "sh")
@@ -75,6 +75,39 @@ async def test_64_descriptors_and_100_connects(site: Site) -> None:
 
 
 @pytest.mark.load
+async def test_http_callers_leave_the_descriptors_that_a_reload_needs(site: Site) -> None:
+    """With legs at their budget and more callers of both servers than it has places, a revocation is still loaded."""
+    few = (*FEW[:2], 'ulimit -n 160 && exec "$@"', "sh")
+    limits = "[limits]\nmax_waiting_per_party = 300\nmax_pre_auth_per_ip = 300\nfd_budget = 1\n"
+    site.ca.write_crl(site.directory, site.ca.crl())
+    with reserved_port() as port:
+        metrics = f'[metrics]\nlisten = "127.0.0.1:{port}"\n'
+        async with (
+            site.process(sections=limits + metrics + ADMIN, crl=True, launcher=few, workers=1) as relay,
+            AsyncExitStack() as callers,
+        ):
+            waiting = 0
+            while True:
+                party = await site.party(relay, "func1")
+                await party.join()
+                if (await party.next_frame() or ("", {}))[0] != "WAITING":
+                    break
+                waiting += 1
+            assert waiting > 16
+            for _ in range(64):
+                for stream in (
+                    await trio.open_tcp_stream("127.0.0.1", port),
+                    await trio.open_unix_socket(str(site.directory / "a.sock")),
+                ):
+                    await stream.send_all(b"G")
+                    callers.push_async_callback(trio.aclose_forcefully, stream)
+            async with admin(site) as api:
+                site.ca.write_crl(site.directory, site.ca.crl(revoked=[site.credentials["func1"]], number=2))
+                assert (await api.post("/v1/reload")).status_code == 200
+            await relay.log("refused", count=waiting, code="revoked")
+            assert not relay.logged("reload refused, the old configuration stays")
+
+
 async def test_the_soft_limit_is_raised_to_the_hard_one(site: Site) -> None:
     """60 would not carry a relay and ten legs; nobody has to know about ulimit for what is allowed anyway."""
     async with site.process(sections=LIMITS + ADMIN, launcher=SOFT, workers=1) as relay, admin(site) as api:
