@@ -332,6 +332,20 @@ async def test_paired_legs_leave_descriptors_for_others(site: Site) -> None:
             assert await meet(site, relay, "func1", "func2", "other")
 
 
+async def test_both_legs_of_a_pairing_are_its_holders(site: Site) -> None:
+    """The leg of a side that only one function can fill is charged to its partner's function, or to the route."""
+    routes = route(BOTH, '"dns:func2.demo"') + route('"dns:func1.demo"', '"dns:func2.demo"', name="exact")
+    async with site.relay(routes) as relay:
+        charged = relay.relay.admission.charged
+        await joined(site, relay, "func2")
+        assert charged.held("route demo, func2") == 1
+        await joined(site, relay, "greedy")
+        await eventually(lambda: len(relay.relay.pairings) == 1, "they are paired")
+        assert (charged.held("dns:greedy.demo"), charged.held("route demo, func2")) == (2, 0)
+        assert await meet(site, relay, "func1", "func2", "exact")
+        assert (charged.held("route exact"), len(charged)) == (2, 4)
+
+
 async def test_a_ticket_connection_is_charged_like_the_leg_that_it_continues(site: Site) -> None:
     async with serving(echo) as service:
         text = dialling(service, more=OPEN).replace('"dns:func1.demo"', BOTH)

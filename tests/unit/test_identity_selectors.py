@@ -341,6 +341,8 @@ any_pattern = st.one_of(
 
 
 @unhurried
+@example([(Kind.URI, "https://acme/*")], [], [(Kind.URI, f"https://acme/{part}") for part in ("", "..", "%41", "a")])
+@example([(Kind.URI, "https://acme/*/b")], [], [(Kind.URI, f"https://acme/{part}/b") for part in ("", ".", "%", "a")])
 @given(
     patterns=st.lists(any_pattern, max_size=12),
     others=st.lists(any_pattern, max_size=3),

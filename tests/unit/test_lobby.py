@@ -220,6 +220,21 @@ def test_two_legs_are_one_attempt_by_the_name_or_by_the_certificate() -> None:
             assert Leg.is_retry_of(cast(Leg, one), cast(Leg, other)) is one.is_retry_of(other)
 
 
+def test_a_retry_makes_room_only_in_the_queue_that_it_leaves() -> None:
+    """One that comes back as the other party takes a place there, and not its old one."""
+    lobby = Lobby(max_waiting=1, clock=lambda: 0.0)
+
+    def enter(waiter: Waiter) -> None:
+        lobby.enter(cast(Leg, waiter), lambda: None, reckon_expiry=lambda: None)
+
+    enter(Waiter("func1", "dns:a.demo", "1", None))
+    enter(Waiter("func2", "dns:b.demo", "2", None))
+    assert lobby.objection(cast(Leg, Waiter("func1", "dns:a.demo", "1", None))) is None
+    refused = lobby.objection(cast(Leg, Waiter("func2", "dns:a.demo", "1", None)))
+    assert refused is not None
+    assert refused.refusal.code == "queue-full"
+
+
 def test_a_closed_lobby_empties_itself_a_few_at_a_time() -> None:
     """Each that has gone lets another go, so that thousands are never woken in one moment; nobody is forgotten."""
     lobby = Lobby(max_waiting=1000, clock=lambda: 0.0)

@@ -64,6 +64,20 @@ def test_no_holder_takes_a_whole_pool_and_a_newcomer_gets_the_last_place(size: i
     assert not pool.may_take("the next one", size)
 
 
+def test_who_holds_few_gets_more_of_what_is_kept_than_who_holds_many() -> None:
+    """One more as long as it holds fewer than are free: of the last 8 of 64, who has one already gets four."""
+    pool: Pool[int] = Pool(part=8, least=1)
+    for thing in range(55):
+        pool.take(thing, ["many"])
+    pool.take(55, ["few"])
+    granted = []
+    for thing in range(56, 64):
+        may = [holder for holder in ("many", "few", f"new {thing}") if pool.may_take(holder, 64)]
+        granted.append(may[0])
+        pool.take(thing, may[:1])
+    assert granted == ["few"] * 4 + [f"new {thing}" for thing in range(60, 64)]
+
+
 @given(st.lists(st.tuples(st.integers(0, 5), st.lists(st.sampled_from("abc"), max_size=3)), max_size=60))
 def test_what_is_given_back_is_charged_to_nobody(steps: list[tuple[int, list[str]]]) -> None:
     pool: Pool[int] = Pool(part=4, least=1)
