@@ -200,8 +200,8 @@ def plan(
 ) -> int:
     """Say what a reload with a new route file would change, and whom it would hit. Changes nothing.
 
-    Relative paths in the new file start from where the running one is, which it is to replace. A new file elsewhere
-    needs --admin or FRELAY_ADMIN, unless the admin.listen in it is absolute.
+    Relative paths in the new file start from where the running one is, which it is to replace. Where no relay is at the
+    new file's own admin.listen, it is looked for by FRELAY_CONFIG, or relay.toml here; or say which with --admin.
     Exit codes: 0 a relay would take it over, 1 it would refuse, 2 usage.
 
     --json prints ok, problems (as `check --json`), changes (whether there are any), running (where from), keep, add,

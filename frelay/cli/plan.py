@@ -32,7 +32,7 @@ __all__ = ["Running", "lines", "plan"]
 
 _ELSEWHERE: Final = (
     "No relay was found, so relative paths were taken to start from {}. "
-    "Name the relay with --admin, or its file with --running: then they start from where that file is."
+    "Name the relay with --admin, or its file with --running: then they start from where its file is."
 )
 
 # Of a list of forty selectors nobody reads the end in a line; --json has it.
@@ -96,10 +96,28 @@ def _of_file(path: Path) -> Running:
     return Running(load(path), str(path), {})
 
 
+def _place(asked: Asked, path: Path) -> Place:
+    """The relay to compare with: the one that is named, that of the new file, or that of the usual file.
+
+    -c names the new file here. Elsewhere than the running one it names a socket that is not there, or may name none.
+    """
+    if asked.admin is not None or os.environ.get("FRELAY_ADMIN"):
+        return find(asked.admin, None)
+    usual = Path(os.environ.get("FRELAY_CONFIG") or "relay.toml")
+    has_other = asked.config is not None and usual.exists() and not (path.exists() and usual.samefile(path))
+    try:
+        place = place_in_file(path)
+    except CallFailed:
+        if has_other:
+            return place_in_file(usual)
+        raise
+    if has_other and isinstance(place.where, Path) and not place.where.exists():
+        return place_in_file(usual)
+    return place
+
+
 def _of_relay(asked: Asked, path: Path) -> Running:
-    # -c names the new file here; only without another word is its [admin] also the way to the relay.
-    is_named = asked.admin is not None or os.environ.get("FRELAY_ADMIN")
-    place: Place = find(asked.admin, None) if is_named else place_in_file(path)
+    place = _place(asked, path)
     credentials = Credentials(asked.cert, asked.key, asked.ca, asked.server_name)
     with Remote(place, credentials) as remote:
         written, routes = remote.get("/v1/config"), remote.get("/v1/routes")["routes"]

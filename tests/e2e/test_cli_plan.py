@@ -144,6 +144,10 @@ async def test_a_file_elsewhere_is_read_as_if_it_stood_in_the_place_of_the_runni
         said = await ask("plan", "-c", elsewhere, "--admin", found_by)
         same = await ask("plan", "-c", "new.toml", cwd=elsewhere.parent, env={"FRELAY_ADMIN": found_by})
         lost = await ask("plan", "-c", elsewhere)
+        here = await ask("plan", "-c", elsewhere, cwd=site.directory)
+        by_file = await ask("plan", "-c", elsewhere, env={"FRELAY_CONFIG": str(site.config)})
+        elsewhere.write_text(elsewhere.read_text().replace(ADMIN, ""))
+        without = await ask("plan", "-c", elsewhere, cwd=site.directory)
     assert (said.code, said.stderr) == (0, "")
     assert said.stdout.splitlines() == [
         f"{elsewhere} against relay-1 at {found_by}, as if it were in {site.directory}:",
@@ -151,7 +155,8 @@ async def test_a_file_elsewhere_is_read_as_if_it_stood_in_the_place_of_the_runni
         "  keep     2 routes as now",
         "  bind     127.0.0.1:0 (route two)",
     ]
-    assert same == said
+    assert same == here == by_file == said
+    assert "  restart  admin: " in without.stdout
     assert lost.code == 1
     assert f"{elsewhere.parent}/{site.ca_path.name} does not exist" in lost.stderr
     assert "Name the relay with --admin, or its file with --running" in lost.messages[-1]
