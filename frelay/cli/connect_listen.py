@@ -37,6 +37,7 @@ _TRIES_WITH_BAD_FILES: Final = 3
 # A caller's socket, its watch or its wire, and in mode ticket the second connection of a join.
 _DESCRIPTORS_OF_ONE: Final = 3
 _DESCRIPTORS_OF_OURS: Final = 64
+_UNLIMITED: Final = 1_048_576  # what fs.nr_open is unless somebody has changed it
 _FULL: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _PAUSE_WHEN_FULL: Final = 0.1
 
@@ -47,8 +48,8 @@ def raise_descriptor_limit() -> int:
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     except (OSError, ValueError):
-        return soft
-    return hard
+        hard = soft
+    return _UNLIMITED if hard == resource.RLIM_INFINITY else hard
 
 
 class Port:
