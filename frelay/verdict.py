@@ -49,6 +49,7 @@ __all__ = ["Check", "Refusal", "RouteFit", "Verdict", "examine"]
 
 Result = Literal["ok", "refuses", "not reached"]
 
+_REVOKED: Final = 23
 # What OpenSSL checks, in its order (verify_chain in its crypto/x509/x509_vfy.c), and the X509_V_ERR of each. A client
 # that cannot sign with its key in TLS 1.3 shows no certificate at all, so the key comes first.
 _STAGES: Final[tuple[tuple[str, frozenset[int]], ...]] = (
@@ -60,6 +61,7 @@ _STAGES: Final[tuple[tuple[str, frozenset[int]], ...]] = (
     ("signature and dates", frozenset({4, 6, 7, 9, 10, 13, 14, 76, 77, 78})),
     ("name constraints", frozenset({47, 48, 49, 51, 52, 53})),
 )
+_OF_LISTS: Final = dict(_STAGES)["revocation"] - {_REVOKED}
 _PARTIES: Final[tuple[PartyName, ...]] = ("func1", "func2")
 _HINTS: Final = 8
 # Two letters changed places in a name of ten: 0.9. Names of one domain that have no more than that in common: 0.7.
@@ -185,6 +187,8 @@ def examine(
     hints = [] if found or identity.objection else list(_hints(facts, guarded))
     if facts.authority and not all(certificate_facts(one).authority for one in chain[1:]):
         hints.insert(0, "the file begins with the certificate of an authority; the function's own must be the first")
+    if rehearsal.rejection is not None and rehearsal.rejection.number in _OF_LISTS:
+        hints += [doubt.message for doubt in trust.warnings if doubt.key == "tls.crl"]
     warnings = tuple(_inner_warnings(chain, found))
     return Verdict(facts, tuple(checks), found, len(guarded), plain, refusal, tuple(hints[:_HINTS]), warnings)
 
@@ -336,6 +340,12 @@ def _remedy(
         case 3 | 33:
             issuer = _at(min(rejection.depth + 1, len(rehearsal.path) - 1), rehearsal)
             return f"{crl} must hold a list of every authority of the chain; add that of {issuer}"
+        case 5 | 8 | 15 | 16 | 35 | 36 | 44 | 54:
+            issuer = _at(min(rejection.depth + 1, len(rehearsal.path) - 1), rehearsal)
+            return (
+                f"the list of {issuer} in {crl} does not count for it: publish a complete one, signed by that "
+                "authority itself, and about such certificates"
+            )
         case 12 | 11:
             return f"publish a list that is in date to {crl}; `frelay ca revoke` without a certificate renews it"
         case 23 if is_own:
