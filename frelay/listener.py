@@ -25,6 +25,9 @@ from frelay.sockets import accept, close, format_address
 __all__ = ["Listener"]
 
 _PAUSE: Final = 0.1
+# Connections accepted in one pass of the event loop. One at a time, a flood before it would let the next one wait for
+# so many passes, and each of them takes as long as all that there is to do.
+_AT_ONCE: Final = 32
 # EAGAIN: somebody else was quicker. The others, after accept(2): that connection died while it queued, or a firewall
 # forbids it, which is its own business.
 _NOT_THIS_ONE: Final = frozenset(
@@ -128,7 +131,10 @@ class Listener:
             except trio.ClosedResourceError:
                 return
             try:
-                connection, place = accept(sock)
+                for _ in range(_AT_ONCE):
+                    connection, place = accept(sock)
+                    pausing = False
+                    connections.start_soon(self._receive, connection, place, door(), Slot(admission))
             except OSError as error:
                 if sock.fileno() == -1:
                     return  # stopped before this task had its turn
@@ -139,9 +145,6 @@ class Listener:
                     self._log.error("cannot accept", reason=str(error), remedy="raise the descriptor limit")
                 pausing = True
                 await trio.sleep(_PAUSE)
-            else:
-                pausing = False
-                connections.start_soon(self._receive, connection, place, door(), Slot(admission))
 
     async def _receive(self, sock: socket.socket, place: tuple[str, int], door: Door, slot: Slot) -> None:
         try:

@@ -38,6 +38,7 @@ from frelay.refusals import StrangersRefused
 from frelay.route import UNFINISHED, LiveRoute, Service, Unfinished
 from frelay.sockets import TlsFault, close, close_after_linger, format_address, tune
 from frelay.strangers import Stage, Stranger
+from frelay.tcp import is_open
 from frelay.tickets import TICKET_LINE_LENGTH, TicketDesk, TicketOffice, parse_ticket_line
 from frelay.tls.context import ALPN, EXPIRED, OuterTls, Rejection, VerifiedPeer, verified_peer
 from frelay.tls.stream import TlsStream
@@ -199,6 +200,8 @@ class _Guest:
             text = f"held back for {longest:g} s, and no turn came (limits.max_pre_auth, limits.max_pre_auth_per_ip)"
             self._note_refusal("limit", text)
             return False
+        if not is_open(self._sock):
+            raise ConnectionBroken("it went while it was held back")
         # It was we who let it wait.
         self._accepted_at += trio.current_time() - began
         return True

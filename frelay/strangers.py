@@ -13,6 +13,9 @@ A stranger costs two things, and each has a limit of its own:
 Turns go to the address that has the fewest handshakes running, and among equals in turn. So an address with 1,000
 callers delays its own, and nobody else's.
 
+Nor are turns given faster than :data:`_AT_ONCE` in a pass of the event loop, so that a flood of those who come, go and
+come again holds up neither those who are in nor the next turn of an address that has none.
+
 A handshake that waits for its peer could hold its turn for handshake_timeout. Where all turns are taken, and one of
 them has made no progress for :data:`_PATIENCE`, it gives way to somebody from an address with fewer; after
 :data:`_MORE_PATIENCE` to anybody. A function behind 300 ms of network, or on a small share of a processor, answers in
@@ -43,6 +46,9 @@ _PATIENCE: Final = 1.0
 _MORE_PATIENCE: Final = 2.0
 # A stranger that came in this moment is about to speak; of its own address none that comes later is worth more.
 _MOMENT: Final = 0.25
+# Turns given in one pass of the event loop. A turn costs it about a millisecond at once, for the relay's signature, and
+# everybody else's pairing waits meanwhile.
+_AT_ONCE: Final = 8
 # How often it is asked whether somebody's patience is over, while anybody is held back; in seconds.
 _LOOK: Final = 0.1
 
@@ -109,7 +115,9 @@ class Strangers:
         """The holders in ``_held``, by how many they have running."""
         self._head_of: Final[dict[str, int]] = {}
         """Where in ``_heads`` a holder stands."""
-        self._somebody_is_held = trio.Event()
+        self._given = 0
+        """Turns given in this pass of the event loop."""
+        self._something_to_do = trio.Event()
 
     def __len__(self) -> int:
         """How many strangers there are."""
@@ -136,13 +144,14 @@ class Strangers:
         self._give_turns()
 
     async def run(self) -> None:
-        """Give turns that free themselves by the mere passing of time, until cancelled."""
+        """Give the turns that only time makes free, and those that would be too many at once, until cancelled."""
         while True:
-            await self._somebody_is_held.wait()
-            while self._held:
-                await trio.sleep(_LOOK)
+            await self._something_to_do.wait()
+            while self._held or self._given:
+                await trio.sleep(0 if self._given else _LOOK)
+                self._given = 0
                 self._give_turns()
-            self._somebody_is_held = trio.Event()
+            self._something_to_do = trio.Event()
 
     # --- the pool ----------------------------------------------------------------------------------------------
 
@@ -267,7 +276,7 @@ class Strangers:
         if Stage(stranger.stage) is Stage.RUNNING:
             return True
         stranger._wake = wake
-        self._somebody_is_held.set()
+        self._something_to_do.set()
         return False
 
     def progress(self, stranger: Stranger) -> None:
@@ -279,7 +288,7 @@ class Strangers:
 
     def _give_turns(self) -> None:
         limits = self._limits
-        while self._heads and (fewest := min(self._heads)) < limits.max_pre_auth_per_ip:
+        while self._given < _AT_ONCE and self._heads and (fewest := min(self._heads)) < limits.max_pre_auth_per_ip:
             if len(self._running) >= limits.max_pre_auth and not self._free_turn(fewest):
                 break
             self._give_turn(next(iter(self._heads[min(self._heads)])))
@@ -305,6 +314,8 @@ class Strangers:
         return True
 
     def _give_turn(self, holder: str) -> None:
+        self._given += 1
+        self._something_to_do.set()
         stranger = next(iter(self._held[holder]))
         self._drop(self._held, stranger)
         stranger.stage, stranger.since = Stage.RUNNING, self._clock()

@@ -1,30 +1,71 @@
 """Strangers by the dozen, in a process of their own, so that what they do costs the test's own parties nothing.
 
-As a program: ``hostile.py PORT KIND=COUNT...`` keeps so many of each kind connected, each for as long as the relay lets
-it, until it is killed. The kinds are the functions below whose names begin with ``be_``. They come from a few addresses
-of 127.0.1.0/24, and so not from where the test's parties do.
+As a program: ``hostile.py PORT [--sources FIRST-LAST] KIND=COUNT...`` keeps so many of each kind connected, each for as
+long as the relay lets it, until it is killed. The kinds are the functions below whose names begin with ``be_``. They
+come from a few addresses of 127.0.1.0/24, and so not from where the test's parties do; ``--sources FIRST-LAST`` says
+otherwise. Once all have been connected at one time it prints a line.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import ssl
 import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
+from functools import cache, partial
+from itertools import count
 
 import trio
 
 __all__ = ["strangers"]
 
-# Few enough of one address for max_pre_auth_per_ip: what is shown is not that limit.
-_SOURCES = 8
+_SOURCES = "127.0.1.1-127.0.1.8"
 
 
 async def be_silent(stream: trio.SocketStream) -> None:
     """Say nothing."""
     await stream.receive_some(1)
+
+
+async def be_one_byte(stream: trio.SocketStream) -> None:
+    """Say the first byte of a handshake."""
+    await stream.send_all(b"\x16")
+    await stream.receive_some(1)
+
+
+async def be_half(stream: trio.SocketStream) -> None:
+    """Say the first half of a ClientHello."""
+    hello = _client_hello()
+    await stream.send_all(hello[: len(hello) // 2])
+    await stream.receive_some(1)
+
+
+async def be_whole(stream: trio.SocketStream) -> None:
+    """Say a whole ClientHello, and leave the relay's answer alone."""
+    await stream.send_all(_client_hello())
+    while await stream.receive_some(65536):
+        pass
+
+
+async def be_in_pieces(stream: trio.SocketStream) -> None:
+    """Say a ClientHello of which the first record has four bytes, whole as they are."""
+    hello = _client_hello()
+    await stream.send_all(hello[:3] + b"\x00\x04" + hello[5:9])
+    await stream.receive_some(1)
+
+
+async def be_half_a_ticket(stream: trio.SocketStream) -> None:
+    """Say the beginning of a ticket line."""
+    await stream.send_all(b"FRELAY/1 0123456789abcdef")
+    await stream.receive_some(1)
+
+
+async def be_restless(stream: trio.SocketStream) -> None:
+    """Say a whole ClientHello, go, and come back at once."""
+    await stream.send_all(_client_hello())
+    await trio.sleep(0.01)
 
 
 async def be_garbage(stream: trio.SocketStream) -> None:
@@ -55,6 +96,7 @@ def _careless() -> ssl.SSLContext:
     return context
 
 
+@cache
 def _client_hello() -> bytes:
     outgoing = ssl.MemoryBIO()
     try:
@@ -64,38 +106,48 @@ def _client_hello() -> bytes:
     return outgoing.read()
 
 
-async def _be(kind: str, number: int, port: int) -> None:
-    source = f"127.0.1.{1 + number % _SOURCES}"
+async def _be(kind: str, source: str, port: int, is_connected: trio.Event) -> None:
     while True:
         try:
             async with await trio.open_tcp_stream("127.0.0.1", port, local_address=source) as stream:
+                is_connected.set()
                 await globals()[f"be_{kind}"](stream)
         except (OSError, trio.BrokenResourceError, ssl.SSLError):
             await trio.sleep(0.01)
 
 
-async def _be_all(port: int, kinds: dict[str, int]) -> None:
+async def _be_all(port: int, sources: str, kinds: dict[str, int]) -> None:
+    first, last = (int(ipaddress.IPv4Address(one)) for one in sources.split("-"))
+    numbers, events = count(), []
     async with trio.open_nursery() as nursery:
-        numbers = iter(range(sum(kinds.values())))
-        for kind, count in kinds.items():
-            for _ in range(count):
-                nursery.start_soon(_be, kind, next(numbers), port)
+        for kind, many in kinds.items():
+            for _ in range(many):
+                source = str(ipaddress.IPv4Address(first + next(numbers) % (last - first + 1)))
+                events.append(trio.Event())
+                nursery.start_soon(_be, kind, source, port, events[-1])
+        for event in events:
+            await event.wait()
+        print("all are connected", flush=True)
 
 
 @asynccontextmanager
-async def strangers(port: int, **kinds: int) -> AsyncIterator[None]:
-    """So many of each kind, for as long as the context."""
-    command = [sys.executable, __file__, str(port), *(f"{kind}={count}" for kind, count in kinds.items())]
+async def strangers(port: int, *, sources: str = _SOURCES, **kinds: int) -> AsyncIterator[None]:
+    """So many of each kind, for as long as the context; all have been connected when it begins."""
+    command = [sys.executable, __file__, str(port), "--sources", sources, *(f"{kind}={n}" for kind, n in kinds.items())]
     async with trio.open_nursery() as nursery:
-        run = partial(trio.run_process, command, stdin=subprocess.DEVNULL, check=False)
+        run = partial(trio.run_process, command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False)
         process: trio.Process = await nursery.start(run)
+        assert process.stdout is not None
         try:
+            said = await process.stdout.receive_some()
+            assert said, "it is alive"
             yield
         finally:
             process.kill()
 
 
 if __name__ == "__main__":
-    trio.run(
-        _be_all, int(sys.argv[1]), {kind: int(count) for kind, _, count in (a.partition("=") for a in sys.argv[2:])}
-    )
+    port, *rest = sys.argv[1:]
+    sources = rest[1] if rest[0] == "--sources" else _SOURCES
+    pairs = (word.partition("=") for word in rest if "=" in word)
+    trio.run(_be_all, int(port), sources, {kind: int(many) for kind, _, many in pairs})

@@ -37,7 +37,7 @@ async def test_a_rightful_pair_joins_at_once(site: Site, kinds: dict[str, int]) 
         usual = await slowest_join(site, relay, 10)
         # By a way of their own: a network that splits what it carries is the test's, and what a flood does to it is
         # nothing that the relay could help.
-        async with strangers(relay.own_port(), **kinds):
+        async with strangers(relay.own_port(), sources="127.0.1.1-127.0.1.8", **kinds):
             # All of them have been here, and those that are closed come back at once.
             reason = "no TLS handshake within 1 s" if "silent" in kinds else None
             wanted = 80 if reason else 60
@@ -49,6 +49,55 @@ async def test_a_rightful_pair_joins_at_once(site: Site, kinds: dict[str, int]) 
                 3 * PATIENCE,
             )
             assert await slowest_join(site, relay, JOINS) < max(PROMPT, 10 * usual)
+
+
+async def waits_by(site: Site, relay: RelayProcess, patience: float) -> None:
+    """A function comes, and has WAITING in so many seconds."""
+    began = trio.current_time()
+    with trio.fail_after(patience + PATIENCE):
+        party = await site.party(relay, "func1")
+        await party.join()
+        await party.expect("WAITING")
+    assert trio.current_time() - began < patience
+    site.hang_up()
+
+
+def bar(usual: float) -> float:
+    """Two seconds; or so many times what this machine needs now when nobody floods it."""
+    return max(2.0, 40 * usual)
+
+
+@pytest.mark.load
+@pytest.mark.parametrize("kind", ["silent", "one_byte", "half", "half_a_ticket", "slow", "whole", "in_pieces"])
+async def test_512_strangers_from_16_addresses_keep_no_function_waiting(site: Site, kind: str) -> None:
+    """Be they silent, or stop after a byte, half a ClientHello or a whole one, or drip.
+
+    Those that come again at once are a matter of how much processor they take; bench/strangers.py shows them.
+    """
+    async with site.process() as relay:
+        usual = await slowest_join(site, relay, 3)
+        async with strangers(relay.own_port(), sources="127.0.1.1-127.0.1.16", **{kind: 512}):
+            for _ in range(5):
+                await waits_by(site, relay, bar(usual))
+
+
+@pytest.mark.load
+@pytest.mark.parametrize("limits", ["", "[limits]\nmax_pre_auth = 100\nmax_pre_auth_per_ip = 100\n"])
+async def test_strangers_at_its_own_address_keep_no_pair_waiting(site: Site, limits: str) -> None:
+    """Behind one NAT gateway with 80 that are silent and 40 that talk nonsense, a pair is together within a second."""
+    async with site.process(sections=limits) as relay:
+        usual = await slowest_join(site, relay, 5)
+        async with strangers(relay.own_port(), sources="127.0.0.1-127.0.0.1", silent=80, garbage=40):
+            assert await slowest_join(site, relay, 5) < max(PROMPT, 40 * usual)
+
+
+@pytest.mark.load
+async def test_whole_client_hellos_at_its_own_address_delay_a_function_for_some_seconds(site: Site) -> None:
+    """All turns of an address are taken by handshakes that let us wait: each gives way after two seconds."""
+    async with site.process(sections="[limits]\nmax_pre_auth_per_ip = 8\n") as relay:
+        usual = await slowest_join(site, relay, 3)
+        async with strangers(relay.own_port(), sources="127.0.0.1-127.0.0.1", whole=12):
+            await waits_by(site, relay, 4 + bar(usual))
 
 
 async def test_all_are_gone_at_the_deadline(site: Site) -> None:
