@@ -255,6 +255,7 @@ async def test_turns_of_pairings_that_are_gone_are_given_back(site: Site) -> Non
         assert await kept[1].receive_exactly(10) == b"ten bytes."
 
 
+@pytest.mark.load
 async def test_a_word_goes_before_the_backlog_of_others(site: Site) -> None:
     """Thirty backlogs would take six seconds for a turn each; a word waits for one of them."""
     async with site.relay(OPEN + "max_bytes_per_second = 5000\n") as relay:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from frelay.config.address import Address, parse_address, parse_network
+from frelay.config.address import Address, parse_address, parse_listen, parse_network
 
 
 @pytest.mark.parametrize(
@@ -122,3 +122,22 @@ def test_a_network_that_says_more_than_it_shows_is_refused(text: str, remedy: st
     with pytest.raises(ValueError, match=r".") as caught:
         parse_network(text)
     assert remedy in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("Relay.Acme.:1", "relay.acme:1"),
+        ("relay.acme:1", "relay.acme:1"),
+        ("LOCALHOST.:1", "localhost:1"),
+        ("127.0.0.1:1", "127.0.0.1:1"),
+        ("[::]:1", "[::]:1"),
+    ],
+)
+def test_a_place_to_listen_is_one_with_and_without_a_dot_at_its_end(text: str, shown: str) -> None:
+    assert str(parse_listen(text)) == shown
+
+
+def test_localhost_is_localhost_wherever_it_stands() -> None:
+    """No resolver has a say in it; of any other name the dot may matter to one."""
+    assert parse_address("localhost.:1") == Address("localhost", 1)

@@ -396,6 +396,30 @@ BROKEN = [
         "in the way of the admin API",
     ),
     (f'{PLAIN}[metrics]\nlisten = "0.0.0.0:1"\n', "route[p].listen", 3, "in the way of the metrics on 0.0.0.0:1"),
+    # several addresses
+    (PLAIN.replace('"127.0.0.1:1"', "[]"), "route[p].listen", 3, "name at least one address"),
+    (PLAIN.replace('"127.0.0.1:1"', "1"), "route[p].listen", 3, "must be HOST:PORT, or a list of them"),
+    (PLAIN.replace('"127.0.0.1:1"', '["[::1]:1",\n"x"]'), "route[p].listen[1]", 4, "is not an address"),
+    (PLAIN.replace('"127.0.0.1:1"', '["[::1]:1",\n"[::1]:1"]'), "route[p].listen", 3, "names [::1]:1 twice"),
+    (PLAIN.replace('"127.0.0.1:1"', '["a.b:1",\n"a.b.:1"]'), "route[p].listen", 3, "names a.b:1 twice"),
+    (
+        PLAIN.replace('"127.0.0.1:1"', '["[::1]:1",\n"localhost:1"]'),
+        "route[p].listen[1]",
+        4,
+        "localhost:1 overlaps [::1]:1, which stands here too",
+    ),
+    (
+        TLS + ROUTE + PLAIN.replace('"127.0.0.1:1"', '["[::]:9001", "127.0.0.1:1",\n"0.0.0.0:9001"]'),
+        "route[p].listen[2]",
+        13,
+        'overlaps 127.0.0.1:9001 of route "shuffle"',
+    ),
+    (
+        f"""{PLAIN.replace('"127.0.0.1:1"', '["[::1]:1", "127.0.0.1:1"]')}[metrics]\nlisten = "127.0.0.1:1"\n""",
+        "route[p].listen[1]",
+        3,
+        "in the way of the metrics",
+    ),
     # TLS
     (ROUTE, "tls", None, 'is required by route "shuffle"'),
     (TLS.replace('private_key = "certs/relay.key"\n', ""), "tls.private_key", 1, "is required"),

@@ -46,6 +46,11 @@ name = "database"
 listen = "127.0.0.1:9003"
 func1 = "group:workers"
 func2 = { dial = "database.internal:5432" }
+[[route]]
+name = "here"
+listen = ["0.0.0.0:9004", "[::]:9004"]
+func1 = "group:workers"
+func2 = { dial = "unix:run/db.sock" }
 """
 
 ADMINS = {
@@ -63,6 +68,8 @@ def test_what_is_told_is_what_is_read_back(tmp_path: Path, admin: str) -> None:
     told = json.loads(json.dumps(config_as_written(config)))
     found = load_written(told)
     assert plan(config, found).is_empty
+    assert [route["listen"] for route in told["routes"]][-2:] == ["127.0.0.1:9003", ["0.0.0.0:9004", "[::]:9004"]]
+    assert told["routes"][-1]["func2"]["dial"] == f"unix:{tmp_path}/run/db.sock"
     assert config_as_written(found) == told
 
 
