@@ -354,6 +354,7 @@ async def test_a_reload_changes_the_rate_of_those_who_share_it(site: Site) -> No
         assert [isinstance(one, StreamPump) for one, _ in pumps] == [False, True, True, False]
 
 
+@pytest.mark.load
 async def test_a_replaced_route_and_its_old_pairings_share_one_budget(site: Site) -> None:
     """Otherwise a change of its parties would double what it may carry, for as long as the old pairings last."""
     sections = "[relay]\npolicy_ends_pairings = false\n"

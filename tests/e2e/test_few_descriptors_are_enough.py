@@ -108,6 +108,7 @@ async def test_http_callers_leave_the_descriptors_that_a_reload_needs(site: Site
             assert not relay.logged("reload refused, the old configuration stays")
 
 
+@pytest.mark.load
 async def test_the_soft_limit_is_raised_to_the_hard_one(site: Site) -> None:
     """60 would not carry a relay and ten legs; nobody has to know about ulimit for what is allowed anyway."""
     async with site.process(sections=LIMITS + ADMIN, launcher=SOFT, workers=1) as relay, admin(site) as api:

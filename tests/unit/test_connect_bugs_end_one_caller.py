@@ -63,6 +63,7 @@ async def test_a_caller(capsys: pytest.CaptureFixture[str], tmp_path: Any) -> No
     assert failures(capsys) == ["unexpected error, a bug in frelay: KeyError: 'odd'"] * 3
 
 
+@pytest.mark.load
 @pytest.mark.parametrize("messages", [(), (WAITING,), (WAITING, PAIRED), (PAIRED,)])
 async def test_a_leg(
     capsys: pytest.CaptureFixture[str], messages: tuple[Message, ...], autojump_clock: trio.testing.MockClock

@@ -87,6 +87,7 @@ async def test_who_is_served_is_never_displaced(autojump_clock: trio.testing.Moc
         nursery.cancel_scope.cancel()
 
 
+@pytest.mark.load
 async def test_one_address_cannot_churn_its_own_places(autojump_clock: trio.testing.MockClock) -> None:
     """Each gets the time for a step, so that one who speaks at all is heard in any flood of its address."""
     async with trio.open_nursery() as nursery:
