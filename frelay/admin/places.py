@@ -7,7 +7,8 @@ closes their own, and an operator's one connection stays. A connection that the 
 a request that is being answered, an event stream that is up to date.
 
 Among connections of one address that rule alone would let a flood close everything before it can speak. There, and
-between addresses that have equally many, a connection has :data:`GRACE` seconds for each step that is up to the client.
+between addresses that have equally many, a connection has a grace for each step that is up to the client: with TLS
+:data:`GRACE` seconds, and :data:`PLAIN_GRACE` without, where a client sends its whole request when it connects.
 
 Addresses are counted as :func:`holder_of` says. This module knows nothing of HTTP.
 """
@@ -22,10 +23,12 @@ from typing import Any, Final
 import structlog
 import trio
 
-__all__ = ["GRACE", "Place", "Places", "holder_of"]
+__all__ = ["GRACE", "PLAIN_GRACE", "Place", "Places", "holder_of"]
 
 GRACE: Final = 0.5
-"""Seconds: a handshake and a request over a satellite take this long for each of their steps."""
+"""Seconds: a handshake and a request over half of the earth take less for each of their steps."""
+PLAIN_GRACE: Final = 0.2
+"""Seconds: no round trip lies between a connection and its first request, only the relay's own delays."""
 
 # At most one line in so many seconds, however many connections were closed.
 _LOG_PAUSE: Final = 10.0
@@ -85,10 +88,11 @@ class Place:
 
 
 class Places:
-    """The places of one server; there are ``most``, at least 1."""
+    """The places of one server; there are ``most``, at least 1, and ``grace`` is in seconds."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, *, grace: float = GRACE) -> None:
         self.most: Final = max(1, most)
+        self._grace: Final = grace
         self._taken: Final[set[Place]] = set()
         self._by_holder: Final[Counter[str]] = Counter()
         self._waiting = 0
@@ -143,8 +147,8 @@ class Places:
                 continue
             if place.holder != holder and count <= own:
                 continue  # nobody who has fewer goes for somebody who has more
-            if count <= own + 1 and since + GRACE > now:
-                again = min(again, since + GRACE)
+            if count <= own + 1 and since + self._grace > now:
+                again = min(again, since + self._grace)
                 continue
             rank = (-count, since)
             if best is None or rank < best:

@@ -23,7 +23,7 @@ import trio
 from starlette.types import ASGIApp
 
 from frelay.admin.http import Caller, speak_http
-from frelay.admin.places import Place, Places, holder_of
+from frelay.admin.places import GRACE, PLAIN_GRACE, Place, Places, holder_of
 from frelay.sockets import RawStream, close
 from frelay.tls.stream import TlsStream
 
@@ -111,7 +111,7 @@ async def serve(app: ASGIApp, sockets: Sequence[socket.socket], admit: Admit, *,
 
     There are at most ``most`` connections at a time.
     """
-    server = _Server(app, admit, Places(most))
+    server = _Server(app, admit, Places(most, grace=PLAIN_GRACE if admit is let_in else GRACE))
     try:
         async with trio.open_nursery() as nursery:
             for sock in sockets:

@@ -47,8 +47,6 @@ class Batch(Generic[K, T]):
         self._waiting[kind] -= 1
         if not self._waiting[kind]:
             del self._waiting[kind]
-        if not self._waiting:
-            self.scope.cancel(reason="nobody waits for this any more")
 
 
 class Shared(Generic[K, T]):
@@ -74,9 +72,17 @@ class Shared(Generic[K, T]):
             await batch.done.wait()
         finally:
             batch.leave(kind)
+            if not batch.wanted:
+                self._drop(batch)
         if kind not in batch.results:
             raise RuntimeError("the work that this waited for has failed")
         return batch.results[kind]
+
+    def _drop(self, batch: Batch[K, T]) -> None:
+        if batch is self._next:
+            self._next = None  # whoever comes now begins another one
+        else:
+            batch.scope.cancel(reason="nobody waits for this any more")
 
     async def run(self) -> None:
         """Do the work whenever it is asked for, until cancelled. An exception of the work ends it."""

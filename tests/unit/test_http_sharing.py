@@ -85,6 +85,20 @@ async def test_who_has_gone_before_its_turn_costs_nothing(autojump_clock: trio.t
         nursery.cancel_scope.cancel()
 
 
+async def test_who_comes_after_all_have_gone_is_served(autojump_clock: trio.testing.MockClock) -> None:
+    """While others have come and gone in the pause before."""
+    work = Work()
+    shared = Shared(work)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(shared.run)
+        nursery.start_soon(shared.get, "text")
+        await trio.sleep(0.5)
+        with trio.move_on_after(0.2):
+            await shared.get("text")
+        assert await shared.get("text") == 2
+        nursery.cancel_scope.cancel()
+
+
 async def test_at_most_half_of_the_time_goes_into_it(autojump_clock: trio.testing.MockClock) -> None:
     work = Work()
     shared = Shared(work)
