@@ -500,6 +500,13 @@ BROKEN = [
         "is shared with route",
     ),
     (f"{TLS}{ROUTE}{ROUTE.replace('shuffle', 'Shuffle')}", "route[Shuffle].name", 11, "in case only"),
+    (
+        f'{TLS}{ROUTE}{ROUTE.replace("shuffle", "other")}proxy_protocol = ["10.0.0.0/8"]\n',
+        "route[other].proxy_protocol",
+        15,
+        'differs from that of route "shuffle"',
+    ),
+    (f'{TLS}{ROUTE}proxy_protocol = ["10.0.0.1/8"]\n', "route[shuffle].proxy_protocol[0]", 10, "write 10.0.0.0/8"),
 ]
 
 

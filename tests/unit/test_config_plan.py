@@ -94,6 +94,7 @@ def test_the_timings_of_the_handoff_are_limits_too() -> None:
         ({"func2": Dial(Address("h", 1))}, "func2"),
         ({"outer": "none"}, "outer"),
         ({"allow_from": (ip_network("10.0.0.0/8"),)}, "allow_from"),
+        ({"proxy_protocol": (ip_network("10.0.0.0/8"),)}, "proxy_protocol"),
         ({"handoff": "hello"}, "handoff"),
         ({"require_inner_tls": "always"}, "require_inner_tls"),
         ({"require_inner_tls": False}, "require_inner_tls"),
