@@ -16,6 +16,7 @@ and of no other, it is passed over that there is no such list.
 from __future__ import annotations
 
 import base64
+import errno
 import functools
 import os
 import time
@@ -68,9 +69,9 @@ _NO_CHECK_TIME: Final = 0x200000
 # How much of a stranger's text one log line takes.
 _SHOWN: Final = 256
 
-NOT_TAKEN: Final = (SSL.Error, crypto.Error, TypeError, ValueError, UnsupportedAlgorithm)
+NOT_TAKEN: Final = (SSL.Error, crypto.Error, TypeError, ValueError, UnsupportedAlgorithm, OSError)
 """What :func:`server_context` and :func:`judgement_of` raise for certificates, lists or a key that OpenSSL does not
-take, although they could be read."""
+take, although they could be read; OSError where the process has no descriptor left for it."""
 
 
 def openssl_version() -> str:
@@ -459,10 +460,23 @@ def _add_alone(store: crypto.X509Store, certificates: Sequence[x509.Certificate]
     for one in certificates:
         data = base64.encodebytes(one.public_bytes(Encoding.DER) + _TRUSTED)
         lines.append(b"-----BEGIN TRUSTED CERTIFICATE-----\n" + data + b"-----END TRUSTED CERTIFICATE-----\n")
-    descriptor = os.memfd_create("frelay-anchors", os.MFD_CLOEXEC)
+    descriptor = _nameless_file()
     try:
         with open(descriptor, "wb", closefd=False) as file:
             file.write(b"".join(lines))
         store.load_locations(f"/proc/self/fd/{descriptor}")
     finally:
         os.close(descriptor)
+
+
+# linux/memfd.h. Where vm.memfd_noexec is 2 nothing else is allowed; kernels before 6.3 do not know it.
+_MFD_NOEXEC_SEAL: Final = 0x8
+
+
+def _nameless_file() -> int:
+    try:
+        return os.memfd_create("frelay-anchors", os.MFD_CLOEXEC | _MFD_NOEXEC_SEAL)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    return os.memfd_create("frelay-anchors", os.MFD_CLOEXEC)

@@ -5,7 +5,9 @@ What cert-manager, Vault or a cloud's private CA call "the CA" is often the issu
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Final
 
@@ -19,7 +21,10 @@ from clients import CLIENTS, Client, answer, ask, options
 from clients import meet as clients_meet
 from commands import frelay_command
 from ends import MODES, OPEN, End, join_ends
+from frelay.config.load import load
+from frelay.errors import ConfigError
 from frelay.pki.files import certificates_pem
+from frelay.relay import prepare
 from rig import PATIENCE, RelayInProcess, Site, eventually, pair
 
 NAMES: Final = ("func1", "func2")
@@ -105,6 +110,28 @@ def test_check_and_why_agree(pki: Pki) -> None:
         frelay_command("why", "--json", "-c", pki.site.config, "--cert", pki.site.paths["func1"][0]).stdout
     )
     assert found["admitted"] is True
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EACCES])
+def test_without_a_descriptor_for_it_nothing_is_loaded(pki: Pki, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def fail(name: str, flags: int) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "memfd_create", fail)
+    with pytest.raises(ConfigError, match=os.strerror(number)):
+        prepare(load(pki.site.write()))
+
+
+def test_a_kernel_that_knows_no_seals_will_do(pki: Pki, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = os.memfd_create
+
+    def old(name: str, flags: int) -> int:
+        if flags & ~os.MFD_CLOEXEC:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return make(name, flags)
+
+    monkeypatch.setattr(os, "memfd_create", old)
+    assert prepare(load(pki.site.write())) is not None
 
 
 async def test_another_authority_of_its_name_is_no_anchor(pki: Pki) -> None:
