@@ -108,7 +108,7 @@ def with_all_problems(path: Path, error: ConfigError, *, base: Path | None = Non
     try:
         prepare(config)
     except ConfigError as more:
-        return ConfigError([*error.problems, *more.problems])
+        return ConfigError([*error.problems, *(one for one in more.problems if one not in error.problems)])
     return error
 
 
@@ -390,6 +390,10 @@ class Relay:
     async def prepare(self, config: Config) -> OuterTls | None:
         """:func:`prepare`, for which a supervisor keeps what was read."""
         return await trio.to_thread.run_sync(prepare, config, limiter=self._reading)
+
+    async def with_all_problems(self, error: ConfigError) -> ConfigError:
+        """:func:`with_all_problems` of the route file."""
+        return await trio.to_thread.run_sync(with_all_problems, self.config.path, error, limiter=self._reading)
 
     async def stage(self, new: Config, trust: OuterTls | None, changes: Plan) -> Staged:
         """Do for ``new`` all that can fail: bind, and in a supervisor ask the workers. Raises ConfigError."""

@@ -62,6 +62,9 @@ class Changeable(Protocol):
     async def prepare(self, config: Config) -> OuterTls | None:
         """Load what ``config`` refers to; raises ConfigError."""
 
+    async def with_all_problems(self, error: ConfigError) -> ConfigError:
+        """``error``, for which the route file was refused, and what is wrong with the files that it names."""
+
     async def stage(self, new: Config, trust: OuterTls | None, changes: Plan) -> Staged:
         """Do for ``new`` all else that can fail; ``changes`` led to it. Raises ConfigError."""
 
@@ -126,9 +129,13 @@ class Reloader:
             self._service_manager.reloading()
             try:
                 return await self._change(None)
-            except ConfigError as error:
+            except ConfigError as refused:
+                if self._relay.is_draining:
+                    self._note_refused(refused)
+                    raise
+                error = await self._relay.with_all_problems(refused)
                 self._note_refused(error)
-                raise
+                raise error from None
             finally:
                 self._service_manager.ready(self.status())
 

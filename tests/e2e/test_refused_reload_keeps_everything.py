@@ -285,6 +285,16 @@ async def test_all_problems_are_told_at_once(site: Site) -> None:
         assert all(problem.line for problem in relay.relay.last_reload_error.problems)
 
 
+async def test_a_missing_file_is_told_with_them(site: Site) -> None:
+    async with site.relay() as relay:
+        site.relay_paths[0].unlink()
+        site.write(DEMO + "colour = 1\n")
+        logged = await refused(relay)
+        assert "colour" in logged
+        assert f"{site.relay_paths[0]} does not exist" in logged
+        assert len(logged.splitlines()) == 2
+
+
 async def test_the_same_by_signal_to_a_process(site: Site) -> None:
     """TESTPLAN 40: SIGHUP with a bad file leaves a real relay as it was; after a good one it takes the change over."""
     async with site.process(options=["--no-watch"]) as relay:
