@@ -31,8 +31,7 @@ from frelay.protocol.messages import Join, Message, Mode, Role
 from rig import Site
 
 # Each conversation has its handshakes, and a machine under load takes its time for them.
-pytestmark = pytest.mark.load
-UNHURRIED: Final = settings(deadline=None, max_examples=150)
+UNHURRIED: Final = settings(deadline=None, max_examples=100)
 
 
 @pytest.fixture(scope="module")
