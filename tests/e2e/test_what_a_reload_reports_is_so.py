@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -459,3 +460,20 @@ def test_a_plan_is_the_same_for_whoever_asks() -> None:
     assert plan(settled, new).restart_only == plan(old, new).restart_only == ("relay.name", "admin")
     assert plan(old, new).settings == ("relay.drain_timeout", "limits.ping_interval")
     assert RouteLimits.model_fields.keys() <= Limits.model_fields.keys()
+
+
+async def test_with_workers_the_same_holds(site: Site) -> None:
+    """A supervisor keeps what needs a restart as well, and its workers get a configuration without it."""
+    async with site.process(sections=ADMIN, workers=2) as relay:
+        site.write(sections='[relay]\nname = "another"\n[limits]\nping_interval = 0.3\n')
+        relay.signal(signal.SIGHUP)
+        done = await relay.log("reloaded")
+        assert set(done["restart_only"]) == {"relay.name", "admin"}
+        async with admin(site) as api:
+            status = (await api.get("/v1/status")).json()
+            assert status["name"] == "relay-1"
+            assert set(status["last_reload"]["restart_only"]) == {"relay.name", "admin"}
+        party = await site.party(relay)
+        await party.join()
+        await party.expect("WAITING")
+        await party.expect("PING")
