@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -185,6 +186,23 @@ async def test_the_limits_hold_from_a_reload_on(site: Site, monkeypatch: pytest.
             await relay.relay.reload()
             await trio.testing.wait_all_tasks_blocked()
             assert strangers.running == running
+
+
+async def test_the_limits_hold_from_a_reload_on_in_workers_too(site: Site) -> None:
+    """Each counts for itself; before the reload, the second whole ClientHello takes a function's turn for long."""
+    rest = "handshake_timeout = 600\njoin_timeout = 600\n"
+    async with site.process(sections=f"[limits]\nmax_pre_auth = 1\n{rest}", workers=2) as relay:
+        first = await site.connect(relay, "func1")
+        await first.handshake()  # and no JOIN: the one turn is taken
+        site.write(sections=f"[limits]\n{rest}")
+        relay.signal(signal.SIGHUP)
+        await relay.log("reloaded")
+        second = await site.party(relay, "func2")
+        await second.join()
+        await second.expect("WAITING")
+        await first.join()
+        await first.expect("WAITING")
+        assert not relay.logged("refused")
 
 
 async def test_silent_strangers_are_gone_at_the_deadline(site: Site) -> None:
