@@ -220,6 +220,7 @@ async def test_legs_and_strangers_have_their_shares() -> None:
     assert admission.legs == legs + own
 
 
+@pytest.mark.load
 async def test_the_task_gives_what_only_time_makes_free(autojump_clock: trio.testing.MockClock) -> None:
     strangers = Strangers(Limits(max_pre_auth=1), room=lambda: 9, clock=trio.current_time)
     found = [strangers.enter(host, lambda: None) for host in ("10.0.0.1", "10.0.0.1", "10.0.0.2")]
