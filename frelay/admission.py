@@ -164,25 +164,27 @@ class Admission:
         """How many strangers there may be now."""
         return max(self._strangers_own, min(_MOST_STRANGERS, self._budget - 2 * self.admitted))
 
-    def objection(self, holder: str) -> str | None:
-        """Why ``holder`` cannot have one more admitted leg, in a sentence for it; None if it can."""
+    def objection(self, holders: Iterable[str]) -> str | None:
+        """Why one more leg that is charged to ``holders`` cannot be admitted, in a sentence for it; None if it can."""
         budget = self.leg_budget
-        if self.charged.may_take(holder, budget):
-            return None
         if self.charged.is_full(budget):
             return "this relay has no file descriptor left for one more connection (limits.fd_budget)"
-        return (
-            f"{described(holder)} has {self.charged.held(holder)} of the {budget} connections of this relay "
-            "(limits.fd_budget), and the rest is kept for others"
-        )
+        for holder in holders:
+            if not self.charged.may_take(holder, budget):
+                return (
+                    f"{described(holder)} has {self.charged.held(holder)} of the {budget} connections of this relay "
+                    "(limits.fd_budget), and the rest is kept for others"
+                )
+        return None
 
-    def slot_for_own_call(self, holder: str) -> Slot | str:
-        """A slot for a connection to a service, charged to ``holder``; or why there is none."""
-        objection = self.objection(holder)
+    def slot_for_own_call(self, holders: Iterable[str]) -> Slot | str:
+        """A slot for a connection to a service, charged to ``holders``; or why there is none."""
+        holders = tuple(holders)
+        objection = self.objection(holders)
         if objection is None and self.admitted >= self.leg_budget:
             objection = "this relay has no file descriptor left for the service's connection (limits.fd_budget)"
         if objection is not None:
             return objection
         slot = Slot.for_own_call(self)
-        slot.charge([holder])
+        slot.charge(holders)
         return slot

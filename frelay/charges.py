@@ -3,7 +3,7 @@
 A side of a route that several functions may be (a list, a group, a wildcard, a plain route's ``allow_from``) is charged
 to the function that came; on a plain route, which knows no names, to its address. A side that only one name can fill is
 charged to nobody within its route, since a route cannot starve itself; and neither is a service. In the relay, where
-routes compete, a pairing with such sides only is charged to its route.
+routes compete, a pairing with such sides only is charged to its route; where there is only one route, to nobody.
 
 Pure: decided from the configuration of one route.
 """
@@ -30,6 +30,8 @@ class Charges:
         self._shared: Final[frozenset[PartyName]] = frozenset(
             party for party, side in sides if route.outer == "none" or _is_shared(side)
         )
+        self.is_alone = False
+        """Whether the relay has no other route now, for which places would have to be kept."""
 
     def waiting(self, leg: Leg) -> str:
         """Whom a leg that waits is charged to in the relay's descriptors: its function, or its side of the route."""
@@ -41,7 +43,9 @@ class Charges:
 
     def in_relay(self, *legs: Leg) -> tuple[str, ...]:
         """Whom a pairing is charged to among those of the relay; of one of its legs alone, what that leg adds."""
-        return self.in_route(*legs) if self._shared else (self._route,)
+        if self._shared:
+            return self.in_route(*legs)
+        return () if self.is_alone else (self._route,)
 
     def paired(self, leg: Leg, other: Leg) -> tuple[str, ...]:
         """Whom the descriptors of ``leg`` are charged to, which is paired with ``other``."""

@@ -84,7 +84,7 @@ async def bring_service(
     if (verdict := route.lack_of_room(place.leg)) is not None:
         route.lobby.withdraw(place, verdict)
         return None
-    slot = admission.slot_for_own_call(*route.charges.in_relay(place.leg))
+    slot = admission.slot_for_own_call(route.charges.in_relay(place.leg))
     if isinstance(slot, str):
         route.lobby.withdraw(place, Withdrawn(Refused("limit", slot, retry_after=10.0)))
         return None

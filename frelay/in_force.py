@@ -196,6 +196,7 @@ class InForce:
             self._journal.keep(route.name)
             for key in listener_keys(route):
                 tables[key][route.name] = live
+            live.charges.is_alone = len(new.routes) == 1
         old_tables, self.tables = self.tables, {key: Table(table) for key, table in tables.items()}
         self._admission.limits = new.limits
         for key, listener in opened.items():

@@ -375,7 +375,7 @@ class _Guest:
     def _lack_of_descriptors(self, leg: Leg, route: LiveRoute) -> Withdrawn | None:
         if route.lobby.has_stale(leg):
             return None  # it takes the place of its own
-        text = self._door.admission.objection(route.charges.waiting(leg))
+        text = self._door.admission.objection([route.charges.waiting(leg)])
         return None if text is None else Withdrawn(Refused("limit", text, retry_after=10.0))
 
     def _match(self, leg: Leg, route: LiveRoute) -> Pairing | Withdrawn | Unfinished | None:

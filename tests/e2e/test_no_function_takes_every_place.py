@@ -256,6 +256,25 @@ async def test_the_relays_pairings_are_shared_by_its_routes(site: Site) -> None:
         assert await is_paired(relay, before)
 
 
+async def test_a_route_without_others_may_have_all_of_the_relay(site: Site) -> None:
+    """Until there is another route: then the rest is kept for that one."""
+    alone = route('"dns:func1.demo"', '"dns:func2.demo"')
+    other = route('"dns:func1.demo"', '"dns:func2.demo"', name="other")
+    async with site.relay(alone, sections="[limits]\nmax_pairings_in_all = 3\n") as relay:
+        for _ in range(3):
+            assert await meet(site, relay, "func1", "func2")
+        assert not await meet(site, relay, "func1", "func2")
+        assert relay.logged("refused")[-1]["reason"] == "this relay already has 3 pairings"
+        site.hang_up()
+        await eventually(lambda: relay.legs == 0, "all have ended")
+        site.write(alone + other, sections="[limits]\nmax_pairings_in_all = 3\n")
+        await relay.relay.reload()
+        for _ in range(2):
+            assert await meet(site, relay, "func1", "func2")
+        assert not await meet(site, relay, "func1", "func2")
+        assert await meet(site, relay, "func1", "func2", "other")
+
+
 # --- descriptors ----------------------------------------------------------------------------------------------------
 
 BUDGET = 24
