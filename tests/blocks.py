@@ -141,8 +141,12 @@ class Machine:
         self.directory = directory
         self._enter = [tool("nsenter"), "--net", "--mount", f"--target={pid}", f"--wd={directory}"]
         programs = Path(sys.executable).parent
+        # Two functions print to one pipe: unbuffered, the pieces of their lines would mix.
+        kept = {
+            name: value for name, value in os.environ.items() if not name.startswith(("FRELAY_", "PYTHONUNBUFFERED"))
+        }
         self.environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith("FRELAY_")},
+            **kept,
             "PATH": f"{programs}:{os.environ['PATH']}",
             "NO_COLOR": "1",
         }

@@ -20,7 +20,7 @@ import errno
 import functools
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 from weakref import WeakValueDictionary
@@ -292,32 +292,34 @@ def _credential(chain: tuple[bytes, ...], not_after: float) -> Credential:
 # --- what OpenSSL asks us during a handshake --------------------------------------------------------------------
 
 
-_Verdict = Callable[[SSL.Connection, crypto.X509, int, int, int], bool]
-
-
-def _verdict(trusted: Trusted) -> _Verdict:
-    """Keep why verification failed, for the log, and *pass on* OpenSSL's verdict, but for the anchors by themselves.
+class _VerifyCallback:
+    """Keeps why verification failed, for the log, and *passes on* OpenSSL's verdict, but for the anchors by themselves.
 
     What it returns overrides the verdict, so it must be ``ok`` and nothing else for any other certificate. An exception
     in there refuses.
     """
-    alone = _in_der(trusted.alone)
-    expired = {one.subject.public_bytes(): subject(one) for one in trusted.expired}
 
-    def note(connection: SSL.Connection, certificate: crypto.X509, number: int, depth: int, ok: int) -> bool:
-        if ok:
-            return True
-        if number in _NO_LIST and depth > 0 and crypto.dump_certificate(crypto.FILETYPE_ASN1, certificate) in alone:
+    __slots__ = ("_alone", "_expired")
+
+    def __init__(self, trusted: Trusted) -> None:
+        self._alone: Final = _in_der(trusted.alone)
+        self._expired: Final = {one.subject.public_bytes(): subject(one) for one in trusted.expired}
+
+    def __call__(self, connection: SSL.Connection, certificate: crypto.X509, number: int, depth: int, ok: int) -> bool:
+        if ok or (number in _NO_LIST and depth > 0 and self._is_anchor_by_itself(certificate)):
             return True
         described = describe_unverified(certificate.to_cryptography)
         text = f"{_VERIFY_ERRORS.get(number, f'X509 verification error {number}')} (at depth {depth} of the chain)"
-        authority = _expired_issuer(certificate, expired) if expired and number in _NO_ISSUER else None
+        authority = None
+        if self._expired and number in _NO_ISSUER:
+            authority = _expired_issuer(certificate, self._expired)
         if authority is not None:
             text += f"; {authority} of tls.client_ca has expired"
         connection.set_app_data(_rejection(number, depth, text, described, authority))
         return False
 
-    return note
+    def _is_anchor_by_itself(self, certificate: crypto.X509) -> bool:
+        return crypto.dump_certificate(crypto.FILETYPE_ASN1, certificate) in self._alone
 
 
 def _expired_issuer(certificate: crypto.X509, expired: Mapping[bytes, str]) -> str | None:
@@ -418,7 +420,7 @@ def server_context(
     if store is None:
         raise AssertionError("a new context without a certificate store")
     _fill(store, trusted)
-    context.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT, _verdict(trusted))
+    context.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT, _VerifyCallback(trusted))
     context.set_alpn_select_callback(_select_http if for_http else _select_protocol)
     return context
 

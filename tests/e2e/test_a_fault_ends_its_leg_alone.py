@@ -31,7 +31,7 @@ class Fault(Exception):
 
 
 STEPS: Final[dict[str, tuple[object, str]]] = {
-    "verify callback": (frelay.tls.context, "_note_rejection"),
+    "verify callback": (frelay.tls.context._VerifyCallback, "__call__"),
     "ALPN callback": (frelay.tls.context, "_select_protocol"),
     "reading the chain": (frelay.reception, "verified_peer"),
     "reading the names": (frelay.tls.context, "identities"),

@@ -154,7 +154,7 @@ async def test_a_clogged_connection_does_not_hold_up_the_one_that_brought_the_ti
     """It is ended in order if it takes that in seconds; then it is closed, and its slot is free."""
     admission, office = Admission(Limits(), descriptor_limit=1024), TicketOffice()
     async with waiting_leg(site, "ticket") as (leg, stream, party):
-        leg.slot, leg.ticket_desk = Slot.for_own_call(admission), TicketDesk(office, "here", 40.0)
+        leg.slot, leg.ticket_desk = Slot.for_own_call(admission), TicketDesk(office, ["here"], 40.0)
         old = leg.sock
         brought, other = tcp_pair()
         with brought, other, trio.fail_after(PATIENCE):
@@ -200,5 +200,5 @@ async def test_a_closed_leg_has_closed_its_connection(site: Site, is_raw: bool) 
 async def test_each_mode_has_its_own_time_to_begin(site: Site, mode: Mode, patience: float) -> None:
     """A second connection takes longer than a close_notify; and nobody else gains by that."""
     async with waiting_leg(site, mode) as (leg, _, _):
-        leg.ticket_desk = TicketDesk(TicketOffice(), "here", 40.0)
+        leg.ticket_desk = TicketDesk(TicketOffice(), ["here"], 40.0)
         assert leg.patience(5.0) == patience
