@@ -211,7 +211,7 @@ class Lobby:
         place.decide(verdict)
 
     def leave(self, place: Place) -> None:
-        """The task of the leg in ``place`` attends it no more, whoever decided that; each leg says so, once."""
+        """The task of the leg in ``place`` attends it no more. Each leg says so once, whatever the reason was."""
         self._remove(place)
         if self.closed is not None:
             self._send_away(1)
@@ -233,7 +233,7 @@ class Lobby:
         self.note_seen(leg.party)
 
     def close(self, verdict: Withdrawn) -> None:
-        """Withdraw everybody, and whoever comes later, with the same reason.
+        """Withdraw all who wait, and all who come later, with the same reason.
 
         Nobody is paired from now on. Those who wait go a few at a time, each as one before it has gone: the tasks of
         thousands, woken at once, would keep everybody else waiting for a second.

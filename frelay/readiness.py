@@ -43,8 +43,8 @@ Rules:
 5. No descriptor that Trio waits for may be read by another process as well: what has made its set ready for us must
    still be there when Trio looks, or Trio sleeps without us until its next deadline. So a listening socket belongs to
    one worker (``workers.spread``).
-6. Whoever wakes a task from within a step does it through :meth:`ReadinessSet.wake` or :meth:`ReadinessSet.cancel`, or
-   Trio would sleep on.
+6. Code that wakes a task from within a step does it through :meth:`ReadinessSet.wake` or
+   :meth:`ReadinessSet.cancel`, or Trio would sleep on.
 """
 
 from __future__ import annotations

@@ -341,7 +341,7 @@ class _Guest:
             # descriptors while it takes its time to hear it.
             await self._withdraw(leg, objection)
             return
-        # Whoever gave way in this very moment is not let in.
+        # One that gave way in this very moment is not let in.
         await trio.lowlevel.checkpoint_if_cancelled()
         self._slot.admitted()
         self._slot.charge([route.charges.waiting(leg)])

@@ -2,7 +2,7 @@
 
 The party gets 32 random bytes in PAIRED and shows them on a second, plain TCP connection to the same address, which
 then *is* the leg. So a ticket is a bearer's right to one leg of one pairing, and is treated as such: it is good once,
-for a few seconds, at the listeners of its route, and whoever comes with a wrong one learns nothing, not even how wrong.
+for a few seconds, at the listeners of its route, and a caller with a wrong one learns nothing, not even how wrong.
 
 Only the SHA-256 of a ticket is kept, and it is the key of a dictionary: how long a look-up takes tells nothing that
 would help to guess the ticket itself. The last comparison is in constant time all the same.

@@ -2,8 +2,8 @@
 
 A newcomer never waits for somebody who only keeps a connection open. When all places are taken, one that waits for its
 client is closed: it has sent no request yet, or none since the last answer, or it does not read. It is taken from the
-address that has the most connections, and there it is the one that waits longest. So whoever opens many connections
-closes their own, and an operator's one connection stays. A connection that the relay itself works for is never closed:
+address that has the most connections, and there it is the one that waits longest. So a caller with many connections
+closes its own, and an operator's one connection stays. A connection that the relay itself works for is never closed:
 a request that is being answered, an event stream that is up to date.
 
 Among connections of one address that rule alone would let a flood close everything before it can speak. There, and

@@ -80,7 +80,7 @@ class Shared(Generic[K, T]):
 
     def _drop(self, batch: Batch[K, T]) -> None:
         if batch is self._next:
-            self._next = None  # whoever comes now begins another one
+            self._next = None  # a caller who comes now begins another one
         else:
             batch.scope.cancel(reason="nobody waits for this any more")
 

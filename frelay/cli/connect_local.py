@@ -47,7 +47,7 @@ class LocalSide(trio.abc.HalfCloseableStream):
 class LocalSocket(LocalSide):
     """A TCP or Unix connection on this machine.
 
-    Until :meth:`aclose` it is set to end by RST, whoever closes it: also the kernel, where this process is killed.
+    Until :meth:`aclose` every close of it is an RST, also the kernel's where this process is killed.
     A Unix socket knows no RST: its other end gets ECONNRESET only if we leave bytes unread, and an end otherwise.
     """
 

@@ -12,7 +12,7 @@ from frelay.client.steps import Endpoint, Line
 __all__ = ["Lines", "look_up", "look_up_in_thread", "numeric", "take_what_came"]
 
 _READ: Final = 65536
-# Whoever goes on sending gets the RST.
+# A peer that goes on sending gets the RST.
 _MOST_READS: Final = 64
 
 

@@ -36,7 +36,7 @@ async def is_closed(stream: trio.SocketStream) -> bool:
 
 
 async def test_the_silent_hold_no_turn(site: Site) -> None:
-    """However few turns there are, and whoever has them: a function has its own at once, from whichever address."""
+    """However few turns there are, and from whichever address: a function has its own at once."""
     limits = "[limits]\nmax_pre_auth = 1\nmax_pre_auth_per_ip = 1\nhandshake_timeout = 60\n"
     async with site.relay(sections=limits) as relay, silent(relay, 20):
         await eventually(lambda: relay.legs == 20, "twenty strangers")

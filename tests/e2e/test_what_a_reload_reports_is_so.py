@@ -452,7 +452,7 @@ async def test_an_address_that_the_running_api_has_is_not_free(site: Site) -> No
             assert relay.relay.config.metrics is not None
 
 
-def test_a_plan_is_the_same_for_whoever_asks() -> None:
+def test_a_plan_is_the_same_from_either_side() -> None:
     """What is in force after it has nothing left to change but what needs a restart."""
     old = Config(path=Path("/f"), relay=RelaySection(name="old"), admin=AdminSection(listen="unix:/s"))
     new = Config(path=Path("/f"), relay=RelaySection(name="new", drain_timeout=1), limits=Limits(ping_interval=1))

@@ -251,7 +251,7 @@ async def test_who_goes_while_it_waits_leaves_the_turn_to_the_others(autojump_cl
 
 @pytest.mark.load
 async def test_turns_of_those_who_have_gone_are_given_back(autojump_clock: trio.testing.MockClock) -> None:
-    """Sixty pairings ask for a kilobyte each and end. Whoever comes then waits for none of it."""
+    """Sixty pairings ask for a kilobyte each and end. One that comes then waits for none of it."""
     bandwidth = Bandwidth(5000)
     began = trio.current_time()
     async with trio.open_nursery() as nursery:

@@ -32,7 +32,7 @@ def context(site: Site) -> ssl.SSLContext:
 
 
 def connect(site: Site) -> tuple[socket.socket, threading.Thread]:
-    """A connection to a server that refuses whoever shows that certificate, and is gone."""
+    """A connection to a server that refuses the client's certificate, and is gone."""
     server = inner_context("server", *site.paths["func2"], site.ca_path)
 
     def refuse() -> None:

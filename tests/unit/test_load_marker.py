@@ -68,7 +68,7 @@ def unmarked(source: str) -> list[str]:
     return [name for name in tests if name not in marked and concerned(name)]
 
 
-def test_whoever_counts_or_reads_a_clock_is_marked() -> None:
+def test_what_counts_or_reads_a_clock_is_marked() -> None:
     found = [
         f"{path.relative_to(TESTS)}::{name}"
         for path in sorted(TESTS.rglob("test_*.py"))
