@@ -36,6 +36,11 @@ _SERVERS: Final = 2
 _PART_OF_A_SERVER: Final = 16
 _FEWEST_PLACES: Final = 4
 _MOST_PLACES: Final = 256
+# Connections accepted in one pass of the event loop. One at a time, a flood before it would let the next one wait for
+# so many passes, and each of them takes as long as all that there is to do. But who gives way to a newcomer is closed a
+# pass later, so this many descriptors, twice, come on top of all places: a sixteenth of few descriptors.
+_MOST_ACCEPTS: Final = 32
+_PART_OF_ACCEPTS: Final = 16
 
 
 def raise_descriptor_limit() -> int:
@@ -149,6 +154,11 @@ class Admission:
     def places_of_a_server(self) -> int:
         """How many connections each of the relay's HTTP servers may have at a time."""
         return max(_FEWEST_PLACES, min(_MOST_PLACES, self.descriptor_limit // _PART_OF_A_SERVER))
+
+    @property
+    def accepts_at_once(self) -> int:
+        """How many connections a listening socket may accept in one pass of the event loop."""
+        return max(1, min(_MOST_ACCEPTS, self.descriptor_limit // _PART_OF_ACCEPTS))
 
     @property
     def _strangers_own(self) -> int:

@@ -25,9 +25,6 @@ from frelay.sockets import accept, close, format_address
 __all__ = ["Listener"]
 
 _PAUSE: Final = 0.1
-# Connections accepted in one pass of the event loop. One at a time, a flood before it would let the next one wait for
-# so many passes, and each of them takes as long as all that there is to do.
-_AT_ONCE: Final = 32
 # EAGAIN: somebody else was quicker. The others, after accept(2): that connection died while it queued, or a firewall
 # forbids it, which is its own business.
 _NOT_THIS_ONE: Final = frozenset(
@@ -131,7 +128,7 @@ class Listener:
             except trio.ClosedResourceError:
                 return
             try:
-                for _ in range(_AT_ONCE):
+                for _ in range(admission.accepts_at_once):
                     connection, place = accept(sock)
                     pausing = False
                     connections.start_soon(self._receive, connection, place, door(), Slot(admission))

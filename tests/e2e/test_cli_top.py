@@ -52,7 +52,10 @@ class Terminal:
         return (await self.tmux("capture-pane", "-p", *options)).splitlines()
 
     async def shows(self, condition: Callable[[str], bool], what: str) -> list[str]:
-        """The lines of the screen once ``condition`` holds for its text."""
+        """The lines of the screen once ``condition`` holds for its text.
+
+        A screen is drawn in pieces: what is to be seen at one time belongs into one condition.
+        """
         deadline = trio.current_time() + PATIENCE
         while True:
             lines = await self.screen()
@@ -111,9 +114,14 @@ def routes(*names: str, listen: str = "127.0.0.1:0") -> str:
 async def test_no_route_at_all(site: Site) -> None:
     async with site.process("", sections=ADMIN), terminal(site) as screen:
         await screen.run(*top(site))
-        lines = await screen.text("ROUTE (none)")
-        assert lines[0].startswith("relay-1: running, up ")
-        assert lines[-1].startswith("q quit  ? help")
+        await screen.shows(
+            lambda text: (
+                text.startswith("relay-1: running, up ")
+                and "ROUTE (none)" in text
+                and text.splitlines()[-1].startswith("q quit  ? help")
+            ),
+            "the relay without a route is not to be seen",
+        )
         await screen.keys("q")
         await screen.is_as_before(0)
 
@@ -144,14 +152,15 @@ async def test_three_routes_with_who_waits_and_who_is_paired(site: Site) -> None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(talk)
             lines = await screen.shows(
-                lambda text: any(line.startswith("one ") and " kB  " in line for line in text.splitlines()), "no rate"
+                lambda text: (
+                    any(line.startswith("one ") and " kB  " in line for line in text.splitlines())
+                    and all(title in text for title in ("PAIRING (1)", "WAITING (1)", "REFUSED (1)"))
+                    and first_words(text).count("two") == 2
+                ),
+                "no rate, or not all that there is",
             )
             nursery.cancel_scope.cancel()
         assert len(lines) == 24
-        found = "\n".join(lines)
-        assert "PAIRING (1)" in found
-        assert "WAITING (1)" in found
-        assert "REFUSED (1)" in found
         assert [line.split()[:3] for line in lines if line.startswith("two ")][1] == ["two", "func2", "dns:func2.demo"]
         await screen.keys("?")
         await screen.text("shift-tab")
@@ -159,6 +168,11 @@ async def test_three_routes_with_who_waits_and_who_is_paired(site: Site) -> None
         await screen.text("by name")
         await screen.keys("C-c")
         await screen.is_as_before(0)
+
+
+def first_words(screen: str) -> list[str]:
+    """Of each line; empty for an empty one."""
+    return [line.partition(" ")[0] for line in screen.splitlines()]
 
 
 @pytest.mark.load
@@ -172,8 +186,10 @@ async def test_three_hundred_routes_can_be_gone_through(site: Site) -> None:
             await screen.keys("G")
             await screen.text("route-299")
             await screen.keys("g", "j")
-            lines = await screen.text("ROUTE (2-19 of 300)")
-            assert [line.split()[0] for line in lines[2:20]] == names[1:19]
+            await screen.shows(
+                lambda text: "ROUTE (2-19 of 300)" in text and first_words(text)[2:20] == names[1:19],
+                "the routes 2 to 19 are not to be seen",
+            )
             await screen.tmux("resize-window", "-x", "120", "-y", "40")
             lines = await screen.text("ROUTE (2-35 of 300)")
             assert len(lines) == 40
@@ -193,9 +209,14 @@ async def test_a_relay_that_goes_and_comes_back(site: Site) -> None:
             await screen.run(*top(site))
             await screen.text("ROUTE (1)")
             relay.process.kill()
-            lines = await screen.text("no answer (")
-            assert "no relay is running here" in lines[1]
-            assert any(line.startswith("demo ") for line in lines)
+            await screen.shows(
+                lambda text: (
+                    "no answer (" in text
+                    and "no relay is running here" in text.splitlines()[1]
+                    and "demo" in first_words(text)
+                ),
+                "what was there last, and that nobody answers, is not to be seen",
+            )
         async with site.process(DEMO, sections=ADMIN):
             await screen.shows(lambda text: "no answer" not in text and "ROUTE (1)" in text, "it is not found again")
             await screen.keys("q")
