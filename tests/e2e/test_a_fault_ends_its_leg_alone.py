@@ -122,6 +122,7 @@ async def test_a_fault_in_a_pairing_ends_that_pairing_alone(
 
     async with site.relay() as relay:
         keeper1, keeper2 = await join_ends(site, relay)
+        await relay.log("handed off")  # they have pumps that run, before others get none
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, fault)
             one, two = await site.party(relay, "func1"), await site.party(relay, "func2")

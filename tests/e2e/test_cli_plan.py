@@ -34,6 +34,8 @@ async def test_everything_that_can_change(site: Site) -> None:
     async with site.process(DEMO + TWO + THREE, sections=ADMIN, options=["--no-watch"]) as relay:
         parties = [await site.party(relay, name, route="demo") for name in ("func1", "func2")]
         await pair(*parties)
+        for party in parties:
+            await party.hand_off()  # or handoff_timeout would end it, where the commands take long
         waits = await site.party(relay, "func1", route="two")
         await waits.join()
         await waits.expect("WAITING")
