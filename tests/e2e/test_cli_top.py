@@ -294,6 +294,8 @@ async def test_as_json_one_object_a_line(site: Site) -> None:
     async with site.process(DEMO, sections=ADMIN) as relay:
         parties = [await site.party(relay, name) for name in ("func1", "func2")]
         await pair(*parties)
+        for party in parties:
+            await party.hand_off()
         said = await ask("top", "-c", site.config, *OPTIONS, "--count", "2", "--json")
     assert (said.code, said.stderr) == (0, "")
     looks = [json.loads(line) for line in said.stdout.splitlines()]

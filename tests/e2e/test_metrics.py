@@ -335,7 +335,10 @@ async def test_two_relays_in_one_process_are_two(site: Site, tmp_path: Path) -> 
     second = tmp_path / "second"
     second.mkdir()
     async with scraped(site) as (relay, scrape), scraped(Site(second)) as (_, other):
-        await pair(await site.party(relay, "func1"), await site.party(relay, "func2"))
+        parties = [await site.party(relay, name) for name in ("func1", "func2")]
+        await pair(*parties)
+        for party in parties:
+            await party.hand_off()
         for who, count in ((scrape, 1), (other, 0)):
             assert await who.value("frelay_handshake_seconds_count") == 2 * count
             assert await who.value("frelay_pairings_active", "demo") == count
