@@ -88,17 +88,17 @@ def find_anchors(
     unique = list({one.public_bytes(Encoding.DER): one for one in authorities}.values())
     expired = [one for one in unique if now > one.not_valid_after_utc.timestamp()]
     used = [one for one in unique if one not in expired]
-    house = _House(used, lists, now)
+    hierarchy = _Hierarchy(used, lists, now)
     return Anchors(
-        chained=tuple(one for one in used if not house.stands_alone(one)),
-        alone=tuple(one for one in used if house.stands_alone(one)),
+        chained=tuple(one for one in used if not hierarchy.stands_alone(one)),
+        alone=tuple(one for one in used if hierarchy.stands_alone(one)),
         expired=tuple(expired),
-        blocked=tuple(blocked for one in used if (blocked := house.blocked(one)) is not None),
-        open=tuple(tuple(house.line(one)) for one in used if house.blocked(one) is None),
+        blocked=tuple(blocked for one in used if (blocked := hierarchy.blocked(one)) is not None),
+        open=tuple(tuple(hierarchy.line(one)) for one in used if hierarchy.blocked(one) is None),
     )
 
 
-class _House:
+class _Hierarchy:
     """The authorities of one file, with who issued whom."""
 
     def __init__(
