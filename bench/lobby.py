@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final, cast
 
-from frelay.leg import Leg
-from frelay.lobby import Lobby, Place
+from frelay.joining.lobby import Lobby, Place
+from frelay.pairing.leg import Leg
 from frelay.protocol.messages import PartyName
 
 __all__ = ["CASES", "join_cost", "main"]
@@ -36,11 +36,11 @@ class StandIn:
 
     @property
     def holder(self) -> str:
-        """See :attr:`frelay.leg.Leg.holder`."""
+        """See :attr:`frelay.pairing.leg.Leg.holder`."""
         return self.identity
 
     def marks(self) -> tuple[tuple[str, str], ...]:
-        """See :meth:`frelay.leg.Leg.marks`."""
+        """See :meth:`frelay.pairing.leg.Leg.marks`."""
         return ((self.attempt, self.identity),)
 
 

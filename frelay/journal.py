@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Final
 
 from frelay.errors import Problem
-from frelay.outcome import Record
 from frelay.protocol.messages import PartyName
+from frelay.protocol.outcome import Record
 
 __all__ = [
     "Distribution",

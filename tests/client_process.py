@@ -16,7 +16,7 @@ import json
 import sys
 from typing import Any
 
-from frelay.client.core import Joined, Joining
+from frelay.client.joining import Joined, Joining
 from frelay.client.steps import Meet, Pause, Receive, Send, Status, Step, Steps
 from frelay.protocol.messages import Paired, Waiting
 

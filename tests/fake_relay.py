@@ -1,6 +1,6 @@
 """A relay without a network: it answers the steps of one joining, and is wrong in what a test makes wrong.
 
-:func:`join` runs the core of the clients (:mod:`frelay.client.core`) against it, on a clock of its own::
+:func:`join` runs the core of the clients (:mod:`frelay.client.joining`) against it, on a clock of its own::
 
     relay = FakeRelay(site, pair_at_once)
     relay.peer = peer(site)
@@ -14,9 +14,9 @@ import ssl
 from collections.abc import Callable
 from typing import Any
 
-from frelay.client.core import Joined, Joining, Plan
-from frelay.client.engine import Engine
+from frelay.client.joining import Joined, Joining, Plan
 from frelay.client.steps import Close, Endpoint, Open, Pause, Receive, Resolve, Send, Step, drive
+from frelay.client.tls_engine import Engine
 from frelay.client.wire import inner_context
 from frelay.protocol.messages import Join, Message, Paired, Waiting
 from frelay.protocol.session import RelaySession

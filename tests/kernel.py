@@ -15,7 +15,7 @@ from typing import Final
 import trio
 
 from ends import End, block
-from frelay.tcp import unacknowledged
+from frelay.net.tcp import unacknowledged
 from rig import PATIENCE, RelayProcess, eventually
 
 __all__ = ["Queues", "fill", "has_arrived", "relays_queues", "resident", "rests"]

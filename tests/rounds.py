@@ -1,7 +1,7 @@
 """When is a relay in this process at rest? With a pairing, ``wait_all_tasks_blocked`` with a cushion cannot tell.
 
-It waits for Trio to sleep through the whole cushion, and with a pairing :class:`~frelay.readiness.ReadinessSet` sleeps
-in Trio's stead and then wakes it.
+It waits for Trio to sleep through the whole cushion, and with a pairing :class:`~frelay.pairing.readiness.ReadinessSet`
+sleeps in Trio's stead and then wakes it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import trio
 import trio.testing
 
-from frelay.readiness import ReadinessSet
+from frelay.pairing.readiness import ReadinessSet
 
 __all__ = ["CountedRounds", "nothing_is_ready", "settled"]
 

@@ -21,7 +21,7 @@ from typing import Final, Literal
 import trio
 
 from ends import End
-from frelay.sockets import format_address
+from frelay.net.sockets import format_address
 from rig import Party, RelayInProcess, Site, eventually
 
 __all__ = [

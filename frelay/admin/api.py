@@ -1,7 +1,7 @@
-"""The admin API: HTTP around an :class:`~frelay.admin.office.Office`, described by itself at ``/openapi.json``.
+"""The admin API: HTTP around an :class:`~frelay.admin.control.Office`, described by itself at ``/openapi.json``.
 
 A caller has been let in already: by the mode of a Unix socket, or by the client certificate that
-:mod:`frelay.admin.door` asked for. That certificate is judged again for each request and before each event of a
+:mod:`frelay.admin.mtls` asked for. That certificate is judged again for each request and before each event of a
 stream, since a connection may outlive it. What is left to guard against is a browser that somebody else steers. So
 ``Host`` must be a name that this relay goes by (a rebound DNS name is not), ``Origin``, where a browser sends one, must
 be the same place, and nothing changes on GET. A body may have 64 KiB, which is a hundred times what a route needs.
@@ -32,7 +32,7 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from frelay import __version__
-from frelay.admin import office as desk
+from frelay.admin import control as desk
 from frelay.admin.dashboard import add_dashboard
 from frelay.admin.http import caller_of
 from frelay.admin.model import (

@@ -28,7 +28,7 @@ import trio
 from starlette.types import ASGIApp, Message, Scope
 
 from frelay.admin.places import Place
-from frelay.sockets import RawStream, close_after_linger
+from frelay.net.sockets import RawStream, close_after_linger
 from frelay.tls.stream import TlsStream
 
 __all__ = ["Caller", "caller_of", "speak_http"]

@@ -40,13 +40,13 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from frelay import __version__
+from frelay.admin.control import Counts, Office
+from frelay.admin.loop_lag import LAG_MEMORY, LoopLag
 from frelay.admin.model import CertificateView
-from frelay.admin.office import Counts, Office
 from frelay.admin.sharing import Batch, Shared
 from frelay.journal import Distribution
-from frelay.lag import LAG_MEMORY, LoopLag
-from frelay.outcome import Outcome
 from frelay.protocol.messages import PartyName
+from frelay.protocol.outcome import Outcome
 from frelay.tls.context import openssl_version
 
 __all__ = ["Metrics", "metrics_app"]

@@ -1,7 +1,7 @@
 """An ASGI application on listening sockets, beside a relay that must not suffer from it.
 
 The socket of the admin API must never be open to others, not even for a moment, so it is bound here. A caller over TCP
-has to be let in by a certificate first (:mod:`frelay.admin.door`), with the relay's own TLS. How many there are at a
+has to be let in by a certificate first (:mod:`frelay.admin.mtls`), with the relay's own TLS. How many there are at a
 time, and who has to go for a newcomer, is told in :mod:`frelay.admin.places`; how HTTP is spoken with each of them in
 :mod:`frelay.admin.http`.
 """
@@ -24,7 +24,7 @@ from starlette.types import ASGIApp
 
 from frelay.admin.http import Caller, speak_http
 from frelay.admin.places import GRACE, PLAIN_GRACE, Place, Places, holder_of
-from frelay.sockets import RawStream, close
+from frelay.net.sockets import RawStream, close
 from frelay.tls.stream import TlsStream
 
 __all__ = ["Admit", "Admitted", "bind_unix", "let_in", "serve", "unlinked_at_end"]

@@ -14,8 +14,8 @@ from typing import Annotated, Final
 import typer
 
 from frelay import __version__
-from frelay.cli import ca as _ca
-from frelay.cli import operate as _operate
+from frelay.cli import admin_commands as _operate
+from frelay.cli import ca_commands as _ca
 from frelay.errors import CertificateError, ConfigError, FrelayError, printable
 
 __all__ = ["app", "main"]
@@ -59,21 +59,22 @@ def run(
     watch: Annotated[bool, typer.Option(help="Reload when a file of the configuration changes.")] = True,
 ) -> None:
     """Run the relay. SIGHUP reloads, SIGTERM drains, a second SIGTERM stops now."""
-    from frelay import log
+    from frelay.relay.logging import LEVELS, configure
 
     if log_format not in ("console", "json"):
         raise typer.BadParameter("write console or json", param_hint="--log-format")
-    if log_level not in log.LEVELS:
-        raise typer.BadParameter(f"write one of {', '.join(log.LEVELS)}", param_hint="--log-level")
+    if log_level not in LEVELS:
+        raise typer.BadParameter(f"write one of {', '.join(LEVELS)}", param_hint="--log-level")
 
     import gc
     import signal
 
     import trio
 
-    from frelay import privileges
     from frelay.config.load import load
-    from frelay.systemd import Inherited, ServiceManager
+    from frelay.net.passed_sockets import PassedSockets
+    from frelay.relay import privileges
+    from frelay.relay.service_manager import ServiceManager
 
     # The relay obeys it as long as it runs. What comes before that, or after, would kill the process, and with it the
     # exit code of a clean drain.
@@ -81,18 +82,18 @@ def run(
     try:
         first = load(config)
     except ConfigError as error:
-        from frelay.relay import with_all_problems
+        from frelay.relay.relay import with_all_problems
 
         raise with_all_problems(config, error) from error
     privileges.give_up(first)  # before the log, which has a thread
-    log.configure("json" if log_format == "json" else "console", log_level)
-    inherited, service_manager = Inherited.from_environment(), ServiceManager.from_environment()
+    configure("json" if log_format == "json" else "console", log_level)
+    inherited, service_manager = PassedSockets.from_environment(), ServiceManager.from_environment()
     if first.relay.worker_count == 1:
-        from frelay.relay import Relay
+        from frelay.relay.relay import Relay
 
         relay = Relay(first, watch_files=watch, inherited=inherited, service_manager=service_manager)
     else:
-        from frelay.workers.supervisor import Supervisor
+        from frelay.relay.workers.supervisor import Supervisor
 
         relay = Supervisor(
             first,
@@ -249,8 +250,8 @@ def connect(
 
     Exit codes: 0 clean end, 1 failed, 2 usage, 3 refused by the relay, 4 nobody came.
     """
-    from frelay.cli.connect import Local, connect_command
-    from frelay.client.core import Options
+    from frelay.cli.connect.command import Local, connect_command
+    from frelay.client.joining import Options
 
     if party not in (None, "func1", "func2"):
         raise typer.BadParameter("write func1 or func2", param_hint="--party")

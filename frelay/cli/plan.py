@@ -14,19 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from frelay.cli.admin_client import CallFailed, Credentials, Place, Remote, find, place_in_file
 from frelay.cli.check import as_json_object, load_and_prepare, report_problems
-from frelay.cli.remote import CallFailed, Credentials, Place, Remote, find, place_in_file
 from frelay.cli.text import bold, count
+from frelay.config.dump import config_as_written, load_written, route_as_written
 from frelay.config.load import load
 from frelay.config.model import Config, Route
 from frelay.config.plan import Plan
 from frelay.config.plan import plan as planned
-from frelay.config.written import config_as_written, load_written, route_as_written
-from frelay.doubts import doubts
 from frelay.errors import ConfigError, printable
+from frelay.relay.config_warnings import doubts
 
 if TYPE_CHECKING:
-    from frelay.cli.operate import Asked
+    from frelay.cli.admin_commands import Asked
 
 __all__ = ["Running", "lines", "plan"]
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from frelay.cli.remote import Remote, route_path
+from frelay.cli.admin_client import Remote, route_path
 from frelay.cli.text import bold, columns, duration, pad, size
 from frelay.errors import printable
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from frelay.cli.remote import Remote, problem_line
+from frelay.cli.admin_client import Remote, problem_line
 from frelay.cli.text import ago, bold, columns, count, date, duration
 from frelay.errors import printable
 

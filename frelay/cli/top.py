@@ -25,10 +25,10 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Final
 
-from frelay.cli.remote import CallFailed, Remote
+from frelay.cli.admin_client import CallFailed, Remote
 from frelay.cli.text import ago, cut, date
-from frelay.cli.top_lines import Layout, Line, Screen, Style, lay_out, plain_lines, press
-from frelay.cli.top_model import Look, rates, view
+from frelay.cli.top_layout import Layout, Line, Screen, Style, lay_out, plain_lines, press
+from frelay.cli.top_view import Look, rates, view
 from frelay.errors import FrelayError, printable
 
 __all__ = ["look", "top"]

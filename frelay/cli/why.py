@@ -1,4 +1,4 @@
-"""``frelay why``: print what :mod:`frelay.verdict` finds; ``--json`` prints its ``as_json``.
+"""``frelay why``: print what :mod:`frelay.joining.explain` finds; ``--json`` prints its ``as_json``.
 
 Where the route file itself is no good, that is printed as ``frelay check`` does; the JSON is then ``admitted`` null and
 ``problems``.
@@ -14,11 +14,11 @@ from pathlib import Path
 
 import typer
 
+from frelay.cli.ca_show import Row, certificate_rows, fit_rows, print_rows
 from frelay.cli.check import as_json_object, load_and_prepare
-from frelay.cli.show import Row, certificate_rows, fit_rows, print_rows
 from frelay.errors import ConfigError
+from frelay.joining.explain import Verdict, examine
 from frelay.pki.files import read_certificates
-from frelay.verdict import Verdict, examine
 
 __all__ = ["explain"]
 

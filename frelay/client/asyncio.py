@@ -1,9 +1,9 @@
 """Joining a route from asyncio code: :func:`connect` gives a (reader, writer) pair.
 
-A shell of :mod:`frelay.client.core`. asyncio's own TLS transport cannot end one direction alone (``can_write_eof()`` is
-False there), so the writer stands on a transport of ours: :class:`WireTransport`, between an
-:class:`~frelay.client.engine.Engine` and asyncio's plain socket transport. Back-pressure is the plain transport's own,
-passed through both ways: its ``pause_writing`` makes ``drain()`` wait, and a full reader pauses the socket.
+A shell of :mod:`frelay.client.joining`. asyncio's own TLS transport cannot end one direction alone (``can_write_eof()``
+is False there), so the writer stands on a transport of ours: :class:`WireTransport`, between an
+:class:`~frelay.client.tls_engine.Engine` and asyncio's plain socket transport. Back-pressure is the plain transport's
+own, passed through both ways: its ``pause_writing`` makes ``drain()`` wait, and a full reader pauses the socket.
 Standard library only.
 """
 
@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final, Unpack
 
 from frelay.client.alerts import refusal_of_certificate
-from frelay.client.core import Joining, Options, Plan
-from frelay.client.engine import Engine
-from frelay.client.lines import Lines, look_up_in_thread, numeric
+from frelay.client.joining import Joining, Options, Plan
 from frelay.client.signature import shows_its_options
+from frelay.client.sockets import Lines, look_up_in_thread, numeric
 from frelay.client.steps import Close, Endpoint, Open, Pause, Receive, Resolve, Send, Step, drive_async
+from frelay.client.tls_engine import Engine
 from frelay.client.wire import CLOSE_PATIENCE, CUT_BEFORE_A_WORD, FAREWELL, FAREWELL_LOOK, LONGEST_FAREWELL
 from frelay.errors import CertificateRefused, Truncated
-from frelay.tcp import is_dead, unacknowledged
+from frelay.net.tcp import is_dead, unacknowledged
 
 __all__ = ["WireTransport", "connect"]
 

@@ -1,6 +1,6 @@
 """Joining a route from ordinary blocking code: :func:`connect`.
 
-A shell of :mod:`frelay.client.core`, which says what is to be done; here it is done on a blocking socket with a
+A shell of :mod:`frelay.client.joining`, which says what is to be done; here it is done on a blocking socket with a
 time-out. The inner TLS is the one thing that this shell does by itself, because its result is a real ``SSLSocket``
 (:class:`~frelay.client.wire.Wire`), which code that was written for sockets can use. Standard library only.
 """
@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from frelay.client.core import Joining, Plan, split_address
-from frelay.client.lines import Lines, look_up_in_thread, numeric
-from frelay.client.pump import TunnelPump
+from frelay.client.joining import Joining, Plan, split_address
 from frelay.client.retry import Retry
+from frelay.client.sockets import Lines, look_up_in_thread, numeric
 from frelay.client.steps import Close, Endpoint, Meet, Open, Pause, Receive, Resolve, Send, Step, drive
+from frelay.client.tunnel import TunnelPump
 from frelay.client.wire import StrPath, Wire, agreed_protocol, names_of_peer
 from frelay.protocol.identity import Name
 from frelay.protocol.messages import Message, Mode, PartyName

@@ -1,6 +1,6 @@
 """The arguments of the three ``connect``, shown by ``help()`` as they are, not as ``**options``.
 
-They are written once, at :meth:`frelay.client.core.Plan.make`; the blocking client repeats them for its readers.
+They are written once, at :meth:`frelay.client.joining.Plan.make`; the blocking client repeats them for its readers.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from frelay.client.core import Plan
+from frelay.client.joining import Plan
 
 __all__ = ["shows_its_options"]
 

@@ -1,7 +1,7 @@
 """What the core asks of a shell: one frozen dataclass a step, and the two loops that perform them.
 
-The core (:mod:`frelay.client.core`) is a generator. It yields a step, a shell performs it with whatever I/O it has and
-sends the answer back; an OSError is thrown back instead, so that the core alone says what it means. A step that may
+The core (:mod:`frelay.client.joining`) is a generator. It yields a step, a shell performs it with whatever I/O it has
+and sends the answer back; an OSError is thrown back instead, so that the core alone says what it means. A step that may
 take time has ``patience`` in seconds, after which the shell raises TimeoutError (without an errno: with one it would be
 the kernel that has given up). Standard library only.
 """
@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from frelay.client.engine import Engine
+from frelay.client.tls_engine import Engine
 from frelay.protocol.messages import Message
 
 __all__ = [

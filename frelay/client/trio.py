@@ -1,7 +1,8 @@
 """Joining a route from Trio code: :func:`connect` gives a stream.
 
-A shell of :mod:`frelay.client.core`. The inner TLS is an :class:`~frelay.client.engine.Engine`, in mode ``tunnel`` on
-top of another, so one stream class serves all modes. The only module here that needs more than the standard library.
+A shell of :mod:`frelay.client.joining`. The inner TLS is an :class:`~frelay.client.tls_engine.Engine`, in mode
+``tunnel`` on top of another, so one stream class serves all modes. The only module here that needs more than the
+standard library.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from typing import Any, Final, TypeVar, Unpack
 import trio
 
 from frelay.client.alerts import refusal_of_certificate
-from frelay.client.core import Joining, Options, Plan
-from frelay.client.engine import Engine
-from frelay.client.lines import Lines, look_up, numeric
+from frelay.client.joining import Joining, Options, Plan
 from frelay.client.signature import shows_its_options
+from frelay.client.sockets import Lines, look_up, numeric
 from frelay.client.steps import Close, Endpoint, Open, Pause, Receive, Resolve, Send, Step, drive_async
+from frelay.client.tls_engine import Engine
 from frelay.client.wire import CUT_BEFORE_A_WORD, FAREWELL, FAREWELL_LOOK, LONGEST_FAREWELL
 from frelay.errors import CertificateRefused, ConnectionBroken, Truncated
+from frelay.net.tcp import is_dead, unacknowledged
 from frelay.protocol.messages import Message, Paired
-from frelay.tcp import is_dead, unacknowledged
 
 __all__ = ["TrioWire", "connect", "join"]
 

@@ -27,6 +27,7 @@ from typing import Any, Final
 
 from frelay.client.alerts import refusal_of_certificate
 from frelay.errors import CertificateError, CertificateRefused, PeerIdentityMismatch
+from frelay.net.tcp import is_dead, unacknowledged
 from frelay.protocol.identity import (
     Name,
     OddName,
@@ -38,7 +39,6 @@ from frelay.protocol.identity import (
     uri_names,
 )
 from frelay.protocol.messages import Role
-from frelay.tcp import is_dead, unacknowledged
 
 __all__ = [
     "Wire",

@@ -1,8 +1,8 @@
 """One TOML file of a configuration: read, parsed, and able to say where in it something is wrong.
 
 A place in a file is a path of keys and indexes, ``("route", 0, "func1", 2)``. pydantic's errors, tomllib's result,
-:class:`~frelay.config.locate.Lines` and our own rules all speak of places in this way; :meth:`Document.report` alone
-turns one into the key path and the line that a person reads.
+:class:`~frelay.config.line_numbers.Lines` and our own rules all speak of places in this way; :meth:`Document.report`
+alone turns one into the key path and the line that a person reads.
 
 Reading is guarded against what a path can be by mistake: a directory, a FIFO that never ends, a file of gigabytes.
 And what comes back to the reader out of a file is shortened and has its control characters escaped, since these
@@ -25,7 +25,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from frelay.config.locate import Lines
+from frelay.config.line_numbers import Lines
 from frelay.config.model import (
     AdminSection,
     GroupTable,

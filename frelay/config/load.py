@@ -44,6 +44,7 @@ from frelay.config.model import (
     TlsSection,
     is_name,
 )
+from frelay.config.route_files import RouteFileEdit
 from frelay.config.rules import (
     WrittenRoute,
     check_addresses,
@@ -53,7 +54,6 @@ from frelay.config.rules import (
     check_stalls,
     check_tls,
 )
-from frelay.config.store import RouteFileEdit
 from frelay.errors import ConfigError, Problem
 from frelay.protocol.identity import Selector
 

@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
 from frelay.errors import CertificateError
-from frelay.key_mode import objection_to_mode
+from frelay.pki.key_mode import objection_to_mode
 
 __all__ = [
     "PemFile",

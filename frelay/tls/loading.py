@@ -26,7 +26,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from frelay.config.model import TlsSection
 from frelay.errors import ConfigError, Problem
-from frelay.key_mode import objection_to_mode
+from frelay.pki.key_mode import objection_to_mode
 from frelay.tls.anchors import (
     UNREADABLE,
     Anchors,

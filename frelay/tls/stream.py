@@ -52,7 +52,7 @@ from OpenSSL._util import ffi as _ffi
 from OpenSSL._util import lib as _openssl
 
 from frelay.errors import ConnectionBroken, LocalProtocolError, RemoteProtocolError
-from frelay.sockets import BrokenStream, OneAtATime, TlsFault, TruncatedStream, broken, close
+from frelay.net.sockets import BrokenStream, OneAtATime, TlsFault, TruncatedStream, broken, close
 
 __all__ = ["TlsStream"]
 
@@ -92,8 +92,8 @@ def _send_some(connection: SSL.Connection, data: memoryview) -> int:
 class TlsStream(trio.abc.HalfCloseableStream):
     """The server's side of a TLS 1.3 connection; it owns the socket until :meth:`detach`.
 
-    Besides Trio's own errors its methods raise :class:`~frelay.sockets.TruncatedStream`,
-    :class:`~frelay.sockets.BrokenStream` and :class:`~frelay.sockets.TlsFault`.
+    Besides Trio's own errors its methods raise :class:`~frelay.net.sockets.TruncatedStream`,
+    :class:`~frelay.net.sockets.BrokenStream` and :class:`~frelay.net.sockets.TlsFault`.
     """
 
     def __init__(self, sock: socket.socket, context: SSL.Context) -> None:

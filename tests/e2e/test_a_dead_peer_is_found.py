@@ -13,8 +13,8 @@ import pytest
 import trio
 
 from ends import OPEN, PLAIN, Mode, join_ends
-from frelay.frameless import BareLeg
-from frelay.leg import FramedLeg
+from frelay.joining.frameless_legs import BareLeg
+from frelay.joining.legs import FramedLeg
 from rig import DEMO, Party, Site, address_seen, eventually
 
 TCP = '[tcp]\nkeepalive = [11, 7, 2]\nuser_timeout = 130\ncongestion_control = "reno"\n'

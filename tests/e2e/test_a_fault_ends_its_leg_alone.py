@@ -15,11 +15,11 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
-import frelay.leg
-import frelay.pairing
-import frelay.raw_pump
-import frelay.reception
-import frelay.route
+import frelay.joining.connection
+import frelay.joining.legs
+import frelay.joining.route
+import frelay.pairing.pairing
+import frelay.pairing.raw_pump
 import frelay.tls.context
 from certs import Credential, TestAuthority, self_signed
 from ends import join_ends
@@ -33,13 +33,13 @@ class Fault(Exception):
 STEPS: Final[dict[str, tuple[object, str]]] = {
     "verify callback": (frelay.tls.context._VerifyCallback, "__call__"),
     "ALPN callback": (frelay.tls.context, "_select_protocol"),
-    "reading the chain": (frelay.reception, "verified_peer"),
+    "reading the chain": (frelay.joining.connection, "verified_peer"),
     "reading the names": (frelay.tls.context, "identities"),
-    "choosing the route": (frelay.reception, "choose"),
+    "choosing the route": (frelay.joining.connection, "choose"),
     "policy": (frelay.tls.context.OuterTls, "judge"),
-    "matching": (frelay.route.LiveRoute, "match"),
-    "WAITING": (frelay.leg.FramedLeg, "welcome"),
-    "attending": (frelay.leg.FramedLeg, "attend"),
+    "matching": (frelay.joining.route.LiveRoute, "match"),
+    "WAITING": (frelay.joining.legs.FramedLeg, "welcome"),
+    "attending": (frelay.joining.legs.FramedLeg, "attend"),
 }
 
 
@@ -112,9 +112,9 @@ async def test_a_fault_in_a_pairing_ends_that_pairing_alone(
 ) -> None:
     """Outcome ``internal-error``: both functions are cut, the record says whose fault it was, and others go on."""
     owner, name = {
-        "hand-off": (frelay.leg.FramedLeg, "begin"),
-        "pumps": (frelay.raw_pump.RawPump, "run"),
-        "watch": (frelay.pairing.Pairing, "_watch"),
+        "hand-off": (frelay.joining.legs.FramedLeg, "begin"),
+        "pumps": (frelay.pairing.raw_pump.RawPump, "run"),
+        "watch": (frelay.pairing.pairing.Pairing, "_watch"),
     }[step]
 
     async def fault(*args: Any, **kwargs: Any) -> None:

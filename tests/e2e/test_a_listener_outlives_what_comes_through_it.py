@@ -12,8 +12,8 @@ import struct
 import pytest
 import trio
 
-import frelay.listener
-import frelay.sockets
+import frelay.joining.listener
+import frelay.net.sockets
 from rig import DEMO, Site, eventually, pair
 
 
@@ -74,7 +74,7 @@ async def test_a_listener_stopped_at_the_moment_of_a_call(site: Site, end: str, 
 )
 async def test_an_error_of_accept_is_not_the_end(site: Site, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """accept(2) gives the next connection's network errors, and EPERM for a firewall's verdict: not the listener's."""
-    original = frelay.sockets.accept
+    original = frelay.net.sockets.accept
     failures = [OSError(number, "injected")] * 3
 
     def accept(listener: socket.socket) -> tuple[socket.socket, tuple[str, int]]:
@@ -82,7 +82,7 @@ async def test_an_error_of_accept_is_not_the_end(site: Site, monkeypatch: pytest
             raise failures.pop()
         return original(listener)
 
-    monkeypatch.setattr(frelay.listener, "accept", accept)
+    monkeypatch.setattr(frelay.joining.listener, "accept", accept)
     async with site.relay() as relay:
         await pair(await site.party(relay, "func1"), await site.party(relay, "func2"))
         assert not failures

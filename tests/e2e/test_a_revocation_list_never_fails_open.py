@@ -19,7 +19,7 @@ from certs import Credential, TestAuthority
 from frelay.config.load import load
 from frelay.errors import ConfigError
 from frelay.pki.files import certificates_pem
-from frelay.relay import Relay
+from frelay.relay.relay import Relay
 from frelay.tls.loading import load_outer_tls
 from handoffs import relay_has_read
 from rig import Party, RelayInProcess, Site, eventually, pair, while_it_lasts

@@ -11,9 +11,9 @@ import pytest
 import trio
 
 from ends import OPEN, PAIRS_OF_MODES, PLAIN, End, Mode, block, join_all, join_ends
-from frelay.bandwidth import Bandwidth
+from frelay.pairing.bandwidth import Bandwidth
+from frelay.pairing.stream_pump import StreamPump
 from frelay.protocol.messages import PartyName
-from frelay.stream_pump import StreamPump
 from rig import RelayInProcess, Site, at_any_pace, direct, eventually
 
 RATE = 200_000

@@ -17,10 +17,10 @@ import trio
 
 from admin import ADMIN, admin
 from commands import ask
-from frelay import binding
 from frelay.config.load import load
 from frelay.errors import ConfigError
-from frelay.listener import Listener
+from frelay.joining.listener import Listener
+from frelay.net import binding
 from rig import TLS_HEADER, Party, RelayInProcess, RelayProcess, Site, eventually, pair
 
 BOTH = '["127.0.0.1:0", "[::1]:0"]'

@@ -16,14 +16,14 @@ from pathlib import Path
 import pytest
 import trio
 
-import frelay.dial
+import frelay.joining.dial
 from admin import ADMIN, admin
 from commands import ask
 from ends import block
 from frelay.config.load import load
 from frelay.errors import ConfigError
-from frelay.raw_pump import RawPump
-from frelay.stream_pump import StreamPump
+from frelay.pairing.raw_pump import RawPump
+from frelay.pairing.stream_pump import StreamPump
 from rig import PATIENCE, TLS_HEADER, Party, RelayInProcess, Site, eventually
 from services import CALLERS, Caller, call, dialling, echo
 
@@ -254,7 +254,7 @@ async def test_a_socket_that_may_not_be_written(site: Site, tmp_path: Path, monk
     async def forbidden(path: str) -> socket.socket:
         raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr(frelay.dial, "connect_unix", forbidden)
+    monkeypatch.setattr(frelay.joining.dial, "connect_unix", forbidden)
     async with site.relay(dialling(f"unix:{tmp_path}/db")) as relay:
         detail = await refused(site, relay)
         assert detail.startswith("permission denied: user ")

@@ -26,7 +26,7 @@ async def test_a_full_disk_changes_nothing(site: Site, monkeypatch: pytest.Monke
             path = site.directory / "routes.d" / "two.toml"
             before = path.read_bytes()
             with monkeypatch.context() as patch:
-                patch.setattr(f"frelay.config.store.os.{call}", fail)
+                patch.setattr(f"frelay.config.route_files.os.{call}", fail)
                 answer = await api.put("/v1/routes/two", json=route_body(wait_timeout=6, listen=f"127.0.0.1:{port}"))
                 assert (answer.status_code, answer.json()["error"]) == (507, "not-writable")
                 assert "No space left" in answer.json()["message"]

@@ -18,8 +18,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from admin import ADMIN
 from certs import TestAuthority
 from commands import Said, ask, frelay_command
-from frelay import privileges
 from frelay.cli.app import main
+from frelay.relay import privileges
 from rig import DEMO, Site
 
 

@@ -14,7 +14,7 @@ import trio
 
 from command import arguments
 from connects import dial, offering, still_echoes
-from frelay.sockets import format_address
+from frelay.net.sockets import format_address
 from rig import PATIENCE, Site
 from services import echo, nobody, serving
 

@@ -18,7 +18,7 @@ import pytest
 
 import frelay
 from certs import TestAuthority
-from frelay.client import blocking, core
+from frelay.client import blocking, joining
 from frelay.client.steps import Send, Step
 from frelay.client.wire import inner_context
 from frelay.protocol.messages import Message, Paired, Ping, Waiting
@@ -187,7 +187,7 @@ def test_a_relay_that_falls_silent_does_not_hold_us_for_ever(
     site: Site, said: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """``wait=None`` leaves the waiting to the relay; but a relay that lost its power says nothing, not even FIN."""
-    monkeypatch.setattr(core, "_PATIENCE", 0.5)
+    monkeypatch.setattr(joining, "_PATIENCE", 0.5)
     done = threading.Event()
 
     def script(tls: ssl.SSLSocket) -> None:

@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from ends import OPEN, PLAIN, End, Mode, block, join_ends
-from frelay.leg import Leg
+from frelay.pairing.leg import Leg
 from rig import PATIENCE, Party, RelayInProcess, Site, eventually
 from rounds import settled
 

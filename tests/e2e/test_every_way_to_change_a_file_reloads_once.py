@@ -18,7 +18,7 @@ import trio
 
 from ends import join_ends
 from frelay.config.load import load
-from frelay.relay import Relay
+from frelay.relay.relay import Relay
 from rig import DEMO, TLS_HEADER, RelayInProcess, Site, eventually
 
 REFUSED = "reload refused, the old configuration stays"

@@ -15,8 +15,8 @@ from typing import Final
 import pytest
 import trio
 
-import frelay.listener
-import frelay.sockets
+import frelay.joining.listener
+import frelay.net.sockets
 from admin import ADMIN, admin
 from rig import PATIENCE, RelayProcess, Site, eventually, open_descriptors, pair, reserved_port
 
@@ -137,7 +137,7 @@ async def test_the_soft_limit_is_raised_to_the_hard_one(site: Site) -> None:
 @pytest.mark.load
 async def test_accept_does_not_spin_when_there_is_no_descriptor(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """The listener stays readable, as nobody takes the connection off it: the loop pauses, and tries again."""
-    original, tries, has_room = frelay.sockets.accept, 0, False
+    original, tries, has_room = frelay.net.sockets.accept, 0, False
 
     def accept(listener: socket.socket) -> tuple[socket.socket, tuple[str, int]]:
         nonlocal tries
@@ -146,7 +146,7 @@ async def test_accept_does_not_spin_when_there_is_no_descriptor(site: Site, monk
             return original(listener)
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr(frelay.listener, "accept", accept)
+    monkeypatch.setattr(frelay.joining.listener, "accept", accept)
     async with site.relay() as relay:
         began = trio.current_time()
         async with connections(relay.port(), 1):

@@ -24,9 +24,9 @@ import trio
 
 from ends import OPEN, block, end_by_reset, end_in_order, join_ends
 from frelay.errors import ConfigError
-from frelay.outcome import Outcome
 from frelay.protocol.messages import REFUSAL_CODES
-from frelay.relay import Relay
+from frelay.protocol.outcome import Outcome
+from frelay.relay.relay import Relay
 from rig import DEMO, PATIENCE, RelayInProcess, Site, eventually, pair, reserved_port
 from tools import tool
 
@@ -444,7 +444,7 @@ async def test_a_relay_that_can_let_nobody_in_is_not_ready(
     async with scraped(site, crl=True) as (_, scrape):
         assert await scrape.ready() == (200, "ready\n")
         later = time.time() + days * 86400
-        monkeypatch.setattr("frelay.office.time", SimpleNamespace(time=lambda: later))
+        monkeypatch.setattr("frelay.relay.control.time", SimpleNamespace(time=lambda: later))
         status, reason = await scrape.ready()
         assert status == 503
         assert reason.startswith(what)
@@ -498,7 +498,7 @@ def test_nothing_of_it_is_there_without_the_section(site: Site) -> None:
     """Neither a port nor the half second that it takes to load."""
     config = site.write(DEMO)
     code = (
-        "import sys, trio\nfrom frelay.config.load import load\nfrom frelay.relay import Relay\n"
+        "import sys, trio\nfrom frelay.config.load import load\nfrom frelay.relay.relay import Relay\n"
         f"relay = Relay(load({str(config)!r}), watch_files=False)\n"
         "async def main():\n"
         "    async with trio.open_nursery() as nursery:\n"

@@ -20,8 +20,8 @@ from cryptography import x509
 
 from certs import TestAuthority, der, san_der
 from command import relay_logging_to
-from frelay.log import LogFormat
 from frelay.pki.authority import Authority
+from frelay.relay.logging import LogFormat
 from rig import PATIENCE, Site
 
 FORGED: Final = "2026-11-24T20:00:00Z [info     ] forged"

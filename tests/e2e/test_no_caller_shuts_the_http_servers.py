@@ -15,7 +15,7 @@ import pytest
 import trio
 
 from admin import ADMIN, admin, events
-from frelay.office import RelayOffice
+from frelay.relay.control import RelayOffice
 from frelay.tls.context import OuterTls
 from rig import DEMO, PATIENCE, RelayInProcess, Site, eventually
 
@@ -34,7 +34,7 @@ def port_of(relay: RelayInProcess, server: str) -> int:
 @pytest.fixture
 def few_places(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a flood needs fewer descriptors."""
-    monkeypatch.setattr("frelay.admission._MOST_PLACES", PLACES)
+    monkeypatch.setattr("frelay.net.slots._MOST_PLACES", PLACES)
 
 
 async def is_healthy(relay: RelayInProcess) -> None:

@@ -9,10 +9,10 @@ import trio
 import trio.testing
 
 from ends import OPEN, PAIRS_OF_MODES, churn, end_by_reset, end_in_order, join_ends
-from frelay.leg import Leg
-from frelay.pairing import Pairing
-from frelay.raw_pump import RawPump
-from frelay.stream_pump import StreamPump
+from frelay.pairing.leg import Leg
+from frelay.pairing.pairing import Pairing
+from frelay.pairing.raw_pump import RawPump
+from frelay.pairing.stream_pump import StreamPump
 from holdings import as_before, holdings
 from rig import Site, eventually
 

@@ -11,7 +11,7 @@ import pytest
 import trio
 import trio.testing
 
-import frelay.sockets
+import frelay.net.sockets
 from rig import DEMO, PATIENCE, Party, RelayInProcess, Site, eventually, pair
 from streams import tcp_pair
 
@@ -122,16 +122,16 @@ async def test_a_refused_leg_stays_a_stranger(site: Site) -> None:
 
 async def test_those_who_are_being_refused_are_not_without_number(monkeypatch: pytest.MonkeyPatch) -> None:
     """A waiting leg that is sent away has no slot any more; how many may take their time to hear it is bounded, too."""
-    monkeypatch.setattr(frelay.sockets, "_MOST_LINGER", 3)
+    monkeypatch.setattr(frelay.net.sockets, "_MOST_LINGER", 3)
     pairs = [tcp_pair() for _ in range(5)]
     async with trio.open_nursery() as nursery:
         for inner, _ in pairs:
-            nursery.start_soon(frelay.sockets.close_after_linger, inner, 60.0)
+            nursery.start_soon(frelay.net.sockets.close_after_linger, inner, 60.0)
         await trio.testing.wait_all_tasks_blocked()
         assert sorted(inner.fileno() == -1 for inner, _ in pairs) == [False] * 3 + [True] * 2
         for _, outer in pairs:
             outer.close()
-    assert not frelay.sockets._lingering
+    assert not frelay.net.sockets._lingering
 
 
 async def test_pairings_in_all_have_a_limit_beside_each_routes_own(site: Site) -> None:

@@ -13,7 +13,7 @@ import pytest
 import trio
 
 from ends import OPEN, PLAIN, Mode, block, join_ends, pause_reading
-from frelay.tcp import is_dead, unacknowledged
+from frelay.net.tcp import is_dead, unacknowledged
 from rig import PATIENCE, TLS_HEADER, Site, direct, eventually, pair
 from rounds import settled
 

@@ -25,7 +25,7 @@ import pytest
 from admin import ADMIN, ROUTE, admin
 from frelay.config.load import load
 from frelay.errors import ConfigError
-from frelay.relay import prepare
+from frelay.relay.relay import prepare
 from rig import DEMO, FRELAY_RUN, PATIENCE, Site, pair
 
 NOBODY: Final = pwd.getpwnam("nobody")
@@ -127,7 +127,7 @@ def assert_keeps_its_memory_to_itself(pid: int) -> None:
 
 async def test_it_is_nobody_with_no_capability_at_all(site: Site) -> None:
     async with site.process(sections=USER, launcher=launcher()) as relay:
-        # Of its own descriptors it still sees what frelay.readiness must see.
+        # Of its own descriptors it still sees what frelay.pairing.readiness must see.
         assert not relay.logged("small messages cost more than they should")
         assert_is_nobody(relay.process.pid, 0)
         assert_keeps_its_memory_to_itself(relay.process.pid)

@@ -259,7 +259,7 @@ async def test_a_fault_in_loading_is_a_refused_reload_and_no_more(site: Site, mo
     async with site.relay() as relay:
         one, two = await join_ends(site, relay)
         with monkeypatch.context() as patch:
-            patch.setattr("frelay.reload.load", fail)
+            patch.setattr("frelay.relay.reload.load", fail)
             relay.relay.request_reload()
             event = "a bug in frelay ended this reload, the old configuration stays"
             await relay.log(event)

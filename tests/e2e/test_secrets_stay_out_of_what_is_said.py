@@ -29,12 +29,12 @@ from admin import ADMIN, ROUTE, admin
 from clients import options
 from commands import frelay_command
 from frelay.cli.check import as_json_object
-from frelay.client.core import Options, Plan
+from frelay.client.joining import Options, Plan
 from frelay.config.document import ARRAYS, SECTIONS
 from frelay.config.load import load
 from frelay.errors import CertificateError, ConfigError
 from frelay.pki.authority import Authority
-from frelay.relay import prepare
+from frelay.relay.relay import prepare
 from rig import DEMO, Site
 
 # Of what is secret, nobody may be told as much as this in one piece: 24 characters of base64 are 18 bytes.

@@ -8,7 +8,7 @@ import socket
 import pytest
 import trio
 
-from frelay.leg import FramedLeg
+from frelay.joining.legs import FramedLeg
 from rig import DEMO, TLS_HEADER, Party, RelayInProcess, Site, eventually
 
 TWO = DEMO + DEMO.replace('"demo"', '"other"')

@@ -23,10 +23,10 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from certs import ODD_DNS, ODD_SPIFFE, SPIFFE_ID, Credential, TestAuthority, san_der, self_signed
 from frelay.config.load import load
+from frelay.joining.explain import Verdict, examine
 from frelay.pki.authority import Authority
 from frelay.pki.files import certificates_pem, key_pem, read_certificates
-from frelay.relay import prepare
-from frelay.verdict import Verdict, examine
+from frelay.relay.relay import prepare
 from rig import DEMO, Site, reserved_port
 
 FUNC1: Final = ["func1.demo"]

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Final
 
 from campaign import run
+from frelay.config.dump import config_as_written, load_written
 from frelay.config.load import load
 from frelay.config.model import Config
 from frelay.config.plan import plan
-from frelay.config.store import RouteFileEdit
-from frelay.config.written import config_as_written, load_written
+from frelay.config.route_files import RouteFileEdit
 from frelay.errors import ConfigError
 
 __all__ = ["GOOD", "check", "one_input"]

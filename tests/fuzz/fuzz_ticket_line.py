@@ -10,9 +10,9 @@ import socket
 from typing import Any, Final
 
 from campaign import run
-from frelay.admission import Admission, Slot
 from frelay.config.model import Limits
-from frelay.tickets import TICKET_LINE_LENGTH, TicketOffice, parse_ticket_line
+from frelay.joining.tickets import TICKET_LINE_LENGTH, TicketOffice, parse_ticket_line
+from frelay.net.slots import Admission, Slot
 
 __all__ = ["one_input"]
 
@@ -51,4 +51,4 @@ def one_input(data: bytes) -> None:
 
 
 if __name__ == "__main__":
-    run(one_input, instrument=("frelay.tickets", "__main__"))
+    run(one_input, instrument=("frelay.joining.tickets", "__main__"))

@@ -30,13 +30,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from OpenSSL import SSL
 
-from frelay import raw_pump as raw_pump_module
-from frelay.outcome import Outcome, Side
-from frelay.pump import Cut, Pump
-from frelay.raw_pump import PipePool, RawPump, splice_is_available
-from frelay.readiness import Wire
-from frelay.sockets import RawStream, close_with_reset
-from frelay.stream_pump import StreamPump
+from frelay.net.sockets import RawStream, close_with_reset
+from frelay.pairing import raw_pump as raw_pump_module
+from frelay.pairing.pump import Cut, Pump
+from frelay.pairing.raw_pump import PipePool, RawPump, splice_is_available
+from frelay.pairing.readiness import Wire
+from frelay.pairing.stream_pump import StreamPump
+from frelay.protocol.outcome import Outcome, Side
 from frelay.tls.stream import TlsStream
 from rig import Site, open_descriptors, opened_since
 from rounds import CountedRounds, nothing_is_ready

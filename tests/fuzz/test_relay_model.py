@@ -42,15 +42,15 @@ from hypothesis.stateful import (
 )
 
 from ends import End, block
-from frelay import listener
 from frelay.config.load import load
 from frelay.errors import ConfigError
+from frelay.joining import listener
+from frelay.joining.lobby import opposite
+from frelay.joining.route import LiveRoute
 from frelay.journal import Entry, HandshakeDone
-from frelay.lobby import opposite
-from frelay.office import RelayOffice
 from frelay.protocol.messages import Mode, PartyName
-from frelay.relay import Relay
-from frelay.route import LiveRoute
+from frelay.relay.control import RelayOffice
+from frelay.relay.relay import Relay
 from rig import PATIENCE, Party, Site, open_descriptors, opened_since
 
 EXAMPLES: Final = int(os.environ.get("FRELAY_EXAMPLES", "50"))

@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 
 from certs import Credential, der, san_der
 from fake_relay import PAIRED, WAITING, FakeRelay, join, make_plan, peer
-from frelay.client.core import Joined, Plan
-from frelay.client.engine import Engine
+from frelay.client.joining import Joined, Plan
 from frelay.client.proxy import Proxy
 from frelay.client.retry import Retry
 from frelay.client.steps import Open, Receive, Send, Step
+from frelay.client.tls_engine import Engine
 from frelay.client.wire import check_peer, inner_context, names_of_peer, read_selectors
 from frelay.errors import FrelayError, PeerIdentityMismatch, Refused, Truncated
 from frelay.protocol.messages import Join, Message, Mode, Role

@@ -10,10 +10,10 @@ import pytest
 import trio
 import trio.testing
 
-from frelay.bandwidth import Bandwidth, Share
-from frelay.outcome import Side
-from frelay.readiness import Wire
-from frelay.stream_pump import Budget, StreamPump
+from frelay.pairing.bandwidth import Bandwidth, Share
+from frelay.pairing.readiness import Wire
+from frelay.pairing.stream_pump import Budget, StreamPump
+from frelay.protocol.outcome import Side
 
 SIDES: tuple[Side, Side] = ("func1", "func2")
 SECONDS = 5.0

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from frelay.choice import Parties, Table, TurnedAway, choose
 from frelay.config.model import Address, Addresses, Route
+from frelay.joining.route_selection import Parties, Table, TurnedAway, choose
 from frelay.protocol.identity import Name, dns_name, parse_selector
 from frelay.protocol.messages import Join
 

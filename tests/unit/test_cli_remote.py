@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from frelay.cli.remote import BadPlace, CallFailed, Credentials, Remote, find, parse_place, route_path
+from frelay.cli.admin_client import BadPlace, CallFailed, Credentials, Remote, find, parse_place, route_path
 from frelay.errors import CertificateError
 
 FILE = '[admin]\nlisten = "unix:run/a.sock"\n'
@@ -201,7 +201,7 @@ def test_a_name_with_a_dot_at_its_end_is_looked_for_without(
     given: Credentials, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The dot is for the resolver; no certificate has it."""
-    monkeypatch.setattr("frelay.cli.remote._context", lambda *_: None)
+    monkeypatch.setattr("frelay.cli.admin_client._context", lambda *_: None)
     with Remote(parse_place("relay.demo.:1", "--admin"), given) as remote:
         assert remote._name == "relay.demo"
         assert str(remote.place.where) == "relay.demo.:1"

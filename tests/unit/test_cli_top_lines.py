@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from frelay.cli.text import width
-from frelay.cli.top_lines import TABLES, Screen, Style, lay_out, plain_lines, press
-from frelay.cli.top_model import Look, Rate, Sort, rates, view
+from frelay.cli.top_layout import TABLES, Screen, Style, lay_out, plain_lines, press
+from frelay.cli.top_view import Look, Rate, Sort, rates, view
 
 NOW = 1_000_000.0
 

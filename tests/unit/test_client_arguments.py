@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives import serialization
 
 import frelay
 from certs import TestAuthority
-from frelay.client.core import Plan
+from frelay.client.joining import Plan
 from frelay.errors import CertificateError
 from frelay.protocol.identity import dns_name
 

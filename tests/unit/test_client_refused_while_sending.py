@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from certs import TestAuthority
-from frelay.client.engine import Engine
+from frelay.client.tls_engine import Engine
 from frelay.client.trio import TrioWire
 from frelay.client.wire import Wire, inner_context
 from frelay.errors import CertificateRefused

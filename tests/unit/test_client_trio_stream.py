@@ -9,7 +9,7 @@ import pytest
 import trio
 import trio.testing
 
-from frelay.client.engine import Engine
+from frelay.client.tls_engine import Engine
 from frelay.client.trio import TrioWire
 from frelay.client.wire import inner_context
 from frelay.protocol.messages import Paired

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from frelay.config.locate import MAX_DEPTH, Lines
+from frelay.config.line_numbers import MAX_DEPTH, Lines
 
 DOCUMENT = '''\
 # a comment with [brackets] and = signs

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from frelay.config.dump import config_as_written, load_written
 from frelay.config.load import load
 from frelay.config.plan import plan
-from frelay.config.written import config_as_written, load_written
 
 FULL = """
 [relay]

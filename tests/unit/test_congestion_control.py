@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-import frelay.sockets
-from frelay.sockets import objection_to_congestion_control
+import frelay.net.sockets
+from frelay.net.sockets import objection_to_congestion_control
 
 
 @pytest.fixture
@@ -15,8 +15,8 @@ def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """One that has three, and lets everybody use two of them."""
     (tmp_path / "available").write_text("reno cubic bbr\n")
     (tmp_path / "allowed").write_text("reno cubic\n")
-    monkeypatch.setattr(frelay.sockets, "_AVAILABLE", tmp_path / "available")
-    monkeypatch.setattr(frelay.sockets, "_ALLOWED", tmp_path / "allowed")
+    monkeypatch.setattr(frelay.net.sockets, "_AVAILABLE", tmp_path / "available")
+    monkeypatch.setattr(frelay.net.sockets, "_ALLOWED", tmp_path / "allowed")
     return tmp_path
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import trio
 
-from frelay.cli.connect import Local, connect_command
-from frelay.cli.connect_listen import Port
-from frelay.cli.connect_report import Report
-from frelay.cli.connect_service import Service
-from frelay.client.core import Options
+from frelay.cli.connect.command import Local, connect_command
+from frelay.cli.connect.listen import Port
+from frelay.cli.connect.report import Report
+from frelay.cli.connect.service import Service
+from frelay.client.joining import Options
 from frelay.errors import Refused
 from frelay.protocol.messages import Message, Paired, Waiting
 from rig import PATIENCE, Site
@@ -129,7 +129,7 @@ def test_the_command_itself(site: Site, capsys: pytest.CaptureFixture[str], monk
     def odd(*_: object, **__: object) -> None:
         raise KeyError("odd")
 
-    monkeypatch.setattr("frelay.cli.connect.trio.run", odd)
+    monkeypatch.setattr("frelay.cli.connect.command.trio.run", odd)
     cert, key = site.paths["func1"]
     options = Options(cert=cert, key=key, ca=site.ca_path, peer="dns:func2.demo")
     assert connect_command("127.0.0.1:1", options, Local(listen="127.0.0.1:0")) == 1

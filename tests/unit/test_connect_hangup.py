@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 import trio
 
-from frelay.cli import connect_hangup
-from frelay.cli.connect_hangup import hung_up
+from frelay.cli.connect import hangup
+from frelay.cli.connect.hangup import hung_up
 from rig import PATIENCE
 
 Pair = tuple[socket.socket, trio.socket.SocketType]
@@ -41,7 +41,7 @@ async def stays(sock: trio.socket.SocketType) -> bool:
 
 @pytest.fixture
 def from_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connect_hangup, "_has_owner", lambda *_: None)
+    monkeypatch.setattr(hangup, "_has_owner", lambda *_: None)
 
 
 @pytest.mark.usefixtures("from_elsewhere")
@@ -72,7 +72,7 @@ async def test_from_elsewhere_a_reset_is_the_end(pair: Pair) -> None:
 
 def owner(pair: Pair) -> bool | None:
     accepted = pair[1]
-    return connect_hangup._has_owner(accepted.family, accepted.getpeername(), accepted.getsockname())
+    return hangup._has_owner(accepted.family, accepted.getpeername(), accepted.getsockname())
 
 
 def test_the_kernel_tells_an_end_from_a_close(pair: Pair) -> None:
@@ -87,12 +87,12 @@ def test_a_listener_with_the_callers_port_is_not_the_caller() -> None:
     """The kernel names it where it knows no such connection."""
     with socket.create_server(("0.0.0.0", 0)) as listener:
         place = ("127.0.0.1", listener.getsockname()[1])
-        assert connect_hangup._has_owner(socket.AF_INET, place, ("127.0.0.1", 9)) is None
+        assert hangup._has_owner(socket.AF_INET, place, ("127.0.0.1", 9)) is None
 
 
 def test_a_sandbox_that_forbids_the_question(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*_: object) -> socket.socket:
         raise PermissionError
 
-    monkeypatch.setattr("frelay.cli.connect_hangup.socket.socket", forbidden)
+    monkeypatch.setattr("frelay.cli.connect.hangup.socket.socket", forbidden)
     assert owner(pair) is None

@@ -9,7 +9,7 @@ from typing import Final
 
 import pytest
 
-from frelay.key_mode import objection_to_mode, own_groups
+from frelay.pki.key_mode import objection_to_mode, own_groups
 
 ROOT, SOMEBODY = 0, 1000770
 OURS, THEIRS = 5000, 6000

@@ -10,12 +10,13 @@ from dataclasses import replace
 import pytest
 import trio
 
-from frelay.admission import Admission, Slot
 from frelay.config.model import Limits
 from frelay.errors import ConnectionBroken, RemoteProtocolError
-from frelay.leg import Departure, FramedLeg
+from frelay.joining.legs import FramedLeg
+from frelay.joining.tickets import TicketDesk, TicketOffice
+from frelay.net.slots import Admission, Slot
+from frelay.pairing.leg import LegGone
 from frelay.protocol.messages import Mode, Paired, Refused, Waiting
-from frelay.tickets import TicketDesk, TicketOffice
 from frelay.tls.context import Credential, VerifiedPeer
 from frelay.tls.stream import TlsStream
 from rig import PATIENCE, TLS_HEADER, Party, Site, frame
@@ -93,7 +94,7 @@ async def test_who_takes_no_ping_has_gone(site: Site) -> None:
     async with waiting_leg(site) as (leg, stream, _):
         stream.is_stuck = True
         departure = await leg.attend(ping_interval=0.01, pong_timeout=0.05)
-        assert departure == Departure("took no PING for 0.05 s")
+        assert departure == LegGone("took no PING for 0.05 s")
 
 
 @pytest.mark.parametrize("mode", ["tunnel", "handoff"])

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from bench.lobby import CASES, join_cost, main
-from frelay.leg import Leg
-from frelay.lobby import Lobby, Place, Taken, Withdrawn, opposite
-from frelay.pairing import Pairing
+from frelay.joining.lobby import Lobby, Place, Taken, Withdrawn, opposite
+from frelay.pairing.leg import Leg
+from frelay.pairing.pairing import Pairing
 from frelay.protocol.messages import PartyName, Refused
 from frelay.tls.context import Credential
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 import pytest
 import structlog
 
-from frelay.log import LineWriter, LogFormat, configure
+from frelay.relay.logging import LineWriter, LogFormat, configure
 
 # A line end, a cursor movement, a bell, DEL, a C1 control, a bidi override, a line separator, half a surrogate pair.
 HOSTILE: Final = "a\nb\r\x1b[2J\x07\x7f\x9b31m\u202egnp\u2028\ud800z"

@@ -10,8 +10,8 @@ from typing import Final
 
 import pytest
 
-from frelay.outcome import Outcome
 from frelay.protocol.messages import REFUSAL_CODES
+from frelay.protocol.outcome import Outcome
 
 ROOT: Final = Path(__file__).parents[2]
 # A file, a test in it, or (`::test_x` behind another one) a test in the file named last.

@@ -18,16 +18,16 @@ import pytest
 import trio
 import trio.testing
 
-import frelay.raw_pump as raw_pump_module
-import frelay.readiness as readiness_module
+import frelay.pairing.raw_pump as raw_pump_module
+import frelay.pairing.readiness as readiness_module
 from frelay.config.model import TcpSection
-from frelay.outcome import Outcome, Side
-from frelay.pump import Cut, Want
-from frelay.raw_pump import PipePool, RawPump, carry_arrivals, splice_is_available
-from frelay.readiness import ReadinessSet, Wire
-from frelay.sockets import RawStream, close_with_reset, tune
-from frelay.stream_pump import StreamPump
-from frelay.tcp import is_dead, unacknowledged
+from frelay.net.sockets import RawStream, close_with_reset, tune
+from frelay.net.tcp import is_dead, unacknowledged
+from frelay.pairing.pump import Cut, Want
+from frelay.pairing.raw_pump import PipePool, RawPump, carry_arrivals, splice_is_available
+from frelay.pairing.readiness import ReadinessSet, Wire
+from frelay.pairing.stream_pump import StreamPump
+from frelay.protocol.outcome import Outcome, Side
 from rig import eventually, open_descriptors, opened_since
 from rounds import CountedRounds, nothing_is_ready, settled
 from streams import SocketMaker, tcp_pair, unix_pair

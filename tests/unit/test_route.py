@@ -11,13 +11,13 @@ from typing import cast
 import pytest
 
 from frelay.config.model import Address, Addresses, Limits, Route
-from frelay.leg import Departure, Leg
-from frelay.lobby import Taken, Withdrawn
-from frelay.outcome import Outcome
-from frelay.pairing import Forwarding, Pairing
+from frelay.joining.lobby import Taken, Withdrawn
+from frelay.joining.route import LiveRoute
+from frelay.net.sockets import RawStream
+from frelay.pairing.leg import Leg, LegGone
+from frelay.pairing.pairing import Forwarding, Pairing
 from frelay.protocol.messages import PartyName, Refused
-from frelay.route import LiveRoute
-from frelay.sockets import RawStream
+from frelay.protocol.outcome import Outcome
 from frelay.tls.context import EXPIRED, OuterTls, Rejection, VerifiedPeer
 from streams import tcp_pair
 
@@ -35,7 +35,7 @@ class Guest(Leg):
     def sock(self) -> socket.socket:
         return self._sock
 
-    async def attend(self, *, ping_interval: float, pong_timeout: float) -> Departure:
+    async def attend(self, *, ping_interval: float, pong_timeout: float) -> LegGone:
         raise AssertionError("it is matched, and no more")
 
     async def refuse(self, refusal: Refused, *, reconnect_in: float | None = None) -> None:

@@ -15,9 +15,10 @@ import pytest
 import structlog
 import trio
 
-from frelay.binding import places_of
 from frelay.config.model import Address, parse_address
-from frelay.systemd import Inherited, ServiceManager
+from frelay.net.binding import places_of
+from frelay.net.passed_sockets import PassedSockets
+from frelay.relay.service_manager import ServiceManager
 from manager import Manager, activated, listening
 
 VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES")
@@ -187,8 +188,8 @@ async def test_a_loop_that_hangs_feeds_nobody(manager: Manager, monkeypatch: pyt
 
 TELL = """
 import fcntl, os
-from frelay.systemd import Inherited
-inherited = Inherited.from_environment()
+from frelay.net.passed_sockets import PassedSockets
+inherited = PassedSockets.from_environment()
 for name in inherited.unclaimed:
     for sock in inherited.take(name):
         is_safe = bool(fcntl.fcntl(sock.fileno(), fcntl.F_GETFD) & fcntl.FD_CLOEXEC) and not sock.getblocking()
@@ -236,11 +237,11 @@ def test_sockets_that_are_not_for_us_are_left_alone(
     monkeypatch.setenv("LISTEN_FDS", count)
     monkeypatch.setenv("LISTEN_PID", str(os.getpid()) if process is None else process)
     monkeypatch.setenv("LISTEN_FDNAMES", "demo:demo")
-    assert Inherited.from_environment().unclaimed == {}
+    assert PassedSockets.from_environment().unclaimed == {}
     assert not [name for name in os.environ if name.startswith("LISTEN_")]
 
 
-def opened_by(inherited: Inherited, names: list[str], *listen: Address) -> list[socket.socket]:
+def opened_by(inherited: PassedSockets, names: list[str], *listen: Address) -> list[socket.socket]:
     """What a relay would open for the first of ``listen``, at all of which the routes ``names`` listen."""
     places = {address: places_of(address) for address in listen}
     return inherited.open(dict.fromkeys(names, places), places[listen[0]])
@@ -249,7 +250,7 @@ def opened_by(inherited: Inherited, names: list[str], *listen: Address) -> list[
 def test_a_socket_is_opened_as_often_as_wanted_until_it_is_taken() -> None:
     with listening() as sock:
         port = sock.getsockname()[1]
-        inherited = Inherited([("demo", sock.dup())])
+        inherited = PassedSockets([("demo", sock.dup())])
         for _ in range(2):
             (mine,) = opened_by(inherited, ["demo"], parse_address(f"127.0.0.1:{port}"))
             with mine:
@@ -265,7 +266,7 @@ def test_a_socket_is_opened_as_often_as_wanted_until_it_is_taken() -> None:
 
 def test_any_name_of_those_that_share_an_address_will_do() -> None:
     with listening() as sock:
-        inherited = Inherited([("two", sock.dup())])
+        inherited = PassedSockets([("two", sock.dup())])
         (mine,) = opened_by(inherited, ["one", "two"], parse_address(f"127.0.0.1:{sock.getsockname()[1]}"))
         mine.close()
         inherited.close()
@@ -275,7 +276,7 @@ def test_any_name_of_those_that_share_an_address_will_do() -> None:
 @pytest.mark.parametrize("name", ["admin", "metrics"])
 def test_the_reserved_names_are_for_no_route(name: str) -> None:
     with listening() as sock:
-        inherited = Inherited([(name, sock.dup())])
+        inherited = PassedSockets([(name, sock.dup())])
         assert opened_by(inherited, [name], parse_address(f"127.0.0.1:{sock.getsockname()[1]}")) == []
         (taken,) = inherited.take(name)
         taken.close()
@@ -285,7 +286,7 @@ def test_the_reserved_names_are_for_no_route(name: str) -> None:
 def test_a_server_takes_only_what_is_bound_where_it_listens(name: str) -> None:
     with listening() as sock:
         port = sock.getsockname()[1]
-        inherited = Inherited([(name, sock.dup())])
+        inherited = PassedSockets([(name, sock.dup())])
         with pytest.raises(ValueError, match=rf"bound to 127\.0\.0\.1:{port}, and not to 127\.0\.0\.1:1"):
             inherited.take(name, parse_address("127.0.0.1:1"))
         (taken,) = inherited.take(name, parse_address(f"127.0.0.1:{port}"))
@@ -308,7 +309,7 @@ def test_the_api_of_a_unix_socket_never_takes_another(tmp_path: Path) -> None:
             (elsewhere, "bound to .*other.sock, and not to .*admin.sock"),
             (mute, "is no listening stream socket"),
         ):
-            inherited = Inherited([("admin", sock.dup())])
+            inherited = PassedSockets([("admin", sock.dup())])
             with pytest.raises(ValueError, match=complaint):
                 inherited.take("admin", path)
             inherited.close()
@@ -316,7 +317,7 @@ def test_the_api_of_a_unix_socket_never_takes_another(tmp_path: Path) -> None:
         right.bind(str(path))
         right.listen()
         path.chmod(0o666)
-        inherited = Inherited([("admin", right.dup())])
+        inherited = PassedSockets([("admin", right.dup())])
         with pytest.raises(ValueError, match="lets everybody in: write SocketMode=0600"):
             inherited.take("admin", path)
         path.chmod(0o660)
@@ -326,7 +327,7 @@ def test_the_api_of_a_unix_socket_never_takes_another(tmp_path: Path) -> None:
 
 def test_port_0_is_whatever_systemd_chose() -> None:
     with listening() as sock:
-        inherited = Inherited([("demo", sock.dup())])
+        inherited = PassedSockets([("demo", sock.dup())])
         (mine,) = opened_by(inherited, ["demo"], parse_address("127.0.0.1:0"))
         mine.close()
         inherited.close()
@@ -334,7 +335,7 @@ def test_port_0_is_whatever_systemd_chose() -> None:
 
 def test_a_name_may_stand_for_several_addresses() -> None:
     with listening("127.0.0.1") as four, listening("::1", four.getsockname()[1]) as six:
-        inherited = Inherited([("demo", four.dup()), ("demo", six.dup())])
+        inherited = PassedSockets([("demo", four.dup()), ("demo", six.dup())])
         opened = opened_by(inherited, ["demo"], parse_address(f"localhost:{four.getsockname()[1]}"))
         assert {sock.family for sock in opened} == {socket.AF_INET, socket.AF_INET6}
         for sock in opened:
@@ -347,16 +348,16 @@ def test_a_route_with_several_addresses_gets_a_socket_for_each() -> None:
     with listening("127.0.0.1") as four, listening("::1", four.getsockname()[1]) as six, listening() as stray:
         port = four.getsockname()[1]
         both = [parse_address(f"127.0.0.1:{port}"), parse_address(f"[::1]:{port}")]
-        inherited = Inherited([("demo", six.dup()), ("demo", four.dup())])
+        inherited = PassedSockets([("demo", six.dup()), ("demo", four.dup())])
         for listen, family in ((both, socket.AF_INET), (both[::-1], socket.AF_INET6)):
             (mine,) = opened_by(inherited, ["demo"], *listen)
             with mine:
                 assert mine.family == family
         inherited.close()
-        inherited = Inherited([("demo", four.dup())])
+        inherited = PassedSockets([("demo", four.dup())])
         assert opened_by(inherited, ["demo"], *both[::-1]) == []
         inherited.close()
-        inherited = Inherited([("demo", four.dup()), ("demo", stray.dup())])
+        inherited = PassedSockets([("demo", four.dup()), ("demo", stray.dup())])
         with pytest.raises(ValueError, match=rf"and not to 127\.0\.0\.1:{port} or \[::1\]:{port}: make"):
             opened_by(inherited, ["demo"], *both)
         inherited.close()
@@ -375,7 +376,7 @@ def test_a_route_with_several_addresses_gets_a_socket_for_each() -> None:
 )
 def test_a_socket_that_is_bound_elsewhere_is_an_error_that_names_both(host: str, listen: str) -> None:
     with listening(host) as sock:
-        inherited = Inherited([("demo", sock.dup())])
+        inherited = PassedSockets([("demo", sock.dup())])
         port = sock.getsockname()[1]
         address = parse_address(listen.replace("PORT", str(port)))
         place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -391,12 +392,12 @@ def test_a_socket_that_is_bound_elsewhere_is_an_error_that_names_both(host: str,
 def test_an_ipv6_socket_must_not_take_ipv4_with_it() -> None:
     with listening("::") as sock:
         address = parse_address(f"[::]:{sock.getsockname()[1]}")
-        inherited = Inherited([("demo", sock.dup())])
+        inherited = PassedSockets([("demo", sock.dup())])
         (mine,) = opened_by(inherited, ["demo"], address)
         mine.close()
         inherited.close()
     with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as both:
-        inherited = Inherited([("demo", both.dup())])
+        inherited = PassedSockets([("demo", both.dup())])
         with pytest.raises(ValueError, match=r"takes IPv4 as well.*BindIPv6Only=ipv6-only"):
             opened_by(inherited, ["demo"], parse_address(f"[::]:{both.getsockname()[1]}"))
         inherited.close()
@@ -411,7 +412,7 @@ def test_only_a_listening_tcp_socket_will_do(tmp_path: Path) -> None:
         unix.bind(str(tmp_path / "socket"))
         unix.listen()
         for sock in (connected, bound, datagram, unix):
-            inherited = Inherited([("demo", sock.dup())])
+            inherited = PassedSockets([("demo", sock.dup())])
             with pytest.raises(ValueError, match=r"no listening TCP socket: write ListenStream=127\.0\.0\.1:9001"):
                 opened_by(inherited, ["demo"], parse_address("127.0.0.1:9001"))
             inherited.close()

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import trio
 
-from frelay import readiness as module
-from frelay.raw_pump import PipePool, RawPump
-from frelay.readiness import ReadinessSet, Wire
-from frelay.sockets import close_with_reset
+from frelay.net.sockets import close_with_reset
+from frelay.pairing import readiness as module
+from frelay.pairing.raw_pump import PipePool, RawPump
+from frelay.pairing.readiness import ReadinessSet, Wire
 from rig import PATIENCE, Site, eventually
 from streams import tcp_pair
 

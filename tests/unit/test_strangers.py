@@ -8,9 +8,9 @@ import pytest
 import trio
 import trio.testing
 
-from frelay.admission import Admission
 from frelay.config.model import Limits
-from frelay.strangers import Stage, Stranger, Strangers
+from frelay.net.slots import Admission
+from frelay.net.strangers import Stage, Stranger, Strangers
 
 
 class Yard:

@@ -16,10 +16,10 @@ import trio
 import trio.testing
 
 from frelay.errors import RemoteProtocolError, Truncated
-from frelay.outcome import Outcome, Side
-from frelay.pump import Cut
-from frelay.sockets import RawStream, close_with_reset
-from frelay.stream_pump import StreamPump
+from frelay.net.sockets import RawStream, close_with_reset
+from frelay.pairing.pump import Cut
+from frelay.pairing.stream_pump import StreamPump
+from frelay.protocol.outcome import Outcome, Side
 from frelay.tls.stream import TlsStream
 from rig import Party, Site, eventually
 from rounds import CountedRounds, nothing_is_ready

@@ -20,9 +20,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from certs import Credential, TestAuthority, san_der
 from frelay.config.load import load
-from frelay.relay import prepare
+from frelay.joining.explain import Verdict, examine
+from frelay.relay.relay import prepare
 from frelay.tls.context import ListDates
-from frelay.verdict import Verdict, examine
 from rig import DEMO, Site
 
 PLAIN = """

@@ -7,10 +7,10 @@ import select
 import pytest
 import trio
 
-from frelay.pairing import _Sample
-from frelay.pump import Pump
-from frelay.sockets import close_with_reset
-from frelay.tcp import is_dead, unacknowledged
+from frelay.net.sockets import close_with_reset
+from frelay.net.tcp import is_dead, unacknowledged
+from frelay.pairing.pairing import _Sample
+from frelay.pairing.pump import Pump
 from rig import eventually
 from streams import tcp_pair
 

@@ -13,7 +13,7 @@ import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
-from frelay.admin.office import Counts
+from frelay.admin.control import Counts
 from frelay.config.address import Address
 from frelay.config.model import Route
 from frelay.config.plan import ListenerKey, listener_keys
@@ -28,9 +28,9 @@ from frelay.journal import (
     PairingEnded,
     PairingStarted,
 )
-from frelay.outcome import Outcome, Record
-from frelay.workers.channel import Channel, ChannelEnded
-from frelay.workers.letters import (
+from frelay.net.channel import Channel, ChannelEnded
+from frelay.protocol.outcome import Outcome, Record
+from frelay.relay.workers.codec import (
     Papers,
     counts_from_json,
     counts_to_json,
@@ -42,8 +42,8 @@ from frelay.workers.letters import (
     problem_from_json,
     problem_to_json,
 )
-from frelay.workers.spread import clusters, spread
-from frelay.workers.worker import _Outbox
+from frelay.relay.workers.placement import clusters, spread
+from frelay.relay.workers.worker import _Outbox
 
 KEYS = [ListenerKey(Address("127.0.0.1", port)) for port in range(9001, 9009)]
 

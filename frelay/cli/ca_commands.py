@@ -1,0 +1,145 @@
+"""``frelay ca``: what each command takes. What they do is in ``authority`` and ``show`` beside this file.
+
+Only typer is imported up here, since this module is loaded for every ``frelay --help``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+import typer
+
+__all__ = ["app"]
+
+app: Final = typer.Typer(
+    name="ca",
+    help="A certificate authority for a relay and its functions.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Algorithm = Annotated[str, typer.Option(help="p256 or ed25519.", metavar="KIND")]
+Authority = Annotated[
+    Path | None,
+    typer.Option("--ca", help="Where ca.pem and ca.key are; by default here or in certs.", metavar="DIR"),
+]
+Dns = Annotated[list[str] | None, typer.Option("--dns", help="A DNS name; may be repeated.", metavar="NAME")]
+Uri = Annotated[list[str] | None, typer.Option("--uri", help="A URI, such as a SPIFFE ID; likewise.", metavar="URI")]
+Ip = Annotated[list[str] | None, typer.Option("--ip", help="An IP address; likewise.", metavar="ADDRESS")]
+Days = Annotated[
+    int | None,
+    typer.Option(help="How long it is good; by default 825, or as long as the authority.", metavar="DAYS", min=1),
+]
+Out = Annotated[Path | None, typer.Option(help="Where to write; by default beside the authority.", metavar="DIR")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
+
+
+@app.command()
+def init(
+    directory: Annotated[Path, typer.Argument(help="Where to write; made if it is not there.", metavar="DIR")],
+    name: Annotated[str, typer.Option(help="What people see as its name.", metavar="NAME")] = "frelay CA",
+    days: Annotated[int, typer.Option(help="How long it and its first list are good.", metavar="DAYS", min=1)] = 3650,
+    algorithm: Algorithm = "p256",
+    force: Force = False,
+) -> None:
+    """Make an authority: ca.pem for everybody, ca.key for nobody, crl.pem with nobody revoked."""
+    from frelay.cli.ca_issue import found
+
+    found(directory, name=name, days=days, algorithm=_algorithm(algorithm), force=force)
+
+
+@app.command()
+def relay(
+    name: Annotated[str, typer.Argument(help="What the files are called.", metavar="NAME")] = "relay",
+    ca: Authority = None,
+    dns: Dns = None,
+    uri: Uri = None,
+    ip: Ip = None,
+    days: Days = None,
+    algorithm: Algorithm = "p256",
+    out: Out = None,
+    force: Force = False,
+) -> None:
+    """Issue a relay's certificate: for TLS servers, with the names and addresses that functions dial."""
+    from frelay.cli.ca_issue import Names, issue
+
+    if not (dns or ip):
+        raise typer.BadParameter(
+            "a relay needs a name or an address that functions dial, or they cannot verify it",
+            param_hint="--dns or --ip",
+        )
+    names = Names(dns or (), uri or (), ip or ())
+    issue(ca, name, "relay", names, days=days, algorithm=_algorithm(algorithm), out=out, force=force)
+
+
+@app.command()
+def party(
+    name: Annotated[str, typer.Argument(help="What the files are called, and people see.", metavar="NAME")],
+    ca: Authority = None,
+    dns: Dns = None,
+    uri: Uri = None,
+    ip: Ip = None,
+    days: Days = None,
+    algorithm: Algorithm = "p256",
+    out: Out = None,
+    force: Force = False,
+) -> None:
+    """Issue a function's certificate: for TLS clients, and for servers, which it may be to the other function.
+
+    NAME is no identity: what a route matches are the names given with --dns and --uri.
+    """
+    from frelay.cli.ca_issue import Names, issue
+
+    if not (dns or uri):
+        raise typer.BadParameter(
+            "a party needs a name that a route can match; an address is never an identity", param_hint="--dns or --uri"
+        )
+    names = Names(dns or (), uri or (), ip or ())
+    issue(ca, name, "party", names, days=days, algorithm=_algorithm(algorithm), out=out, force=force)
+
+
+@app.command()
+def revoke(
+    given: Annotated[
+        list[str] | None,
+        typer.Argument(help="Certificates, or their serial numbers in hex; none: renew the list.", metavar="CERT..."),
+    ] = None,
+    ca: Authority = None,
+    days: Annotated[
+        int | None,
+        typer.Option(help="How long the list is good; by default as long as the last.", metavar="DAYS", min=1),
+    ] = None,
+    renew: Annotated[bool, typer.Option("--renew", help="Revoke nobody, only renew the list.")] = False,
+    new: Annotated[bool, typer.Option("--new", help="Begin a list where there is none.")] = False,
+) -> None:
+    """Put certificates on the revocation list crl.pem, or renew it. The list only grows, and is newer each time."""
+    from frelay.cli.ca_issue import revoke as revoke_all
+
+    if renew and given:
+        raise typer.BadParameter("renewing revokes nobody; leave one of the two out", param_hint="--renew")
+    revoke_all(ca, given or [], days=days, is_new=new)
+
+
+@app.command()
+def show(
+    files: Annotated[list[Path], typer.Argument(help="Certificates, CRLs or keys.", metavar="FILE...")],
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", "-c", help="Say which of its routes a certificate fits.", metavar="FILE"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as one JSON object.")] = False,
+) -> None:
+    """Print what matters of certificates and CRLs; of a key nothing but its kind."""
+    from frelay.cli.ca_show import show_files
+
+    raise typer.Exit(show_files(files, config, as_json=as_json))
+
+
+def _algorithm(text: str) -> Literal["p256", "ed25519"]:
+    if text == "p256":
+        return "p256"
+    if text == "ed25519":
+        return "ed25519"
+    raise typer.BadParameter("write p256 or ed25519", param_hint="--algorithm")

@@ -1,0 +1,1 @@
+"""``frelay connect``: a local program, port or service, joined to a route."""

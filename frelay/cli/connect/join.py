@@ -1,0 +1,71 @@
+"""One join of ``frelay connect``, and how long to pause before the next one."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Final
+
+from frelay.cli.connect.report import Report
+from frelay.cli.connect.service_mark import join_as_service
+from frelay.client.joining import Options, Plan
+from frelay.client.retry import Retry
+from frelay.client.trio import TrioWire, join
+from frelay.errors import FrelayError, Refused
+from frelay.protocol.messages import Message
+
+__all__ = ["Joiner", "back_off", "exit_code", "is_nobody_came"]
+
+
+class Joiner:
+    """Joins the route of one command line, as often as it is asked to; all files are read again each time."""
+
+    def __init__(self, address: str, options: Options, report: Report) -> None:
+        self._address: Final = address
+        self._options: Final = options
+        self._report: Final = report
+        self.wait: Final = options.get("wait")
+
+    async def join(self) -> TrioWire:
+        """A wire to the other function, by the command line's own ``--wait`` and ``--retry``."""
+        options = self._options.copy()
+        options["on_status"] = self._report.status
+        return await self._connect(options)
+
+    async def join_once(
+        self, wait: float | None, on_status: Callable[[Message], None], *, as_service: bool = False
+    ) -> TrioWire:
+        """A wire, or the first failure; MetAnotherService where both ends would be a service."""
+        options = self._options.copy()
+        options["retry"] = None
+        options["wait"] = wait
+        options["on_status"] = on_status
+        return await self._connect(options, as_service=as_service)
+
+    async def _connect(self, options: Options, *, as_service: bool = False) -> TrioWire:
+        plan = Plan.make(self._address, **options)
+        if as_service:
+            wire = await join_as_service(plan, options.get("on_status"))
+        else:
+            wire = await join(plan, options.get("on_status"))
+        self._report.connected(wire)
+        return wire
+
+
+def exit_code(error: FrelayError) -> int:
+    """What the process ends with after ``error``."""
+    if isinstance(error, Refused):
+        return 4 if error.code == "wait-timeout" else 3
+    return 1
+
+
+def is_nobody_came(error: FrelayError) -> bool:
+    """Whether the wait just ended, which is no fault of anybody."""
+    return isinstance(error, Refused) and error.code == "wait-timeout"
+
+
+def back_off(retry: Retry, error: FrelayError, failures: int) -> float:
+    """Seconds to wait after any error, by the rule of ``retry``, its number of tries aside."""
+    at_least = (error.retry_after or 0.0) if isinstance(error, Refused) else 0.0
+    ceiling = min(retry.longest, retry.first * 2.0 ** min(failures, 64))
+    return at_least + random.uniform(ceiling / 2, ceiling)  # noqa: S311  not a secret

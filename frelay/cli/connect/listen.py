@@ -1,0 +1,206 @@
+"""``frelay connect --listen``: each connection to a local port becomes a pairing.
+
+Every caller has a task of its own, which owns its socket, joins the route for it, and ends in one line on stderr at
+worst. At most eight of them join at once, the others wait here in the order in which they came: a route has few places
+for waiting functions, and is shared. Nothing is read from a caller before it is paired, so what it sends early waits in
+the kernel, and a join can be tried again without a loss.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import resource
+from collections.abc import Callable
+from typing import Final
+
+import trio
+
+from frelay.cli.connect.address import LocalError, listening, shown
+from frelay.cli.connect.bridge import Broken, bridge
+from frelay.cli.connect.hangup import hung_up
+from frelay.cli.connect.join import Joiner, back_off, is_nobody_came
+from frelay.cli.connect.local import LocalSocket
+from frelay.cli.connect.report import Report
+from frelay.client.retry import Retry
+from frelay.client.trio import TrioWire
+from frelay.errors import CertificateError, FrelayError, Refused
+from frelay.protocol.messages import Message, Paired
+
+__all__ = ["Port", "raise_descriptor_limit"]
+
+MOST_JOINING: Final = 8
+# What the relay says when there is no place or no partner now; each passes by itself.
+_PASSING: Final = frozenset({"queue-full", "limit", "wait-timeout", "draining"})
+# A certificate and its key are two files: between the two writes of a renewal they do not fit each other.
+_TRIES_WITH_BAD_FILES: Final = 3
+# A caller's socket, its watch or its wire, and in mode ticket the second connection of a join.
+_DESCRIPTORS_OF_ONE: Final = 3
+_DESCRIPTORS_OF_OURS: Final = 64
+_UNLIMITED: Final = 1_048_576  # what fs.nr_open is unless somebody has changed it
+_FULL: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_PAUSE_WHEN_FULL: Final = 0.1
+
+
+def raise_descriptor_limit() -> int:
+    """Allow this process as many descriptors as it may have; gives that number."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError):
+        hard = soft
+    return _UNLIMITED if hard == resource.RLIM_INFINITY else hard
+
+
+class Port:
+    """A local address whose connections become pairings."""
+
+    def __init__(self, place: str, joiner: Joiner, retry: Retry | None, report: Report) -> None:
+        self._place: Final = place
+        self._joiner: Final = joiner
+        self._retry: Final = retry
+        self._report: Final = report
+        self._joining: Final = trio.Semaphore(MOST_JOINING)
+        most = (raise_descriptor_limit() - _DESCRIPTORS_OF_OURS) // _DESCRIPTORS_OF_ONE
+        self._callers: Final = trio.Semaphore(max(MOST_JOINING, most))
+
+    async def serve(self) -> int:
+        """Serve until cancelled; returns an exit code only where nothing can listen there."""
+        try:
+            with listening(self._place) as listeners:
+                async with trio.open_nursery() as nursery:
+                    for listener in listeners:
+                        self._report.listening(shown(listener.getsockname()))
+                        nursery.start_soon(self._accept, listener, nursery)
+        except* LocalError as group:
+            self._report.fail(group.exceptions[0])
+        return 1
+
+    async def _accept(self, listener: trio.socket.SocketType, nursery: trio.Nursery) -> None:
+        is_full = False
+        while True:
+            await self._callers.acquire()  # the rest wait in the kernel
+            try:
+                sock, _ = await listener.accept()
+            except OSError as error:
+                # Else the network's errors of one caller, as accept(2) says; the next accept gives another.
+                self._callers.release()
+                if error.errno in _FULL:
+                    if not is_full:
+                        self._report.fail(LocalError(f"new callers must wait: {error.strerror}"))
+                    is_full = True
+                    await trio.sleep(_PAUSE_WHEN_FULL)
+                continue
+            except BaseException:
+                self._callers.release()
+                raise
+            is_full = False
+            nursery.start_soon(self._serve, sock)
+
+    async def _serve(self, sock: trio.socket.SocketType) -> None:
+        """One caller from accept to its end. Raises nothing."""
+        try:
+            local = LocalSocket(sock)
+            try:
+                wire = await self._join_while_it_waits(sock)
+                if wire is None:
+                    self._report.hung_up()
+                    return
+                await bridge(local, wire, self._report)
+                await local.aclose()
+            except (FrelayError, Broken) as error:
+                self._report.fail(error)
+            finally:
+                local.cut()
+        except Exception as error:
+            # A bug of ours, or of a library: it ends this caller, and not the port with all others.
+            self._report.bug(error)
+        finally:
+            sock.close()
+            self._callers.release()
+
+    async def _join_while_it_waits(self, sock: trio.socket.SocketType) -> TrioWire | None:
+        """A wire for the caller, or None if it hung up before there was one; raises FrelayError."""
+        wire: TrioWire | None = None
+        failure: FrelayError | None = None
+        async with trio.open_nursery() as nursery:
+
+            async def watch() -> None:
+                await hung_up(sock)
+                nursery.cancel_scope.cancel(reason="the caller hung up")
+
+            nursery.start_soon(watch)
+            try:
+                wire = await self._join()
+            except FrelayError as error:
+                failure = error
+            nursery.cancel_scope.cancel(reason="joined")
+        if failure is not None:
+            raise failure
+        return wire
+
+    async def _join(self) -> TrioWire:
+        """Join within ``--wait``, again and again where that can help; raises FrelayError."""
+        wait = self._joiner.wait
+        deadline = math.inf if wait is None else trio.current_time() + wait
+        turn = _Turn(self._joining)
+        tries = failures = 0
+        try:
+            while True:
+                with trio.move_on_at(deadline) as limit:
+                    await turn.take()
+                left = deadline - trio.current_time()
+                if limit.cancelled_caught or left <= 0:
+                    raise _nobody_came(wait)
+                try:
+                    return await self._joiner.join_once(None if wait is None else left, turn.on_status(self._report))
+                except FrelayError as error:
+                    pause = self._pause_after(error, tries, failures)
+                    if pause is None or trio.current_time() + pause >= deadline:
+                        raise _nobody_came(wait) if is_nobody_came(error) else error from None
+                    self._report.retrying(error, pause)
+                    failures = 0 if is_nobody_came(error) else failures + 1
+                    tries += 1
+                await trio.sleep(pause)
+        finally:
+            turn.give_back()
+
+    def _pause_after(self, error: FrelayError, tries: int, failures: int) -> float | None:
+        if isinstance(error, Refused) and error.code in _PASSING:
+            return back_off(self._retry or Retry(), error, failures)
+        if isinstance(error, CertificateError):
+            return back_off(Retry(), error, failures) if failures < _TRIES_WITH_BAD_FILES else None
+        return None if self._retry is None else self._retry.pause_after(error, tries, failures)
+
+
+def _nobody_came(wait: float | None) -> Refused:
+    """The whole wait, of which the relay saw the last part only."""
+    return Refused("wait-timeout", f"nobody came within {wait or 0:g} s", retry_after=0.0)
+
+
+class _Turn:
+    """One caller's turn to join: held from before JOIN to PAIRED. The partner's handshake may be slow."""
+
+    def __init__(self, turns: trio.Semaphore) -> None:
+        self._turns: Final = turns
+        self._is_held = False
+
+    async def take(self) -> None:
+        if not self._is_held:
+            await self._turns.acquire()
+            self._is_held = True
+
+    def give_back(self) -> None:
+        if self._is_held:
+            self._is_held = False
+            self._turns.release()
+
+    def on_status(self, report: Report) -> Callable[[Message], None]:
+        """What a join is given: it passes the relay's messages on, and ends the turn with PAIRED."""
+
+        def on_status(message: Message) -> None:
+            report.status(message)
+            if isinstance(message, Paired):
+                self.give_back()
+
+        return on_status

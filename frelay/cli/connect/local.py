@@ -1,0 +1,224 @@
+"""The local sides of ``frelay connect``: standard input and output, a command's, and a socket.
+
+Each has one owner, who ends it: ``await aclose()`` in order, or ``cut()``. Both may be called
+again, and then do nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import stat
+import struct
+import sys
+from abc import abstractmethod
+from typing import Any, Final
+
+import trio
+
+from frelay.net.tcp import unacknowledged
+
+__all__ = ["LocalSide", "LocalSocket", "Pipes", "Stdio", "fill_standard_descriptors", "standard_output_is_closed"]
+
+# A pipe holds 64 KiB unless somebody has changed it.
+_PIPE_CHUNK: Final = 65536
+# As long as the wire's own farewell: what a program still sends is read so that it can read what we sent.
+_LONGEST_FAREWELL: Final = 2.0
+_FAREWELL_LOOK: Final = 0.01
+_CUT_ON_CLOSE: Final = struct.pack("ii", 1, 0)
+_FLUSH_ON_CLOSE: Final = struct.pack("ii", 0, 0)
+# Idle, interval, count, as the relay's [tcp] keepalive: a caller whose machine died must not stay for ever.
+_KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
+
+
+class LocalSide(trio.abc.HalfCloseableStream):
+    """What the wire is joined to."""
+
+    @abstractmethod
+    def cut(self) -> None:
+        """End it so that its other end does not take what it got for all of it, as far as its kind allows."""
+
+    async def see_off(self) -> None:
+        """Let what was written arrive before a cut."""
+        await trio.lowlevel.checkpoint()
+
+
+class LocalSocket(LocalSide):
+    """A TCP or Unix connection on this machine.
+
+    Until :meth:`aclose` every close of it is an RST, also the kernel's where this process is killed.
+    A Unix socket knows no RST: its other end gets ECONNRESET only if we leave bytes unread, and an end otherwise.
+    """
+
+    def __init__(self, sock: trio.socket.SocketType) -> None:
+        self._stream: Final = trio.SocketStream(sock)
+        self._is_closed = False
+        self.socket: Final = sock
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _CUT_ON_CLOSE)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in _KEEPALIVE:
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        """See :meth:`trio.abc.ReceiveStream.receive_some`."""
+        return await self._stream.receive_some(max_bytes)
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """See :meth:`trio.abc.SendStream.send_all`."""
+        await self._stream.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """See :meth:`trio.abc.SendStream.wait_send_all_might_not_block`."""
+        await self._stream.wait_send_all_might_not_block()
+
+    async def send_eof(self) -> None:
+        """See :meth:`trio.abc.HalfCloseableStream.send_eof`."""
+        await self._stream.send_eof()
+
+    async def see_off(self) -> None:
+        """Read what still comes until what we sent has arrived, for two seconds at most."""
+        with trio.move_on_after(_LONGEST_FAREWELL):
+            try:
+                while await self._stream.receive_some(_PIPE_CHUNK):
+                    pass
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                return  # it has gone by itself
+            sock: Any = self.socket  # it has fileno()
+            while unacknowledged(sock):  # noqa: ASYNC110  of acknowledgements nothing tells
+                await trio.sleep(_FAREWELL_LOOK)
+
+    async def aclose(self) -> None:
+        """End it in order."""
+        if not self._is_closed:
+            self._is_closed = True
+            if self.socket.family != socket.AF_UNIX:
+                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _FLUSH_ON_CLOSE)
+            self.socket.close()
+        await trio.lowlevel.checkpoint()
+
+    def cut(self) -> None:
+        """End it by RST."""
+        if not self._is_closed:
+            self._is_closed = True
+            self.socket.close()
+
+
+class Stdio(LocalSide):
+    """Standard input and output, whatever they are; blocking calls in threads.
+
+    Not as non-blocking descriptors: that flag is shared with every process that has the same terminal or pipe, and a
+    regular file knows no readiness at all. Where another process has set it, poll(2) waits.
+    """
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        """See :meth:`trio.abc.ReceiveStream.receive_some`."""
+        if sys.__stdin__ is None:
+            await trio.lowlevel.checkpoint()
+            return b""  # closed: as good as empty
+        return await trio.to_thread.run_sync(_read, max_bytes or _PIPE_CHUNK, abandon_on_cancel=True)
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """See :meth:`trio.abc.SendStream.send_all`."""
+        try:
+            await trio.to_thread.run_sync(_write, memoryview(data), abandon_on_cancel=True)
+        except OSError as error:
+            raise trio.BrokenResourceError(f"standard output: {error.strerror}") from None
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """See :meth:`trio.abc.SendStream.wait_send_all_might_not_block`."""
+        await trio.lowlevel.checkpoint()
+
+    async def send_eof(self) -> None:
+        """See :meth:`trio.abc.HalfCloseableStream.send_eof`."""
+        await trio.lowlevel.checkpoint()
+        if stat.S_ISSOCK(os.fstat(1).st_mode):
+            # As inetd gives it: descriptor 0 is the same socket, and closing 1 alone would tell nobody.
+            with socket.socket(fileno=os.dup(1)) as sock:
+                try:
+                    sock.shutdown(socket.SHUT_WR)
+                except OSError:
+                    pass  # its other end is gone
+        # Not closed: the next file opened would become standard output.
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.close(null)
+
+    async def aclose(self) -> None:
+        """Leave the descriptors to the end of the process."""
+        await trio.lowlevel.checkpoint()
+
+    def cut(self) -> None:
+        """Leave it to the exit code."""
+
+
+def _read(size: int) -> bytes:
+    while True:
+        try:
+            return os.read(0, size)
+        except BlockingIOError:
+            _wait_for(0, select.POLLIN)
+
+
+def _write(view: memoryview) -> None:
+    while view:
+        try:
+            view = view[os.write(1, view) :]
+        except BlockingIOError:
+            _wait_for(1, select.POLLOUT)
+
+
+def _wait_for(descriptor: int, event: int) -> None:
+    poll = select.poll()
+    poll.register(descriptor, event)
+    poll.poll()
+
+
+def standard_output_is_closed() -> bool:
+    """Whether this process was started without a standard output."""
+    return sys.__stdout__ is None
+
+
+def fill_standard_descriptors() -> None:
+    """Put /dev/null where descriptor 0, 1 or 2 is closed: the next socket opened would else be standard output."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+            os.set_inheritable(number, True)
+
+
+class Pipes(LocalSide):
+    """The input and output of a process, with an end of each that has no error where the process has gone."""
+
+    def __init__(self, stdio: trio.StapledStream[Any, Any]) -> None:
+        self._stdio = stdio
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        """See :meth:`trio.abc.ReceiveStream.receive_some`."""
+        data: bytes = await self._stdio.receive_stream.receive_some(max_bytes)
+        return data
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """See :meth:`trio.abc.SendStream.send_all`."""
+        await self._stdio.send_stream.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """See :meth:`trio.abc.SendStream.wait_send_all_might_not_block`."""
+        await self._stdio.send_stream.wait_send_all_might_not_block()
+
+    async def send_eof(self) -> None:
+        """See :meth:`trio.abc.HalfCloseableStream.send_eof`."""
+        await self._stdio.send_stream.aclose()
+
+    async def aclose(self) -> None:
+        """Close both pipes."""
+        await self._stdio.aclose()
+
+    def cut(self) -> None:
+        """Leave it to the signal that ends the process."""

@@ -1,0 +1,281 @@
+"""How ``frelay top`` looks: a :class:`~frelay.cli.top_view.View` as lines, in whatever room there is. Pure.
+
+Four tables stand one below the other. Each shows a few rows, and the one that has the focus gets all the room that is
+left, so that three routes and their two pairings are all on one screen, and three hundred can be gone through. A table
+too wide is made narrower in its widest names first. Nothing printed here can steer a terminal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from types import MappingProxyType
+from typing import Final
+
+from frelay.cli.text import cut, duration, pad, size, width
+from frelay.cli.top_view import Rate, Sort, View
+from frelay.errors import printable
+
+__all__ = ["TABLES", "Layout", "Line", "Screen", "Style", "lay_out", "plain_lines", "press"]
+
+TABLES: Final = ("routes", "waiting", "pairings", "refusals")
+
+_GAP: Final = 2
+# Below this a name says nothing any more, and the line is cut instead.
+_NARROWEST: Final = 6
+# What a table shows without the focus, so that something new in it is seen.
+_GLIMPSE: Final = 3
+# Below this many lines for tables there is one only, that with the focus.
+_ROOM_FOR_ALL: Final = 9
+
+_HELP: Final = (
+    "q                quit",
+    "tab, shift-tab   the next table, the one before; that one gets the room",
+    "up, down, j, k   scroll it by a row; page up and down by ten; g, G to an end",
+    "",
+    "sort by          b  bytes a second         a  age, oldest first",
+    "                 n  name                   r  route",
+    "                 w  who waits: most, and longest",
+    "",
+    "1>2, 2>1         bytes a second from func1 to func2, and back",
+    "?                this, and back",
+)
+_BY: Final = {
+    Sort.BYTES: "bytes/s",
+    Sort.AGE: "age",
+    Sort.NAME: "name",
+    Sort.ROUTE: "route",
+    Sort.WAITING: "who waits",
+}
+_KEYS: Final = "q quit  ? help  tab next table  sort: b bytes/s a age n name r route w waiting"
+
+
+class Style(Enum):
+    """What a line is, for whoever has colours."""
+
+    TITLE = "title"
+    ALARM = "alarm"
+    HEADING = "heading"
+    FOCUS = "focus"
+    ROW = "row"
+    FOOTER = "footer"
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line, printable and no wider than asked for."""
+
+    text: str
+    style: Style = Style.ROW
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A screen full of lines, and for each table the first row of its last full page: no use in scrolling further."""
+
+    lines: tuple[Line, ...]
+    last: Mapping[str, int]
+
+
+# --- what the watcher has chosen --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Screen:
+    """Which table has the focus, how far each is scrolled, and the rest of what keys change."""
+
+    sort: Sort = Sort.BYTES
+    focus: str = "routes"
+    scrolled: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    shows_help: bool = False
+    is_done: bool = False
+
+
+_STEPS: Final = {"up": -1, "k": -1, "down": 1, "j": 1, "page up": -10, "page down": 10}
+_TURNS: Final = {"tab": 1, "shift-tab": -1}
+_ENDS: Final = {"g": 0, "home": 0, "G": 1, "end": 1}
+
+
+def press(screen: Screen, key: str, last: Mapping[str, int]) -> Screen:
+    """The screen after a key; a key without a meaning changes nothing. ``last`` is that of the :class:`Layout`."""
+    if key == "q":
+        return replace(screen, is_done=True)
+    if key == "?" or screen.shows_help:
+        return replace(screen, shows_help=not screen.shows_help)
+    if key in _TURNS:
+        place = TABLES.index(screen.focus) + _TURNS[key]
+        return replace(screen, focus=TABLES[place % len(TABLES)])
+    if key in {sort.value for sort in Sort}:
+        return replace(screen, sort=Sort(key), scrolled=MappingProxyType({}))
+    furthest = last.get(screen.focus, 0)
+    if key in _STEPS:
+        # Rows may have gone since it was scrolled that far.
+        place = min(screen.scrolled.get(screen.focus, 0), furthest) + _STEPS[key]
+    elif key in _ENDS:
+        place = furthest * _ENDS[key]
+    else:
+        return screen
+    moved = {**screen.scrolled, screen.focus: min(max(0, place), furthest)}
+    return replace(screen, scrolled=MappingProxyType(moved))
+
+
+# --- tables of text ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """Cells of text, ``right`` being the columns of numbers and ``may_shrink`` those of names."""
+
+    name: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    right: frozenset[int]
+    may_shrink: frozenset[int]
+
+
+def _rate(rate: Rate | None) -> tuple[str, str]:
+    return ("-", "-") if rate is None else (size(rate.func1_to_func2), size(rate.func2_to_func1))
+
+
+def _tables(view: View) -> tuple[_Table, ...]:
+    return (
+        _Table(
+            "routes",
+            ("ROUTE", "LISTEN", "WAITING", "PAIRINGS", "1>2 /s", "2>1 /s", "BYTES"),
+            tuple(
+                (
+                    row.name,
+                    row.listen,
+                    f"{row.waiting[0]}/{row.waiting[1]}",
+                    str(row.pairings),
+                    *_rate(row.rate),
+                    size(row.moved),
+                )
+                for row in view.routes
+            ),
+            right=frozenset({2, 3, 4, 5, 6}),
+            may_shrink=frozenset({0, 1}),
+        ),
+        _Table(
+            "waiting",
+            ("WAITING", "PARTY", "IDENTITY", "ADDRESS", "SINCE"),
+            tuple((row.route, row.party, row.identity, row.address, duration(row.age)) for row in view.waiting),
+            right=frozenset({4}),
+            may_shrink=frozenset({0, 2, 3}),
+        ),
+        _Table(
+            "pairings",
+            ("PAIRING", "FUNC1", "FUNC2", "AGE", "1>2 /s", "2>1 /s", "BYTES"),
+            tuple(
+                (row.route, row.func1, row.func2, duration(row.age), *_rate(row.rate), size(row.moved))
+                for row in view.pairings
+            ),
+            right=frozenset({3, 4, 5, 6}),
+            may_shrink=frozenset({0, 1, 2}),
+        ),
+        _Table(
+            "refusals",
+            ("REFUSED", "AGO", "WHO", "CODE", "REASON"),
+            tuple((row.route, duration(row.age), row.who, row.code, row.reason) for row in view.refusals),
+            right=frozenset({1}),
+            may_shrink=frozenset({0, 2, 4}),
+        ),
+    )
+
+
+def _table_lines(table: _Table, shown: int, offset: int, cells: int | None, *, has_focus: bool) -> list[Line]:
+    """Heading and ``shown`` rows from ``offset`` on. The heading says which rows these are."""
+    rows = [tuple(printable(cell) for cell in row) for row in table.rows[offset : offset + shown]]
+    if not table.rows:
+        which = "none"
+    elif len(rows) == len(table.rows):
+        which = str(len(rows))
+    else:
+        which = f"{offset + 1}-{offset + len(rows)} of {len(table.rows)}" if rows else f"{len(table.rows)}"
+    header = (f"{table.header[0]} ({which})", *table.header[1:])
+    widths = [max(width(row[index]) for row in (header, *rows)) for index in range(len(header))]
+    if cells is not None:
+        _shrink(widths, cells, table.may_shrink)
+    style = Style.FOCUS if has_focus else Style.HEADING
+    return [_line(header, widths, table.right, cells, style), *(_line(row, widths, table.right, cells) for row in rows)]
+
+
+def _shrink(widths: list[int], cells: int, may_shrink: frozenset[int]) -> None:
+    """Take from the widest name until the line fits, or no name is left to take from."""
+    while sum(widths) + _GAP * (len(widths) - 1) > cells:
+        widest = max(may_shrink, key=lambda index: widths[index])
+        if widths[widest] <= _NARROWEST:
+            return
+        widths[widest] -= 1
+
+
+def _line(
+    row: Sequence[str], widths: Sequence[int], right: frozenset[int], cells: int | None, style: Style = Style.ROW
+) -> Line:
+    parts = [
+        pad(cut(cell, room), room, right=index in right)
+        for index, (cell, room) in enumerate(zip(row, widths, strict=True))
+    ]
+    text = (" " * _GAP).join(parts).rstrip()
+    return Line(text if cells is None else cut(text, cells), style)
+
+
+# --- the whole --------------------------------------------------------------------------------------------------------
+
+
+def _top(view: View) -> list[Line]:
+    title = f"{view.name}: {view.state}, up {duration(view.uptime)}, frelay {view.version}"
+    return [Line(printable(title), Style.TITLE), *(Line(printable(alarm), Style.ALARM) for alarm in view.alarms)]
+
+
+def plain_lines(view: View) -> list[str]:
+    """All of it, for a pipe or a file: every row, as wide as it is."""
+    lines = _top(view)
+    for table in _tables(view):
+        lines += _table_lines(table, len(table.rows), 0, None, has_focus=False)
+    return [line.text for line in lines]
+
+
+def lay_out(view: View, screen: Screen, cells: int, height: int) -> Layout:
+    """At most ``height`` lines of at most ``cells`` cells."""
+    if height < 1 or cells < 1:
+        return Layout((), {})
+    title, *alarms = _top(view)
+    top = [replace(title, text=f"{title.text}, by {_BY[screen.sort]}"), *alarms][: max(1, height // 4)]
+    lines = [replace(line, text=cut(line.text, cells)) for line in top]
+    room = height - len(lines) - 1
+    last: Mapping[str, int] = {}
+    if screen.shows_help:
+        lines += [Line(cut(text, cells)) for text in _HELP[: max(0, room)]]
+    else:
+        body, last = _body(view, screen, cells, room)
+        lines += body
+    if height > 1:
+        lines += [Line("")] * (height - 1 - len(lines))
+        lines.append(Line(cut(_KEYS, cells), Style.FOOTER))
+    return Layout(tuple(lines), last)
+
+
+def _body(view: View, screen: Screen, cells: int, room: int) -> tuple[list[Line], Mapping[str, int]]:
+    tables = _tables(view)
+    if room < _ROOM_FOR_ALL:
+        tables = tuple(table for table in tables if table.name == screen.focus)
+    shown = _shares({table.name: len(table.rows) for table in tables}, room - len(tables), screen.focus)
+    last = {table.name: max(0, len(table.rows) - max(1, shown[table.name])) for table in tables}
+    lines: list[Line] = []
+    for table in tables:
+        offset = min(screen.scrolled.get(table.name, 0), last[table.name])
+        lines += _table_lines(table, shown[table.name], offset, cells, has_focus=table.name == screen.focus)
+    return lines[: max(0, room)], last
+
+
+def _shares(wanted: Mapping[str, int], room: int, focus: str) -> dict[str, int]:
+    """How many rows each table shows: a glimpse of each, then all the focus wants, then the others in order."""
+    shares = dict.fromkeys(wanted, 0)
+    for names, most in ((wanted, _GLIMPSE), ((focus,), room), (wanted, room)):
+        for name in names:
+            more = max(0, min(wanted[name], most) - shares[name])
+            shares[name] += min(more, max(0, room))
+            room -= min(more, max(0, room))
+    return shares

@@ -1,0 +1,565 @@
+"""Joining a route, without I/O: everything from the relay's address to a peer whose certificate was looked at.
+
+Theory of operation. Three clients (blocking, Trio, asyncio) have to take the same steps in the same order, and to
+mean the same by every error; so the steps are here once, as a generator that yields what is to be done
+(:mod:`frelay.client.steps`) and is sent what came of it. A shell adds a socket and a clock, and nothing else:
+
+1. look up the relay's name (or the proxy's), try each address, CONNECT if there is a proxy;
+2. outer TLS, and JOIN; PINGs are answered until PAIRED comes, or REFUSED;
+3. mode ``handoff``: read the outer TLS to the relay's close_notify, answer it, and the line is raw. The relay sends
+   no raw byte before it has read ours (docs/protocol.md, section 4), so nothing of the inner TLS can be in our BIO;
+   that is checked all the same, since a byte there would be lost.
+   Mode ``ticket``: bring the ticket on a second line, and wait for the relay to end the first one.
+   Mode ``tunnel``: stay, and let the inner TLS travel in the outer one;
+4. inner TLS, and who the other function is.
+
+Every step runs under the one deadline of ``wait``, and under a patience of its own besides: a SYN that nobody answers
+would hold a function for two minutes, and a relay that lost its power for ever. A shell that is cancelled in between
+asks :meth:`Joining.last_words` what can still be said, and closes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import ssl
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, NoReturn, Required, TypedDict
+
+from frelay.client.alerts import certificate_alert, refusal_of_certificate
+from frelay.client.proxy import Proxy, ask_for_way, choose_proxy
+from frelay.client.retry import NoRelay, Retry, read_retry
+from frelay.client.steps import (
+    Close,
+    Endpoint,
+    Line,
+    Meet,
+    Open,
+    Pause,
+    Receive,
+    Resolve,
+    Send,
+    Status,
+    Steps,
+)
+from frelay.client.tls_engine import Engine
+from frelay.client.wire import (
+    ALPN,
+    StrPath,
+    agreed_protocol,
+    check_peer,
+    inner_context,
+    names_of_peer,
+    outer_context,
+    read_selectors,
+    read_server_name,
+)
+from frelay.errors import (
+    CertificateRefused,
+    FrelayError,
+    HandOffFailed,
+    PeerGone,
+    PeerIdentityMismatch,
+    Refused,
+    RelayUnreachable,
+    RemoteProtocolError,
+    Truncated,
+    holds_pem,
+)
+from frelay.protocol import messages
+from frelay.protocol.identity import Selector
+from frelay.protocol.messages import MODES, Message, Mode, Paired, PartyName, Ping, Pong, Role, Waiting
+from frelay.protocol.session import PartySession, State
+
+__all__ = ["Joined", "Joining", "Options", "Plan", "split_address"]
+
+_ADDRESS: Final = re.compile(r"(?:\[(?P<v6>[^\]]+)\]|(?P<host>[^:\[\]]+)):(?P<port>[0-9]{1,5})\Z")
+# For reaching the relay, for its next word and for the inner handshake where the caller set no limit at all.
+_PATIENCE: Final = 30.0
+# One address of several that does not answer must not use up the time of the next.
+_SHORTEST_TRY: Final = 2.0
+# What a relay may announce as the wait at most: poll(2) counts milliseconds in an int, which is 24 days.
+_LONGEST_SILENCE: Final = 20 * 86400.0
+# The wait for a last word that nobody insists on: an alert, or the relay's close_notify to a ticket's first line.
+_SHORT: Final = 2.0
+_READ: Final = 65536
+_ROLES: Final[tuple[Role, ...]] = ("client", "server")
+# The alerts with which a relay turns a certificate away, and the protocol's codes for them.
+_CODES: Final = {
+    "CERTIFICATE_EXPIRED": "certificate-expired",
+    "CERTIFICATE_REVOKED": "revoked",
+}
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """``host:port`` or ``[v6]:port`` as a pair; raises ValueError."""
+    found = _ADDRESS.match(address)
+    # A space or a line's end would be written into a proxy's request, too.
+    if found is None or not 0 < int(found["port"]) < 65536 or not address.isprintable() or " " in address:
+        raise ValueError(f"{address!r} is not an address: write host:port, or [v6]:port")
+    return found["v6"] or found["host"], int(found["port"])
+
+
+class Options(TypedDict, total=False):
+    """The arguments of all three ``connect``; they are described at :func:`frelay.connect`."""
+
+    cert: Required[StrPath]
+    key: StrPath | None
+    ca: Required[StrPath]
+    peer: Required[str | Sequence[str]]
+    wait: float | None
+    route: str | None
+    party: PartyName | None
+    server_name: str | None
+    inner_cert: StrPath | None
+    inner_key: StrPath | None
+    inner_ca: StrPath | None
+    alpn: Sequence[str] | None
+    mode: Mode
+    on_status: Callable[[Message], None] | None
+    proxy: str | None
+    retry: Retry | bool | int | None
+    traceparent: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All that is known before the first step: files are read and arguments judged."""
+
+    host: str
+    port: int
+    server_name: str
+    outer: ssl.SSLContext
+    inner: Mapping[Role, ssl.SSLContext]
+    alpn: tuple[str, ...]
+    expected: tuple[Selector, ...]
+    wait: float | None
+    route: str | None
+    party: PartyName | None
+    mode: Mode
+    proxy: Proxy | None
+    retry: Retry | None
+    traceparent: str | None
+    inner_name: str | None = None
+    """The SNI that this function sends as the client of the inner TLS; none unless somebody has put it here."""
+
+    @classmethod
+    def make(
+        cls,
+        address: str,
+        *,
+        cert: StrPath,
+        key: StrPath | None = None,
+        ca: StrPath,
+        peer: str | Sequence[str],
+        wait: float | None = None,
+        route: str | None = None,
+        party: PartyName | None = None,
+        server_name: str | None = None,
+        inner_cert: StrPath | None = None,
+        inner_key: StrPath | None = None,
+        inner_ca: StrPath | None = None,
+        alpn: Sequence[str] | None = None,
+        mode: Mode = "handoff",
+        on_status: Callable[[Message], None] | None = None,
+        proxy: str | None = None,
+        retry: Retry | bool | int | None = None,
+        traceparent: str | None = None,
+    ) -> Plan:
+        """The plan for these arguments of ``connect``; raises ValueError, CertificateError or RelayUnreachable."""
+        _forbid_pem(address=address, peer=peer, mode=mode, route=route, party=party, server_name=server_name)
+        _forbid_pem(cert=cert, key=key, ca=ca, inner_cert=inner_cert, inner_key=inner_key, inner_ca=inner_ca)
+        _forbid_pem(proxy=proxy, alpn=alpn)
+        host, port = split_address(address)
+        if mode not in MODES:
+            raise ValueError(f"mode={mode!r} is not one: write {', '.join(MODES)}")
+        if wait is not None and math.isnan(wait):
+            raise ValueError("wait: this is not a number: write seconds, or None for no limit")
+        own = (inner_cert or cert, inner_key if inner_cert else key, inner_ca or ca)
+        return cls(
+            host=host,
+            port=port,
+            server_name=read_server_name(server_name or host),
+            outer=outer_context(cert, key, ca),
+            inner={role: inner_context(role, *own, alpn=alpn) for role in _ROLES},
+            alpn=tuple(alpn or ()),
+            expected=read_selectors(peer),
+            wait=None if wait == math.inf else wait,
+            route=route,
+            party=party,
+            mode=mode,
+            proxy=choose_proxy(proxy, host, port),
+            retry=read_retry(retry),
+            traceparent=None if traceparent is None else messages.read_traceparent(traceparent),
+        )
+
+
+def _forbid_pem(**arguments: object) -> None:
+    """Raise ValueError for an argument that holds a key instead of naming its file, before anybody repeats it."""
+    for name, value in arguments.items():
+        if holds_pem(value):
+            raise ValueError(f"{name}: this is PEM text; write it into a file, and name that file here")
+
+
+class _TimeIsUp(Exception):
+    """The caller's ``wait`` has passed. Not TimeoutError: that may be the kernel's, or on_status's."""
+
+
+class _Deadline:
+    """The one deadline over all steps."""
+
+    def __init__(self, seconds: float | None, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._at = None if seconds is None else clock() + seconds
+
+    def left(self) -> float | None:
+        """Seconds left, None without a deadline; raises _TimeIsUp once there are none."""
+        if self._at is None:
+            return None
+        left = self._at - self._clock()
+        if left <= 0:
+            raise _TimeIsUp
+        return left
+
+    def bound(self, limit: float) -> float:
+        """``limit``, or what is left if that is less."""
+        left = self.left()
+        return limit if left is None else min(limit, left)
+
+    def stage(self, seconds: float) -> Callable[[], float]:
+        """What gives the seconds left for the next step of a stage that may take ``seconds`` in all, and raises then.
+
+        One that answers a byte at a time would otherwise have our patience anew with every byte. Raises TimeoutError,
+        and _TimeIsUp where there is no time at all.
+        """
+        end = self._clock() + seconds
+
+        def left() -> float:
+            left = self.bound(end - self._clock())
+            if left <= 0:
+                raise TimeoutError("timed out")
+            return left
+
+        return left
+
+    def cuts(self, limit: float) -> bool:
+        """Whether it comes before ``limit`` seconds from now."""
+        return self._at is not None and self._at - self._clock() <= limit
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A route joined, and the other function looked at."""
+
+    paired: Paired
+    line: Line
+    """The connection that the inner TLS is on."""
+    engine: Engine | None
+    """The inner TLS; None where the shell met the peer on a socket of its own."""
+
+
+class Joining:
+    """One call of ``connect``: :meth:`steps` is its generator."""
+
+    def __init__(self, plan: Plan, clock: Callable[[], float], *, meets_on_socket: bool = False) -> None:
+        self._plan: Final = plan
+        self._meets_on_socket: Final = meets_on_socket
+        self._deadline: Final = _Deadline(plan.wait, clock)
+        # A retry with the same attempt replaces its own stale leg in the relay, if that has not noticed its end yet.
+        self._attempt = str(uuid.uuid4())
+        self._session: PartySession | None = None
+        self._outer: Engine | None = None
+        self._was_welcome = False
+
+    def last_words(self, line: Line) -> bytes:
+        """What to send on ``line`` at once when it is given up now: LEAVE where the relay keeps a place for us."""
+        outer, session = self._outer, self._session
+        if line != "outer" or outer is None or session is None:
+            return b""
+        if session.state in (State.JOINED, State.WAITING):
+            try:
+                outer.write(session.send(messages.Leave()))
+                outer.send_eof()
+                return outer.take()
+            except ssl.SSLError:
+                return b""  # its TLS is broken, and there is nothing to say it in
+        return b""
+
+    def steps(self) -> Steps[Joined]:
+        """Join, again and again where the plan says so, and meet the other function."""
+        retry = self._plan.retry
+        tries = failures = 0
+        while True:
+            self._session = self._outer = None
+            self._was_welcome = False
+            try:
+                return (yield from self._once())
+            except FrelayError as error:
+                failures = 0 if self._was_welcome else failures
+                pause = None if retry is None else retry.pause_after(error, tries, failures)
+                if pause is None or self._deadline.cuts(pause):
+                    raise
+            yield Close("raw")
+            yield Close("outer", self.last_words("outer"))
+            yield Pause(pause)
+            tries, failures = tries + 1, failures + 1
+
+    def _once(self) -> Steps[Joined]:
+        try:
+            yield from self._reach("outer")
+            tls = yield from self._outer_tls()
+            paired = yield from self._join(tls)
+            self._attempt = str(uuid.uuid4())  # that try has met somebody; the next one is another
+            line: Line = "outer"
+            tunnel = None
+            if paired.mode == "handoff":
+                yield from self._hand_off(tls)
+            elif paired.mode == "ticket":
+                line = yield from self._bring_ticket(tls, paired)
+            else:
+                tunnel = tls
+        except _TimeIsUp:
+            wait = self._plan.wait
+            raise Refused("wait-timeout", f"nobody came within {wait:g} s", retry_after=0.0) from None
+        return (yield from self._meet(line, tunnel, paired))
+
+    # --- reaching the relay ------------------------------------------------------------------------------------
+
+    @property
+    def _place(self) -> str:
+        host = f"[{self._plan.host}]" if ":" in self._plan.host else self._plan.host
+        return f"{host}:{self._plan.port}"
+
+    def _reach(self, line: Line) -> Steps[None]:
+        """Open ``line`` to the relay, through the proxy if there is one."""
+        plan = self._plan
+        proxy = plan.proxy
+        host, port = (plan.host, plan.port) if proxy is None else (proxy.host, proxy.port)
+        what = self._place if proxy is None else f"the proxy {proxy}"
+        try:
+            endpoints: list[Endpoint] = yield Resolve(host, port, self._deadline.bound(_PATIENCE))
+        except OSError as error:
+            raise RelayUnreachable(f"no address of {host} is known: {_text(error)}") from error
+        failures: list[str] = []
+        for position, endpoint in enumerate(endpoints):
+            share = max(self._deadline.bound(_PATIENCE) / (len(endpoints) - position), _SHORTEST_TRY)
+            try:
+                yield Open(line, endpoint, self._deadline.bound(share))
+                break
+            except OSError as error:
+                failures.append(f"{endpoint}: {_text(error)}" if len(endpoints) > 1 else _text(error))
+        else:
+            raise RelayUnreachable(f"no connection to {what}: {'; '.join(failures) or 'it has no address'}")
+        if proxy is not None:
+            try:
+                yield from ask_for_way(line, proxy, plan.host, plan.port, self._deadline.stage(_PATIENCE))
+            except OSError as error:
+                raise RelayUnreachable(f"no answer from the proxy {proxy}: {_text(error)}") from error
+
+    def _outer_tls(self) -> Steps[Engine]:
+        tls = self._outer = Engine(self._plan.outer, server_hostname=self._plan.server_name)
+        try:
+            yield from self._shake_hands("outer", tls)
+        except ssl.SSLCertVerificationError as error:
+            yield from self._send_alert("outer", tls)
+            raise NoRelay(f"the certificate of {self._place} is not to be trusted: {error.verify_message}") from error
+        except (OSError, Truncated) as error:
+            raise RelayUnreachable(f"no TLS with {self._place}: {_text(error)}") from error
+        if agreed_protocol(tls.tls) != ALPN:
+            # A relay always does; what else might be there would only be puzzled by a JOIN, or silent.
+            raise NoRelay(f"{self._place} is not a relay: it speaks TLS, but not {ALPN}")
+        return tls
+
+    def _shake_hands(self, line: Line, tls: Engine) -> Steps[None]:
+        patience = self._deadline.stage(_PATIENCE)
+        while not tls.handshake():
+            yield from self._flush(line, tls, patience)
+            tls.feed((yield Receive(line, patience())))
+        yield from self._flush(line, tls, patience)
+
+    def _flush(self, line: Line, tls: Engine, patience: Callable[[], float]) -> Steps[None]:
+        data = tls.take()
+        if data:
+            yield Send(line, data, patience())
+
+    def _send_alert(self, line: Line, tls: Engine, tunnel: Engine | None = None) -> Steps[None]:
+        """The alert that says what was wrong with the other side's certificate, if it can still be sent."""
+        try:
+            data = tls.take()
+            if tunnel is not None:
+                # In good order, or the relay takes it for a cut and passes that on before the alert.
+                tunnel.send_eof()
+                data += tunnel.take()
+            if data:
+                yield Send(line, data, _SHORT)
+        except OSError:
+            pass  # it is gone; and our own error is the one that counts
+
+    # --- waiting -----------------------------------------------------------------------------------------------
+
+    def _join(self, tls: Engine) -> Steps[Paired]:
+        plan = self._plan
+        session = self._session = PartySession()
+        join = messages.Join(
+            self._attempt,
+            plan.route,
+            plan.party,
+            wait=self._deadline.left(),
+            modes=(plan.mode,),
+            traceparent=plan.traceparent,
+        )
+        yield from self._tell(tls, session.send(join))
+        silence = _PATIENCE
+        while True:
+            # Not a byte more than the frame: in a tunnel the other function's bytes may follow PAIRED at once.
+            data = yield from self._hear(tls, session.missing, silence)
+            try:
+                received = session.receive(data)
+            except RemoteProtocolError as error:
+                raise NoRelay(f"this is no relay that speaks frelay/1: {error}") from error
+            for message in received:
+                if isinstance(message, messages.Refused):
+                    raise Refused(message.code, message.reason, message.retry_after)
+                if isinstance(message, Waiting):
+                    self._was_welcome = True
+                    # The relay may have nothing to say until then, and then it says wait-timeout.
+                    silence = min(message.deadline, _LONGEST_SILENCE) + _PATIENCE
+                if isinstance(message, Ping):
+                    yield from self._tell(tls, session.send(Pong(message.n)))
+                if isinstance(message, Waiting | Ping | Paired):
+                    yield Status(message)
+                if isinstance(message, Paired):
+                    self._was_welcome = True
+                    if message.mode != plan.mode:
+                        raise HandOffFailed(f"the relay chose mode {message.mode}, where {plan.mode} was asked for")
+                    return message
+
+    def _tell(self, tls: Engine, data: bytes) -> Steps[None]:
+        try:
+            tls.write(data)
+            yield from self._flush("outer", tls, self._deadline.stage(_PATIENCE))
+        except OSError as error:
+            self._lost(error, _PATIENCE)
+
+    def _hear(self, tls: Engine, size: int, silence: float) -> Steps[bytes]:
+        """What comes next from the relay, which may be silent for at most ``silence`` seconds."""
+        try:
+            while (data := tls.read(size)) is None:
+                tls.feed((yield Receive("outer", self._deadline.bound(silence))))
+        except (OSError, Truncated) as error:
+            self._lost(error, silence)
+        if not data:
+            raise RelayUnreachable("the relay ended the connection without an answer")
+        return data
+
+    def _lost(self, error: OSError | Truncated, silence: float) -> NoReturn:
+        """Say what it means that the relay could not be told or heard: our own time was up, or something about it."""
+        if not _is_our_timeout(error):
+            alert = certificate_alert(error)
+            if alert is not None:
+                code = _CODES.get(alert, "not-authorised")
+                text = str(getattr(error, "reason", None) or alert).lower().replace("_", " ")
+                raise Refused(code, f"the relay did not accept the certificate ({text})") from None
+            raise RelayUnreachable(f"the connection to the relay broke: {_text(error)}") from error
+        self._deadline.left()
+        raise RelayUnreachable(f"the relay was silent for {silence:g} s") from None
+
+    # --- leaving the outer TLS ---------------------------------------------------------------------------------
+
+    def _hand_off(self, tls: Engine) -> Steps[None]:
+        """Read to the relay's close_notify and answer it; ``outer`` is a raw line then."""
+        patience = self._deadline.stage(_PATIENCE)
+        try:
+            while (data := tls.read(1)) is None:
+                tls.feed((yield Receive("outer", patience())))
+            if data:
+                raise HandOffFailed("the relay sent application data after PAIRED")
+            if tls.unread:
+                raise HandOffFailed("the relay sent raw bytes before it had our close_notify")
+            tls.send_eof()
+            yield from self._flush("outer", tls, patience)
+        except (TimeoutError, _TimeIsUp):
+            raise HandOffFailed("the relay's close_notify did not come") from None
+        except (OSError, Truncated) as error:
+            raise HandOffFailed(f"the outer TLS broke instead of ending: {_text(error)}") from error
+        self._outer = None
+
+    def _bring_ticket(self, tls: Engine, paired: Paired) -> Steps[Line]:
+        """Bring the ticket on a second line, which is raw then; the relay ends the first when it has it."""
+        if paired.ticket is None or not paired.ticket.isascii():
+            raise HandOffFailed("the relay paired us by ticket and gave none")
+        patience = self._deadline.stage(_PATIENCE)
+        try:
+            yield from self._reach("raw")
+            yield Send("raw", f"FRELAY/1 {paired.ticket}\n".encode("ascii"), patience())
+        except (TimeoutError, _TimeIsUp):
+            raise HandOffFailed("there was no time left to bring the ticket") from None
+        except (OSError, RelayUnreachable) as error:
+            raise HandOffFailed(f"the ticket could not be brought: {_text(error)}") from error
+        yield from self._see_first_line_end(tls)
+        self._outer = None
+        return "raw"
+
+    def _see_first_line_end(self, tls: Engine) -> Steps[None]:
+        """Wait for the relay to end the line on which it gave the ticket, which it does once it has that back."""
+        patience = self._deadline.stage(_PATIENCE)
+        try:
+            while (data := tls.read(1)) is None:
+                tls.feed((yield Receive("outer", patience())))
+            if data:
+                raise HandOffFailed("the relay sent application data after PAIRED")
+            tls.send_eof()
+        except (OSError, Truncated, _TimeIsUp) as error:
+            if isinstance(error, _TimeIsUp) or _is_our_timeout(error):
+                raise HandOffFailed("the relay did not take its own ticket in time") from None
+            # The ticket is on its way, and the relay waits for it whatever becomes of this line. If it has gone
+            # altogether the raw line tells.
+            yield Close("outer")
+            return
+        yield Close("outer", tls.take())
+
+    # --- meeting the other function ----------------------------------------------------------------------------
+
+    def _meet(self, line: Line, tunnel: Engine | None, paired: Paired) -> Steps[Joined]:
+        context = self._plan.inner[paired.role]
+        is_server = paired.role == "server"
+        inner: Engine | None = None
+        try:
+            if self._meets_on_socket:
+                protocol, names = yield Meet(line, context, is_server, tunnel, self._deadline.bound(_PATIENCE))
+            else:
+                name = None if is_server else self._plan.inner_name
+                inner = Engine(context, server_side=is_server, server_hostname=name, below=tunnel)
+                yield from self._shake_hands(line, inner)
+                protocol, names = agreed_protocol(inner.tls), names_of_peer(inner.tls)
+        except ssl.SSLCertVerificationError as error:
+            if inner is not None:
+                yield from self._send_alert(line, inner, tunnel)
+            raise PeerIdentityMismatch(
+                " or ".join(map(str, self._plan.expected)),
+                [f"a certificate that is not to be trusted ({error.verify_message})"],
+            ) from error
+        except (OSError, Truncated, _TimeIsUp) as error:
+            refusal = refusal_of_certificate(error, paired.role)
+            if refusal is not None:
+                raise CertificateRefused(refusal) from error
+            text = "no time is left" if isinstance(error, _TimeIsUp) else _text(error)
+            raise PeerGone(f"{paired.peer} went away before its TLS was up: {text}") from error
+        check_peer(self._plan.expected, names)
+        if protocol not in (None, *self._plan.alpn):
+            # Newer versions of OpenSSL find this themselves.
+            raise RemoteProtocolError("the other function chose an application protocol that was not offered")
+        self._session = self._outer = None
+        return Joined(paired, line, inner)
+
+
+def _is_our_timeout(error: Exception) -> bool:
+    """Whether a step's patience ended; with a number it is the kernel that has given the connection up."""
+    return isinstance(error, TimeoutError) and error.errno is None
+
+
+def _text(error: Exception) -> str:
+    """What an error says; never nothing."""
+    return str(error) or ("timed out" if isinstance(error, TimeoutError) else type(error).__name__)

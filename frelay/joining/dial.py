@@ -1,0 +1,204 @@
+"""Services: a party that is a place, which the relay dials when the other party is here.
+
+A route with ``func2 = { dial = "HOST:PORT" }`` has callers on one side only. A caller comes in like any other: its
+certificate is verified, its JOIN read, its place in the lobby taken. Only then is the service dialled, once for each
+caller, so a stranger cannot make the relay open a connection; and the target stands in the route file, so a caller
+cannot choose one. While the relay dials the caller is a waiting leg with all that belongs to it: it is pinged, it may
+leave, its retry replaces it, a reload may withdraw it, and each of these ends the call.
+
+The finished connection arrives in the lobby like a function's, with two differences. It is meant for the caller that
+it was opened for, and not for whoever has waited longest, who has a call of its own. And it never waits: it is paired
+in the moment in which it is there, or closed.
+
+The relay does not speak to the service. The bytes on that leg are raw from the first one, and where
+``require_inner_tls`` holds they must be TLS from its side, too.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from typing import Any, Final
+
+import structlog
+import trio
+
+from frelay.config.model import Address, TcpSection, UnixAddress
+from frelay.joining.frameless_legs import PlainLeg
+from frelay.joining.lobby import Place, Withdrawn
+from frelay.joining.route import LiveRoute, Service
+from frelay.journal import Journal, PairingEnded
+from frelay.net.slots import Admission, Slot
+from frelay.net.sockets import format_address, tune
+from frelay.net.unix import connect_unix
+from frelay.pairing.pairing import Pairing, log_record
+from frelay.protocol.messages import Refused
+from frelay.protocol.outcome import Outcome, Record
+
+__all__ = ["DialledLeg", "bring_service"]
+
+# Where the service is and what is wrong with it is the operator's to know: the log has it, the caller has not.
+_UNREACHABLE: Final = Withdrawn(
+    Refused("wait-timeout", "the service of this route cannot be reached", retry_after=1.0),
+)
+
+
+class DialledLeg(PlainLeg):
+    """The connection to a service: a bare socket that the relay opened itself."""
+
+    def __init__(self, sock: socket.socket, service: Service, address: str, slot: Slot) -> None:
+        super().__init__(sock, service.party, address)
+        self.identity = service.identity
+        self.slot = slot
+
+
+class _Unreachable(Exception):
+    """The service could not be reached; the text says why, for the log."""
+
+
+class _TooLate(Exception):
+    """The caller's own time was up, which says nothing of the service."""
+
+
+async def bring_service(
+    place: Place,
+    route: LiveRoute,
+    service: Service,
+    *,
+    limit: float,
+    tcp: TcpSection,
+    admission: Admission,
+    journal: Journal,
+) -> Pairing | None:
+    """Dial ``service`` for the caller who waits in ``place``; gives their pairing, which is then the caller's to run.
+
+    None if there is none, and ``place`` has the verdict that its leg is to be told: the service was not there within
+    ``limit`` seconds, or policy or a limit spoke against the pairing. The service's connection is then closed.
+
+    A service that had all the time that the route gives it, or that failed, has a record with outcome ``dial-failed``.
+    Where the caller could not wait that long there is none: it is counted as a caller that was refused.
+    """
+    log: Any = structlog.get_logger("frelay.dial").bind(route=route.name, service=service.identity)
+    # Asked before the service is troubled, and once more when it is there.
+    if (verdict := route.lack_of_room(place.leg)) is not None:
+        route.lobby.withdraw(place, verdict)
+        return None
+    slot = admission.slot_for_own_call(route.charges.in_relay(place.leg))
+    if isinstance(slot, str):
+        route.lobby.withdraw(place, Withdrawn(Refused("limit", slot, retry_after=10.0)))
+        return None
+    began = trio.current_time()
+    leg: DialledLeg | None = None
+    try:
+        target = service.target.address
+        sock = await _reach(target, limit, tcp, is_callers_limit=limit < route.longest_wait)
+        leg = DialledLeg(sock, service, _where(sock, target), slot)
+        log.info("dialled", address=leg.address, seconds=round(trio.current_time() - began, 3))
+        return _introduce(leg, place, route)
+    except _TooLate:
+        text = f"the service did not answer within the {limit:g} s that this function could wait"
+        route.lobby.withdraw(place, Withdrawn(Refused("wait-timeout", text, retry_after=0.0)))
+        return None
+    except _Unreachable as error:
+        record = _record(place, route, service, str(error), trio.current_time() - began)
+        log_record(record)
+        journal.note(PairingEnded(record=record))
+        route.lobby.withdraw(place, _UNREACHABLE)
+        return None
+    finally:
+        if leg is None:
+            slot.gone()
+        elif not leg.is_paired:
+            leg.close()
+            slot.gone()
+
+
+def _introduce(leg: DialledLeg, place: Place, route: LiveRoute) -> Pairing | None:
+    """Pair the service with its caller, if that is still there and both may."""
+    if place.verdict is not None:
+        return None  # it fell in the moment in which the service answered
+    met = route.meet(leg, place)
+    if isinstance(met, Withdrawn):
+        # Said of the one that arrives; but that one only came for the caller, who is to be told.
+        route.lobby.withdraw(place, met)
+        return None
+    return met
+
+
+def _record(place: Place, route: LiveRoute, service: Service, detail: str, duration: float) -> Record:
+    """A call in vain has its record like any pairing: who watches the outcomes sees a service that is down."""
+    identities = {place.leg.party: place.leg.identity, service.party: service.identity}
+    return Record(
+        pairing=secrets.token_hex(8),
+        route=route.name,
+        func1=identities["func1"],
+        func2=identities["func2"],
+        outcome=Outcome.DIAL_FAILED,
+        side=service.party,
+        detail=detail,
+        bytes_func1_to_func2=0,
+        bytes_func2_to_func1=0,
+        duration=duration,
+    )
+
+
+# --- the connection ------------------------------------------------------------------------------------------------
+
+
+async def _reach(
+    address: Address | UnixAddress, limit: float, tcp: TcpSection, *, is_callers_limit: bool
+) -> socket.socket:
+    """A connected, tuned, non-blocking socket within ``limit`` seconds, the look-up of the name included.
+
+    Raises _Unreachable, or _TooLate if the limit was the caller's own.
+    """
+    with trio.move_on_after(limit):
+        if isinstance(address, UnixAddress):
+            try:
+                return await connect_unix(address.path)
+            except PermissionError as error:
+                text = f"{_text(error)}: user {os.geteuid()} needs write permission on the socket"
+                raise _Unreachable(text) from error
+            except OSError as error:
+                raise _Unreachable(_text(error)) from error
+        try:
+            # All addresses of the name, each with a head start over the next (RFC 8305).
+            stream = await trio.open_tcp_stream(address.host, address.port)
+        except socket.gaierror as error:
+            raise _Unreachable(f"the name does not resolve: {error.strerror}") from error
+        except OSError as error:
+            raise _Unreachable(_why(error)) from error
+        # Taken out of Trio's wrapper: from here on it is a leg's socket like those that accept() gives.
+        sock = socket.socket(fileno=stream.socket.detach())
+        try:
+            sock.setblocking(False)
+            tune(sock, tcp)
+        except OSError as error:
+            sock.close()
+            raise _Unreachable(_text(error)) from error
+        return sock
+    raise _TooLate if is_callers_limit else _Unreachable(f"no answer within {limit:g} s")
+
+
+def _where(sock: socket.socket, target: Address | UnixAddress) -> str:
+    """The address that answered, of those that the name has."""
+    if isinstance(target, UnixAddress):
+        return str(target)
+    try:
+        host, port, *_ = sock.getpeername()
+    except OSError:
+        return "gone already"
+    return format_address((host, port))
+
+
+def _why(error: OSError) -> str:
+    """What each of the attempts ended with; Trio keeps the errors of all addresses behind its own."""
+    attempts = error.__cause__.exceptions if isinstance(error.__cause__, BaseExceptionGroup) else (error,)
+    return ", ".join(dict.fromkeys(_text(attempt) for attempt in attempts if isinstance(attempt, OSError)))
+
+
+def _text(error: OSError) -> str:
+    # Not its own text, which may repeat the address and, with it, be as long as the name has addresses.
+    text = os.strerror(error.errno) if error.errno else str(error)
+    return text[:1].lower() + text[1:]

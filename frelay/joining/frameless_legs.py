@@ -1,0 +1,148 @@
+"""Legs without frames: whoever cannot speak frelay/1, and is welcome all the same.
+
+Three kinds, by what their route and their handshake say:
+
+* :class:`BareLeg`: outer mTLS without ALPN. Any TLS client; it stays in TLS for good (docs/protocol.md, section 6).
+* :class:`HelloLeg`: the same on a route with ``handoff = "hello"``, for the oldest clients: one line in, the same line
+  back, once, and from there on a raw socket, without a close_notify either way (section 9).
+* :class:`PlainLeg`: no outer TLS at all (section 7).
+
+None of them can be told anything before it is paired, so they wait in silence, and a refusal is a close. What they send
+early stays in the kernel.
+
+The hello hand-off has no boundary that TLS itself would guard. Our side of it is exact: OpenSSL reads record by
+record, so what the client sends raw is still in the kernel when we stop. The client's side is not: its TLS library may
+read ahead, and would swallow raw bytes that arrive with the echo. So nothing raw is sent to it until the kernel says
+that the echo was acknowledged, and ``hello_settle`` seconds have passed for the client to have read it. That is a guess
+about the client, the only one in frelay; tickets need none.
+"""
+
+from __future__ import annotations
+
+import socket
+from functools import cached_property
+from typing import Final
+
+import trio
+
+from frelay.errors import ConnectionBroken, RemoteProtocolError
+from frelay.joining.legs import LINGER_TIME, TlsLeg
+from frelay.net.shares import holder_at
+from frelay.net.sockets import RawStream, close, close_after_linger
+from frelay.net.tcp import is_dead, unacknowledged
+from frelay.pairing.leg import Leg, LegGone
+from frelay.protocol.messages import Mode, Paired, PartyName, Refused
+from frelay.tls.context import VerifiedPeer
+from frelay.tls.stream import TlsStream
+
+__all__ = ["BareLeg", "HelloLeg", "PlainLeg"]
+
+# The protocol's limit for the line, its line end included.
+_LINE_LIMIT: Final = 512
+# How often the kernel is asked whether the echo was acknowledged, in seconds; nothing tells by itself.
+_LOOK: Final = 0.005
+
+
+async def _attend_silent(leg: Leg, ping_interval: float) -> LegGone:
+    """Watch a leg that may not be read yet; returns once its connection has ended."""
+    sock = leg.sock
+    try:
+        await trio.lowlevel.wait_readable(sock)
+        while True:
+            if leg.is_gone():
+                return LegGone("left")
+            # Early data, which nobody may read yet: readability says nothing any more, and what is left is to ask
+            # the kernel now and then whether the connection still stands.
+            if is_dead(sock):
+                return LegGone("the connection broke")
+            await trio.sleep(ping_interval)
+    except OSError as error:
+        return LegGone(str(error))
+
+
+class BareLeg(TlsLeg):
+    """A leg without frames: any TLS client. What it sends, but for one record, is in the kernel until it is paired."""
+
+    async def attend(self, *, ping_interval: float, pong_timeout: float) -> LegGone:
+        return await _attend_silent(self, ping_interval)
+
+    def is_gone(self) -> bool:
+        # A client that ends in order sends close_notify, and to the kernel that is data like any other.
+        return super().is_gone() or self.tls.has_ended()
+
+    async def refuse(self, refusal: Refused, *, reconnect_in: float | None = None) -> None:
+        await self.end_in_order(b"")
+
+
+class HelloLeg(TlsLeg):
+    """A leg whose client asks for a raw socket by sending a line and waiting to get it back."""
+
+    mode: Mode = "handoff"
+
+    def __init__(self, stream: TlsStream, peer: VerifiedPeer, address: str, *, settle: float) -> None:
+        super().__init__(stream, peer, address)
+        self._settle = settle
+        self._line = b""
+
+    async def receive_line(self) -> bytes:
+        """Read the client's line and keep it for the echo; raises RemoteProtocolError or ConnectionBroken."""
+        while not self._line.endswith(b"\n"):
+            data = await self.tls.receive_some(_LINE_LIMIT)
+            if not data:
+                raise RemoteProtocolError("the client left before its line was whole")
+            self._line += data
+            if len(self._line) > _LINE_LIMIT:
+                raise RemoteProtocolError(f"more than {_LINE_LIMIT} bytes without the end of the line")
+            if b"\n" in self._line[:-1]:
+                raise RemoteProtocolError("TLS data behind the line; only raw bytes may follow it")
+        return self._line
+
+    async def attend(self, *, ping_interval: float, pong_timeout: float) -> LegGone:
+        return await _attend_silent(self, ping_interval)
+
+    def patience(self, handoff_timeout: float) -> float:
+        return handoff_timeout + self._settle
+
+    async def begin(self, message: Paired) -> None:
+        await self.tls.send_all(self._line)
+        sock = self.tls.leave_without_close_notify()
+        self.become_raw(sock)
+        while unacknowledged(sock) > 0:
+            if is_dead(sock):
+                raise ConnectionBroken("the client went away before it acknowledged the echo")
+            await trio.sleep(_LOOK)
+        await trio.sleep(self._settle)
+
+    async def refuse(self, refusal: Refused, *, reconnect_in: float | None = None) -> None:
+        await self.end_in_order(b"")
+
+
+class PlainLeg(Leg):
+    """A leg of a route without outer TLS: a bare socket, admitted by its address."""
+
+    mode: Mode = "handoff"
+
+    def __init__(self, sock: socket.socket, party: PartyName, address: str) -> None:
+        self._raw = RawStream(sock)
+        self.party = party
+        self.identity = self.address = address
+
+    @cached_property
+    def holder(self) -> str:
+        return holder_at(self.address.rpartition(":")[0].strip("[]"))
+
+    @property
+    def sock(self) -> socket.socket:
+        return self._raw.sock
+
+    def stream(self) -> RawStream:
+        return self._raw
+
+    async def attend(self, *, ping_interval: float, pong_timeout: float) -> LegGone:
+        return await _attend_silent(self, ping_interval)
+
+    async def refuse(self, refusal: Refused, *, reconnect_in: float | None = None) -> None:
+        await close_after_linger(self.sock, LINGER_TIME)
+
+    def close(self) -> None:
+        close(self.sock)

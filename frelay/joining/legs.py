@@ -1,0 +1,280 @@
+"""Legs in outer TLS, from "verified" to "raw or in TLS, and paired"; this module is the hand-off.
+
+Theory of operation: the hand-off
+=================================
+
+The functions want a raw TCP stream to each other, and what they have is a TLS connection each to the relay. Leaving TLS
+on a live connection goes wrong in one way only: somebody reads a byte that belongs to the other layer. TLS bytes left
+on the wire are read as raw ones, or raw bytes are swallowed by a TLS library that reads ahead. So the order is fixed
+(docs/protocol.md, section 4), and the relay closes first:
+
+1. The relay writes PAIRED and ``close_notify``. From then on it writes nothing in TLS.
+2. The party reads both, answers with its own ``close_notify``, and owns a raw socket.
+3. The relay reads that leg's TLS stream to its ``close_notify``. It reads record by record (see
+   :mod:`frelay.tls.stream`), so raw bytes behind the ``close_notify`` stay in the kernel, even in one segment.
+4. Only then, and this is what makes it safe for a party whose library reads ahead, may a raw byte be sent to it: the
+   party has stopped reading TLS before it wrote the ``close_notify`` that the relay has now seen.
+
+So a leg becomes raw by what the *party* said, never by a time-out or a guess, and the two legs of a pairing do it
+independently; one that is ready waits, and what its party sends meanwhile waits in the kernel.
+
+A party whose TLS library cannot give the socket back asks for a ticket instead (mode "ticket"): its leg goes on with
+the connection on which it brings that (:mod:`frelay.joining.tickets`), and the TLS one is closed.
+"""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import replace
+from typing import Final
+
+import trio
+
+from frelay.errors import ConnectionBroken, RemoteProtocolError
+from frelay.joining.tickets import TicketDesk
+from frelay.net.slots import Slot
+from frelay.net.sockets import (
+    BrokenStream,
+    RawStream,
+    TruncatedStream,
+    close_after_linger,
+)
+from frelay.pairing.leg import Leg, LegGone
+from frelay.protocol.messages import Draining, Join, Leave, Paired, PartyName, Refused, Waiting
+from frelay.protocol.session import RelaySession, State
+from frelay.tls.context import VerifiedPeer
+from frelay.tls.stream import TlsStream
+
+__all__ = ["LINGER_TIME", "FramedLeg", "TlsLeg"]
+
+# A refusal is one small record; a party that does not take it in this time gets the close without it.
+_REFUSAL_TIME: Final = 2.0
+# How long a linger after a refusal or a last alert may hold a descriptor.
+LINGER_TIME: Final = 1.0
+
+
+# Stands in for the session of a leg that has none any more.
+_NO_SESSION: Final = RelaySession()
+
+
+class TlsLeg(Leg):
+    """What all kinds of leg in outer TLS share."""
+
+    def __init__(self, stream: TlsStream, peer: VerifiedPeer, address: str) -> None:
+        self._stream: TlsStream | None = stream
+        self._raw: RawStream | None = None
+        self.peer = peer
+        self.credential = peer.credential
+        self.address = address
+
+    def admit_as(self, party: PartyName, identity: str) -> None:
+        """Settle which party of its route this leg is, and by which name."""
+        self.party = party
+        self.identity = identity
+
+    @property
+    def sock(self) -> socket.socket:
+        return self.stream().sock
+
+    def stream(self) -> TlsStream | RawStream:
+        if self._stream is not None:
+            return self._stream
+        if self._raw is not None:
+            return self._raw
+        raise trio.ClosedResourceError("this leg is closed")
+
+    @property
+    def tls(self) -> TlsStream:
+        """The outer TLS; raises ClosedResourceError once the leg has left it."""
+        if self._stream is None:
+            raise trio.ClosedResourceError("this leg has left TLS")
+        return self._stream
+
+    def become_raw(self, sock: socket.socket) -> None:
+        """From now on the leg is this bare socket. The TLS state, about 50 KiB of it, is freed here."""
+        self._raw = RawStream(sock)
+        self._stream = None
+
+    def close(self) -> None:
+        stream: TlsStream | RawStream | None = self._stream or self._raw
+        if stream is not None:
+            stream.close()
+        self._stream = self._raw = None
+
+    async def end_in_order(self, last_words: bytes) -> None:
+        """Send the last frames, if any, and close_notify; linger; close."""
+        sock = self.sock
+        try:
+            with trio.move_on_after(_REFUSAL_TIME):
+                if last_words:
+                    await self.tls.send_last(last_words)
+                else:
+                    await self.tls.send_eof()
+            # The TLS state has done its work, and a linger is no reason to keep 50 KiB.
+            self._stream = None
+            await close_after_linger(sock, LINGER_TIME)
+        except (ConnectionBroken, RemoteProtocolError):
+            pass  # it is gone; there is nobody left to tell
+        finally:
+            self.close()
+
+
+class FramedLeg(TlsLeg):
+    """A leg that speaks frelay/1 frames inside its outer TLS."""
+
+    def __init__(self, stream: TlsStream, peer: VerifiedPeer, address: str) -> None:
+        super().__init__(stream, peer, address)
+        self._session = RelaySession()
+        self._ping_is_out = False
+        self._departure: LegGone | None = None
+        self.ticket_desk: TicketDesk | None = None
+        """Where it gets its ticket, in mode "ticket"."""
+
+    async def receive_join(self) -> Join:
+        """The party's JOIN; raises RemoteProtocolError, ConnectionBroken or Truncated."""
+        while True:
+            data = await self.tls.receive_some()
+            if not data:
+                raise RemoteProtocolError("the party left without a JOIN")
+            for message in self._session.receive(data):
+                if isinstance(message, Join):
+                    if self._session.state is not State.JOINED:
+                        raise RemoteProtocolError("LEAVE in one breath with JOIN")
+                    return message
+
+    async def welcome(self, message: Waiting) -> None:
+        await self.tls.send_all(self._session.send(message))
+
+    async def attend(self, *, ping_interval: float, pong_timeout: float) -> LegGone:
+        # Kept, because it may be paired in the very moment in which its task reads that it has gone.
+        self._departure = await self._attend(ping_interval, pong_timeout)
+        return self._departure
+
+    async def _attend(self, ping_interval: float, pong_timeout: float) -> LegGone:
+        session = self._session
+        try:
+            while True:
+                patience = pong_timeout if session.pong_due else ping_interval
+                with trio.move_on_after(patience) as pause:
+                    while True:
+                        was_due = session.pong_due
+                        data = await self.tls.receive_some()
+                        if not data:
+                            return LegGone("left (close_notify)")
+                        if any(isinstance(message, Leave) for message in session.receive(data)):
+                            return LegGone("left (LEAVE)")
+                        if was_due and not session.pong_due:
+                            break
+                if not pause.cancelled_caught:
+                    continue
+                if session.pong_due:
+                    text = f"no PONG within {pong_timeout:g} s"
+                    return LegGone(text, Refused("pong-timeout", text, retry_after=0.0))
+                self._ping_is_out = False
+                with trio.move_on_after(pong_timeout) as pause:
+                    await self.tls.send_all(session.ping())
+                    self._ping_is_out = True
+                if pause.cancelled_caught:
+                    return LegGone(f"took no PING for {pong_timeout:g} s")
+        except RemoteProtocolError as error:
+            return LegGone(str(error), Refused("protocol-error", str(error)))
+        except ConnectionBroken as error:
+            return LegGone(str(error))
+
+    async def begin(self, message: Paired) -> None:
+        gone = self._departure
+        if gone is not None and gone.refusal is not None and gone.refusal.code == "protocol-error":
+            raise RemoteProtocolError(gone.detail)
+        if gone is not None:
+            raise ConnectionBroken(f"as it was paired: {gone.detail}")
+        if self.mode == "ticket":
+            await self._begin_by_ticket(message)
+            return
+        paired = self._session.send(message)
+        if not self.is_raw:
+            await self.tls.send_all(paired)
+            await self._take_last_frame()
+            return
+        await self.tls.send_last(paired)
+        while data := await self.tls.receive_some():
+            self._take(data)
+        self._session.end_of_stream()
+        self.become_raw(self.tls.detach())
+
+    def forget_admission(self) -> None:
+        super().forget_admission()
+        self._session, self.ticket_desk = _NO_SESSION, None
+
+    # --- tickets -----------------------------------------------------------------------------------------------
+
+    def patience(self, handoff_timeout: float) -> float:
+        if self.mode == "ticket" and self.ticket_desk is not None:
+            return self.ticket_desk.timeout
+        return handoff_timeout
+
+    async def _begin_by_ticket(self, message: Paired) -> None:
+        """Give the party a ticket, wait for the connection that it brings it on, and go on with that one."""
+        if self.ticket_desk is None:
+            raise AssertionError("a leg in ticket mode that nobody gave a desk")
+        with self.ticket_desk.issue() as claim:
+            await self.tls.send_all(self._session.send(replace(message, ticket=claim.ticket)))
+            fault: ConnectionBroken | RemoteProtocolError | None = None
+            async with trio.open_nursery() as nursery:
+
+                async def watch() -> None:
+                    nonlocal fault
+                    try:
+                        # Its close_notify is no departure: the ticket may be on its way.
+                        while data := await self.tls.receive_some():
+                            self._take(data)
+                    except (BrokenStream, TruncatedStream):
+                        # Nor is a break: some TLS libraries cannot end a connection in order before they open another.
+                        pass
+                    except (ConnectionBroken, RemoteProtocolError) as error:
+                        fault = error
+                        nursery.cancel_scope.cancel(reason="the party gave its ticket up")
+
+                nursery.start_soon(watch)
+                await claim.arrived.wait()
+                nursery.cancel_scope.cancel(reason="the ticket was brought")
+            if not claim.arrived.is_set():
+                raise fault or AssertionError("neither a ticket nor a fault")
+            await self._change_over(*claim.take())
+
+    async def _change_over(self, sock: socket.socket, slot: Slot) -> None:
+        old, old_slot = self.tls, self.slot
+        self.become_raw(sock)
+        slot.charge(old_slot.holders)
+        self.slot = slot
+        try:
+            with trio.move_on_after(_REFUSAL_TIME):
+                await old.aclose()
+        finally:
+            old.close()
+            old_slot.gone()
+
+    async def _take_last_frame(self) -> None:
+        """Read the PONG to a PING that crossed with PAIRED, and not a byte more: what follows is the tunnel's.
+
+        Left there, it would be the first bytes that the other function gets.
+        """
+        session = self._session
+        # A PING that was cancelled before it was written is due, too, but has no PONG.
+        while (session.pong_due and self._ping_is_out) or session.is_inside_frame:
+            data = await self.tls.receive_some(session.missing)
+            if not data:
+                raise ConnectionBroken("as it was paired: left (close_notify)")
+            self._take(data)
+
+    def _take(self, data: bytes) -> None:
+        if any(isinstance(message, Leave) for message in self._session.receive(data)):
+            raise ConnectionBroken("as it was paired: left (LEAVE)")
+
+    async def refuse(self, refusal: Refused, *, reconnect_in: float | None = None) -> None:
+        session = self._session
+        words = b""
+        if reconnect_in is not None and session.state is State.WAITING:
+            words += session.send(Draining(reconnect_in))
+        if session.state in (State.JOINING, State.JOINED, State.WAITING):
+            words += session.send(refusal)
+        await self.end_in_order(words)

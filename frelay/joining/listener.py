@@ -1,0 +1,151 @@
+"""A listener: one address, its accept loop, and a task for each connection that comes in.
+
+The loop must outlive everything that comes through it, and wait for none of it: nobody's silence keeps the next
+connection in the kernel's queue. What there may be of strangers is bounded behind it (:mod:`frelay.net.strangers`). A
+connection's own fault ends that connection's task and nothing else, and when descriptors run out the loop pauses and
+tries again, rather than spinning on a readiness that cannot be served.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import structlog
+import trio
+
+from frelay.config.model import Address
+from frelay.joining.connection import Door, receive
+from frelay.net.binding import bind
+from frelay.net.slots import Admission, Slot
+from frelay.net.sockets import accept, close, format_address
+
+__all__ = ["Listener"]
+
+_PAUSE: Final = 0.1
+# EAGAIN: somebody else was quicker. The others, after accept(2): that connection died while it queued, or a firewall
+# forbids it, which is its own business.
+_NOT_THIS_ONE: Final = frozenset(
+    {
+        errno.EAGAIN,
+        errno.ECONNABORTED,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+        errno.ENONET,
+        errno.ENOPROTOOPT,
+        errno.EOPNOTSUPP,
+        errno.EPERM,
+        errno.EPROTO,
+        errno.ETIMEDOUT,
+    }
+)
+# Legs that are being told good-bye get this long before their listener's scope ends.
+_GOODBYE: Final = 3.5
+
+
+class Listener:
+    """One bound address. Bind with :meth:`open`; then give :meth:`serve` a task, which ends by :meth:`stop`.
+
+    An address that goes while its routes stay elsewhere is left by :meth:`leave`: those who wait there wait on.
+    """
+
+    def __init__(self, address: Address, sockets: Sequence[socket.socket]) -> None:
+        self.address: Final = address
+        self._sockets: Final = tuple(sockets)
+        self._accepting: Final = trio.CancelScope()
+        self._connections: trio.Nursery | None = None
+        self._is_stopped = False
+        self._has_ended = False
+        self._log: Any = structlog.get_logger("frelay.listener").bind(listen=str(address))
+
+    @classmethod
+    def open(cls, address: Address, places: Sequence[Address]) -> Listener:
+        """Bind and listen at ``places``, which are what ``address`` stands for; raises OSError with nothing bound."""
+        return cls(address, bind(address, places))
+
+    @property
+    def sockets(self) -> tuple[socket.socket, ...]:
+        """What it listens on, or would."""
+        return self._sockets
+
+    @property
+    def bound(self) -> list[str]:
+        """The addresses that the sockets really have, ``host:port``; the port matters where 0 was asked for."""
+        return [format_address(sock.getsockname()[:2]) for sock in self._sockets]
+
+    def close(self) -> None:
+        """Give the address back. Idempotent."""
+        for sock in self._sockets:
+            close(sock)
+
+    def leave(self) -> None:
+        """Accept nothing more and give the address back at once; the legs that wait here wait on. Idempotent."""
+        self._accepting.cancel(reason="this listener was stopped")
+        self.close()
+
+    def stop(self) -> None:
+        """As :meth:`leave`, and give the legs that wait here only the time to be told why. Idempotent."""
+        self.leave()
+        if not self._is_stopped:
+            self._is_stopped = True
+            self._set_deadline()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether :meth:`serve` is over."""
+        return self._has_ended
+
+    def _set_deadline(self) -> None:
+        if self._connections is not None and self._is_stopped:
+            self._connections.cancel_scope.deadline = trio.current_time() + _GOODBYE
+
+    async def serve(self, door: Callable[[], Door], admission: Admission) -> None:
+        """Accept until :meth:`stop`; returns once the last unpaired leg has gone. ``door`` is asked per connection."""
+        try:
+            async with trio.open_nursery() as connections:
+                self._connections = connections
+                with self._accepting:
+                    async with trio.open_nursery() as loops:
+                        for sock in self._sockets:
+                            loops.start_soon(self._accept, sock, connections, door, admission)
+                self._set_deadline()
+        finally:
+            self._has_ended = True
+            self.close()
+
+    async def _accept(
+        self, sock: socket.socket, connections: trio.Nursery, door: Callable[[], Door], admission: Admission
+    ) -> None:
+        pausing = False
+        # Not `while True`: a drain on the heels of a reload stops a listener before this task's first step.
+        while sock.fileno() != -1:
+            try:
+                await trio.lowlevel.wait_readable(sock)
+            except trio.ClosedResourceError:
+                return
+            try:
+                for _ in range(admission.accepts_at_once):
+                    connection, place = accept(sock)
+                    pausing = False
+                    connections.start_soon(self._receive, connection, place, door(), Slot(admission))
+            except OSError as error:
+                if sock.fileno() == -1:
+                    return  # stopped before this task had its turn
+                if error.errno in _NOT_THIS_ONE:
+                    continue
+                # EMFILE, ENFILE, ENOBUFS, ENOMEM as a rule. Whatever it is, to raise it would end the whole relay.
+                if not pausing:
+                    self._log.error("cannot accept", reason=str(error), remedy="raise the descriptor limit")
+                pausing = True
+                await trio.sleep(_PAUSE)
+
+    async def _receive(self, sock: socket.socket, place: tuple[str, int], door: Door, slot: Slot) -> None:
+        try:
+            await receive(sock, place, door, slot)
+        except Exception:
+            # One leg's fault, ours even, must not end its neighbours.
+            self._log.exception("a bug in frelay ended this connection", address=format_address(place))

@@ -1,0 +1,255 @@
+"""A route as it lives: its configuration, its lobby, its pairings.
+
+Here the one decision of the relay is made, synchronously: :meth:`LiveRoute.match` takes a leg that has just been
+admitted, and gives it its partner, or nothing. Between the look at the queue and the taking there is no await, so no
+other task can have another opinion.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+import trio
+
+from frelay.config.model import Dial, Limits, Route
+from frelay.config.networks import NetworkSet
+from frelay.joining.charges import Charges
+from frelay.joining.lobby import Lobby, Place, Withdrawn, opposite
+from frelay.joining.route_selection import Parties
+from frelay.net.shares import described
+from frelay.pairing.bandwidth import Bandwidth
+from frelay.pairing.leg import Leg
+from frelay.pairing.pairing import Forwarding, Pairing, PairingLimits, new_pairing_pool
+from frelay.protocol.messages import PartyName, Refused
+from frelay.protocol.outcome import Outcome
+from frelay.tls.context import OuterTls
+
+__all__ = ["UNFINISHED", "LiveRoute", "Service", "Unfinished"]
+
+# How many who may not be paired any more one match sends away before everybody else has a turn.
+_SENT_AWAY_AT_ONCE: Final = 16
+
+
+class Unfinished(Enum):
+    """Type of :data:`UNFINISHED`."""
+
+    UNFINISHED = "unfinished"
+
+
+UNFINISHED: Final = Unfinished.UNFINISHED
+"""Many who waited were sent away, and others may wait yet: ask again after a checkpoint."""
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """The party of a route that is a place to dial, and how long that may take."""
+
+    party: PartyName
+    target: Dial
+
+    @property
+    def identity(self) -> str:
+        """What its functions and the log are told of it."""
+        return f"dial:{self.target.address}"
+
+
+class LiveRoute:
+    """One route of the running configuration."""
+
+    def __init__(
+        self,
+        route: Route,
+        limits: Limits,
+        *,
+        policy_ends_pairings: bool,
+        forwarding: Forwarding,
+        trust: Callable[[], OuterTls | None],
+        instead_of: LiveRoute | None = None,
+    ) -> None:
+        self.config = route
+        self.limits = limits
+        self.lobby: Final = Lobby(max_waiting=route.limits.max_waiting_per_party, clock=trio.current_time)
+        self.pairings: Final[dict[str, Pairing]] = {}
+        self.parties: Final = Parties(route)
+        self.charges: Final = Charges(route)
+        self._allowed: Final = NetworkSet(route.allow_from)
+        self._proxies: Final = NetworkSet(route.proxy_protocol)
+        self._pool: Final = new_pairing_pool()
+        self._pairing_limits = _pairing_limits(route, limits, policy_ends_pairings)
+        # The pairings of a route that this one replaces go on for a while, and at the rate of one budget together.
+        self._bandwidth: Bandwidth | None = None if instead_of is None else instead_of._bandwidth
+        self._set_rate(route.limits.max_bytes_per_second)
+        self._forwarding: Final = forwarding
+        self._trust: Final = trust
+
+    @property
+    def name(self) -> str:
+        """The route's name."""
+        return self.config.name
+
+    def retune(self, route: Route, limits: Limits, *, policy_ends_pairings: bool) -> None:
+        """Take over new limits: for legs and pairings that come from now on."""
+        self.config, self.limits = route, limits
+        self._pairing_limits = _pairing_limits(route, limits, policy_ends_pairings)
+        self.lobby.max_waiting = route.limits.max_waiting_per_party
+        self._set_rate(route.limits.max_bytes_per_second)
+
+    def _set_rate(self, rate: int | None) -> None:
+        # The budget is the route's, so those who share it already share the new one, too. Pairings that began without
+        # one have pumps that cannot be held to it, and stay without.
+        if self._bandwidth is not None:
+            self._bandwidth.rate = rate
+        elif rate is not None:
+            self._bandwidth = Bandwidth(rate)
+
+    def admits_address(self, host: str) -> bool:
+        """Whether a plain route's ``allow_from`` holds this source address."""
+        return host in self._allowed
+
+    def comes_by_proxy(self, host: str) -> bool:
+        """Whether a connection from ``host`` must begin with a PROXY header."""
+        return host in self._proxies
+
+    def party_by_arrival(self) -> PartyName:
+        """On a plain route the party is a matter of arrival: whoever waits is met by the next, as func2."""
+        return "func2" if self.lobby.count("func1") else "func1"
+
+    @property
+    def service(self) -> Service | None:
+        """The party that the relay dials when the other one is here; None where both come by themselves."""
+        sides: tuple[tuple[PartyName, object], ...] = (("func1", self.config.func1), ("func2", self.config.func2))
+        return next((Service(party, target) for party, target in sides if isinstance(target, Dial)), None)
+
+    @property
+    def longest_wait(self) -> float:
+        """How long a leg may wait here at most, in seconds.
+
+        Where a service is dialled nobody else will come, so ``connect_timeout`` bounds it as well.
+        """
+        limit = self.config.limits.wait_timeout
+        return limit if self.service is None else min(limit, self.service.target.connect_timeout)
+
+    def wait_limit(self, leg: Leg) -> float:
+        """How long ``leg`` may wait here, in seconds: what it said, and at most :attr:`longest_wait`."""
+        return self.longest_wait if leg.wait is None else min(leg.wait, self.longest_wait)
+
+    # --- matching ----------------------------------------------------------------------------------------------
+
+    def objection(self, leg: Leg) -> Withdrawn | None:
+        """Why ``leg`` may not be here now: policy, or the lobby's own rules; None if it may."""
+        return self._policy(leg) or self.lobby.objection(leg)
+
+    def _policy(self, leg: Leg) -> Withdrawn | None:
+        """The certificate once more: time has passed since the handshake, or a reload has."""
+        trust = self._trust()
+        if leg.peer is None or trust is None:
+            return None
+        rejection = trust.judge(leg.peer)
+        return None if rejection is None else Withdrawn(Refused(rejection.code, rejection.reason))
+
+    def match(self, leg: Leg) -> Pairing | Withdrawn | Unfinished | None:
+        """Pair ``leg`` with whoever has waited longest for it; None if nobody has, Withdrawn if it may not."""
+        for _ in range(_SENT_AWAY_AT_ONCE):
+            place = self.lobby.head(opposite(leg.party))
+            if place is None:
+                return None
+            met = self.meet(leg, place)
+            if met is not None:
+                return met
+        return UNFINISHED
+
+    def meet(self, leg: Leg, place: Place) -> Pairing | Withdrawn | None:
+        """Pair ``leg`` with the one in ``place``; Withdrawn if it may not now.
+
+        None if the other one may not be paired any more, or holds too much: it is withdrawn.
+        """
+        if (verdict := self.lobby.closed or self.lack_of_room(leg)) is not None:
+            return verdict
+        if place.leg.is_gone():
+            self.lobby.withdraw(place, Withdrawn(Refused("pong-timeout", "the connection has ended")))
+        elif (verdict := self._policy(place.leg) or self.lack_of_room(place.leg)) is not None:
+            self.lobby.withdraw(place, verdict)
+        else:
+            return self._pair(leg, place)
+        return None
+
+    def lack_of_room(self, leg: Leg) -> Withdrawn | None:
+        """Why ``leg`` cannot be paired here now: the route or the relay has no pairing left, or none for its holder."""
+        most, most_in_all = self.config.limits.max_pairings, self.limits.max_pairings_in_all
+        if self._pool.is_full(most):
+            text = f"the route already has {most} pairings"
+        elif self._forwarding.pool.is_full(most_in_all):
+            text = f"this relay already has {most_in_all} pairings"
+        else:
+            return self._lack_of_share(leg, most, most_in_all)
+        return Withdrawn(Refused("limit", text, retry_after=10.0))
+
+    def _lack_of_share(self, leg: Leg, most: int, most_in_all: int) -> Withdrawn | None:
+        for holder in self.charges.in_route(leg):
+            if not self._pool.may_take(holder, most):
+                return _too_many(holder, self._pool.held(holder), f"{most} pairings of the route (max_pairings)")
+        pool = self._forwarding.pool
+        for holder in self.charges.in_relay(leg):
+            if not pool.may_take(holder, most_in_all):
+                of_all = f"{most_in_all} pairings of this relay (max_pairings_in_all)"
+                return _too_many(holder, pool.held(holder), of_all)
+        return None
+
+    def _pair(self, leg: Leg, place: Place) -> Pairing:
+        legs: dict[PartyName, Leg] = {leg.party: leg, place.leg.party: place.leg}
+        route = self.config
+        pairing = Pairing(
+            pairing_id=secrets.token_hex(8),
+            route=self.name,
+            func1=legs["func1"],
+            func2=legs["func2"],
+            limits=self._pairing_limits,
+            require_inner_tls=route.require_inner_tls,
+            forwarding=self._forwarding,
+            bandwidth=None if route.limits.max_bytes_per_second is None else self._bandwidth,
+            waited=trio.current_time() - place.since,
+        )
+        leg.is_paired = place.leg.is_paired = True
+        self.pairings[pairing.id] = pairing
+        self._pool.take(pairing.id, self.charges.in_route(*legs.values()))
+        self._forwarding.pool.take(pairing.id, self.charges.in_relay(*legs.values()))
+        self.lobby.note_seen(leg.party)
+        self.lobby.take(place, pairing)
+        return pairing
+
+    def unpair(self, pairing: Pairing) -> None:
+        """The pairing has ended."""
+        del self.pairings[pairing.id]
+        self._pool.give_back(pairing.id)
+        self._forwarding.pool.give_back(pairing.id)
+        for party in pairing.legs:
+            self.lobby.note_seen(party)
+
+    # --- the end -----------------------------------------------------------------------------------------------
+
+    def close(self, verdict: Withdrawn, *, outcome: Outcome, cut_at: float) -> None:
+        """Send the waiting away with ``verdict``, and let the pairings end until ``cut_at`` (Trio's clock)."""
+        self.lobby.close(verdict)
+        for pairing in self.pairings.values():
+            pairing.expire_at(cut_at, outcome, verdict.refusal.reason)
+
+
+def _too_many(holder: str, held: int, of_all: str) -> Withdrawn:
+    text = f"{described(holder)} has {held} of the {of_all}, and the rest is kept for others"
+    return Withdrawn(Refused("limit", text, retry_after=10.0))
+
+
+def _pairing_limits(route: Route, limits: Limits, policy_ends_pairings: bool) -> PairingLimits:
+    return PairingLimits(
+        handoff_timeout=limits.handoff_timeout,
+        half_close_timeout=route.limits.half_close_timeout,
+        idle_timeout=route.limits.idle_timeout,
+        stall_timeout=route.limits.stall_timeout,
+        max_lifetime=route.limits.max_lifetime,
+        certificate_grace=route.limits.certificate_grace,
+        ends_with_certificates=policy_ends_pairings,
+    )

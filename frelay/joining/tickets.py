@@ -1,0 +1,123 @@
+"""Tickets: a raw leg for parties whose TLS library cannot give the socket back (docs/protocol.md, section 7).
+
+The party gets 32 random bytes in PAIRED and shows them on a second, plain TCP connection to the same address, which
+then *is* the leg. So a ticket is a bearer's right to one leg of one pairing, and is treated as such: it is good once,
+for a few seconds, at the listeners of its route, and a caller with a wrong one learns nothing, not even how wrong.
+
+Only the SHA-256 of a ticket is kept, and it is the key of a dictionary: how long a look-up takes tells nothing that
+would help to guess the ticket itself. The last comparison is in constant time all the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+import socket
+from collections.abc import Hashable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Final
+
+import trio
+
+from frelay.net.slots import Slot
+from frelay.net.sockets import close_with_reset
+
+__all__ = ["TICKET_LINE_LENGTH", "Claim", "TicketDesk", "TicketOffice", "parse_ticket_line"]
+
+_LINE: Final = re.compile(rb"FRELAY/1 ([0-9a-f]{64})\n\Z")
+TICKET_LINE_LENGTH: Final = len("FRELAY/1 ") + 64 + 1
+"""A ticket line has exactly this many bytes, so it can be read without touching a byte of what follows it."""
+
+
+def parse_ticket_line(line: bytes) -> str | None:
+    """The ticket in a whole line, or None if it is no ticket line."""
+    found = _LINE.match(line)
+    return found[1].decode("ascii") if found else None
+
+
+class Claim:
+    """One ticket that is out: whoever brings it brings the socket of the leg."""
+
+    __slots__ = ("_brought", "_listeners", "arrived", "ticket")
+
+    def __init__(self, listeners: frozenset[Hashable]) -> None:
+        self.ticket: Final = secrets.token_hex(32)
+        self.arrived: Final = trio.Event()
+        self._brought: tuple[socket.socket, Slot] | None = None
+        self._listeners: Final = listeners
+
+    def fits(self, ticket: str, listener: Hashable) -> bool:
+        """Whether ``ticket``, shown at ``listener``, is this one."""
+        return hmac.compare_digest(self.ticket, ticket) and listener in self._listeners
+
+    def bring(self, sock: socket.socket, slot: Slot) -> None:
+        """Somebody came with the ticket, on this connection."""
+        self._brought = (sock, slot)
+        self.arrived.set()
+
+    def take(self) -> tuple[socket.socket, Slot]:
+        """The connection that was brought; from here on the caller's to close."""
+        if self._brought is None:
+            raise AssertionError("nobody has brought this ticket")
+        brought, self._brought = self._brought, None
+        return brought
+
+    def drop(self) -> None:
+        """Close what was brought and never taken: its leg went in the same moment."""
+        if self._brought is not None:
+            sock, slot = self.take()
+            close_with_reset(sock)
+            slot.gone()
+
+
+class TicketOffice:
+    """All tickets that are out in this relay."""
+
+    def __init__(self) -> None:
+        self._claims: Final[dict[bytes, Claim]] = {}
+
+    def __len__(self) -> int:
+        return len(self._claims)
+
+    @contextmanager
+    def issue(self, listeners: frozenset[Hashable]) -> Iterator[Claim]:
+        """A new ticket for one leg; it is void once the context is left."""
+        claim = Claim(listeners)
+        key = _key(claim.ticket)
+        self._claims[key] = claim
+        try:
+            yield claim
+        finally:
+            self._claims.pop(key, None)
+            claim.drop()
+
+    def redeem(self, ticket: str, listener: Hashable, sock: socket.socket, slot: Slot) -> bool:
+        """Give ``sock`` to whoever waits for ``ticket``; False, and nothing has changed, if nobody does."""
+        claim = self._claims.get(_key(ticket))
+        if claim is None or not claim.fits(ticket, listener):
+            return False
+        del self._claims[_key(ticket)]
+        claim.bring(sock, slot)
+        return True
+
+
+class TicketDesk:
+    """Where the legs of one route get their tickets, which are good at any of its listeners."""
+
+    __slots__ = ("_listeners", "_office", "timeout")
+
+    def __init__(self, office: TicketOffice, listeners: Iterable[Hashable], timeout: float) -> None:
+        self._office: Final = office
+        self._listeners: Final = frozenset(listeners)
+        self.timeout: Final = timeout
+        """How long a ticket is good, in seconds."""
+
+    def issue(self) -> AbstractContextManager[Claim]:
+        """A new ticket; void once the context is left."""
+        return self._office.issue(self._listeners)
+
+
+def _key(ticket: str) -> bytes:
+    return hashlib.sha256(ticket.encode("ascii")).digest()

@@ -1,0 +1,311 @@
+"""The pump between two streams, whose bytes pass through the process: receive, send, repeat.
+
+At least one of the two is in TLS, or the route has a budget of bytes a second (:mod:`frelay.pairing.bandwidth`), which
+what goes through the kernel alone could not be held to.
+"""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import trio
+
+from frelay.errors import ConnectionBroken, RemoteProtocolError, Truncated
+from frelay.net.sockets import SendBroken, broken
+from frelay.net.tcp import has_sent_end, is_after_end, take_error
+from frelay.pairing.bandwidth import Share
+from frelay.pairing.pump import Cut, TlsProbe, Want
+from frelay.pairing.readiness import ReadinessSet, Wire
+from frelay.protocol.outcome import Outcome, Side
+
+__all__ = ["Budget", "Stream", "StreamPump"]
+
+# What one receive of a stream pump asks for.
+_STREAM_CHUNK: Final = 64 * 1024
+# Eight whole TLS records, at two segments of 64 KiB each way: with less, a wake-up costs more than its bytes do.
+_ROOM: Final = 128 * 1024
+
+_room: Final = memoryview(bytearray(_ROOM))
+
+
+class Stream(Protocol):
+    """What a :class:`StreamPump` needs of either end."""
+
+    @property
+    def sock(self) -> socket.socket:
+        """The socket under it."""
+
+    @property
+    def has_met_more(self) -> bool:
+        """Whether :meth:`receive_now` has met more than bytes: :meth:`receive_some` knows what, the socket does not."""
+
+    def receive_now(self, room: memoryview) -> int:
+        """Bytes received into ``room``; 0 if the socket must become readable first; -1: ask :meth:`receive_some`."""
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        """Up to ``max_bytes`` bytes; ``b""`` at the end."""
+
+    def send_now(self, data: memoryview) -> int:
+        """How many bytes of ``data`` the kernel took without waiting."""
+
+    async def send_rest(self, data: bytes) -> None:
+        """Send what :meth:`send_now` has left."""
+
+    async def send_eof(self) -> None:
+        """End this direction."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a pump needs to keep to its route's budget: its pairing's part of it, and the two connections.
+
+    Both pumps of a pairing have the same two wires. With them the pump is told of a reset while it waits for a turn.
+    """
+
+    share: Share
+    source: Wire
+    sink: Wire
+
+
+class StreamPump:
+    """Carries bytes from one stream to another through the process.
+
+    As long as there is nothing to it but bytes, it is stepped by the readiness set: what is there goes through one
+    buffer that all such pumps share, and between the receiving and the sending no other gets a turn. (So one thread a
+    process may run such pumps, as in a relay.) All else is done by its task, which the step wakes for it: a sink
+    without room, the end, TLS that wants to write before it reads, the first bytes that must be TLS, a budget.
+    """
+
+    __slots__ = (
+        "_budget",
+        "_failure",
+        "_held",
+        "_patience",
+        "_probe",
+        "_readiness",
+        "_sides",
+        "_sink",
+        "_source",
+        "_source_has_ended",
+        "_stopped",
+        "is_blocked",
+        "is_held_back",
+        "moved",
+        "wants",
+    )
+
+    def __init__(
+        self,
+        source: Stream,
+        sink: Stream,
+        *,
+        sides: tuple[Side, Side],
+        readiness: ReadinessSet,
+        probe: TlsProbe | None = None,
+        budget: Budget | None = None,
+    ) -> None:
+        self._source = source
+        self._sink = sink
+        self._sides = sides
+        self._readiness = readiness
+        self._probe = probe
+        self._budget = budget
+        self._patience: trio.CancelScope | None = None
+        """With a budget, what a portion waits in: for its turn, and for room at the sink."""
+        self._source_has_ended = False
+        """Whether the source's FIN was seen in the kernel: a reset that comes later takes nothing away."""
+        self._held = b""
+        self._stopped = trio.Event()
+        self._failure: Exception | None = None
+        self.moved = 0
+        self.is_blocked = False
+        self.is_held_back = False
+        self.wants = Want.NOTHING
+
+    async def run(self) -> None:
+        """Receive and send until the source ends; raises Cut."""
+        budget = self._budget
+        try:
+            if budget is not None:
+                budget.source.reader = budget.sink.writer = self
+            while True:
+                if self._probe is None and budget is None:
+                    await self._flow()
+                    if self._held:
+                        await self._deliver()
+                        continue
+                if await self._pass_on_some():
+                    return
+        finally:
+            # The pairing may outlive this direction.
+            self.is_blocked = self.is_held_back = False
+            if budget is not None:
+                budget.source.reader = budget.sink.writer = None
+                self._refresh(budget)
+
+    def _refresh(self, budget: Budget) -> None:
+        self._readiness.refresh(budget.source)
+        self._readiness.refresh(budget.sink)
+
+    # --- stepped -------------------------------------------------------------------------------------------------
+
+    async def _flow(self) -> None:
+        """Carry what comes as long as it is but bytes; then something is held, or the source is to be asked."""
+        wire = Wire(self._source.sock)
+        wire.reader = self
+        self._stopped = trio.Event()
+        self.wants = Want.SOURCE_READABLE
+        try:
+            # TLS may have taken something out of the kernel already, and no epoll tells of that.
+            self.step()
+            if not self._stopped.is_set():
+                self._readiness.refresh(wire)
+                await self._stopped.wait()
+        finally:
+            self.wants = Want.NOTHING
+            wire.reader = None
+            self._readiness.refresh(wire)
+        if self._failure is not None:
+            raise self._failure
+
+    def step(self) -> None:
+        """Carry what is there: one buffer of it at most, which takes the ciphers a fifth of a millisecond and more."""
+        try:
+            count = self._source.receive_now(_room)
+        except (ConnectionBroken, RemoteProtocolError) as error:
+            return self.fail(_cut(error, self._sides[0]))
+        if count < 0:
+            return self._stop()
+        if count == 0:
+            return None
+        try:
+            sent = self._sink.send_now(_room[:count])
+        except (ConnectionBroken, RemoteProtocolError) as error:
+            return self.fail(_cut_of_sink(error, self._sides[1]))
+        self.moved += sent
+        if sent < count:
+            self._held = bytes(_room[sent:count])
+            self.is_blocked = True
+            self._stop()
+        elif self._source.has_met_more:
+            self._stop()
+        return None
+
+    def _stop(self) -> None:
+        """Have the task go on. Its first deed is to take the source out of the set, so that need not be done here."""
+        self.wants = Want.NOTHING
+        self._readiness.wake(self._stopped)
+
+    def fail(self, error: Exception) -> None:
+        """Have the task raise ``error``, unless it is awake already."""
+        if self._patience is not None:
+            self._failure = error
+            self._readiness.cancel(self._patience)
+        elif not self._stopped.is_set():
+            self._failure = error
+            self._stop()
+
+    # --- by its task ---------------------------------------------------------------------------------------------
+
+    async def _deliver(self) -> None:
+        """Send what a step has left."""
+        rest, self._held = self._held, b""
+        # A sink that has room again each time must not keep the others waiting.
+        await trio.lowlevel.checkpoint()
+        try:
+            await self._sink.send_rest(rest)
+        except (ConnectionBroken, RemoteProtocolError) as error:
+            raise _cut_of_sink(error, self._sides[1]) from None
+        self.is_blocked = False
+        self.moved += len(rest)
+
+    async def _pass_on_some(self) -> bool:
+        """Carry one portion, or the end; whether the direction has ended."""
+        held, budget = b"", self._budget
+        while True:
+            try:
+                data = await self._source.receive_some(_STREAM_CHUNK if budget is None else budget.share.portion)
+            except (ConnectionBroken, RemoteProtocolError) as error:
+                raise _cut(error, self._sides[0]) from None
+            if self._probe is None:
+                break
+            if not data:
+                self._probe.check_end(len(held))
+            held += data
+            if not data or self._probe.check(held) is not None:
+                data, held, self._probe = held, b"", None
+                break
+        try:
+            if not data:
+                await self._sink.send_eof()
+                return True
+            if budget is None:
+                await self._send(data)
+            else:
+                await self._send_in_turn(data, budget)
+        except (ConnectionBroken, RemoteProtocolError) as error:
+            raise _cut_of_sink(error, self._sides[1]) from None
+        return False
+
+    async def _send(self, data: bytes) -> None:
+        self.is_blocked = True
+        sent = self._sink.send_now(memoryview(data))
+        if sent < len(data):
+            await self._sink.send_rest(data[sent:])
+        self.is_blocked = False
+        self.moved += len(data)
+
+    # --- with a budget -------------------------------------------------------------------------------------------
+
+    async def _send_in_turn(self, data: bytes, budget: Budget) -> None:
+        """Send ``data`` once it may go; raises Cut as soon as either connection breaks meanwhile."""
+        self._source_has_ended = self._source_has_ended or has_sent_end(self._source.sock)
+        with trio.CancelScope() as self._patience:
+            try:
+                # For nothing but trouble, of which epoll tells unasked.
+                self._refresh(budget)
+                self.is_held_back = True
+                await budget.share.spend(len(data))
+                self.is_held_back = False
+                await self._send(data)
+            finally:
+                self._patience = None
+        if self._failure is not None:
+            raise self._failure
+
+    def meet_trouble(self, wire: Wire) -> None:
+        """Its source or its sink has broken, or both directions of it have ended, while no pump reads from it.
+
+        The kernel gives what came before a reset first, and at the rate of a budget that may last for minutes. The
+        other party is to know at once.
+        """
+        if self._patience is None or self._failure is not None:
+            return  # it is at work, and finds out by itself
+        if self._source.sock is wire.socket:
+            # After its end nothing that it sent is lost, whatever becomes of the connection.
+            error = None if self._source_has_ended else take_error(wire.socket)
+            if error is not None and not is_after_end(error):
+                self.fail(Cut(Outcome.RESET, self._sides[0], str(broken(error))))
+        elif wire.reader is None and (error := take_error(wire.socket)) is not None:
+            # Where somebody still reads from it, that pump is to be told, for the kernel tells one only.
+            cut = Cut(Outcome.RESET, self._sides[1], str(broken(error)), only_writing=is_after_end(error))
+            self.fail(cut)
+
+    def rest(self) -> None:
+        """There is nothing to give up, and nothing that the kernel tells only once."""
+
+
+def _cut(error: ConnectionBroken | RemoteProtocolError, side: Side) -> Cut:
+    if isinstance(error, Truncated):
+        return Cut(Outcome.TRUNCATED, side, str(error))
+    if isinstance(error, RemoteProtocolError):
+        return Cut(Outcome.PROTOCOL_ERROR, side, str(error))
+    return Cut(Outcome.RESET, side, str(error))
+
+
+def _cut_of_sink(error: ConnectionBroken | RemoteProtocolError, side: Side) -> Cut:
+    cut = _cut(error, side)
+    cut.only_writing = isinstance(error, SendBroken)
+    return cut
