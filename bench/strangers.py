@@ -10,7 +10,7 @@ Three parts, each with a relay of its own on loopback, and limits at their defau
   SYN until both are PAIRED.
 * 200 functions at once from one address, none of which tries twice: how many are paired, and when the last is.
 
-The kinds are those of tests/hostile.py. Exit code 1 if a figure is beyond its bar: 2 s, 1 s, and all 200.
+The kinds are those of tests/support/hostile.py. Exit code 1 if a figure is beyond its bar: 2 s, 1 s, and all 200.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from typing import Any, Final
 
 __all__ = ["main"]
 
-_HOSTILE: Final = Path(__file__).resolve().parent.parent / "tests" / "hostile.py"
+_HOSTILE: Final = Path(__file__).resolve().parent.parent / "tests" / "support" / "hostile.py"
 _KINDS: Final = (
     "silent", "one_byte", "half", "slow", "whole", "in_pieces", "half_a_ticket", "garbage", "unknown", "restless",
 )  # fmt: skip

@@ -1,7 +1,7 @@
 """Whatever a relay, a proxy or another function sends: a wire, or a FrelayError with a harmless text. Nothing else.
 
 The core of the clients runs against a relay without a network (``fake_relay``), so that thousands of conversations take
-seconds. What the three shells make of the same is in tests/e2e/test_whatever_reaches_a_client_is_typed.py.
+seconds. What the three shells make of the same is in tests/e2e/client/test_whatever_reaches_a_client_is_typed.py.
 """
 
 from __future__ import annotations

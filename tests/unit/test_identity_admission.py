@@ -1,4 +1,4 @@
-"""Real handshakes with the bad certificates of tests/certs.py: each is refused, for the reason that it is made for.
+"""Real handshakes with the bad certificates of ``certs``: each is refused, for the reason that it is made for.
 
 The relay's own policy is tested where it is built; here it is shown that every bad certificate is right in all but
 one thing, so that a test which uses it tests what it says.

@@ -20,11 +20,11 @@ TESTS: Final = Path(__file__).parents[1]
 
 COUNTS_OR_CLOCKS: Final = frozenset(
     {
-        # tests/rig.py and tests/holdings.py
+        # tests/support/rig.py and tests/support/holdings.py
         *("open_descriptors", "opened_since", "holdings", "as_before", "at_any_pace", "while_it_lasts"),
         # Trio and the standard library
         *("tasks_living", "current_time", "monotonic", "perf_counter", "process_time", "get_objects"),
-        # tests/kernel.py
+        # tests/support/kernel.py
         *("resident", "rests"),
     }
 )

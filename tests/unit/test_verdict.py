@@ -1,6 +1,6 @@
 """What a verdict adds to the relay's own answers: order, remedies, and hints where a name comes near.
 
-That the answers are the relay's is shown in ``tests/e2e/test_why_says_what_the_relay_does.py``.
+That the answers are the relay's is shown in ``tests/e2e/cli/test_why_says_what_the_relay_does.py``.
 """
 
 from __future__ import annotations

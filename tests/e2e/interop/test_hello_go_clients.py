@@ -23,7 +23,7 @@ from tools import tool
 # The first build may have to compile Go's standard library.
 pytestmark = pytest.mark.timeout(300)
 
-SOURCE: Final = Path(__file__).parent / "parties/hello.go"
+SOURCE: Final = Path(__file__).parents[2] / "support/parties/hello.go"
 ROUTES: Final = 10
 # How long the first one waits for the second, in seconds, once the relay has its line. Each gap in both orders, on each
 # route: 100 pairings.

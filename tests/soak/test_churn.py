@@ -2,7 +2,7 @@
 
 By default this is quick. By hand, for the figure::
 
-    FRELAY_CHURN=10000 pytest tests/e2e/test_churn.py -s
+    FRELAY_CHURN=10000 pytest tests/soak/test_churn.py -s
 """
 
 from __future__ import annotations

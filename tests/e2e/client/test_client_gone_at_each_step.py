@@ -26,7 +26,7 @@ from frelay.client.joining import Options
 from rig import DEMO, PATIENCE, Site, at_any_pace, eventually
 
 STEPS: Final = ("waiting", "paired", "hand-off", "inner")
-ROOT: Final = Path(__file__).resolve().parents[2]
+ROOT: Final = Path(__file__).resolve().parents[3]
 # "Within a second" on a machine that does nothing else.
 SOON: Final = 5.0
 
@@ -35,12 +35,12 @@ SOON: Final = 5.0
 async def stopped_at(client: Client, step: str, address: str, given: Options) -> AsyncIterator[trio.Process]:
     """A function in its own process, which has come to ``step`` and stays there."""
     settings = {"client": client, "stop_at": step, "address": address, "options": given}
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests/support")])}
     async with trio.open_nursery() as nursery:
         process: trio.Process = await nursery.start(
             partial(
                 trio.run_process,
-                [sys.executable, str(ROOT / "tests" / "client_process.py"), json.dumps(settings, default=str)],
+                [sys.executable, str(ROOT / "tests/support/client_process.py"), json.dumps(settings, default=str)],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 check=False,

@@ -1,7 +1,7 @@
 """A TLS record that is cut at any byte, by FIN, by RST or by silence, is never an end and never a part of the stream.
 
 An attacker on the way can do no more than this to a leg in TLS; and here the hostile one has the keys besides, so it
-can also put records where no TLS library would (``tests/records.py``).
+can also put records where no TLS library would (``tests/support/records.py``).
 """
 
 from __future__ import annotations

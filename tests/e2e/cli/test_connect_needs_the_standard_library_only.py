@@ -15,7 +15,7 @@ import frelay
 from rig import PATIENCE, RelayProcess, Site
 from wires import options
 
-FUNCTION: Final = Path(__file__).parent / "parties" / "frelay_function.py"
+FUNCTION: Final = Path(__file__).parents[2] / "support/parties" / "frelay_function.py"
 SIZE: Final = 4 * 1024 * 1024
 
 

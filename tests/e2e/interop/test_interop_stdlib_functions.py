@@ -17,7 +17,7 @@ import trio
 
 from rig import PATIENCE, RelayProcess, Site
 
-FUNCTION: Final = Path(__file__).parent / "parties" / "stdlib_function.py"
+FUNCTION: Final = Path(__file__).parents[2] / "support/parties" / "stdlib_function.py"
 SIZE: Final = 8 * 1024 * 1024 + 3
 
 

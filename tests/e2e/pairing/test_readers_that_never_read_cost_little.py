@@ -2,7 +2,7 @@
 
 For the figure of the plan::
 
-    FRELAY_STALLED=500 pytest tests/e2e/test_readers_that_never_read_cost_little.py -s
+    FRELAY_STALLED=500 pytest tests/e2e/pairing/test_readers_that_never_read_cost_little.py -s
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ from wires import fake_relay, read_frame
 # The first build may have to compile Go's standard library.
 pytestmark = pytest.mark.timeout(300)
 
-ROOT: Final = Path(__file__).parents[2]
+ROOT: Final = Path(__file__).parents[3]
 EXAMPLES: Final = ROOT / "examples"
 ANY_SIZE: Final = 1024 * 1024 + 7
 

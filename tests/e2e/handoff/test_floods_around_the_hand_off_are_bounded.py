@@ -1,7 +1,8 @@
 """TLS has ways to send much and say nothing: KeyUpdates, empty records, padding. None of them gets a party far.
 
-The records are made by hand (``tests/records.py``), because no TLS library sends them. That one flooder does not keep
-the others waiting is shown record by record in ``tests/unit/test_tls_stream.py``; here it is the relay as a whole.
+The records are made by hand (``tests/support/records.py``), because no TLS library sends them. That one flooder does
+not keep the others waiting is shown record by record in ``tests/unit/test_tls_stream.py``; here it is the relay as a
+whole.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Whatever the network does to the segments, the functions get each other's bytes; and what it breaks, they see broken.
 
-Each seed is a network of its own (``tests/faults.py``), and with it a pair of modes, an order of who says what, and
-sizes. For more of them, and for all other tests through such a network::
+Each seed is a network of its own (``tests/support/faults.py``), and with it a pair of modes, an order of who says what,
+and sizes. For more of them, and for all other tests through such a network::
 
-    FRELAY_FAULT_SEEDS=200 pytest tests/e2e/test_through_a_network_that_faults.py
+    FRELAY_FAULT_SEEDS=200 pytest tests/e2e/pairing/test_through_a_network_that_faults.py
     FRELAY_THROUGH_FAULTS=7 pytest tests/e2e
 """
 

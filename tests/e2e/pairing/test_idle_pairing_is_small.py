@@ -2,7 +2,7 @@
 
 For the figure with more of them::
 
-    FRELAY_IDLE=500 pytest tests/e2e/test_idle_pairing_is_small.py -s
+    FRELAY_IDLE=500 pytest tests/e2e/pairing/test_idle_pairing_is_small.py -s
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import trio
 
 from rig import DEMO, PATIENCE, RelayProcess, Site
 
-ROOT: Final = Path(__file__).parents[2]
+ROOT: Final = Path(__file__).parents[3]
 EXAMPLE: Final = ROOT / "examples/lambda"
 
 # The platform: it calls the handler, and here also looks at the files that the handler makes.

@@ -20,7 +20,7 @@ from manager import Manager
 from rig import DEMO, FRELAY_RUN, PATIENCE, TLS_HEADER, Site, pair
 from tools import tool
 
-ROOT: Final = Path(__file__).parents[2]
+ROOT: Final = Path(__file__).parents[3]
 DEPLOY: Final = ROOT / "deploy"
 
 # linux/prctl.h; from Linux 6.3 on.

@@ -29,7 +29,7 @@ from tools import needs_root, tool
 
 __all__ = ["PAGES", "Block", "Command", "Machine", "Running", "blocks", "find", "machine"]
 
-ROOT: Final = Path(__file__).parents[1]
+ROOT: Final = Path(__file__).parents[2]
 PAGES: Final = ("README.md", "docs/functions.md", "docs/operating.md")
 _FENCED: Final = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

@@ -1,7 +1,7 @@
 """Every block of README.md, docs/functions.md and docs/operating.md is run as it stands, or says here why it is not.
 
 The pages are followed as a reader follows them, from top to bottom, on a machine with a network of its own
-(``tests/blocks.py``). A block that is new, or that has become another one, is in none of the lists, and fails.
+(``tests/support/blocks.py``). A block that is new, or that has become another one, is in none of the lists, and fails.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from frelay.client.wire import inner_context
 from rig import DEMO, PATIENCE, RelayInProcess, Site, eventually, reserved_port
 from tools import tool
 
-SCRIPTS: Final = Path(__file__).parents[2] / "examples/socat-stunnel-openssl"
+SCRIPTS: Final = Path(__file__).parents[3] / "examples/socat-stunnel-openssl"
 ANY_SIZE: Final = 1024 * 1024 + 7
 PROGRAMS: Final = ("socat", "stunnel", "openssl")
 TWO_ENDS: Final = ("socat", "stunnel")

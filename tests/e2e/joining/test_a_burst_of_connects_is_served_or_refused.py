@@ -2,7 +2,7 @@
 
 For the figure of the plan::
 
-    FRELAY_BURST=5000 pytest tests/e2e/test_a_burst_of_connects_is_served_or_refused.py -s
+    FRELAY_BURST=5000 pytest tests/e2e/joining/test_a_burst_of_connects_is_served_or_refused.py -s
 """
 
 from __future__ import annotations

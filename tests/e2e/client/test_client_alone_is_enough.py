@@ -16,7 +16,7 @@ import trio
 from clients import options
 from rig import Site
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 FUNCTION = """
 import asyncio, hashlib, json, sys

@@ -52,7 +52,7 @@ CONTRACT: Final[Mapping[str, tuple[str, frozenset[str]]]] = {
     "frelay_build_info": ("gauge", frozenset({"version", "python", "openssl", "trio"})),
 }
 
-# Only where there are several; tests/e2e/test_workers.py reads it.
+# Only where there are several; tests/e2e/workers/test_workers.py reads it.
 WITH_WORKERS: Final = {"frelay_worker_restarts_total": ("counter", frozenset({"worker"}))}
 
 # What Prometheus 2 sends.
@@ -513,7 +513,7 @@ def test_nothing_of_it_is_there_without_the_section(site: Site) -> None:
 
 # --- deploy/ ---------------------------------------------------------------------------------------------------------
 
-DEPLOY: Final = Path(__file__).parents[2] / "deploy"
+DEPLOY: Final = Path(__file__).parents[3] / "deploy"
 ALERTS: Final = DEPLOY / "prometheus-alerts.yml"
 DASHBOARD: Final = DEPLOY / "grafana-dashboard.json"
 
