@@ -1,7 +1,7 @@
 """What an operator sees and changes while the relay runs: the admin API, the dashboard, the metrics.
 
 ``model``      the shapes of all that is told or asked for, as JSON; documented, and stable
-``office``     what the servers may ask of a relay; the relay itself is not known here
+``control``     what the servers may ask of a relay; the relay itself is not known here
 ``api``        the HTTP interface, and who may not use it
 ``dashboard``  the page at its ``/``, and the headers that keep it harmless
 ``door``       mutual TLS in front of it, where it listens on TCP

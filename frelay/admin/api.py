@@ -1,4 +1,4 @@
-"""The admin API: HTTP around an :class:`~frelay.admin.control.Office`, described by itself at ``/openapi.json``.
+"""The admin API: HTTP around an :class:`~frelay.admin.control.Control`, described by itself at ``/openapi.json``.
 
 A caller has been let in already: by the mode of a Unix socket, or by the client certificate that
 :mod:`frelay.admin.mtls` asked for. That certificate is judged again for each request and before each event of a
@@ -32,7 +32,7 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from frelay import __version__
-from frelay.admin import control as desk
+from frelay.admin import control as control_room
 from frelay.admin.dashboard import add_dashboard
 from frelay.admin.http import caller_of
 from frelay.admin.model import (
@@ -68,13 +68,13 @@ _MAX_LAG: Final = 1024
 # How many are sent in one write to a reader that has fallen behind: a write costs more than an event.
 _EVENTS_AT_ONCE: Final = 64
 
-_STATUS: Final[Mapping[type[desk.OfficeError], tuple[int, str]]] = {
-    desk.Unknown: (404, "not-found"),
-    desk.Invalid: (422, "invalid"),
-    desk.Conflict: (409, "conflict"),
-    desk.PreconditionFailed: (412, "precondition-failed"),
-    desk.Unwritable: (507, "not-writable"),
-    desk.Stopping: (503, "draining"),
+_STATUS: Final[Mapping[type[control_room.ControlError], tuple[int, str]]] = {
+    control_room.Unknown: (404, "not-found"),
+    control_room.Invalid: (422, "invalid"),
+    control_room.Conflict: (409, "conflict"),
+    control_room.PreconditionFailed: (412, "precondition-failed"),
+    control_room.Unwritable: (507, "not-writable"),
+    control_room.Stopping: (503, "draining"),
 }
 
 _LOCAL: Final = frozenset({"localhost", "127.0.0.1", "[::1]"})
@@ -373,10 +373,12 @@ def _etags(header: str | None) -> frozenset[str] | None:
     return frozenset(tag.strip() for tag in header.split(","))
 
 
-def api(office: desk.Office, events: EventStream, *, is_own_host: Callable[[str], bool] = is_local_host) -> ASGIApp:
+def api(
+    control: control_room.Control, events: EventStream, *, is_own_host: Callable[[str], bool] = is_local_host
+) -> ASGIApp:
     """The ASGI application. ``is_own_host`` judges the Host header, in lower case and without its port.
 
-    ``events`` must be a listener of the office's journal, for as long as the application is served.
+    ``events`` must be a listener of the control's journal, for as long as the application is served.
     """
     app = FastAPI(
         title="frelay",
@@ -387,15 +389,15 @@ def api(office: desk.Office, events: EventStream, *, is_own_host: Callable[[str]
         responses=_errors(),
     )
     _add_error_handlers(app)
-    _add_looks(app, office, events)
-    _add_changes(app, office)
+    _add_looks(app, control, events)
+    _add_changes(app, control)
     add_dashboard(app)
     return _Guard(app, is_own_host)
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    @app.exception_handler(desk.OfficeError)
-    async def refused(request: Request, error: desk.OfficeError) -> JSONResponse:
+    @app.exception_handler(control_room.ControlError)
+    async def refused(request: Request, error: control_room.ControlError) -> JSONResponse:
         status, word = _STATUS[type(error)]
         return _problem(status, word, error.message, error.problems)
 
@@ -435,32 +437,32 @@ def _value_problems(errors: Sequence[Any]) -> list[ProblemView]:
     return [ProblemView(key=key, message="; or: ".join(texts)) for key, texts in messages.items()]
 
 
-def _add_looks(app: FastAPI, office: desk.Office, events: EventStream) -> None:
+def _add_looks(app: FastAPI, control: control_room.Control, events: EventStream) -> None:
     @app.get("/v1/status", summary="The relay as a whole")
     async def status() -> StatusView:
-        return await office.status()
+        return await control.status()
 
     @app.get("/v1/config", summary="The configuration in force, in the shape of a route file")
     async def configuration() -> dict[str, Any]:
-        return office.configuration()
+        return control.configuration()
 
     @app.get("/v1/routes", summary="All routes in force")
     async def routes() -> RoutesView:
-        return await office.routes()
+        return await control.routes()
 
     @app.get("/v1/routes/{name}", summary="One route", responses=_errors(404))
     async def route(name: _Name, response: Response) -> RouteView:
-        view = await office.route(name)
+        view = await control.route(name)
         response.headers["etag"] = view.etag
         return view
 
     @app.get("/v1/traffic", summary="What goes on at all routes: cheap, for whoever asks again and again")
     async def traffic() -> TrafficView:
-        return await office.traffic()
+        return await control.traffic()
 
     @app.get("/v1/pairings", summary="All pairings that run")
     async def pairings() -> PairingsView:
-        return await office.pairings()
+        return await control.pairings()
 
     @app.get(
         "/v1/events",
@@ -483,7 +485,7 @@ def _add_looks(app: FastAPI, office: desk.Office, events: EventStream) -> None:
         return _EventResponse(events, after)
 
 
-def _add_changes(app: FastAPI, office: desk.Office) -> None:
+def _add_changes(app: FastAPI, control: control_room.Control) -> None:
     @app.put(
         "/v1/routes/{name}",
         summary="Add a route or replace it: it listens, and is on disk, when this is answered",
@@ -497,13 +499,13 @@ def _add_changes(app: FastAPI, office: desk.Office) -> None:
         if_none_match: _IfNoneMatch = None,
     ) -> RouteView:
         if body.name not in (None, name):
-            raise desk.Invalid(
+            raise control_room.Invalid(
                 "the body names another route than the path",
                 [ProblemView(key="name", message=f"is {body.name!r}, and the path says {name!r}: leave it out")],
             )
         if if_none_match not in (None, "*"):
-            raise desk.Invalid('If-None-Match can only be "*" here')
-        view, is_new = await office.put_route(
+            raise control_room.Invalid('If-None-Match can only be "*" here')
+        view, is_new = await control.put_route(
             name, body.table(name), if_match=_etags(if_match), must_be_new=if_none_match is not None
         )
         response.status_code = 201 if is_new else 200
@@ -517,8 +519,8 @@ def _add_changes(app: FastAPI, office: desk.Office) -> None:
         responses=_errors(404, 409, 412, 503, 507),
     )
     async def delete_route(name: _Name, if_match: _IfMatch = None) -> None:
-        await office.delete_route(name, if_match=_etags(if_match))
+        await control.delete_route(name, if_match=_etags(if_match))
 
     @app.post("/v1/reload", summary="Read the files again", responses=_errors(409, 503))
     async def reload() -> ReloadedView:
-        return await office.reload()
+        return await control.reload()

@@ -1,7 +1,7 @@
-"""The office: what the servers in this room may ask of a relay, and nothing more of it.
+"""The control: what the servers in this room may ask of a relay, and nothing more of it.
 
-The relay stands above this room and is not known here. It gives the servers an :class:`Office`, and the tests give them
-another one.
+The relay stands above this room and is not known here. It gives the servers an :class:`Control`, and the tests give
+them another one.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from frelay.protocol.messages import PartyName
 
 __all__ = [
     "Conflict",
+    "Control",
+    "ControlError",
     "Counts",
     "Invalid",
-    "Office",
-    "OfficeError",
     "PreconditionFailed",
     "Stopping",
     "Unknown",
@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 
-class OfficeError(Exception):
+class ControlError(Exception):
     """Something that was asked for and not done; nothing has changed."""
 
     def __init__(self, message: str, problems: list[ProblemView] | None = None) -> None:
@@ -46,27 +46,27 @@ class OfficeError(Exception):
         self.problems = problems or []
 
 
-class Unknown(OfficeError):
+class Unknown(ControlError):
     """There is no such route."""
 
 
-class Invalid(OfficeError):
+class Invalid(ControlError):
     """What was asked for can never be done: its values are wrong in themselves."""
 
 
-class Conflict(OfficeError):
+class Conflict(ControlError):
     """What was asked for cannot be done beside what is there."""
 
 
-class PreconditionFailed(OfficeError):
+class PreconditionFailed(ControlError):
     """The route is no longer as the caller believes, or there is one where the caller wants a new one."""
 
 
-class Unwritable(OfficeError):
+class Unwritable(ControlError):
     """The disk did not take it."""
 
 
-class Stopping(OfficeError):
+class Stopping(ControlError):
     """The relay drains, and takes nothing over any more."""
 
 
@@ -104,9 +104,9 @@ class Counts:
     """How often each worker was started again after it had died; None where there are none."""
 
 
-class Office(abc.ABC):
+class Control(abc.ABC):
     """What may be asked of a relay. Looks tell what is so when they are answered, after all changes that were answered
-    before; a relay answers at once, and one with workers asks them. Changes raise :class:`OfficeError`.
+    before; a relay answers at once, and one with workers asks them. Changes raise :class:`ControlError`.
     """
 
     journal: Journal

@@ -2,7 +2,7 @@
 
 A scrape must be exact, and no function may feel it. All who ask at a time share one (:mod:`frelay.admin.sharing`), and
 what was begun for somebody who has gone is dropped. What is live (routes, who waits, bytes under way) is copied out
-of the office in one synchronous look: no pairing can end in the middle of it, and be counted twice or not at all. The
+of the control in one synchronous look: no pairing can end in the middle of it, and be counted twice or not at all. The
 thousands of lines are then made of that copy in another thread.
 
 The names and labels are a contract, which docs/metrics.md explains and ``deploy/`` builds on. A label never holds what
@@ -40,7 +40,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from frelay import __version__
-from frelay.admin.control import Counts, Office
+from frelay.admin.control import Control, Counts
 from frelay.admin.loop_lag import LAG_MEMORY, LoopLag
 from frelay.admin.model import CertificateView
 from frelay.admin.sharing import Batch, Shared
@@ -70,8 +70,8 @@ _ENCODERS: Final[Mapping[str, Callable[[Collector], bytes]]] = {
 class Metrics:
     """The metrics of one relay. Give :meth:`run` a task."""
 
-    def __init__(self, office: Office) -> None:
-        self._office: Final = office
+    def __init__(self, control: Control) -> None:
+        self._control: Final = control
         self._lag: Final = LoopLag()
         self._scrapes: Final[Shared[str, bytes]] = Shared(self._scrape)
 
@@ -91,7 +91,7 @@ class Metrics:
 
     async def _scrape(self, batch: Batch[str, bytes]) -> None:
         tasks = trio.lowlevel.current_statistics().tasks_living
-        scrape = _Scrape(await self._office.counts(), self._lag.worst, tasks, lambda: not batch.wanted)
+        scrape = _Scrape(await self._control.counts(), self._lag.worst, tasks, lambda: not batch.wanted)
 
         def encode() -> None:
             for kind in batch.wanted:
@@ -322,7 +322,7 @@ def _wants_openmetrics(accept: str) -> bool:
     return weights[_OPENMETRICS] > 0 and weights[_OPENMETRICS] >= weights[_TEXT]
 
 
-def metrics_app(office: Office, metrics: Metrics) -> ASGIApp:
+def metrics_app(control: Control, metrics: Metrics) -> ASGIApp:
     """The ASGI application of ``[metrics]``. It answers GET and HEAD, and nothing else."""
 
     async def healthz(request: Request) -> Response:
@@ -330,7 +330,7 @@ def metrics_app(office: Office, metrics: Metrics) -> ASGIApp:
         return PlainTextResponse("ok\n")
 
     async def readyz(request: Request) -> Response:
-        objection = office.why_not_ready
+        objection = control.why_not_ready
         return PlainTextResponse("ready\n") if objection is None else PlainTextResponse(f"{objection}\n", 503)
 
     async def expose(request: Request) -> Response:

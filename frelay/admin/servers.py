@@ -17,7 +17,7 @@ from typing import Final
 import trio
 
 from frelay.admin.api import EventStream, api, is_local_host
-from frelay.admin.control import Office
+from frelay.admin.control import Control
 from frelay.admin.metrics import Metrics, metrics_app
 from frelay.admin.mtls import TlsDoor
 from frelay.admin.server import Admit, bind_unix, let_in, serve, unlinked_at_end
@@ -38,7 +38,7 @@ class Servers:
     def __init__(
         self,
         config: Config,
-        office: Office,
+        control: Control,
         *,
         running: Callable[[], Config],
         trust: Callable[[], OuterTls | None],
@@ -53,7 +53,7 @@ class Servers:
         """
         self._inherited: Final = inherited
         self._places: Final = places
-        self._office: Final = office
+        self._control: Final = control
         self._running: Final = running
         self._trust: Final = trust
         self._admin: list[socket.socket] = []
@@ -104,18 +104,18 @@ class Servers:
 
     async def run(self) -> None:
         """Serve until cancelled."""
-        events, metrics = EventStream(self._places // 2), Metrics(self._office)
-        journal = self._office.journal
+        events, metrics = EventStream(self._places // 2), Metrics(self._control)
+        journal = self._control.journal
         with self._cleaning, journal.listen(events.note):
             async with trio.open_nursery() as nursery:
                 if self._admin:
                     is_own_host = is_local_host if self._is_local else self._is_own_host
-                    app = api(self._office, events, is_own_host=is_own_host)
+                    app = api(self._control, events, is_own_host=is_own_host)
                     admit: Admit = let_in if self._is_local else TlsDoor(self._needed_trust, self._allow)
                     nursery.start_soon(partial(serve, app, self._admin, admit, most=self._places))
                 if self._metrics:
                     nursery.start_soon(metrics.run)
-                    app = metrics_app(self._office, metrics)
+                    app = metrics_app(self._control, metrics)
                     nursery.start_soon(partial(serve, app, self._metrics, let_in, most=self._places))
 
     def close(self) -> None:

@@ -32,7 +32,7 @@ from frelay.joining.lobby import Place, Taken, Withdrawn
 from frelay.joining.refusal_log import StrangersRefused
 from frelay.joining.route import UNFINISHED, LiveRoute, Service, Unfinished
 from frelay.joining.route_selection import Table, TurnedAway, choose, stranger
-from frelay.joining.tickets import TICKET_LINE_LENGTH, TicketDesk, TicketOffice, parse_ticket_line
+from frelay.joining.tickets import TICKET_LINE_LENGTH, TicketIssuer, TicketRegistry, parse_ticket_line
 from frelay.journal import HandshakeDone, Journal, LegRefused, LegWaits
 from frelay.net.slots import Admission, Slot
 from frelay.net.sockets import TlsFault, close, close_after_linger, format_address, tune
@@ -69,7 +69,7 @@ class Door:
     """Gives a pairing the task that it runs in."""
     listener: Hashable
     """Which listener it is; a ticket is good at all of its leg's route."""
-    tickets: TicketOffice
+    tickets: TicketRegistry
     journal: Journal
     admission: Admission
     """Where connections get their places."""
@@ -324,7 +324,7 @@ class _Guest:
             if isinstance(leg, FramedLeg):
                 timeout = route.config.ticket_timeout
                 listeners = (self._door.listener, *listener_keys(route.config))
-                leg.ticket_desk = TicketDesk(self._door.tickets, listeners, timeout)
+                leg.ticket_issuer = TicketIssuer(self._door.tickets, listeners, timeout)
         except TurnedAway as turned:
             await self._refuse(leg, turned.refusal, turned.why)
             return

@@ -31,7 +31,7 @@ from typing import Final
 import trio
 
 from frelay.errors import ConnectionBroken, RemoteProtocolError
-from frelay.joining.tickets import TicketDesk
+from frelay.joining.tickets import TicketIssuer
 from frelay.net.slots import Slot
 from frelay.net.sockets import (
     BrokenStream,
@@ -127,7 +127,7 @@ class FramedLeg(TlsLeg):
         self._session = RelaySession()
         self._ping_is_out = False
         self._departure: LegGone | None = None
-        self.ticket_desk: TicketDesk | None = None
+        self.ticket_issuer: TicketIssuer | None = None
         """Where it gets its ticket, in mode "ticket"."""
 
     async def receive_join(self) -> Join:
@@ -203,21 +203,21 @@ class FramedLeg(TlsLeg):
 
     def forget_admission(self) -> None:
         super().forget_admission()
-        self._session, self.ticket_desk = _NO_SESSION, None
+        self._session, self.ticket_issuer = _NO_SESSION, None
 
     # --- tickets -----------------------------------------------------------------------------------------------
 
     def patience(self, handoff_timeout: float) -> float:
-        if self.mode == "ticket" and self.ticket_desk is not None:
-            return self.ticket_desk.timeout
+        if self.mode == "ticket" and self.ticket_issuer is not None:
+            return self.ticket_issuer.timeout
         return handoff_timeout
 
     async def _begin_by_ticket(self, message: Paired) -> None:
         """Give the party a ticket, wait for the connection that it brings it on, and go on with that one."""
-        if self.ticket_desk is None:
+        if self.ticket_issuer is None:
             raise AssertionError("a leg in ticket mode that nobody gave a desk")
-        with self.ticket_desk.issue() as claim:
-            await self.tls.send_all(self._session.send(replace(message, ticket=claim.ticket)))
+        with self.ticket_issuer.issue() as pending:
+            await self.tls.send_all(self._session.send(replace(message, ticket=pending.ticket)))
             fault: ConnectionBroken | RemoteProtocolError | None = None
             async with trio.open_nursery() as nursery:
 
@@ -235,11 +235,11 @@ class FramedLeg(TlsLeg):
                         nursery.cancel_scope.cancel(reason="the party gave its ticket up")
 
                 nursery.start_soon(watch)
-                await claim.arrived.wait()
+                await pending.arrived.wait()
                 nursery.cancel_scope.cancel(reason="the ticket was brought")
-            if not claim.arrived.is_set():
+            if not pending.arrived.is_set():
                 raise fault or AssertionError("neither a ticket nor a fault")
-            await self._change_over(*claim.take())
+            await self._change_over(*pending.take())
 
     async def _change_over(self, sock: socket.socket, slot: Slot) -> None:
         old, old_slot = self.tls, self.slot

@@ -24,7 +24,7 @@ import trio
 from frelay.net.slots import Slot
 from frelay.net.sockets import close_with_reset
 
-__all__ = ["TICKET_LINE_LENGTH", "Claim", "TicketDesk", "TicketOffice", "parse_ticket_line"]
+__all__ = ["TICKET_LINE_LENGTH", "PendingTicket", "TicketIssuer", "TicketRegistry", "parse_ticket_line"]
 
 _LINE: Final = re.compile(rb"FRELAY/1 ([0-9a-f]{64})\n\Z")
 TICKET_LINE_LENGTH: Final = len("FRELAY/1 ") + 64 + 1
@@ -37,7 +37,7 @@ def parse_ticket_line(line: bytes) -> str | None:
     return found[1].decode("ascii") if found else None
 
 
-class Claim:
+class PendingTicket:
     """One ticket that is out: whoever brings it brings the socket of the leg."""
 
     __slots__ = ("_brought", "_listeners", "arrived", "ticket")
@@ -72,51 +72,51 @@ class Claim:
             slot.gone()
 
 
-class TicketOffice:
+class TicketRegistry:
     """All tickets that are out in this relay."""
 
     def __init__(self) -> None:
-        self._claims: Final[dict[bytes, Claim]] = {}
+        self._pending: Final[dict[bytes, PendingTicket]] = {}
 
     def __len__(self) -> int:
-        return len(self._claims)
+        return len(self._pending)
 
     @contextmanager
-    def issue(self, listeners: frozenset[Hashable]) -> Iterator[Claim]:
+    def issue(self, listeners: frozenset[Hashable]) -> Iterator[PendingTicket]:
         """A new ticket for one leg; it is void once the context is left."""
-        claim = Claim(listeners)
-        key = _key(claim.ticket)
-        self._claims[key] = claim
+        pending = PendingTicket(listeners)
+        key = _key(pending.ticket)
+        self._pending[key] = pending
         try:
-            yield claim
+            yield pending
         finally:
-            self._claims.pop(key, None)
-            claim.drop()
+            self._pending.pop(key, None)
+            pending.drop()
 
     def redeem(self, ticket: str, listener: Hashable, sock: socket.socket, slot: Slot) -> bool:
         """Give ``sock`` to whoever waits for ``ticket``; False, and nothing has changed, if nobody does."""
-        claim = self._claims.get(_key(ticket))
-        if claim is None or not claim.fits(ticket, listener):
+        pending = self._pending.get(_key(ticket))
+        if pending is None or not pending.fits(ticket, listener):
             return False
-        del self._claims[_key(ticket)]
-        claim.bring(sock, slot)
+        del self._pending[_key(ticket)]
+        pending.bring(sock, slot)
         return True
 
 
-class TicketDesk:
+class TicketIssuer:
     """Where the legs of one route get their tickets, which are good at any of its listeners."""
 
-    __slots__ = ("_listeners", "_office", "timeout")
+    __slots__ = ("_listeners", "_registry", "timeout")
 
-    def __init__(self, office: TicketOffice, listeners: Iterable[Hashable], timeout: float) -> None:
-        self._office: Final = office
+    def __init__(self, registry: TicketRegistry, listeners: Iterable[Hashable], timeout: float) -> None:
+        self._registry: Final = registry
         self._listeners: Final = frozenset(listeners)
         self.timeout: Final = timeout
         """How long a ticket is good, in seconds."""
 
-    def issue(self) -> AbstractContextManager[Claim]:
+    def issue(self) -> AbstractContextManager[PendingTicket]:
         """A new ticket; void once the context is left."""
-        return self._office.issue(self._listeners)
+        return self._registry.issue(self._listeners)
 
 
 def _key(ticket: str) -> bytes:

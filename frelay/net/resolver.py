@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import trio
 
-__all__ = ["Names"]
+__all__ = ["SharedResolver"]
 
 # Names that do not answer before others must wait for a thread. A relay has about as many names as it has services.
 _THREADS: Final = 64
@@ -33,7 +33,7 @@ class _LookUp:
     error: OSError | None = None
 
 
-class Names(trio.abc.HostnameResolver):
+class SharedResolver(trio.abc.HostnameResolver):
     """Trio's resolver while :meth:`run` runs, in a task of its own."""
 
     def __init__(self) -> None:

@@ -1,9 +1,9 @@
 """What is in force: one configuration, with the certificates, routes and listeners that were made of it.
 
-It is replaced as a whole, in two halves. :meth:`InForce.open_missing` is the one that can fail: it finds and binds the
-addresses that nobody has yet, all or none. :meth:`InForce.take_over` cannot: it swaps the references and stops what is
-gone. A route whose wiring is unchanged keeps its sockets, its waiting legs and its pairings. One that was removed or
-replaced has *retired*: it takes nobody in any more, and is known until its last pairing has ended.
+It is replaced as a whole, in two halves. :meth:`ActiveConfig.open_missing` is the one that can fail: it finds and binds
+the addresses that nobody has yet, all or none. :meth:`ActiveConfig.take_over` cannot: it swaps the references and stops
+what is gone. A route whose wiring is unchanged keeps its sockets, its waiting legs and its pairings. One that was
+removed or replaced has *retired*: it takes nobody in any more, and is known until its last pairing has ended.
 
 A route is reached at each of its addresses, and an address may have several routes. So there is a table of routes for
 each listener, and a route stands in as many tables as it has addresses.
@@ -33,16 +33,16 @@ from frelay.net.slots import Admission
 from frelay.pairing.pairing import Forwarding, Pairing
 from frelay.protocol.messages import Refused
 from frelay.protocol.outcome import Outcome
-from frelay.relay.recheck import judge_again
+from frelay.relay.recheck import recheck_credentials
 from frelay.tls.context import OuterTls
 
-__all__ = ["InForce"]
+__all__ = ["ActiveConfig"]
 
 _Places = tuple[Address, ...] | OSError
 """What the name of an address stands for, or why nobody knows."""
 
 
-class InForce:
+class ActiveConfig:
     """The configuration in force, and what it made; at first ``config`` with nothing made of it.
 
     ``serve`` gives a listener that is new its task, and is called with the key under which its routes are found.
@@ -264,7 +264,7 @@ class InForce:
             if self.trust is None:
                 continue
             try:
-                await judge_again(
+                await recheck_credentials(
                     self.all_routes,
                     self.trust,
                     ends_pairings=self.config.relay.policy_ends_pairings,

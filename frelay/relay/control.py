@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from frelay import __version__
-from frelay.admin.control import Conflict, Counts, Invalid, Office, PreconditionFailed, Stopping, Unknown, Unwritable
+from frelay.admin.control import Conflict, Control, Counts, Invalid, PreconditionFailed, Stopping, Unknown, Unwritable
 from frelay.admin.model import (
     CertificateView,
     DescriptorView,
@@ -51,14 +51,14 @@ if TYPE_CHECKING:
     from frelay.pairing.pairing import Pairing
     from frelay.relay.relay import Relay
 
-__all__ = ["RelayOffice", "etag_of"]
+__all__ = ["RelayControl", "etag_of"]
 
 _PARTIES: Final[tuple[PartyName, PartyName]] = ("func1", "func2")
 _NOBODY: Final = WaitingView(func1=[], func2=[])
 
 
-class RelayOffice(Office):
-    """The office of one relay."""
+class RelayControl(Control):
+    """The control of one relay."""
 
     def __init__(self, relay: Relay) -> None:
         self._relay: Final = relay

@@ -29,7 +29,7 @@ from frelay.protocol.messages import PartyName, Refused
 from frelay.protocol.outcome import Outcome
 from frelay.tls.context import Credential, OuterTls, Rejection
 
-__all__ = ["follow_clock", "judge_again", "reload_at_expiry"]
+__all__ = ["follow_clock", "recheck_credentials", "reload_at_expiry"]
 
 # Seconds. notAfter counts whole ones, and a clock that NTP slews takes half an hour to get this far off.
 _CLOCK_LOOK: Final = 1.0
@@ -40,7 +40,7 @@ _PARTIES: Final[tuple[PartyName, ...]] = ("func1", "func2")
 _AT_ONCE: Final = 64
 
 
-async def judge_again(routes: Sequence[LiveRoute], trust: OuterTls, *, ends_pairings: bool) -> None:
+async def recheck_credentials(routes: Sequence[LiveRoute], trust: OuterTls, *, ends_pairings: bool) -> None:
     """Judge all legs of ``routes`` again by ``trust``; those of pairings only if ``ends_pairings``."""
     known: dict[Credential, Rejection | None] = {}
     for route in routes:

@@ -40,17 +40,17 @@ from frelay.joining.lobby import Withdrawn
 from frelay.joining.refusal_log import StrangersRefused
 from frelay.joining.route import LiveRoute
 from frelay.joining.route_selection import Table
-from frelay.joining.tickets import TicketOffice
+from frelay.joining.tickets import TicketRegistry
 from frelay.journal import Draining, Journal, PairingEnded, PairingStarted
 from frelay.net.passed_sockets import PassedSockets
-from frelay.net.resolver import Names
+from frelay.net.resolver import SharedResolver
 from frelay.net.slots import Admission, raise_descriptor_limit
 from frelay.net.sockets import objection_to_congestion_control
 from frelay.pairing.pairing import Forwarding, Pairing
 from frelay.pairing.raw_pump import PipePool
 from frelay.protocol.messages import Refused
 from frelay.protocol.outcome import Outcome, Record
-from frelay.relay.active_config import InForce
+from frelay.relay.active_config import ActiveConfig
 from frelay.relay.config_warnings import log_doubts
 from frelay.relay.privileges import groups_in_force
 from frelay.relay.recheck import follow_clock, reload_at_expiry
@@ -60,7 +60,7 @@ from frelay.tls.context import OuterTls, openssl_version
 from frelay.tls.loading import load_outer_tls
 
 if TYPE_CHECKING:
-    from frelay.admin.control import Office
+    from frelay.admin.control import Control
     from frelay.admin.servers import Servers
 
 __all__ = ["Relay", "prepare", "with_all_problems"]
@@ -149,8 +149,8 @@ class Relay:
         self._admission: Final = Admission(config.limits, descriptor_limit=raise_descriptor_limit())
         # Two descriptors a pipe: those that Admission sets aside, so that bulk never takes the place of a newcomer.
         self._forwarding: Final = Forwarding(pipes=PipePool(capacity=self._admission.leg_budget // 2))
-        self._tickets: Final = TicketOffice()
-        self._names: Final = Names()
+        self._tickets: Final = TicketRegistry()
+        self._names: Final = SharedResolver()
         # Of its own: a reload must not stand in a queue behind whatever else waits in threads.
         self._reading: Final = trio.CapacityLimiter(1)
         self._draining: Final = trio.Event()
@@ -162,7 +162,7 @@ class Relay:
         self._strangers_refused: Final = StrangersRefused(self.journal)
         self.started_at: Final = time.time()
         """When, in seconds since the epoch."""
-        self._now: Final = InForce(
+        self._now: Final = ActiveConfig(
             config,
             admission=self._admission,
             forwarding=self._forwarding,
@@ -289,7 +289,7 @@ class Relay:
 
         self._servers = Servers(
             config,
-            self._new_office(),
+            self._new_control(),
             running=lambda: self._now.config,
             trust=lambda: self._now.trust,
             inherited=self._inherited,
@@ -298,11 +298,11 @@ class Relay:
         root.start_soon(self._servers.run)
         self._log.info("serving", **{name: ", ".join(places) for name, places in self._servers.bound.items()})
 
-    def _new_office(self) -> Office:
+    def _new_control(self) -> Control:
         """Who answers for this relay; a supervisor has another."""
-        from frelay.relay.control import RelayOffice
+        from frelay.relay.control import RelayControl
 
-        return RelayOffice(self)
+        return RelayControl(self)
 
     def _serve(self, key: ListenerKey, listener: Listener) -> None:
         if self._doors is None:

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from campaign import run
 from frelay.config.model import Limits
-from frelay.joining.tickets import TICKET_LINE_LENGTH, TicketOffice, parse_ticket_line
+from frelay.joining.tickets import TICKET_LINE_LENGTH, TicketRegistry, parse_ticket_line
 from frelay.net.slots import Admission, Slot
 
 __all__ = ["one_input"]
@@ -29,25 +29,25 @@ def read(line: bytes) -> str | None:
 
 def one_input(data: bytes) -> None:
     """Check one input; raises AssertionError, or whatever should never have been raised."""
-    office = TicketOffice()
+    registry = TicketRegistry()
     slot = Slot(Admission(Limits(), descriptor_limit=1024))
     nobody: Any = socket.SocketType.__new__(socket.SocketType)
-    with office.issue(frozenset({"here"})) as claim:
-        line = data.replace(b"TICKET", claim.ticket.encode())
+    with registry.issue(frozenset({"here"})) as pending:
+        line = data.replace(b"TICKET", pending.ticket.encode())
         ticket = parse_ticket_line(line)
         assert ticket == read(line)
         if ticket is None:
             return
         assert re.fullmatch("[0-9a-f]{64}", ticket)
-        is_right = ticket == claim.ticket
-        assert not office.redeem(ticket, "elsewhere", nobody, slot)
-        assert office.redeem(ticket, "here", nobody, slot) is is_right
-        assert claim.arrived.is_set() is is_right
-        assert not office.redeem(ticket, "here", nobody, slot)
-        assert len(office) == (0 if is_right else 1)
+        is_right = ticket == pending.ticket
+        assert not registry.redeem(ticket, "elsewhere", nobody, slot)
+        assert registry.redeem(ticket, "here", nobody, slot) is is_right
+        assert pending.arrived.is_set() is is_right
+        assert not registry.redeem(ticket, "here", nobody, slot)
+        assert len(registry) == (0 if is_right else 1)
         if is_right:
-            assert claim.take() == (nobody, slot)
-    assert len(office) == 0
+            assert pending.take() == (nobody, slot)
+    assert len(registry) == 0
 
 
 if __name__ == "__main__":

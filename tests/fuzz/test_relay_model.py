@@ -49,7 +49,7 @@ from frelay.joining.lobby import opposite
 from frelay.joining.route import LiveRoute
 from frelay.journal import Entry, HandshakeDone
 from frelay.protocol.messages import Mode, PartyName
-from frelay.relay.control import RelayOffice
+from frelay.relay.control import RelayControl
 from frelay.relay.relay import Relay
 from rig import PATIENCE, Party, Site, open_descriptors, opened_since
 
@@ -240,7 +240,7 @@ class World:
         self.write_list()
         self.write_file()
         self.relay = Relay(load(self.site.config), watch_files=False)
-        self.office = RelayOffice(self.relay)
+        self.control = RelayControl(self.relay)
         self.events = self._patches.enter_context(structlog.testing.capture_logs())
         self._patches.enter_context(self.relay.journal.listen(self._hear))
         self.routes["a"] = Route("a", "straight")
@@ -714,7 +714,7 @@ class World:
 
     async def put_route(self, name: str, wiring: Wiring) -> None:
         """Add a route, change who its parties are, or leave it as it is."""
-        _, is_new = await self.office.put_route(name, wired(name, wiring), if_match=None, must_be_new=False)
+        _, is_new = await self.control.put_route(name, wired(name, wiring), if_match=None, must_be_new=False)
         old = self.routes.get(name)
         assert is_new is (old is None)
         if old is None or old.wiring != wiring:
@@ -724,7 +724,7 @@ class World:
             await self._retire(old)
 
     async def delete_route(self, name: str) -> None:
-        await self.office.delete_route(name, if_match=None)
+        await self.control.delete_route(name, if_match=None)
         await self._retire(self.routes.pop(name))
 
     async def _retire(self, route: Route) -> None:

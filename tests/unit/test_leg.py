@@ -13,7 +13,7 @@ import trio
 from frelay.config.model import Limits
 from frelay.errors import ConnectionBroken, RemoteProtocolError
 from frelay.joining.legs import FramedLeg
-from frelay.joining.tickets import TicketDesk, TicketOffice
+from frelay.joining.tickets import TicketIssuer, TicketRegistry
 from frelay.net.slots import Admission, Slot
 from frelay.pairing.leg import LegGone
 from frelay.protocol.messages import Mode, Paired, Refused, Waiting
@@ -153,9 +153,9 @@ async def test_who_does_not_take_its_refusal_is_closed_without_it(site: Site) ->
 
 async def test_a_clogged_connection_does_not_hold_up_the_one_that_brought_the_ticket(site: Site) -> None:
     """It is ended in order if it takes that in seconds; then it is closed, and its slot is free."""
-    admission, office = Admission(Limits(), descriptor_limit=1024), TicketOffice()
+    admission, registry = Admission(Limits(), descriptor_limit=1024), TicketRegistry()
     async with waiting_leg(site, "ticket") as (leg, stream, party):
-        leg.slot, leg.ticket_desk = Slot.for_own_call(admission), TicketDesk(office, ["here"], 40.0)
+        leg.slot, leg.ticket_issuer = Slot.for_own_call(admission), TicketIssuer(registry, ["here"], 40.0)
         old = leg.sock
         brought, other = tcp_pair()
         with brought, other, trio.fail_after(PATIENCE):
@@ -163,7 +163,7 @@ async def test_a_clogged_connection_does_not_hold_up_the_one_that_brought_the_ti
                 nursery.start_soon(leg.begin, replace(PAIRED, mode="ticket"))
                 ticket = (await party.expect("PAIRED"))["ticket"]
                 stream.is_stuck = True
-                assert office.redeem(ticket, "here", brought, Slot.for_own_call(admission))
+                assert registry.redeem(ticket, "here", brought, Slot.for_own_call(admission))
             assert leg.sock is brought
             assert old.fileno() == -1
             assert admission.legs == 1
@@ -201,5 +201,5 @@ async def test_a_closed_leg_has_closed_its_connection(site: Site, is_raw: bool) 
 async def test_each_mode_has_its_own_time_to_begin(site: Site, mode: Mode, patience: float) -> None:
     """A second connection takes longer than a close_notify; and nobody else gains by that."""
     async with waiting_leg(site, mode) as (leg, _, _):
-        leg.ticket_desk = TicketDesk(TicketOffice(), ["here"], 40.0)
+        leg.ticket_issuer = TicketIssuer(TicketRegistry(), ["here"], 40.0)
         assert leg.patience(5.0) == patience

@@ -28,18 +28,18 @@ from frelay.admin.model import (
 from frelay.config.dump import route_as_written
 from frelay.config.model import Route
 from frelay.journal import Distribution
-from frelay.relay.control import RelayOffice, etag_of
+from frelay.relay.control import RelayControl, etag_of
 
 if TYPE_CHECKING:
     from frelay.relay.workers.supervisor import Supervisor
 
-__all__ = ["SupervisorOffice"]
+__all__ = ["SupervisorControl"]
 
 _NOBODY: Final = WaitingView(func1=[], func2=[])
 
 
-class SupervisorOffice(RelayOffice):
-    """The office of a relay with workers."""
+class SupervisorControl(RelayControl):
+    """The control of a relay with workers."""
 
     def __init__(self, supervisor: Supervisor) -> None:
         super().__init__(supervisor)

@@ -38,7 +38,7 @@ from frelay.relay.workers.process import WorkerLost, WorkerProcess
 from frelay.tls.context import OuterTls
 
 if TYPE_CHECKING:
-    from frelay.admin.control import Office
+    from frelay.admin.control import Control
 
 __all__ = ["PATIENCE", "Post", "Supervisor"]
 
@@ -105,10 +105,10 @@ class Supervisor(Relay):
         self._drain_reason = ""
         self._stopping: Final = trio.Event()
 
-    def _new_office(self) -> Office:
-        from frelay.relay.workers.control import SupervisorOffice
+    def _new_control(self) -> Control:
+        from frelay.relay.workers.control import SupervisorControl
 
-        return SupervisorOffice(self)
+        return SupervisorControl(self)
 
     def post_of(self, route: str) -> Post:
         """The post that serves ``route``, which must be in force."""

@@ -38,7 +38,7 @@ from frelay.journal import Entry, Journal, RouteTotals
 from frelay.net.channel import Channel, ChannelEnded, Received
 from frelay.relay import logging as relay_logging
 from frelay.relay import privileges
-from frelay.relay.control import RelayOffice
+from frelay.relay.control import RelayControl
 from frelay.relay.relay import Relay, prepare
 from frelay.relay.reload import Staged
 from frelay.relay.workers.codec import (
@@ -181,7 +181,7 @@ class _Worker:
         except ChannelEnded:
             return 1
         self._relay: _WorkerRelay = relay
-        self._office: RelayOffice = RelayOffice(relay)
+        self._control: RelayControl = RelayControl(relay)
         code = 1
         async with trio.open_nursery() as nursery:
 
@@ -315,23 +315,23 @@ class _Worker:
             self._refuse(message["number"], [Problem(self._relay.config.path, f"a bug in frelay: {error!r}")])
 
     async def _answer_look(self, message: Mapping[str, Any]) -> None:
-        office = self._office
+        control = self._control
         match message["at"]:
             case "counts":
                 # Beside the answer, so that they are also the last known.
                 await self._report_once()
                 self._answer(message)
             case "status":
-                self._answer(message, (await office.status()).model_dump(mode="json"))
+                self._answer(message, (await control.status()).model_dump(mode="json"))
             case "routes":
-                self._answer(message, (await office.routes()).model_dump(mode="json")["routes"])
+                self._answer(message, (await control.routes()).model_dump(mode="json")["routes"])
             case "traffic":
-                self._answer(message, (await office.traffic()).model_dump(mode="json")["routes"])
+                self._answer(message, (await control.traffic()).model_dump(mode="json")["routes"])
             case "pairings":
-                self._answer(message, (await office.pairings()).model_dump(mode="json")["pairings"])
+                self._answer(message, (await control.pairings()).model_dump(mode="json")["pairings"])
 
     async def _report_once(self) -> None:
-        table = counts_to_json(await self._office.counts())
+        table = counts_to_json(await self._control.counts())
         tasks = trio.lowlevel.current_statistics().tasks_living
         self._outbox.report({**table, "loop_lag": self._lag.worst, "tasks": tasks})
 

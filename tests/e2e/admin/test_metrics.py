@@ -232,7 +232,7 @@ async def test_no_look_sees_bytes_twice_or_not_at_all(site: Site) -> None:
     """A counter that falls for one scrape counts for its rate as one that began anew."""
     async with scraped(site) as (relay, _):
         assert relay.relay._servers is not None
-        office = relay.relay._servers._office
+        control = relay.relay._servers._control
         ends = [await join_ends(site, relay) for _ in range(8)]
         expected = 8 * 5000
         for one, two in ends:
@@ -242,7 +242,7 @@ async def test_no_look_sees_bytes_twice_or_not_at_all(site: Site) -> None:
 
         async def look() -> None:
             while True:
-                looks.append((await office.counts()).bytes_moved["demo", "func1"])
+                looks.append((await control.counts()).bytes_moved["demo", "func1"])
                 await trio.lowlevel.checkpoint()
 
         async with trio.open_nursery() as nursery:

@@ -15,7 +15,7 @@ import pytest
 import trio
 
 from admin import ADMIN, admin, events
-from frelay.relay.control import RelayOffice
+from frelay.relay.control import RelayControl
 from frelay.tls.context import OuterTls
 from rig import DEMO, PATIENCE, RelayInProcess, Site, eventually
 
@@ -203,10 +203,10 @@ class Looks:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun = self.cancelled = 0
         self.go = trio.Event()
-        original = RelayOffice.counts
+        original = RelayControl.counts
         looks = self
 
-        async def counts(self: RelayOffice) -> Any:
+        async def counts(self: RelayControl) -> Any:
             looks.begun += 1
             try:
                 await looks.go.wait()
@@ -215,7 +215,7 @@ class Looks:
                 raise
             return await original(self)
 
-        monkeypatch.setattr(RelayOffice, "counts", counts)
+        monkeypatch.setattr(RelayControl, "counts", counts)
 
 
 @pytest.mark.parametrize("how", ["reset", "close", "close with more requests"])
