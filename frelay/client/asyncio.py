@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final, Unpack
 
 from frelay.client.alerts import refusal_of_certificate
-from frelay.client.joining import Joining, Options, Plan
+from frelay.client.joining import Joining, JoinPlan, Options
 from frelay.client.signature import shows_its_options
-from frelay.client.sockets import Lines, look_up_in_thread, numeric
+from frelay.client.sockets import Connections, look_up_in_thread, numeric
 from frelay.client.steps import Close, Endpoint, Open, Pause, Receive, Resolve, Send, Step, drive_async
 from frelay.client.tls_engine import Engine
-from frelay.client.wire import CLOSE_PATIENCE, CUT_BEFORE_A_WORD, FAREWELL, FAREWELL_LOOK, LONGEST_FAREWELL
+from frelay.client.wire import CLOSE_SEND_TIMEOUT, CUT_BEFORE_FIRST_BYTE, LINGER_LIMIT, LINGER_POLL, LINGER_QUIET
 from frelay.errors import CertificateRefused, Truncated
 from frelay.net.tcp import is_dead, unacknowledged
 
@@ -44,7 +44,7 @@ async def connect(
     place for us is told at once.
     """
     loop = asyncio.get_running_loop()
-    plan = Plan.make(address, **options)
+    plan = JoinPlan.make(address, **options)
     joining = Joining(plan, loop.time)
     shell = _Shell(loop)
     try:
@@ -54,43 +54,43 @@ async def connect(
         reader = asyncio.StreamReader(limit=limit, loop=loop)
         protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
         transport = WireTransport(loop, joined.engine, protocol)
-        sock = shell.lines.sockets[joined.line]
+        sock = shell.connections.sockets[joined.connection]
         # The socket is the plain transport's from here on, who closes it even where this is cancelled.
         await loop.create_connection(lambda: _Below(transport), sock=sock)
-        shell.lines.take(joined.line)
+        shell.connections.take(joined.connection)
         return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
     finally:
-        shell.lines.hang_up_all(joining.last_words)
+        shell.connections.close_all(joining.final_bytes)
 
 
 class _Shell:
     """Performs steps on sockets that do not block."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.lines: Final = Lines()
+        self.connections: Final = Connections()
         self._loop: Final = loop
 
     async def perform(self, step: Step) -> Any:
         loop = self._loop
         match step:
-            case Receive(line, patience):
+            case Receive(connection, timeout):
                 # sock_recv does not yield where something is there, and a relay may send without end.
                 await asyncio.sleep(0)
-                async with asyncio.timeout(patience):
-                    return await loop.sock_recv(self.lines.sockets[line], _READ)
-            case Send(line, data, patience):
-                async with asyncio.timeout(patience):
-                    return await loop.sock_sendall(self.lines.sockets[line], data)
-            case Resolve(host, port, patience):
-                async with asyncio.timeout(patience):
+                async with asyncio.timeout(timeout):
+                    return await loop.sock_recv(self.connections.sockets[connection], _READ)
+            case Send(connection, data, timeout):
+                async with asyncio.timeout(timeout):
+                    return await loop.sock_sendall(self.connections.sockets[connection], data)
+            case Resolve(host, port, timeout):
+                async with asyncio.timeout(timeout):
                     return await self._look_up(host, port)
-            case Open(line, endpoint, patience):
-                sock = self.lines.add(line, endpoint)
+            case Open(connection, endpoint, timeout):
+                sock = self.connections.add(connection, endpoint)
                 sock.setblocking(False)
-                async with asyncio.timeout(patience):
+                async with asyncio.timeout(timeout):
                     return await loop.sock_connect(sock, endpoint.sockaddr)
-            case Close(line, last_words):
-                return self.lines.hang_up(line, last_words)
+            case Close(connection, final_bytes):
+                return self.connections.close(connection, final_bytes)
             case Pause(seconds):
                 return await asyncio.sleep(seconds)
             case _:
@@ -166,7 +166,7 @@ class WireTransport(asyncio.Transport):
         self._is_paused = False
         self._peer_ended = False
         self._has_heard = False
-        self._farewell_began = 0.0
+        self._linger_began = 0.0
         self._last_heard = 0.0
         self._held = 0
         self._took_at = 0.0
@@ -211,7 +211,7 @@ class WireTransport(asyncio.Transport):
         """The plain transport is closed."""
         self._is_over = self._is_closing = True
         if isinstance(error, ConnectionResetError) and not self._has_heard:
-            error.strerror = CUT_BEFORE_A_WORD
+            error.strerror = CUT_BEFORE_FIRST_BYTE
         self._loop.call_soon(self.protocol.connection_lost, self._error or error)
 
     def _broken(self, error: Truncated | ssl.SSLError) -> ConnectionResetError:
@@ -220,7 +220,7 @@ class WireTransport(asyncio.Transport):
         if refusal is not None:
             return _ReaderRefused(refusal)
         was_cut = isinstance(error, Truncated) and not self._has_heard
-        return ConnectionResetError(CUT_BEFORE_A_WORD if was_cut else str(error))
+        return ConnectionResetError(CUT_BEFORE_FIRST_BYTE if was_cut else str(error))
 
     def _cut(self, error: Exception | None) -> None:
         if not self._is_over:
@@ -349,9 +349,9 @@ class WireTransport(asyncio.Transport):
             self._below.resume_reading()
         self._last_heard = self._loop.time()
         self._deliver()
-        self._see_off()
+        self._linger()
 
-    def _see_off(self) -> None:
+    def _linger(self) -> None:
         # Closing with bytes unread, or before bytes that still come, sends RST, which destroys what we wrote.
         if self._is_over:
             return
@@ -362,16 +362,16 @@ class WireTransport(asyncio.Transport):
             # function that is done for ever.
             if held != self._held:
                 self._held, self._took_at = held, now
-            elif now - self._took_at > CLOSE_PATIENCE:
-                self._cut(ConnectionResetError(f"the other side took nothing for {CLOSE_PATIENCE:g} s"))
+            elif now - self._took_at > CLOSE_SEND_TIMEOUT:
+                self._cut(ConnectionResetError(f"the other side took nothing for {CLOSE_SEND_TIMEOUT:g} s"))
                 return
-        elif not self._farewell_began:
-            self._farewell_began = now
+        elif not self._linger_began:
+            self._linger_began = now
         waits = (unacknowledged(self._sock) and not is_dead(self._sock)) or not (
-            self._peer_ended or now - self._last_heard > FAREWELL
+            self._peer_ended or now - self._last_heard > LINGER_QUIET
         )
-        if not self._farewell_began or (waits and now - self._farewell_began < LONGEST_FAREWELL):
-            self._loop.call_later(FAREWELL_LOOK, self._see_off)
+        if not self._linger_began or (waits and now - self._linger_began < LINGER_LIMIT):
+            self._loop.call_later(LINGER_POLL, self._linger)
             return
         self._is_over = True
         self._below.close()

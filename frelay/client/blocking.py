@@ -14,10 +14,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from frelay.client.joining import Joining, Plan, split_address
+from frelay.client.joining import Joining, JoinPlan, split_address
 from frelay.client.retry import Retry
-from frelay.client.sockets import Lines, look_up_in_thread, numeric
-from frelay.client.steps import Close, Endpoint, Meet, Open, Pause, Receive, Resolve, Send, Step, drive
+from frelay.client.sockets import Connections, look_up_in_thread, numeric
+from frelay.client.steps import Close, Endpoint, InnerHandshake, Open, Pause, Receive, Resolve, Send, Step, drive
 from frelay.client.tunnel import TunnelPump
 from frelay.client.wire import StrPath, Wire, agreed_protocol, names_of_peer
 from frelay.protocol.identity import Name
@@ -84,7 +84,7 @@ def connect(
         CertificateError: a file is missing or unreadable.
         ValueError: ``address``, ``peer`` or another argument cannot be read.
     """
-    plan = Plan.make(
+    plan = JoinPlan.make(
         address,
         cert=cert,
         key=key,
@@ -103,7 +103,7 @@ def connect(
         retry=retry,
         traceparent=traceparent,
     )
-    joining = Joining(plan, time.monotonic, meets_on_socket=True)
+    joining = Joining(plan, time.monotonic, inner_tls_on_socket=True)
     shell = _Shell()
     try:
         drive(joining.steps(), shell.perform, on_status)
@@ -116,7 +116,7 @@ class _Shell:
     """Performs steps on blocking sockets."""
 
     def __init__(self) -> None:
-        self._lines = Lines()
+        self._connections = Connections()
         self._wire: Wire | None = None
 
     def take_wire(self) -> Wire:
@@ -134,38 +134,38 @@ class _Shell:
                 # Nothing more is owed to a peer that is not the right one, not even close_notify.
                 self._wire.abandon()
         finally:
-            self._lines.hang_up_all(joining.last_words)
+            self._connections.close_all(joining.final_bytes)
 
     def perform(self, step: Step) -> Any:
         match step:
-            case Receive(line, patience):
-                sock = self._lines.sockets[line]
-                sock.settimeout(patience)
+            case Receive(connection, timeout):
+                sock = self._connections.sockets[connection]
+                sock.settimeout(timeout)
                 return sock.recv(_READ)
-            case Send(line, data, patience):
-                sock = self._lines.sockets[line]
-                sock.settimeout(patience)
+            case Send(connection, data, timeout):
+                sock = self._connections.sockets[connection]
+                sock.settimeout(timeout)
                 return sock.sendall(data)
-            case Resolve(host, port, patience):
-                return _look_up(host, port, patience)
-            case Open(line, endpoint, patience):
-                sock = self._lines.add(line, endpoint)
-                sock.settimeout(patience)
+            case Resolve(host, port, timeout):
+                return _look_up(host, port, timeout)
+            case Open(connection, endpoint, timeout):
+                sock = self._connections.add(connection, endpoint)
+                sock.settimeout(timeout)
                 return sock.connect(endpoint.sockaddr)
-            case Close(line, last_words):
+            case Close(connection, final_bytes):
                 if self._wire is not None:
                     self._wire.abandon()
                     self._wire = None
-                return self._lines.hang_up(line, last_words)
+                return self._connections.close(connection, final_bytes)
             case Pause(seconds):
                 return time.sleep(seconds)
-            case Meet():
-                return self._meet(step)
+            case InnerHandshake():
+                return self._inner_handshake(step)
             case _:
                 raise AssertionError(f"{step} is not for this shell")
 
-    def _meet(self, step: Meet) -> tuple[str | None, list[Name]]:
-        sock = self._lines.take(step.line)
+    def _inner_handshake(self, step: InnerHandshake) -> tuple[str | None, list[Name]]:
+        sock = self._connections.take(step.connection)
         pump = None
         if step.tunnel is not None:
             near, far = socket.socketpair()
@@ -173,7 +173,7 @@ class _Shell:
             pump.start()
             sock = near
         try:
-            sock.settimeout(step.patience)
+            sock.settimeout(step.timeout)
             # wrap_socket would find out, too, but only after it has taken the descriptor, which it then does not close.
             sock.getpeername()
             wire = step.context.wrap_socket(
@@ -194,14 +194,14 @@ class _Shell:
         return agreed_protocol(wire), names_of_peer(wire)
 
 
-def _look_up(host: str, port: int, patience: float) -> list[Endpoint]:
+def _look_up(host: str, port: int, timeout: float) -> list[Endpoint]:
     found = numeric(host, port)
     if found is not None:
         return found
     answer: queue.SimpleQueue[list[Endpoint] | OSError] = queue.SimpleQueue()
     look_up_in_thread(host, port, answer.put)
     try:
-        result = answer.get(timeout=patience)
+        result = answer.get(timeout=timeout)
     except queue.Empty:
         raise TimeoutError("the look-up timed out") from None
     if isinstance(result, OSError):

@@ -6,16 +6,16 @@ mean the same by every error; so the steps are here once, as a generator that yi
 
 1. look up the relay's name (or the proxy's), try each address, CONNECT if there is a proxy;
 2. outer TLS, and JOIN; PINGs are answered until PAIRED comes, or REFUSED;
-3. mode ``handoff``: read the outer TLS to the relay's close_notify, answer it, and the line is raw. The relay sends
-   no raw byte before it has read ours (docs/protocol.md, section 4), so nothing of the inner TLS can be in our BIO;
-   that is checked all the same, since a byte there would be lost.
-   Mode ``ticket``: bring the ticket on a second line, and wait for the relay to end the first one.
+3. mode ``handoff``: read the outer TLS to the relay's close_notify and answer it; then the connection is raw. The
+   relay sends no raw byte before it has read our close_notify (docs/protocol.md, section 4), so our BIO can hold
+   nothing of the inner TLS. We check that all the same, because a byte there would be lost.
+   Mode ``ticket``: bring the ticket on a second connection, and wait for the relay to end the first one.
    Mode ``tunnel``: stay, and let the inner TLS travel in the outer one;
 4. inner TLS, and who the other function is.
 
-Every step runs under the one deadline of ``wait``, and under a patience of its own besides: a SYN that nobody answers
+Every step runs under the one deadline of ``wait``, and under a time limit of its own besides: a SYN that nobody answers
 would hold a function for two minutes, and a relay that lost its power for ever. A shell that is cancelled in between
-asks :meth:`Joining.last_words` what can still be said, and closes.
+asks :meth:`Joining.final_bytes` what can still be said, and closes.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from dataclasses import dataclass
 from typing import Final, NoReturn, Required, TypedDict
 
 from frelay.client.alerts import certificate_alert, refusal_of_certificate
-from frelay.client.proxy import Proxy, ask_for_way, choose_proxy
+from frelay.client.proxy import Proxy, choose_proxy, connect_through
 from frelay.client.retry import NoRelay, Retry, read_retry
 from frelay.client.steps import (
     Close,
+    Connection,
     Endpoint,
-    Line,
-    Meet,
+    InnerHandshake,
     Open,
     Pause,
     Receive,
@@ -73,16 +73,16 @@ from frelay.protocol.identity import Selector
 from frelay.protocol.messages import MODES, Message, Mode, Paired, PartyName, Ping, Pong, Role, Waiting
 from frelay.protocol.session import PartySession, State
 
-__all__ = ["Joined", "Joining", "Options", "Plan", "split_address"]
+__all__ = ["JoinPlan", "Joined", "Joining", "Options", "split_address"]
 
 _ADDRESS: Final = re.compile(r"(?:\[(?P<v6>[^\]]+)\]|(?P<host>[^:\[\]]+)):(?P<port>[0-9]{1,5})\Z")
 # For reaching the relay, for its next word and for the inner handshake where the caller set no limit at all.
-_PATIENCE: Final = 30.0
+_STEP_TIMEOUT: Final = 30.0
 # One address of several that does not answer must not use up the time of the next.
 _SHORTEST_TRY: Final = 2.0
 # What a relay may announce as the wait at most: poll(2) counts milliseconds in an int, which is 24 days.
 _LONGEST_SILENCE: Final = 20 * 86400.0
-# The wait for a last word that nobody insists on: an alert, or the relay's close_notify to a ticket's first line.
+# The wait for a last word that nobody insists on: an alert, or the relay's close_notify to a ticket's first connection.
 _SHORT: Final = 2.0
 _READ: Final = 65536
 _ROLES: Final[tuple[Role, ...]] = ("client", "server")
@@ -96,7 +96,7 @@ _CODES: Final = {
 def split_address(address: str) -> tuple[str, int]:
     """``host:port`` or ``[v6]:port`` as a pair; raises ValueError."""
     found = _ADDRESS.match(address)
-    # A space or a line's end would be written into a proxy's request, too.
+    # A space or a newline would be written into a proxy's request, too.
     if found is None or not 0 < int(found["port"]) < 65536 or not address.isprintable() or " " in address:
         raise ValueError(f"{address!r} is not an address: write host:port, or [v6]:port")
     return found["v6"] or found["host"], int(found["port"])
@@ -125,7 +125,7 @@ class Options(TypedDict, total=False):
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class JoinPlan:
     """All that is known before the first step: files are read and arguments judged."""
 
     host: str
@@ -167,7 +167,7 @@ class Plan:
         proxy: str | None = None,
         retry: Retry | bool | int | None = None,
         traceparent: str | None = None,
-    ) -> Plan:
+    ) -> JoinPlan:
         """The plan for these arguments of ``connect``; raises ValueError, CertificateError or RelayUnreachable."""
         _forbid_pem(address=address, peer=peer, mode=mode, route=route, party=party, server_name=server_name)
         _forbid_pem(cert=cert, key=key, ca=ca, inner_cert=inner_cert, inner_key=inner_key, inner_ca=inner_ca)
@@ -231,7 +231,7 @@ class _Deadline:
     def stage(self, seconds: float) -> Callable[[], float]:
         """What gives the seconds left for the next step of a stage that may take ``seconds`` in all, and raises then.
 
-        One that answers a byte at a time would otherwise have our patience anew with every byte. Raises TimeoutError,
+        One that answers a byte at a time would otherwise get the whole time again with every byte. Raises TimeoutError,
         and _TimeIsUp where there is no time at all.
         """
         end = self._clock() + seconds
@@ -254,7 +254,7 @@ class Joined:
     """A route joined, and the other function looked at."""
 
     paired: Paired
-    line: Line
+    connection: Connection
     """The connection that the inner TLS is on."""
     engine: Engine | None
     """The inner TLS; None where the shell met the peer on a socket of its own."""
@@ -263,20 +263,20 @@ class Joined:
 class Joining:
     """One call of ``connect``: :meth:`steps` is its generator."""
 
-    def __init__(self, plan: Plan, clock: Callable[[], float], *, meets_on_socket: bool = False) -> None:
+    def __init__(self, plan: JoinPlan, clock: Callable[[], float], *, inner_tls_on_socket: bool = False) -> None:
         self._plan: Final = plan
-        self._meets_on_socket: Final = meets_on_socket
+        self._inner_tls_on_socket: Final = inner_tls_on_socket
         self._deadline: Final = _Deadline(plan.wait, clock)
         # A retry with the same attempt replaces its own stale leg in the relay, if that has not noticed its end yet.
         self._attempt = str(uuid.uuid4())
         self._session: PartySession | None = None
         self._outer: Engine | None = None
-        self._was_welcome = False
+        self._was_accepted = False
 
-    def last_words(self, line: Line) -> bytes:
-        """What to send on ``line`` at once when it is given up now: LEAVE where the relay keeps a place for us."""
+    def final_bytes(self, connection: Connection) -> bytes:
+        """What to send on ``connection`` when it is given up now: LEAVE if the relay keeps a place for us."""
         outer, session = self._outer, self._session
-        if line != "outer" or outer is None or session is None:
+        if connection != "outer" or outer is None or session is None:
             return b""
         if session.state in (State.JOINED, State.WAITING):
             try:
@@ -293,16 +293,16 @@ class Joining:
         tries = failures = 0
         while True:
             self._session = self._outer = None
-            self._was_welcome = False
+            self._was_accepted = False
             try:
                 return (yield from self._once())
             except FrelayError as error:
-                failures = 0 if self._was_welcome else failures
+                failures = 0 if self._was_accepted else failures
                 pause = None if retry is None else retry.pause_after(error, tries, failures)
                 if pause is None or self._deadline.cuts(pause):
                     raise
             yield Close("raw")
-            yield Close("outer", self.last_words("outer"))
+            yield Close("outer", self.final_bytes("outer"))
             yield Pause(pause)
             tries, failures = tries + 1, failures + 1
 
@@ -312,41 +312,41 @@ class Joining:
             tls = yield from self._outer_tls()
             paired = yield from self._join(tls)
             self._attempt = str(uuid.uuid4())  # that try has met somebody; the next one is another
-            line: Line = "outer"
+            connection: Connection = "outer"
             tunnel = None
             if paired.mode == "handoff":
                 yield from self._hand_off(tls)
             elif paired.mode == "ticket":
-                line = yield from self._bring_ticket(tls, paired)
+                connection = yield from self._bring_ticket(tls, paired)
             else:
                 tunnel = tls
         except _TimeIsUp:
             wait = self._plan.wait
             raise Refused("wait-timeout", f"nobody came within {wait:g} s", retry_after=0.0) from None
-        return (yield from self._meet(line, tunnel, paired))
+        return (yield from self._inner_tls(connection, tunnel, paired))
 
     # --- reaching the relay ------------------------------------------------------------------------------------
 
     @property
-    def _place(self) -> str:
+    def _relay_address(self) -> str:
         host = f"[{self._plan.host}]" if ":" in self._plan.host else self._plan.host
         return f"{host}:{self._plan.port}"
 
-    def _reach(self, line: Line) -> Steps[None]:
-        """Open ``line`` to the relay, through the proxy if there is one."""
+    def _reach(self, connection: Connection) -> Steps[None]:
+        """Open ``connection`` to the relay, through the proxy if there is one."""
         plan = self._plan
         proxy = plan.proxy
         host, port = (plan.host, plan.port) if proxy is None else (proxy.host, proxy.port)
-        what = self._place if proxy is None else f"the proxy {proxy}"
+        what = self._relay_address if proxy is None else f"the proxy {proxy}"
         try:
-            endpoints: list[Endpoint] = yield Resolve(host, port, self._deadline.bound(_PATIENCE))
+            endpoints: list[Endpoint] = yield Resolve(host, port, self._deadline.bound(_STEP_TIMEOUT))
         except OSError as error:
             raise RelayUnreachable(f"no address of {host} is known: {_text(error)}") from error
         failures: list[str] = []
         for position, endpoint in enumerate(endpoints):
-            share = max(self._deadline.bound(_PATIENCE) / (len(endpoints) - position), _SHORTEST_TRY)
+            share = max(self._deadline.bound(_STEP_TIMEOUT) / (len(endpoints) - position), _SHORTEST_TRY)
             try:
-                yield Open(line, endpoint, self._deadline.bound(share))
+                yield Open(connection, endpoint, self._deadline.bound(share))
                 break
             except OSError as error:
                 failures.append(f"{endpoint}: {_text(error)}" if len(endpoints) > 1 else _text(error))
@@ -354,7 +354,7 @@ class Joining:
             raise RelayUnreachable(f"no connection to {what}: {'; '.join(failures) or 'it has no address'}")
         if proxy is not None:
             try:
-                yield from ask_for_way(line, proxy, plan.host, plan.port, self._deadline.stage(_PATIENCE))
+                yield from connect_through(connection, proxy, plan.host, plan.port, self._deadline.stage(_STEP_TIMEOUT))
             except OSError as error:
                 raise RelayUnreachable(f"no answer from the proxy {proxy}: {_text(error)}") from error
 
@@ -364,27 +364,29 @@ class Joining:
             yield from self._shake_hands("outer", tls)
         except ssl.SSLCertVerificationError as error:
             yield from self._send_alert("outer", tls)
-            raise NoRelay(f"the certificate of {self._place} is not to be trusted: {error.verify_message}") from error
+            raise NoRelay(
+                f"the certificate of {self._relay_address} is not to be trusted: {error.verify_message}"
+            ) from error
         except (OSError, Truncated) as error:
-            raise RelayUnreachable(f"no TLS with {self._place}: {_text(error)}") from error
+            raise RelayUnreachable(f"no TLS with {self._relay_address}: {_text(error)}") from error
         if agreed_protocol(tls.tls) != ALPN:
             # A relay always does; what else might be there would only be puzzled by a JOIN, or silent.
-            raise NoRelay(f"{self._place} is not a relay: it speaks TLS, but not {ALPN}")
+            raise NoRelay(f"{self._relay_address} is not a relay: it speaks TLS, but not {ALPN}")
         return tls
 
-    def _shake_hands(self, line: Line, tls: Engine) -> Steps[None]:
-        patience = self._deadline.stage(_PATIENCE)
+    def _shake_hands(self, connection: Connection, tls: Engine) -> Steps[None]:
+        time_left = self._deadline.stage(_STEP_TIMEOUT)
         while not tls.handshake():
-            yield from self._flush(line, tls, patience)
-            tls.feed((yield Receive(line, patience())))
-        yield from self._flush(line, tls, patience)
+            yield from self._flush(connection, tls, time_left)
+            tls.feed((yield Receive(connection, time_left())))
+        yield from self._flush(connection, tls, time_left)
 
-    def _flush(self, line: Line, tls: Engine, patience: Callable[[], float]) -> Steps[None]:
+    def _flush(self, connection: Connection, tls: Engine, time_left: Callable[[], float]) -> Steps[None]:
         data = tls.take()
         if data:
-            yield Send(line, data, patience())
+            yield Send(connection, data, time_left())
 
-    def _send_alert(self, line: Line, tls: Engine, tunnel: Engine | None = None) -> Steps[None]:
+    def _send_alert(self, connection: Connection, tls: Engine, tunnel: Engine | None = None) -> Steps[None]:
         """The alert that says what was wrong with the other side's certificate, if it can still be sent."""
         try:
             data = tls.take()
@@ -393,7 +395,7 @@ class Joining:
                 tunnel.send_eof()
                 data += tunnel.take()
             if data:
-                yield Send(line, data, _SHORT)
+                yield Send(connection, data, _SHORT)
         except OSError:
             pass  # it is gone; and our own error is the one that counts
 
@@ -411,7 +413,7 @@ class Joining:
             traceparent=plan.traceparent,
         )
         yield from self._tell(tls, session.send(join))
-        silence = _PATIENCE
+        silence = _STEP_TIMEOUT
         while True:
             # Not a byte more than the frame: in a tunnel the other function's bytes may follow PAIRED at once.
             data = yield from self._hear(tls, session.missing, silence)
@@ -423,15 +425,15 @@ class Joining:
                 if isinstance(message, messages.Refused):
                     raise Refused(message.code, message.reason, message.retry_after)
                 if isinstance(message, Waiting):
-                    self._was_welcome = True
+                    self._was_accepted = True
                     # The relay may have nothing to say until then, and then it says wait-timeout.
-                    silence = min(message.deadline, _LONGEST_SILENCE) + _PATIENCE
+                    silence = min(message.deadline, _LONGEST_SILENCE) + _STEP_TIMEOUT
                 if isinstance(message, Ping):
                     yield from self._tell(tls, session.send(Pong(message.n)))
                 if isinstance(message, Waiting | Ping | Paired):
                     yield Status(message)
                 if isinstance(message, Paired):
-                    self._was_welcome = True
+                    self._was_accepted = True
                     if message.mode != plan.mode:
                         raise HandOffFailed(f"the relay chose mode {message.mode}, where {plan.mode} was asked for")
                     return message
@@ -439,9 +441,9 @@ class Joining:
     def _tell(self, tls: Engine, data: bytes) -> Steps[None]:
         try:
             tls.write(data)
-            yield from self._flush("outer", tls, self._deadline.stage(_PATIENCE))
+            yield from self._flush("outer", tls, self._deadline.stage(_STEP_TIMEOUT))
         except OSError as error:
-            self._lost(error, _PATIENCE)
+            self._lost(error, _STEP_TIMEOUT)
 
     def _hear(self, tls: Engine, size: int, silence: float) -> Steps[bytes]:
         """What comes next from the relay, which may be silent for at most ``silence`` seconds."""
@@ -469,74 +471,76 @@ class Joining:
     # --- leaving the outer TLS ---------------------------------------------------------------------------------
 
     def _hand_off(self, tls: Engine) -> Steps[None]:
-        """Read to the relay's close_notify and answer it; ``outer`` is a raw line then."""
-        patience = self._deadline.stage(_PATIENCE)
+        """Read to the relay's close_notify and answer it; ``outer`` is a raw connection then."""
+        time_left = self._deadline.stage(_STEP_TIMEOUT)
         try:
             while (data := tls.read(1)) is None:
-                tls.feed((yield Receive("outer", patience())))
+                tls.feed((yield Receive("outer", time_left())))
             if data:
                 raise HandOffFailed("the relay sent application data after PAIRED")
             if tls.unread:
                 raise HandOffFailed("the relay sent raw bytes before it had our close_notify")
             tls.send_eof()
-            yield from self._flush("outer", tls, patience)
+            yield from self._flush("outer", tls, time_left)
         except (TimeoutError, _TimeIsUp):
             raise HandOffFailed("the relay's close_notify did not come") from None
         except (OSError, Truncated) as error:
             raise HandOffFailed(f"the outer TLS broke instead of ending: {_text(error)}") from error
         self._outer = None
 
-    def _bring_ticket(self, tls: Engine, paired: Paired) -> Steps[Line]:
-        """Bring the ticket on a second line, which is raw then; the relay ends the first when it has it."""
+    def _bring_ticket(self, tls: Engine, paired: Paired) -> Steps[Connection]:
+        """Bring the ticket on a second connection, which is raw then; the relay ends the first when it has it."""
         if paired.ticket is None or not paired.ticket.isascii():
             raise HandOffFailed("the relay paired us by ticket and gave none")
-        patience = self._deadline.stage(_PATIENCE)
+        time_left = self._deadline.stage(_STEP_TIMEOUT)
         try:
             yield from self._reach("raw")
-            yield Send("raw", f"FRELAY/1 {paired.ticket}\n".encode("ascii"), patience())
+            yield Send("raw", f"FRELAY/1 {paired.ticket}\n".encode("ascii"), time_left())
         except (TimeoutError, _TimeIsUp):
             raise HandOffFailed("there was no time left to bring the ticket") from None
         except (OSError, RelayUnreachable) as error:
             raise HandOffFailed(f"the ticket could not be brought: {_text(error)}") from error
-        yield from self._see_first_line_end(tls)
+        yield from self._wait_for_end_of_outer(tls)
         self._outer = None
         return "raw"
 
-    def _see_first_line_end(self, tls: Engine) -> Steps[None]:
-        """Wait for the relay to end the line on which it gave the ticket, which it does once it has that back."""
-        patience = self._deadline.stage(_PATIENCE)
+    def _wait_for_end_of_outer(self, tls: Engine) -> Steps[None]:
+        """Wait for the relay to end the connection on which it gave the ticket, which it does once it has that back."""
+        time_left = self._deadline.stage(_STEP_TIMEOUT)
         try:
             while (data := tls.read(1)) is None:
-                tls.feed((yield Receive("outer", patience())))
+                tls.feed((yield Receive("outer", time_left())))
             if data:
                 raise HandOffFailed("the relay sent application data after PAIRED")
             tls.send_eof()
         except (OSError, Truncated, _TimeIsUp) as error:
             if isinstance(error, _TimeIsUp) or _is_our_timeout(error):
                 raise HandOffFailed("the relay did not take its own ticket in time") from None
-            # The ticket is on its way, and the relay waits for it whatever becomes of this line. If it has gone
-            # altogether the raw line tells.
+            # The ticket is on its way, and the relay waits for it whatever becomes of this connection. If it has gone
+            # altogether the raw connection tells.
             yield Close("outer")
             return
         yield Close("outer", tls.take())
 
     # --- meeting the other function ----------------------------------------------------------------------------
 
-    def _meet(self, line: Line, tunnel: Engine | None, paired: Paired) -> Steps[Joined]:
+    def _inner_tls(self, connection: Connection, tunnel: Engine | None, paired: Paired) -> Steps[Joined]:
         context = self._plan.inner[paired.role]
         is_server = paired.role == "server"
         inner: Engine | None = None
         try:
-            if self._meets_on_socket:
-                protocol, names = yield Meet(line, context, is_server, tunnel, self._deadline.bound(_PATIENCE))
+            if self._inner_tls_on_socket:
+                protocol, names = yield InnerHandshake(
+                    connection, context, is_server, tunnel, self._deadline.bound(_STEP_TIMEOUT)
+                )
             else:
                 name = None if is_server else self._plan.inner_name
                 inner = Engine(context, server_side=is_server, server_hostname=name, below=tunnel)
-                yield from self._shake_hands(line, inner)
+                yield from self._shake_hands(connection, inner)
                 protocol, names = agreed_protocol(inner.tls), names_of_peer(inner.tls)
         except ssl.SSLCertVerificationError as error:
             if inner is not None:
-                yield from self._send_alert(line, inner, tunnel)
+                yield from self._send_alert(connection, inner, tunnel)
             raise PeerIdentityMismatch(
                 " or ".join(map(str, self._plan.expected)),
                 [f"a certificate that is not to be trusted ({error.verify_message})"],
@@ -552,11 +556,11 @@ class Joining:
             # Newer versions of OpenSSL find this themselves.
             raise RemoteProtocolError("the other function chose an application protocol that was not offered")
         self._session = self._outer = None
-        return Joined(paired, line, inner)
+        return Joined(paired, connection, inner)
 
 
 def _is_our_timeout(error: Exception) -> bool:
-    """Whether a step's patience ended; with a number it is the kernel that has given the connection up."""
+    """Whether a step's timeout passed; with a number it is the kernel that has given the connection up."""
     return isinstance(error, TimeoutError) and error.errno is None
 
 

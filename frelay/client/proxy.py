@@ -20,10 +20,10 @@ from typing import Final
 from urllib.parse import unquote_to_bytes, urlsplit
 
 from frelay.client.retry import NoRelay
-from frelay.client.steps import Line, Receive, Send, Steps
+from frelay.client.steps import Connection, Receive, Send, Steps
 from frelay.errors import RelayUnreachable
 
-__all__ = ["Proxy", "ask_for_way", "choose_proxy", "parse_proxy"]
+__all__ = ["Proxy", "choose_proxy", "connect_through", "parse_proxy"]
 
 # The proxies in use answer with a few hundred bytes; what is longer is an error page's problem, not ours.
 _MAX_ANSWER: Final = 65536
@@ -126,10 +126,12 @@ def _is_excepted(host: str, port: int, exceptions: str) -> bool:
     return False
 
 
-def ask_for_way(line: Line, proxy: Proxy, host: str, port: int, patience: Callable[[], float]) -> Steps[None]:
-    """Ask ``proxy``, which ``line`` is connected to, for a connection to ``host``; raises RelayUnreachable.
+def connect_through(
+    connection: Connection, proxy: Proxy, host: str, port: int, time_left: Callable[[], float]
+) -> Steps[None]:
+    """Ask ``proxy``, which ``connection`` is connected to, for a connection to ``host``; raises RelayUnreachable.
 
-    ``patience`` gives the seconds that are left for all of it.
+    ``time_left`` gives the seconds that are left for all of it.
     """
     try:
         name = host if host.isascii() else host.encode("idna").decode("ascii")
@@ -139,13 +141,13 @@ def ask_for_way(line: Line, proxy: Proxy, host: str, port: int, patience: Callab
     request = f"CONNECT {place} HTTP/1.1\r\nHost: {place}\r\n"
     if proxy.authorization is not None:
         request += f"Proxy-Authorization: {proxy.authorization}\r\n"
-    yield Send(line, f"{request}\r\n".encode("ascii"), patience())
+    yield Send(connection, f"{request}\r\n".encode("ascii"), time_left())
     no_http = RelayUnreachable(f"the proxy {proxy} gave no answer that is HTTP")
     answer = bytearray()
     searched = 0
     while (end := answer.find(b"\r\n\r\n", searched)) < 0:
         searched = max(0, len(answer) - 3)
-        data: bytes = yield Receive(line, patience())
+        data: bytes = yield Receive(connection, time_left())
         answer += data
         # What begins otherwise need not be waited for to its end, which may never come.
         if not data or len(answer) > _MAX_ANSWER or not b"HTTP/1.".startswith(answer[:7]):
@@ -159,5 +161,5 @@ def ask_for_way(line: Line, proxy: Proxy, host: str, port: int, patience: Callab
         raise RelayUnreachable(f"the proxy {proxy} opens no way to {place}: {code} {words}{hint}".rstrip())
     rest = len(answer) - end - 4
     if rest:
-        # Whoever speaks first on a line where we have to is not the relay.
+        # Whoever speaks first on a connection where we have to is not the relay.
         raise RelayUnreachable(f"the proxy {proxy} sent {rest} bytes that nobody had asked for")

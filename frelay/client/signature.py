@@ -1,6 +1,6 @@
 """The arguments of the three ``connect``, shown by ``help()`` as they are, not as ``**options``.
 
-They are written once, at :meth:`frelay.client.joining.Plan.make`; the blocking client repeats them for its readers.
+They are written once, at :meth:`frelay.client.joining.JoinPlan.make`; the blocking client repeats them for its readers.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from frelay.client.joining import Plan
+from frelay.client.joining import JoinPlan
 
 __all__ = ["shows_its_options"]
 
@@ -17,9 +17,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def shows_its_options(connect: Function) -> Function:
-    """A decorator: the signature of ``connect`` has the arguments of ``Plan.make`` in the place of ``**options``."""
+    """A decorator: the signature of ``connect`` shows the arguments of ``JoinPlan.make`` instead of ``**options``."""
     own = inspect.signature(connect)
-    options = [one for one in inspect.signature(Plan.make).parameters.values() if one.name not in own.parameters]
+    options = [one for one in inspect.signature(JoinPlan.make).parameters.values() if one.name not in own.parameters]
     first, more = [], []
     for one in own.parameters.values():
         if one.kind is inspect.Parameter.KEYWORD_ONLY:

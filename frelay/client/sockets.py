@@ -7,54 +7,54 @@ import threading
 from collections.abc import Callable
 from typing import Final
 
-from frelay.client.steps import Endpoint, Line
+from frelay.client.steps import Connection, Endpoint
 
-__all__ = ["Lines", "look_up", "look_up_in_thread", "numeric", "take_what_came"]
+__all__ = ["Connections", "drop_received", "look_up", "look_up_in_thread", "numeric"]
 
 _READ: Final = 65536
 # A peer that goes on sending gets the RST.
 _MOST_READS: Final = 64
 
 
-class Lines:
-    """The sockets that are open, by line; whoever owns this closes them."""
+class Connections:
+    """The open sockets of one joining, by the name of their connection. The owner calls :meth:`close_all`."""
 
     def __init__(self) -> None:
-        self.sockets: Final[dict[Line, socket.socket]] = {}
+        self.sockets: Final[dict[Connection, socket.socket]] = {}
 
-    def add(self, line: Line, endpoint: Endpoint) -> socket.socket:
-        """A new socket for ``endpoint``, not connected yet; it is ``line`` from here on."""
-        self.hang_up(line)
-        sock = self.sockets[line] = socket.socket(endpoint.family, socket.SOCK_STREAM)
+    def add(self, connection: Connection, endpoint: Endpoint) -> socket.socket:
+        """A new socket for ``endpoint``, not connected yet; it is ``connection`` from here on."""
+        self.close(connection)
+        sock = self.sockets[connection] = socket.socket(endpoint.family, socket.SOCK_STREAM)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return sock
 
-    def take(self, line: Line) -> socket.socket:
-        """The socket of ``line``, no longer ours to close."""
-        return self.sockets.pop(line)
+    def take(self, connection: Connection) -> socket.socket:
+        """The socket of ``connection``, no longer ours to close."""
+        return self.sockets.pop(connection)
 
-    def hang_up(self, line: Line, last_words: bytes = b"") -> None:
-        """Close ``line``, if it is open; the last words are sent if the kernel has room for them."""
-        sock = self.sockets.pop(line, None)
+    def close(self, connection: Connection, final_bytes: bytes = b"") -> None:
+        """Close ``connection``, if it is open; the last words are sent if the kernel has room for them."""
+        sock = self.sockets.pop(connection, None)
         if sock is None:
             return
         try:
             sock.setblocking(False)  # with a timeout even MSG_DONTWAIT would wait for it
-            if last_words:
-                sock.send(last_words, socket.MSG_NOSIGNAL)
-            take_what_came(sock)
+            if final_bytes:
+                sock.send(final_bytes, socket.MSG_NOSIGNAL)
+            drop_received(sock)
         except OSError:
             pass  # then the other side sees only the end, which says enough
         finally:
             sock.close()
 
-    def hang_up_all(self, last_words: Callable[[Line], bytes]) -> None:
+    def close_all(self, final_bytes: Callable[[Connection], bytes]) -> None:
         """Close everything."""
-        for line in tuple(self.sockets):
-            self.hang_up(line, last_words(line))
+        for connection in tuple(self.sockets):
+            self.close(connection, final_bytes(connection))
 
 
-def take_what_came(sock: socket.socket) -> None:
+def drop_received(sock: socket.socket) -> None:
     """Read and drop what has arrived: closing with bytes unread sends RST, which overtakes our last words.
 
     Raises OSError, BlockingIOError where that is all of it.

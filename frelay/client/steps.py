@@ -2,7 +2,7 @@
 
 The core (:mod:`frelay.client.joining`) is a generator. It yields a step, a shell performs it with whatever I/O it has
 and sends the answer back; an OSError is thrown back instead, so that the core alone says what it means. A step that may
-take time has ``patience`` in seconds, after which the shell raises TimeoutError (without an errno: with one it would be
+take time has ``timeout`` in seconds, after which the shell raises TimeoutError (without an errno: with one it would be
 the kernel that has given up). Standard library only.
 """
 
@@ -19,9 +19,9 @@ from frelay.protocol.messages import Message
 
 __all__ = [
     "Close",
+    "Connection",
     "Endpoint",
-    "Line",
-    "Meet",
+    "InnerHandshake",
     "Open",
     "Pause",
     "Receive",
@@ -34,7 +34,7 @@ __all__ = [
     "drive_async",
 ]
 
-Line = Literal["outer", "raw"]
+Connection = Literal["outer", "raw"]
 """A TCP connection: the one with the outer TLS, or the second one that a ticket is brought on."""
 
 
@@ -56,41 +56,41 @@ class Resolve:
 
     host: str
     port: int
-    patience: float
+    timeout: float
 
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """Connect to an endpoint; the connection is ``line`` from then on."""
+    """Connect to an endpoint; the connection is ``connection`` from then on."""
 
-    line: Line
+    connection: Connection
     endpoint: Endpoint
-    patience: float
+    timeout: float
 
 
 @dataclass(frozen=True, slots=True)
 class Send:
     """Send all of ``data``."""
 
-    line: Line
+    connection: Connection
     data: bytes = field(repr=False)
-    patience: float
+    timeout: float
 
 
 @dataclass(frozen=True, slots=True)
 class Receive:
     """Receive some bytes; the answer is ``b""`` at FIN."""
 
-    line: Line
-    patience: float
+    connection: Connection
+    timeout: float
 
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """Send ``last_words`` if that can be done at once, and close; a line that is not open is no error."""
+    """Send ``final_bytes`` if that can be done at once, and close; a connection that is not open is no error."""
 
-    line: Line
-    last_words: bytes = field(default=b"", repr=False)
+    connection: Connection
+    final_bytes: bytes = field(default=b"", repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,21 +108,21 @@ class Pause:
 
 
 @dataclass(frozen=True, slots=True)
-class Meet:
-    """Do the inner handshake on an SSLSocket over ``line`` (in ``tunnel``, if there is one).
+class InnerHandshake:
+    """Do the inner handshake on an SSLSocket over ``connection`` (in ``tunnel``, if there is one).
 
     Only for a shell that asked for it. The answer is the ALPN protocol agreed on, and the names in the
     peer's certificate.
     """
 
-    line: Line
+    connection: Connection
     context: ssl.SSLContext
     server_side: bool
     tunnel: Engine | None
-    patience: float
+    timeout: float
 
 
-Step = Resolve | Open | Send | Receive | Close | Status | Pause | Meet
+Step = Resolve | Open | Send | Receive | Close | Status | Pause | InnerHandshake
 T = TypeVar("T")
 Steps = Generator[Step, Any, T]
 

@@ -18,12 +18,12 @@ from typing import Any, Final, TypeVar, Unpack
 import trio
 
 from frelay.client.alerts import refusal_of_certificate
-from frelay.client.joining import Joining, Options, Plan
+from frelay.client.joining import Joining, JoinPlan, Options
 from frelay.client.signature import shows_its_options
-from frelay.client.sockets import Lines, look_up, numeric
+from frelay.client.sockets import Connections, look_up, numeric
 from frelay.client.steps import Close, Endpoint, Open, Pause, Receive, Resolve, Send, Step, drive_async
 from frelay.client.tls_engine import Engine
-from frelay.client.wire import CUT_BEFORE_A_WORD, FAREWELL, FAREWELL_LOOK, LONGEST_FAREWELL
+from frelay.client.wire import CUT_BEFORE_FIRST_BYTE, LINGER_LIMIT, LINGER_POLL, LINGER_QUIET
 from frelay.errors import CertificateRefused, ConnectionBroken, Truncated
 from frelay.net.tcp import is_dead, unacknowledged
 from frelay.protocol.messages import Message, Paired
@@ -43,10 +43,10 @@ async def connect(address: str, **options: Unpack[Options]) -> TrioWire:
     The arguments and errors are those of :func:`frelay.connect`. It may be cancelled at any point: nothing stays open,
     and a relay that held a place for us is told at once.
     """
-    return await join(Plan.make(address, **options), options.get("on_status"))
+    return await join(JoinPlan.make(address, **options), options.get("on_status"))
 
 
-async def join(plan: Plan, on_status: Callable[[Message], None] | None = None) -> TrioWire:
+async def join(plan: JoinPlan, on_status: Callable[[Message], None] | None = None) -> TrioWire:
     """As :func:`connect`, by a plan that was made before."""
     joining = Joining(plan, trio.current_time)
     shell = _Shell()
@@ -54,39 +54,39 @@ async def join(plan: Plan, on_status: Callable[[Message], None] | None = None) -
         joined = await drive_async(joining.steps(), shell.perform, on_status)
         if joined.engine is None:
             raise AssertionError("the core met the other function without an engine")
-        sock = trio.socket.from_stdlib_socket(shell.lines.take(joined.line))
+        sock = trio.socket.from_stdlib_socket(shell.connections.take(joined.connection))
         return TrioWire(trio.SocketStream(sock), joined.engine, joined.paired)
     finally:
-        shell.lines.hang_up_all(joining.last_words)
+        shell.connections.close_all(joining.final_bytes)
 
 
 class _Shell:
     """Performs steps on sockets that do not block."""
 
     def __init__(self) -> None:
-        self.lines: Final = Lines()
+        self.connections: Final = Connections()
 
     async def perform(self, step: Step) -> Any:
         match step:
-            case Receive(line, patience):
-                return await _within(patience, lambda: _receive(self.lines.sockets[line]))
-            case Send(line, data, patience):
-                return await _within(patience, lambda: _send(self.lines.sockets[line], data))
-            case Resolve(host, port, patience):
-                return await _within(patience, lambda: _look_up(host, port))
-            case Open(line, endpoint, patience):
-                sock = self.lines.add(line, endpoint)
-                return await _within(patience, lambda: _open(sock, endpoint))
-            case Close(line, last_words):
-                return self.lines.hang_up(line, last_words)
+            case Receive(connection, timeout):
+                return await _within(timeout, lambda: _receive(self.connections.sockets[connection]))
+            case Send(connection, data, timeout):
+                return await _within(timeout, lambda: _send(self.connections.sockets[connection], data))
+            case Resolve(host, port, timeout):
+                return await _within(timeout, lambda: _look_up(host, port))
+            case Open(connection, endpoint, timeout):
+                sock = self.connections.add(connection, endpoint)
+                return await _within(timeout, lambda: _open(sock, endpoint))
+            case Close(connection, final_bytes):
+                return self.connections.close(connection, final_bytes)
             case Pause(seconds):
                 return await trio.sleep(seconds)
             case _:
                 raise AssertionError(f"{step} is not for this shell")
 
 
-async def _within(patience: float, call: Callable[[], Awaitable[T]]) -> T:
-    with trio.move_on_after(patience):
+async def _within(timeout: float, call: Callable[[], Awaitable[T]]) -> T:
+    with trio.move_on_after(timeout):
         return await call()
     raise TimeoutError("timed out")
 
@@ -194,7 +194,7 @@ class TrioWire(trio.abc.HalfCloseableStream):
             return
         self._is_receiving = True
         try:
-            with trio.move_on_after(FAREWELL):
+            with trio.move_on_after(LINGER_QUIET):
                 while self._engine.look_ahead() is None:
                     self._engine.feed(await self._transport.receive_some(_READ))
         except (trio.BrokenResourceError, trio.ClosedResourceError, Truncated):
@@ -269,7 +269,7 @@ class TrioWire(trio.abc.HalfCloseableStream):
         except trio.BrokenResourceError as error:
             if self._has_heard or not isinstance(error.__cause__, ConnectionResetError):
                 raise
-            raise _StreamCut(CUT_BEFORE_A_WORD) from error.__cause__
+            raise _StreamCut(CUT_BEFORE_FIRST_BYTE) from error.__cause__
 
     def _encrypt(self, data: memoryview) -> None:
         try:
@@ -289,7 +289,7 @@ class TrioWire(trio.abc.HalfCloseableStream):
         if refusal is not None:
             return _StreamRefused(refusal)
         if isinstance(error, Truncated) and not self._has_heard:
-            return _StreamCut(CUT_BEFORE_A_WORD)
+            return _StreamCut(CUT_BEFORE_FIRST_BYTE)
         return trio.BrokenResourceError(str(error))
 
     async def aclose(self) -> None:
@@ -303,8 +303,8 @@ class TrioWire(trio.abc.HalfCloseableStream):
         self._is_closed = True
         try:
             if not self._is_sending and not self._is_broken:
-                with trio.move_on_after(LONGEST_FAREWELL):
-                    await self._see_off()
+                with trio.move_on_after(LINGER_LIMIT):
+                    await self._linger()
             await trio.lowlevel.checkpoint_if_cancelled()
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # the other side has gone first
@@ -313,7 +313,7 @@ class TrioWire(trio.abc.HalfCloseableStream):
             self._transport.socket.close()
         await trio.lowlevel.checkpoint()
 
-    async def _see_off(self) -> None:
+    async def _linger(self) -> None:
         engine, transport = self._engine, self._transport
         if not engine.eof_was_sent:
             engine.send_eof()
@@ -324,11 +324,11 @@ class TrioWire(trio.abc.HalfCloseableStream):
             return  # that task has taken what came, and is about to learn that this wire is closed
         # Closing with bytes unread, or before bytes that still come, sends RST, which destroys what we wrote.
         quiet = 0.0
-        while quiet < FAREWELL or unacknowledged(transport.socket):  # type: ignore[arg-type]  # it has a fileno
-            with trio.move_on_after(FAREWELL_LOOK) as pause:
+        while quiet < LINGER_QUIET or unacknowledged(transport.socket):  # type: ignore[arg-type]  # it has a fileno
+            with trio.move_on_after(LINGER_POLL) as pause:
                 if not await transport.receive_some(_READ):
                     break
-            quiet += FAREWELL_LOOK if pause.cancelled_caught else 0.0
+            quiet += LINGER_POLL if pause.cancelled_caught else 0.0
         sock: Any = transport.socket  # it has fileno() and getsockopt()
         while unacknowledged(sock) and not is_dead(sock):  # noqa: ASYNC110  of acknowledgements nothing tells
-            await trio.sleep(FAREWELL_LOOK)
+            await trio.sleep(LINGER_POLL)

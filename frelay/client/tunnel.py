@@ -25,64 +25,64 @@ __all__ = ["TunnelPump"]
 
 _READ: Final = 65536
 # How long the other function may take to end its direction once the wire is closed; as Wire.close.
-_FAREWELL: Final = 2.0
-_FAREWELL_LOOK: Final = 100  # milliseconds
+_LINGER_LIMIT: Final = 2.0
+_LINGER_POLL: Final = 100  # milliseconds
 
 
 class TunnelPump(threading.Thread):
-    """Carries bytes between ``pair`` (plain) and ``line`` (in ``tunnel``) until both directions have ended."""
+    """Carries bytes between ``pair`` (plain) and ``outer`` (in ``tunnel``) until both directions have ended."""
 
-    def __init__(self, pair: socket.socket, line: socket.socket, tunnel: Engine) -> None:
+    def __init__(self, pair: socket.socket, outer: socket.socket, tunnel: Engine) -> None:
         super().__init__(name="frelay tunnel", daemon=True)
         self._pair: Final = pair
-        self._line: Final = line
+        self._outer: Final = outer
         self._tunnel: Final = tunnel
         pair.setblocking(False)
-        line.setblocking(False)
+        outer.setblocking(False)
 
     def run(self) -> None:
         """Thread.run; closes both sockets at the end."""
         try:
-            with self._pair, self._line:
+            with self._pair, self._outer:
                 self._carry()
         except (OSError, Truncated):
             pass  # both are closed now, and the inner TLS sees a cut
 
     def _carry(self) -> None:
         tunnel = self._tunnel
-        to_line, to_pair = memoryview(tunnel.take()), memoryview(b"")
-        pair_ended = line_ended = False
-        farewell: float | None = None
-        while to_line or to_pair or not (pair_ended and line_ended):
-            if farewell is not None:
+        to_outer, to_pair = memoryview(tunnel.take()), memoryview(b"")
+        pair_ended = outer_ended = False
+        linger_until: float | None = None
+        while to_outer or to_pair or not (pair_ended and outer_ended):
+            if linger_until is not None:
                 # The wire is closed: what still comes for it is dropped, not refused, which would be a reset.
                 to_pair = memoryview(b"")
-                if time.monotonic() > farewell:
+                if time.monotonic() > linger_until:
                     return
-            if not to_pair and not line_ended:
+            if not to_pair and not outer_ended:
                 # What has been read already comes first: poll() knows nothing of it.
                 data = tunnel.read(_READ)
                 if data:
                     to_pair = memoryview(data)
                     continue
                 if data is not None:
-                    line_ended = True
+                    outer_ended = True
                     self._pair.shutdown(socket.SHUT_WR)
                     continue
             poll = select.poll()
-            reads = not pair_ended and not to_line
-            if farewell is None and (reads or to_pair or pair_ended):
+            reads = not pair_ended and not to_outer
+            if linger_until is None and (reads or to_pair or pair_ended):
                 # Once it has ended without any event, too: POLLHUP says that the wire is closed. Not before: what is
                 # under way to the line then has no limit but the line's, and POLLHUP would make this loop spin.
                 poll.register(self._pair, (select.POLLIN if reads else 0) | (select.POLLOUT if to_pair else 0))
-            reads_line = not line_ended and not to_pair
-            if reads_line or to_line:
-                poll.register(self._line, (select.POLLIN if reads_line else 0) | (select.POLLOUT if to_line else 0))
-            ready = dict(poll.poll(None if farewell is None else _FAREWELL_LOOK))
-            at_pair, at_line = ready.get(self._pair.fileno(), 0), ready.get(self._line.fileno(), 0)
+            reads_outer = not outer_ended and not to_pair
+            if reads_outer or to_outer:
+                poll.register(self._outer, (select.POLLIN if reads_outer else 0) | (select.POLLOUT if to_outer else 0))
+            ready = dict(poll.poll(None if linger_until is None else _LINGER_POLL))
+            at_pair, at_outer = ready.get(self._pair.fileno(), 0), ready.get(self._outer.fileno(), 0)
             if at_pair & select.POLLOUT:
                 to_pair = to_pair[_send(self._pair, to_pair) :]
-            if at_pair and not pair_ended and not to_line:
+            if at_pair and not pair_ended and not to_outer:
                 data = _receive(self._pair)
                 if data:
                     tunnel.write(data)
@@ -90,15 +90,15 @@ class TunnelPump(threading.Thread):
                     pair_ended = True
                     tunnel.send_eof()
             elif at_pair & select.POLLHUP and pair_ended:
-                farewell = time.monotonic() + _FAREWELL
-            if at_line and to_line:
-                to_line = to_line[_send(self._line, to_line) :]
-            if at_line and reads_line:
-                data = _receive(self._line)
+                linger_until = time.monotonic() + _LINGER_LIMIT
+            if at_outer and to_outer:
+                to_outer = to_outer[_send(self._outer, to_outer) :]
+            if at_outer and reads_outer:
+                data = _receive(self._outer)
                 if data is not None:
                     tunnel.feed(data)
-            if not to_line:
-                to_line = memoryview(tunnel.take())
+            if not to_outer:
+                to_outer = memoryview(tunnel.take())
 
 
 def _send(sock: socket.socket, data: memoryview) -> int:

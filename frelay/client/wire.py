@@ -57,15 +57,15 @@ StrPath = str | Path
 ALPN: Final = "frelay/1"
 
 # Seconds that close() waits for the other side's end, and for our own bytes to arrive; see Wire.close.
-FAREWELL: Final = 0.25
-LONGEST_FAREWELL: Final = 2.0
+LINGER_QUIET: Final = 0.25
+LINGER_LIMIT: Final = 2.0
 # How often it looks for acknowledgements, of which nothing tells.
-FAREWELL_LOOK: Final = 0.01
+LINGER_POLL: Final = 0.01
 # How long close() waits for room for its close_notify where the socket has no timeout of its own: a peer that has
 # stopped reading must not hold a function that is done for longer than reaching the relay may take.
-CLOSE_PATIENCE: Final = 30.0
+CLOSE_SEND_TIMEOUT: Final = 30.0
 # What a function can know of a cut before it has heard a byte: a TLS client is up before its server has judged it.
-CUT_BEFORE_A_WORD: Final = (
+CUT_BEFORE_FIRST_BYTE: Final = (
     "the connection broke before the other function said anything: "
     "it may have gone, or expect somebody else than this function (peer= there); its own error tells"
 )
@@ -88,7 +88,7 @@ class Wire(ssl.SSLSocket):
 
     _kept: bytes = b""
     """Application data, at most one record of it, that was decrypted and not read when this direction ended."""
-    _last_words: bytes | None = None
+    _unsent_close_notify: bytes | None = None
     """What is still to be sent of our close_notify; None before it was made."""
     _has_heard: bool = False
     """Whether application data has come."""
@@ -104,13 +104,13 @@ class Wire(ssl.SSLSocket):
         tls = getattr(self, "_sslobj", None)
         if tls is None:
             return
-        if self._last_words is None:
-            self._last_words = self._make_close_notify(tls)
+        if self._unsent_close_notify is None:
+            self._unsent_close_notify = self._make_close_notify(tls)
         try:
-            while self._last_words:
+            while self._unsent_close_notify:
                 # Not SSLSocket.send: the record is TLS already.
-                sent = socket.socket.send(self, self._last_words)
-                self._last_words = self._last_words[sent:]
+                sent = socket.socket.send(self, self._unsent_close_notify)
+                self._unsent_close_notify = self._unsent_close_notify[sent:]
             socket.socket.shutdown(self, socket.SHUT_WR)
         except BlockingIOError:
             raise ssl.SSLWantWriteError(ssl.SSL_ERROR_WANT_WRITE, "no room for close_notify yet") from None
@@ -171,7 +171,7 @@ class Wire(ssl.SSLSocket):
             return b"" if buffer is None else 0
         except (ssl.SSLEOFError, ConnectionResetError) as error:
             if not self._has_heard:
-                error.strerror = CUT_BEFORE_A_WORD
+                error.strerror = CUT_BEFORE_FIRST_BYTE
             raise
         except ssl.SSLError as error:
             text = refusal_of_certificate(error, "server" if self.server_side else "client")
@@ -226,8 +226,8 @@ class Wire(ssl.SSLSocket):
         """
         try:
             socket.socket.shutdown(self, socket.SHUT_WR)
-            self.settimeout(FAREWELL)
-            end = time.monotonic() + FAREWELL
+            self.settimeout(LINGER_QUIET)
+            end = time.monotonic() + LINGER_QUIET
             while socket.socket.recv(self, 65536) and time.monotonic() < end:
                 pass
         except OSError:
@@ -250,24 +250,24 @@ class Wire(ssl.SSLSocket):
         # Not in close(): that only counts down where makefile() has made a second owner.
         if getattr(self, "_sslobj", None) is not None and self.fileno() != -1:
             try:
-                if self._last_words is None and self.gettimeout() is None:
-                    self.settimeout(CLOSE_PATIENCE)
+                if self._unsent_close_notify is None and self.gettimeout() is None:
+                    self.settimeout(CLOSE_SEND_TIMEOUT)
                 self.send_eof()
-                self._see_off()
+                self._linger()
             except OSError:
                 pass  # the other side sees a cut, which is the truth
         super()._real_close()  # type: ignore[misc]  # not in typeshed
         if self.pump is not None:
             # A daemon: at the end of the process it would take with it what it has not sent yet.
-            self.pump.join(LONGEST_FAREWELL)
+            self.pump.join(LINGER_LIMIT)
 
-    def _see_off(self) -> None:
+    def _linger(self) -> None:
         may_wait = self.gettimeout() != 0
         began = time.monotonic()
-        self.settimeout(FAREWELL_LOOK if may_wait else 0)
+        self.settimeout(LINGER_POLL if may_wait else 0)
         while True:
-            patience = LONGEST_FAREWELL if unacknowledged(self) else FAREWELL
-            if time.monotonic() - began > patience:
+            limit = LINGER_LIMIT if unacknowledged(self) else LINGER_QUIET
+            if time.monotonic() - began > limit:
                 return
             try:
                 if not socket.socket.recv(self, 65536):
@@ -276,8 +276,8 @@ class Wire(ssl.SSLSocket):
                 return
             except TimeoutError:
                 continue
-        while may_wait and unacknowledged(self) and not is_dead(self) and time.monotonic() - began < LONGEST_FAREWELL:
-            time.sleep(FAREWELL_LOOK)
+        while may_wait and unacknowledged(self) and not is_dead(self) and time.monotonic() - began < LINGER_LIMIT:
+            time.sleep(LINGER_POLL)
 
 
 def read_selectors(peer: str | Sequence[str]) -> tuple[Selector, ...]:

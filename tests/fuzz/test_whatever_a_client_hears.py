@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from certs import Credential, der, san_der
 from fake_relay import PAIRED, WAITING, FakeRelay, join, make_plan, peer
-from frelay.client.joining import Joined, Plan
+from frelay.client.joining import Joined, JoinPlan
 from frelay.client.proxy import Proxy
 from frelay.client.retry import Retry
 from frelay.client.steps import Open, Receive, Send, Step
@@ -41,7 +41,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
 
 
 @pytest.fixture(scope="module")
-def plan(site: Site) -> Plan:
+def plan(site: Site) -> JoinPlan:
     return replace(make_plan(site), retry=Retry(tries=1), wait=10 * 86400.0)
 
 
@@ -88,7 +88,7 @@ class Babble(FakeRelay):
 @example(b"HTTP/1.1 200 OK\r\n\r\n", 1)
 @example(b"\x16\x03\x03\x40\x00" + bytes(16384), 3000)
 @example(b"\x15\x03\x03\x00\x02\x02\x30", 7)
-def test_bytes_of_what_is_no_relay(site: Site, plan: Plan, says: bytes, chunk: int) -> None:
+def test_bytes_of_what_is_no_relay(site: Site, plan: JoinPlan, says: bytes, chunk: int) -> None:
     for one in (plan, replace(plan, proxy=Proxy("proxy", 3128))):
         with typed_errors_only():
             join(one, Babble(site, says, chunk))
@@ -179,14 +179,14 @@ def read_all(joined: Joined, relay: FakeRelay) -> bytes:
     with suppress(Truncated, OSError):
         while (data := joined.engine.read(100)) != b"":
             if data is None:
-                joined.engine.feed(relay.perform(Receive(joined.line, 1.0)))
+                joined.engine.feed(relay.perform(Receive(joined.connection, 1.0)))
             heard += data or b""
     return heard
 
 
 @pytest.mark.parametrize("role", get_args(Role))
 @pytest.mark.parametrize("mode", get_args(Mode))
-def test_a_line_that_changes_nothing(site: Site, plan: Plan, mode: Mode, role: Role) -> None:
+def test_a_line_that_changes_nothing(site: Site, plan: JoinPlan, mode: Mode, role: Role) -> None:
     """Or the next test would show little: the conversation goes to its end."""
     relay = Garbling(site, mode, role, -1, b"")
     _, joined = join(plan_for(plan, mode), relay)
@@ -194,7 +194,7 @@ def test_a_line_that_changes_nothing(site: Site, plan: Plan, mode: Mode, role: R
     assert relay.passed > 2000
 
 
-def plan_for(plan: Plan, mode: Mode) -> Plan:
+def plan_for(plan: JoinPlan, mode: Mode) -> JoinPlan:
     return replace(plan, mode=mode, retry=None)
 
 
@@ -208,7 +208,7 @@ def plan_for(plan: Plan, mode: Mode) -> Plan:
     ),
 )
 def test_a_line_that_changes_something(
-    site: Site, plan: Plan, mode: Mode, role: Role, at: int, change: bytes | OSError
+    site: Site, plan: JoinPlan, mode: Mode, role: Role, at: int, change: bytes | OSError
 ) -> None:
     relay = Garbling(site, mode, role, at, change)
     with typed_errors_only():
@@ -296,7 +296,7 @@ TWICE: Final = b'{"n": 1, "n": 2}'
 @example([framed(0x11, b"\xff\xfe")], True)
 @example([framed(0x14, json.dumps({"code": "limit", "reason": "x", "retry_after": 1e308}).encode())], True)
 @example([framed(0x13, json.dumps({**GOOD[0x13], "mode": "ticket", "ticket": "\u00e9"}).encode())], True)
-def test_frames_of_any_kind(site: Site, plan: Plan, said: list[bytes], then_ends: bool) -> None:
+def test_frames_of_any_kind(site: Site, plan: JoinPlan, said: list[bytes], then_ends: bool) -> None:
     def answer(relay: FakeRelay, message: Message) -> None:
         if isinstance(message, Join):
             relay.tls.write(b"".join(said))

@@ -17,7 +17,7 @@ import sys
 from typing import Any
 
 from frelay.client.joining import Joined, Joining
-from frelay.client.steps import Meet, Pause, Receive, Send, Status, Step, Steps
+from frelay.client.steps import InnerHandshake, Pause, Receive, Send, Status, Step, Steps
 from frelay.protocol.messages import Paired, Waiting
 
 SETTINGS: dict[str, Any] = json.loads(sys.argv[1])
@@ -39,7 +39,11 @@ class Stopping(Joining):
         if isinstance(step, Send):
             self.sends_after_pairing += 1
             return SETTINGS["stop_at"] == "hand-off" and self.sends_after_pairing == 1
-        return SETTINGS["stop_at"] == "inner" and self.sends_after_pairing > 0 and isinstance(step, Meet | Receive)
+        return (
+            SETTINGS["stop_at"] == "inner"
+            and self.sends_after_pairing > 0
+            and isinstance(step, InnerHandshake | Receive)
+        )
 
     def steps(self) -> Steps[Joined]:
         steps, reply, has_stopped = super().steps(), None, False

@@ -14,7 +14,7 @@ import ssl
 from collections.abc import Callable
 from typing import Any
 
-from frelay.client.joining import Joined, Joining, Plan
+from frelay.client.joining import Joined, Joining, JoinPlan
 from frelay.client.steps import Close, Endpoint, Open, Pause, Receive, Resolve, Send, Step, drive
 from frelay.client.tls_engine import Engine
 from frelay.client.wire import inner_context
@@ -65,18 +65,18 @@ class FakeRelay:
         match step:
             case Resolve(_, port, _):
                 return [Endpoint(socket.AF_INET, (host, port)) for host in ("192.0.2.1", "192.0.2.2")]
-            case Open(_, endpoint, patience):
+            case Open(_, endpoint, timeout):
                 self.opened.append(endpoint)
                 if endpoint.sockaddr[0] in self.refusing:
-                    self.now += patience
+                    self.now += timeout
                     raise TimeoutError("timed out")
                 return self._connect()
             case Send(_, data, _):
                 return self._take(data)
-            case Receive(_, patience):
+            case Receive(_, timeout):
                 data, self.out = self.out[: self.chunk], self.out[self.chunk :]
                 if not data:
-                    self.now += patience
+                    self.now += timeout
                     raise TimeoutError("timed out")
                 return data
             case Close():
@@ -111,17 +111,17 @@ class FakeRelay:
         self.out += self.peer.take()
 
 
-def make_plan(site: Site) -> Plan:
+def make_plan(site: Site) -> JoinPlan:
     """What func1 calls ``connect`` with."""
     cert, key = site.paths["func1"]
-    return Plan.make("localhost:9001", cert=cert, key=key, ca=site.ca_path, peer="dns:func2.demo")
+    return JoinPlan.make("localhost:9001", cert=cert, key=key, ca=site.ca_path, peer="dns:func2.demo")
 
 
 def peer(site: Site, below: Engine | None = None) -> Engine:
     return Engine(inner_context("server", *site.paths["func2"], site.ca_path), server_side=True, below=below)
 
 
-def join(plan: Plan, relay: FakeRelay) -> tuple[Joining, Joined]:
+def join(plan: JoinPlan, relay: FakeRelay) -> tuple[Joining, Joined]:
     joining = Joining(plan, lambda: relay.now)
     return joining, drive(joining.steps(), relay.perform, None)
 

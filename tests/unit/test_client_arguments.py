@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives import serialization
 
 import frelay
 from certs import TestAuthority
-from frelay.client.joining import Plan
+from frelay.client.joining import JoinPlan
 from frelay.errors import CertificateError
 from frelay.protocol.identity import dns_name
 
@@ -142,21 +142,21 @@ def test_nothing_is_printed(arguments: dict[str, Any], capfd: pytest.CaptureFixt
 )
 def test_a_name_may_be_absolute(arguments: dict[str, Any], address: str, given: str | None, expected: str) -> None:
     """The dot at its end is for the look-up, which keeps it; certificates and SNI have none."""
-    plan = Plan.make(address, server_name=given, **arguments)
+    plan = JoinPlan.make(address, server_name=given, **arguments)
     assert plan.server_name == expected
     assert plan.host == address.rpartition(":")[0].strip("[]")
 
 
 @pytest.mark.parametrize("peer", ["dns:func2.demo.", ["dns:a.demo", "dns:func2.demo."], "dns:*.demo."])
 def test_the_name_of_a_peer_may_be_absolute(arguments: dict[str, Any], peer: str | list[str]) -> None:
-    plan = Plan.make(NOWHERE, **{**arguments, "peer": peer})
+    plan = JoinPlan.make(NOWHERE, **{**arguments, "peer": peer})
     assert any(selector.matches(dns_name("func2.demo")) for selector in plan.expected)
 
 
 @pytest.mark.parametrize("peer", ["dns:func2.demo..", "dns:.", "dns:.demo", "uri:spiffe://acme./x/."])
 def test_other_dots_are_none(arguments: dict[str, Any], peer: str) -> None:
     with pytest.raises(ValueError, match=r"label|segment|trust domain|empty"):
-        Plan.make(NOWHERE, **{**arguments, "peer": peer})
+        JoinPlan.make(NOWHERE, **{**arguments, "peer": peer})
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_a_server_name_that_is_none_is_found_before_anything_is_dialled(argument
 def test_a_wait_is_a_number(arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="wait: this is not a number"):
         frelay.connect(NOWHERE, wait=math.nan, **arguments)
-    assert Plan.make(NOWHERE, wait=math.inf, **arguments).wait is None
+    assert JoinPlan.make(NOWHERE, wait=math.inf, **arguments).wait is None
 
 
 def test_a_proxy_of_the_environment_that_cannot_be_used_is_no_fault_of_the_call(

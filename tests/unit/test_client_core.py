@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fake_relay import PAIRED, WAITING, FakeRelay, join, make_plan, pair_at_once, peer
-from frelay.client.joining import Joining, Plan
+from frelay.client.joining import Joining, JoinPlan
 from frelay.client.proxy import Proxy
 from frelay.client.retry import Retry
 from frelay.client.steps import Close, Open, Receive, Send, Step, drive
@@ -21,12 +21,12 @@ from rig import Site
 
 
 @pytest.fixture
-def plan(site: Site) -> Plan:
+def plan(site: Site) -> JoinPlan:
     return make_plan(site)
 
 
 @pytest.mark.parametrize("chunk", [65536, 100, 1])
-def test_it_joins_whatever_the_pieces(site: Site, plan: Plan, chunk: int) -> None:
+def test_it_joins_whatever_the_pieces(site: Site, plan: JoinPlan, chunk: int) -> None:
     relay = FakeRelay(site, pair_at_once)
     relay.chunk, relay.peer = chunk, peer(site)
     _, joined = join(plan, relay)
@@ -36,7 +36,7 @@ def test_it_joins_whatever_the_pieces(site: Site, plan: Plan, chunk: int) -> Non
     assert data == b"hello"
 
 
-def test_a_ping_is_answered(site: Site, plan: Plan) -> None:
+def test_a_ping_is_answered(site: Site, plan: JoinPlan) -> None:
     def answer(relay: FakeRelay, message: Message) -> None:
         if isinstance(message, Join):
             relay.say(WAITING)
@@ -50,7 +50,7 @@ def test_a_ping_is_answered(site: Site, plan: Plan) -> None:
     assert relay.heard[1:] == [Pong(1)]
 
 
-def test_the_other_functions_bytes_may_follow_paired_at_once(site: Site, plan: Plan) -> None:
+def test_the_other_functions_bytes_may_follow_paired_at_once(site: Site, plan: JoinPlan) -> None:
     """In a tunnel: in the very record that PAIRED came in."""
 
     def answer(relay: FakeRelay, message: Message) -> None:
@@ -78,7 +78,7 @@ def test_the_other_functions_bytes_may_follow_paired_at_once(site: Site, plan: P
     assert not joined.engine.ends_with_fin
 
 
-def test_a_raw_byte_before_our_close_notify_is_a_fault(site: Site, plan: Plan) -> None:
+def test_a_raw_byte_before_our_close_notify_is_a_fault(site: Site, plan: JoinPlan) -> None:
     """It would be lost in the TLS library; the promise that none comes is looked at, not relied on."""
 
     class Hasty(FakeRelay):
@@ -91,7 +91,7 @@ def test_a_raw_byte_before_our_close_notify_is_a_fault(site: Site, plan: Plan) -
         join(plan, Hasty(site, pair_at_once))
 
 
-def test_application_data_after_paired_is_a_fault(site: Site, plan: Plan) -> None:
+def test_application_data_after_paired_is_a_fault(site: Site, plan: JoinPlan) -> None:
     def answer(relay: FakeRelay, message: Message) -> None:
         relay.say(WAITING, PAIRED)
         relay.tls.write(b"x")
@@ -100,7 +100,7 @@ def test_application_data_after_paired_is_a_fault(site: Site, plan: Plan) -> Non
         join(plan, FakeRelay(site, answer))
 
 
-def test_another_mode_than_asked_for_is_a_fault(site: Site, plan: Plan) -> None:
+def test_another_mode_than_asked_for_is_a_fault(site: Site, plan: JoinPlan) -> None:
     mode: Mode = "tunnel"
 
     def answer(relay: FakeRelay, message: Message) -> None:
@@ -110,14 +110,14 @@ def test_another_mode_than_asked_for_is_a_fault(site: Site, plan: Plan) -> None:
         join(plan, FakeRelay(site, answer))
 
 
-def test_the_close_notify_that_never_comes_is_bounded(site: Site, plan: Plan) -> None:
+def test_the_close_notify_that_never_comes_is_bounded(site: Site, plan: JoinPlan) -> None:
     relay = FakeRelay(site, lambda relay, message: relay.say(WAITING, PAIRED))
     with pytest.raises(HandOffFailed, match="did not come"):
         join(plan, relay)
     assert relay.now == pytest.approx(30.0)
 
 
-def test_all_addresses_share_the_time(site: Site, plan: Plan) -> None:
+def test_all_addresses_share_the_time(site: Site, plan: JoinPlan) -> None:
     """One that swallows every SYN leaves half of it to the next, and the error names both."""
     relay = FakeRelay(site, pair_at_once)
     relay.refusing = {"192.0.2.1"}
@@ -132,7 +132,7 @@ def test_all_addresses_share_the_time(site: Site, plan: Plan) -> None:
     assert relay.now == pytest.approx(20.0)
 
 
-def test_a_retry_keeps_its_attempt_until_it_has_met_somebody(site: Site, plan: Plan) -> None:
+def test_a_retry_keeps_its_attempt_until_it_has_met_somebody(site: Site, plan: JoinPlan) -> None:
     """The relay then knows that a stale leg is this function's own; once paired, the next try is another."""
     said = iter(["timeout", "timeout", "broken hand-off", "pair"])
 
@@ -156,7 +156,7 @@ def test_a_retry_keeps_its_attempt_until_it_has_met_somebody(site: Site, plan: P
     assert [pause > 7.0 for pause in relay.pauses] == [True, True, False]
 
 
-def test_a_retry_ends_with_the_wait(site: Site, plan: Plan) -> None:
+def test_a_retry_ends_with_the_wait(site: Site, plan: JoinPlan) -> None:
     """A pause that would outlast it is not begun: the last error comes now."""
 
     def answer(relay: FakeRelay, message: Message) -> None:
@@ -168,15 +168,15 @@ def test_a_retry_ends_with_the_wait(site: Site, plan: Plan) -> None:
     assert relay.pauses == []
 
 
-def test_a_function_that_gives_up_while_it_waits_says_leave(site: Site, plan: Plan) -> None:
+def test_a_function_that_gives_up_while_it_waits_says_leave(site: Site, plan: JoinPlan) -> None:
     relay = FakeRelay(site, lambda relay, message: relay.say(WAITING) if isinstance(message, Join) else None)
     joining = Joining(replace(plan, wait=5.0), lambda: relay.now)
-    assert joining.last_words("outer") == b""
+    assert joining.final_bytes("outer") == b""
     with pytest.raises(Refused, match="wait-timeout: nobody came within 5 s"):
         drive(joining.steps(), relay.perform, None)
-    relay.perform(Send("outer", joining.last_words("outer"), 1.0))
+    relay.perform(Send("outer", joining.final_bytes("outer"), 1.0))
     assert relay.heard[-1] == Leave()
-    assert joining.last_words("outer") == b"", "a last word is said once"
+    assert joining.final_bytes("outer") == b"", "a last word is said once"
 
 
 # --- who answers a byte at a time, or any number ----------------------------------------------------------------------
@@ -194,7 +194,7 @@ class Slow(FakeRelay):
         return super().perform(step)
 
 
-def test_a_handshake_in_single_bytes_has_one_patience(site: Site, plan: Plan) -> None:
+def test_a_handshake_in_single_bytes_has_one_patience(site: Site, plan: JoinPlan) -> None:
     relay = Slow(site, pair_at_once)
     with pytest.raises(RelayUnreachable, match="no TLS with localhost:9001: timed out"):
         join(plan, relay)
@@ -203,7 +203,7 @@ def test_a_handshake_in_single_bytes_has_one_patience(site: Site, plan: Plan) ->
 
 @pytest.mark.parametrize(("wait", "error"), [(None, RelayUnreachable), (25.0, Refused)])
 def test_an_answer_of_a_proxy_in_single_bytes_has_one_patience(
-    site: Site, plan: Plan, wait: float | None, error: type[Exception]
+    site: Site, plan: JoinPlan, wait: float | None, error: type[Exception]
 ) -> None:
     """And ends with ``wait``, which is for everything together."""
 
@@ -218,7 +218,7 @@ def test_an_answer_of_a_proxy_in_single_bytes_has_one_patience(
 
 
 @pytest.mark.parametrize("retry_after", [1e308, 1e9, 2.0**63])
-def test_an_absurd_retry_after_is_a_day(site: Site, plan: Plan, retry_after: float) -> None:
+def test_an_absurd_retry_after_is_a_day(site: Site, plan: JoinPlan, retry_after: float) -> None:
     """time.sleep() has no such number, and a service that sleeps for thirty years is none."""
     said = iter([True, False])
 
@@ -276,8 +276,8 @@ class Ticketing(FakeRelay):
                     return self.breaks
                 self.tls.send_eof()
                 return self.tls.take()
-            case Close(line):
-                self.closed.append(line)
+            case Close(connection):
+                self.closed.append(connection)
                 return None
             case _:
                 return super().perform(step)
@@ -295,18 +295,18 @@ class Ticketing(FakeRelay):
         BrokenPipeError(32, "Broken pipe"),
     ],
 )
-def test_it_may_break_once_the_ticket_is_on_its_way(site: Site, plan: Plan, breaks: bytes | OSError | None) -> None:
+def test_it_may_break_once_the_ticket_is_on_its_way(site: Site, plan: JoinPlan, breaks: bytes | OSError | None) -> None:
     relay = Ticketing(site, breaks)
     _, joined = join(replace(plan, mode="ticket"), relay)
     assert relay.took == b"FRELAY/1 " + b"00" * 32 + b"\n"
-    assert joined.line == "raw"
+    assert joined.connection == "raw"
     assert relay.closed == ["outer"]
 
 
-def test_where_the_relay_has_gone_with_it_the_raw_line_tells(site: Site, plan: Plan) -> None:
+def test_where_the_relay_has_gone_with_it_the_raw_line_tells(site: Site, plan: JoinPlan) -> None:
     class Gone(Ticketing):
         def perform(self, step: Step) -> Any:
-            if isinstance(step, Receive) and step.line == "raw":
+            if isinstance(step, Receive) and step.connection == "raw":
                 return b""
             return super().perform(step)
 
@@ -314,15 +314,15 @@ def test_where_the_relay_has_gone_with_it_the_raw_line_tells(site: Site, plan: P
         join(replace(plan, mode="ticket"), Gone(site, b""))
 
 
-def test_a_relay_that_says_nothing_more_has_not_taken_it(site: Site, plan: Plan) -> None:
+def test_a_relay_that_says_nothing_more_has_not_taken_it(site: Site, plan: JoinPlan) -> None:
     with pytest.raises(HandOffFailed, match="did not take its own ticket in time"):
         join(replace(plan, mode="ticket"), Ticketing(site, TimeoutError("timed out")))
 
 
-def test_what_breaks_before_the_ticket_is_sent_is_a_fault(site: Site, plan: Plan) -> None:
+def test_what_breaks_before_the_ticket_is_sent_is_a_fault(site: Site, plan: JoinPlan) -> None:
     class Unreachable(Ticketing):
         def perform(self, step: Step) -> Any:
-            if isinstance(step, Send) and step.line == "raw":
+            if isinstance(step, Send) and step.connection == "raw":
                 raise BrokenPipeError(32, "Broken pipe")
             return super().perform(step)
 

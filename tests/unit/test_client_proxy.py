@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from frelay.client.proxy import Proxy, ask_for_way, choose_proxy, parse_proxy
+from frelay.client.proxy import Proxy, choose_proxy, connect_through, parse_proxy
 from frelay.client.steps import Receive, Send
 from frelay.errors import RelayUnreachable
 
@@ -115,8 +115,8 @@ def test_a_password_is_any_octets() -> None:
 
 
 def asked(says: bytes, chunk: int = 65536, host: str = "relay.acme") -> bytes:
-    """What ``ask_for_way`` sends to a proxy that says this and closes; raises what it raises."""
-    steps: Any = ask_for_way("outer", Proxy("p", 3128), host, 9001, lambda: 1.0)
+    """What ``connect_through`` sends to a proxy that says this and closes; raises what it raises."""
+    steps: Any = connect_through("outer", Proxy("p", 3128), host, 9001, lambda: 1.0)
     sent = b""
     answer = None
     try:

@@ -257,8 +257,8 @@ def test_the_wire_stays_in_tls_after_both_ends(pair: Pair) -> None:
     """``unwrap`` leaves TLS without a word: what a relay then makes up would be read as the other function's."""
     with duplicate(pair.server) as raw:
         # close_notify without FIN, as from a function that still owns its socket; the relay adds its own bytes.
-        pair.server._last_words = pair.server._make_close_notify(pair.server._sslobj)
-        raw.sendall(pair.server._last_words + b"made up by a relay")
+        pair.server._unsent_close_notify = pair.server._make_close_notify(pair.server._sslobj)
+        raw.sendall(pair.server._unsent_close_notify + b"made up by a relay")
         wait_readable(pair.client, 30)
         pair.client.send_eof()
         assert read_to_end(pair.client) == b""
@@ -420,8 +420,8 @@ def test_closing_does_not_wait_long_for_a_peer_that_stays(pair: Pair) -> None:
 
 def test_closing_does_not_wait_for_a_peer_that_is_gone(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a dead connection has not acknowledged it never will."""
-    monkeypatch.setattr("frelay.client.wire.FAREWELL", PATIENCE * 10)
-    monkeypatch.setattr("frelay.client.wire.LONGEST_FAREWELL", PATIENCE * 10)
+    monkeypatch.setattr("frelay.client.wire.LINGER_QUIET", PATIENCE * 10)
+    monkeypatch.setattr("frelay.client.wire.LINGER_LIMIT", PATIENCE * 10)
     pair.server.abandon()
     with running(pair.client.close):
         pass

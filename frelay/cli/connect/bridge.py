@@ -115,7 +115,7 @@ async def bridge(
             nursery.start_soon(out.carry, local, wire, back)
             nursery.start_soon(back.carry, wire, local, out)
         if out.lost is not None:
-            await local.see_off()
+            await local.linger()
     except BaseException as error:
         await trio.aclose_forcefully(wire)
         broken = _only_error(error)

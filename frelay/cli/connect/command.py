@@ -24,7 +24,7 @@ from frelay.cli.connect.listen import Port
 from frelay.cli.connect.local import Pipes, Stdio, fill_standard_descriptors, standard_output_is_closed
 from frelay.cli.connect.report import Report
 from frelay.cli.connect.service import Service
-from frelay.client.joining import Options, Plan
+from frelay.client.joining import JoinPlan, Options
 from frelay.client.retry import read_retry
 from frelay.client.trio import TrioWire
 from frelay.client.wire import read_selectors
@@ -141,7 +141,7 @@ def connect_command(
         check_dial_address(local.to)
     try:
         # Before anything is opened, so that a wrong file is found now and not by the first caller.
-        Plan.make(address, **options)
+        JoinPlan.make(address, **options)
     except CertificateError as error:
         if not (local.to and always):
             report.fail(error)

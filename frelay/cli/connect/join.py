@@ -8,7 +8,7 @@ from typing import Final
 
 from frelay.cli.connect.report import Report
 from frelay.cli.connect.service_mark import join_as_service
-from frelay.client.joining import Options, Plan
+from frelay.client.joining import JoinPlan, Options
 from frelay.client.retry import Retry
 from frelay.client.trio import TrioWire, join
 from frelay.errors import FrelayError, Refused
@@ -43,7 +43,7 @@ class Joiner:
         return await self._connect(options, as_service=as_service)
 
     async def _connect(self, options: Options, *, as_service: bool = False) -> TrioWire:
-        plan = Plan.make(self._address, **options)
+        plan = JoinPlan.make(self._address, **options)
         if as_service:
             wire = await join_as_service(plan, options.get("on_status"))
         else:

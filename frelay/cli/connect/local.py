@@ -24,8 +24,8 @@ __all__ = ["LocalSide", "LocalSocket", "Pipes", "Stdio", "fill_standard_descript
 # A pipe holds 64 KiB unless somebody has changed it.
 _PIPE_CHUNK: Final = 65536
 # As long as the wire's own farewell: what a program still sends is read so that it can read what we sent.
-_LONGEST_FAREWELL: Final = 2.0
-_FAREWELL_LOOK: Final = 0.01
+_LINGER_LIMIT: Final = 2.0
+_LINGER_POLL: Final = 0.01
 _CUT_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 _FLUSH_ON_CLOSE: Final = struct.pack("ii", 0, 0)
 # Idle, interval, count, as the relay's [tcp] keepalive: a caller whose machine died must not stay for ever.
@@ -39,7 +39,7 @@ class LocalSide(trio.abc.HalfCloseableStream):
     def cut(self) -> None:
         """End it so that its other end does not take what it got for all of it, as far as its kind allows."""
 
-    async def see_off(self) -> None:
+    async def linger(self) -> None:
         """Let what was written arrive before a cut."""
         await trio.lowlevel.checkpoint()
 
@@ -77,9 +77,9 @@ class LocalSocket(LocalSide):
         """See :meth:`trio.abc.HalfCloseableStream.send_eof`."""
         await self._stream.send_eof()
 
-    async def see_off(self) -> None:
+    async def linger(self) -> None:
         """Read what still comes until what we sent has arrived, for two seconds at most."""
-        with trio.move_on_after(_LONGEST_FAREWELL):
+        with trio.move_on_after(_LINGER_LIMIT):
             try:
                 while await self._stream.receive_some(_PIPE_CHUNK):
                     pass
@@ -87,7 +87,7 @@ class LocalSocket(LocalSide):
                 return  # it has gone by itself
             sock: Any = self.socket  # it has fileno()
             while unacknowledged(sock):  # noqa: ASYNC110  of acknowledgements nothing tells
-                await trio.sleep(_FAREWELL_LOOK)
+                await trio.sleep(_LINGER_POLL)
 
     async def aclose(self) -> None:
         """End it in order."""

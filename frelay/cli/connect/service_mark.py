@@ -15,7 +15,7 @@ from typing import Final
 
 import trio
 
-from frelay.client.joining import Plan
+from frelay.client.joining import JoinPlan
 from frelay.client.trio import TrioWire, join
 from frelay.errors import FrelayError
 from frelay.protocol.messages import Message
@@ -38,7 +38,7 @@ class MetAnotherService(FrelayError):
         )
 
 
-async def join_as_service(plan: Plan, on_status: Callable[[Message], None] | None) -> TrioWire:
+async def join_as_service(plan: JoinPlan, on_status: Callable[[Message], None] | None) -> TrioWire:
     """Join, as :func:`frelay.client.trio.join` does; raises MetAnotherService where we are the TLS server of two."""
     is_marked = False
 

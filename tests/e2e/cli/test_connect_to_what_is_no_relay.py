@@ -187,7 +187,7 @@ def test_a_relay_that_falls_silent_does_not_hold_us_for_ever(
     site: Site, said: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """``wait=None`` leaves the waiting to the relay; but a relay that lost its power says nothing, not even FIN."""
-    monkeypatch.setattr(joining, "_PATIENCE", 0.5)
+    monkeypatch.setattr(joining, "_STEP_TIMEOUT", 0.5)
     done = threading.Event()
 
     def script(tls: ssl.SSLSocket) -> None:

@@ -29,7 +29,7 @@ from admin import ADMIN, ROUTE, admin
 from clients import options
 from commands import frelay_command
 from frelay.cli.check import as_json_object
-from frelay.client.joining import Options, Plan
+from frelay.client.joining import JoinPlan, Options
 from frelay.config.document import ARRAYS, SECTIONS
 from frelay.config.load import load
 from frelay.errors import CertificateError, ConfigError
@@ -158,7 +158,7 @@ def test_no_repr_shows_a_key(site: Site) -> None:
     config = load(site.write())
     authority = Authority.create("CA")
     issued = authority.issue(common_name="func1", dns=["func1.demo"], usage="party")
-    plan = Plan.make("127.0.0.1:9001", **options(site, "func1", "func2"))
+    plan = JoinPlan.make("127.0.0.1:9001", **options(site, "func1", "func2"))
     keys = [site.relay_paths[1].read_text(), site.paths["func1"][1].read_text()]
     for made in (authority, issued):
         der = made.private_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
