@@ -47,11 +47,12 @@ from bench.parties import Frelay
 from bench.record import QUICK, Record, Sizes, about_machine, now, read_record
 from bench.script import parser_of, progress, run
 from bench.subjects import Direct, Subject, checkout_root
-from bench.tables import as_markdown, as_text
+from bench.tables import as_markdown, as_summary, as_text
 
 _STAGES: Final = ("plain", "tunnel", "admission", "memory", "idle", "routes")
 _README: Final = checkout_root() / "README.md"
-_PICTURES: Final = checkout_root() / "docs"
+_PAGE: Final = checkout_root() / "docs/benchmarks.md"
+_PICTURE_OF_README: Final = "bench-bulk-cpu.svg"
 # What a relay keeps for each pairing, idle or not: its two sockets, and the ends of a pipe for when it moves bulk.
 _OF_A_PAIRING: Final = 4
 _DESCRIPTORS_BESIDE: Final = 128
@@ -100,7 +101,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", type=output_file, metavar="FILE", help="save every figure of every round")
     add("--svg", type=output_directory, metavar="DIR", help="draw bench-*.svg in there")
     add("--from", dest="saved", type=Path, metavar="FILE", help="measure nothing, and show what --json has saved")
-    add("--update-readme", action="store_true", help="put the tables into README.md, and the pictures into docs/")
+    add(
+        "--update-readme",
+        action="store_true",
+        help="write docs/benchmarks.md with its pictures, and the README's table",
+    )
     return parser
 
 
@@ -189,9 +194,10 @@ def compare(options: argparse.Namespace) -> None:
     if options.svg:
         write_pictures(record, options.svg)
     if options.update_readme:
-        pictures = write_pictures(record, _PICTURES)
-        from_there = {str(path.relative_to(_README.parent)): shown for path, shown in pictures.items()}
-        write_section(_README, "compare.py", as_markdown(record, from_there))
+        pictures = {path.name: text for path, text in write_pictures(record, _PAGE.parent).items()}
+        write_section(_PAGE, "compare.py", as_markdown(record, pictures))
+        picture = f"![{pictures.get(_PICTURE_OF_README, '')}](docs/{_PICTURE_OF_README})"
+        write_section(_README, "compare.py", as_summary(record, picture))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""A comparison for people: tables in plain text for the terminal, and in Markdown for the README.
+"""A comparison for people: tables in plain text for the terminal, in Markdown for docs/benchmarks.md and the README.
 
 A cell is the median of the rounds, and in brackets behind it their lowest and highest. Nothing is rounded in a way that
 hides who is ahead, and nobody who was asked for falls out silently: who could not take part is named below.
@@ -13,7 +13,7 @@ from bench.claims import Verdict, judge
 from bench.record import Key, Record, Spread
 from bench.report import grid
 
-__all__ = ["as_markdown", "as_rows", "as_text"]
+__all__ = ["as_markdown", "as_rows", "as_summary", "as_text"]
 
 # By case: its figures as (title, name, digits).
 _Column = tuple[str, str, int]
@@ -174,9 +174,9 @@ def as_rows(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def as_markdown(record: Record, pictures: Mapping[str, str]) -> str:
-    """The README's section: who is how fast at what cost, and the claims.
+    """The section of docs/benchmarks.md: how fast everybody is and at what cost, and the claims.
 
-    ``pictures`` are paths from the README, each with what it says to whoever can't see it.
+    ``pictures`` holds the paths from that page, each with its text for readers who cannot see it.
     """
     some = {"bulk": record.sizes.bulk[1], "ping-pong 64 B": record.sizes.pingpong[1], "admission": 1}
     rows = [[f"{record.sizes.bulk[1]} pairs", *(title for _, title, _, _ in _SUMMARY)]]
@@ -194,6 +194,37 @@ def as_markdown(record: Record, pictures: Mapping[str, str]) -> str:
     lines = [*as_rows(rows), "", *(f"![{alternative}]({path})" for path, alternative in pictures.items()), ""]
     lines += as_rows([["the claims", "goal", "measured (lowest..highest)", "met"], *(_claim_row(v) for v in verdicts)])
     return "\n".join([*lines, "", *about(record)])
+
+
+_COMPARED: Final = {"direct": "no relay", "frelay": "frelay", "haproxy": "HAProxy", "nginx": "nginx stream"}
+# Forwarders without TLS let everybody in. HAProxy with mutual TLS in front is what compares with frelay there.
+_LETTING_IN: Final = {"frelay": "frelay", "haproxy": "haproxy-mtls"}
+_SUMMARY_ROWS: Final = (
+    "Bulk, {bulk} pairs: Gbit/s",
+    "Bulk, {bulk} pairs: CPU ms per GB",
+    "Messages of 64 B, {pingpong} pairs: round trips a second",
+    "Messages of 64 B, {pingpong} pairs: CPU µs per message",
+    "Letting one function in by mutual TLS: CPU µs",
+    "Memory of an idle pair: KiB",
+)
+
+
+def as_summary(record: Record, picture: str) -> str:
+    """The README's section: one line for each figure of the big table, beside the best known forwarders."""
+    sizes = {"bulk": record.sizes.bulk[1], "pingpong": record.sizes.pingpong[1]}
+    amounts = {"bulk": sizes["bulk"], "ping-pong 64 B": sizes["pingpong"], "admission": 1}
+    rows = [["", *_COMPARED.values()]]
+    for title, (case, _, figure, digits) in zip(_SUMMARY_ROWS, _SUMMARY, strict=True):
+        subjects = _LETTING_IN if case == "admission" else dict(zip(_COMPARED, _COMPARED, strict=True))
+        found = [
+            record.spread(Key(case, amounts.get(case, record.sizes.held), subjects.get(key, "")), figure)
+            for key in _COMPARED
+        ]
+        rows.append([title.format(**sizes), *("-" if one is None else _number(one.median, digits) for one in found)])
+    machine = record.machine
+    rounds = "one round" if record.rounds == 1 else f"median of {record.rounds} rounds"
+    measured = f"Measured on {record.date[:10]} with {machine['cpus']} cores ({machine['cpu']}): {rounds}."
+    return "\n".join([*as_rows(rows), "", picture, "", measured])
 
 
 def _claim_row(verdict: Verdict) -> list[str]:

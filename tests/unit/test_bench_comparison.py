@@ -20,7 +20,7 @@ from bench.flags import output_directory, output_file
 from bench.load import BenchError
 from bench.pages import with_section
 from bench.record import QUICK, AboutMachine, Key, Record, Sizes, Spread, read_record
-from bench.tables import as_markdown, as_text
+from bench.tables import as_markdown, as_summary, as_text
 
 MACHINE: AboutMachine = {
     "cpu": "a CPU",
@@ -122,6 +122,19 @@ def test_the_readme_gets_its_section_and_keeps_the_rest(tmp_path: Path) -> None:
     assert "| frelay, handed off | - | 200 |" in updated
     assert "![CPU time per GB relayed in bulk: frelay beside HAProxy](docs/bench-bulk-cpu.svg)" in updated
     assert with_section(updated, "compare.py", section) == updated
+
+
+def test_the_readme_gets_one_table_of_six_lines() -> None:
+    record = a_record(frelay=rounds(100, 200, 300), haproxy=rounds(1000, 1000, 1000))
+    record.results[Key("admission", 1, "haproxy")] = [*rounds(5, 5, 5, figure="cpu_us_per_leg")]
+    record.results[Key("admission", 1, "haproxy-mtls")] = [*rounds(7, 7, 7, figure="cpu_us_per_leg")]
+    head, _, *lines = as_summary(record, "![bulk](docs/bench-bulk-cpu.svg)").splitlines()
+    assert head == "|  | no relay | frelay | HAProxy | nginx stream |"
+    assert sum(line.startswith("|") for line in lines) == 6
+    assert "| Bulk, 16 pairs: CPU ms per GB | - | 200 | 1,000 | - |" in lines
+    # Without TLS nobody is let in: the figure beside frelay's is that of HAProxy with mutual TLS.
+    assert "| Letting one function in by mutual TLS: CPU µs | - | - | 7 | - |" in lines
+    assert "![bulk](docs/bench-bulk-cpu.svg)" in lines
 
 
 @pytest.mark.parametrize(
