@@ -1,11 +1,12 @@
-"""The client of the admin API: where a relay's API is, and one call there. Standard library only.
+"""The client of the admin API: it finds the API of a relay, and makes calls to it. Standard library only.
 
-Its place is ``unix:PATH`` or ``HOST:PORT``, and comes from the first of these that is given: ``--admin``, a route file
-named with ``-c``, ``FRELAY_ADMIN``, the route file in ``FRELAY_CONFIG``, and ``relay.toml`` here. Of a route file only
-``[admin]`` is read, so a file that is wrong elsewhere still leads to its relay, which is when one needs it.
+The API's address is ``unix:PATH`` or ``HOST:PORT``. It comes from the first of these that is given: ``--admin``, a
+route file named with ``-c``, ``FRELAY_ADMIN``, the route file in ``FRELAY_CONFIG``, and ``relay.toml`` in the current
+directory. Only ``[admin]`` is read from a route file, so that a file with errors in other sections still leads to its
+relay: that is when an operator needs it.
 
-A call gives what the API answered, or raises :class:`CallFailed` with a message that says what to do. Each call has a
-connection of its own, unless the :class:`Remote` is entered as a context: then they share one.
+A call returns what the API answered, or raises :class:`CallFailed` with a message that says what to do. Each call has a
+connection of its own, unless the :class:`AdminClient` is entered as a context: then they share one.
 """
 
 from __future__ import annotations
@@ -29,37 +30,37 @@ from frelay.config.address import Address, ip_of, parse_address
 from frelay.errors import FrelayError, printable
 
 __all__ = [
+    "AdminAddress",
+    "AdminClient",
     "Answer",
-    "BadPlace",
     "CallFailed",
     "Credentials",
-    "Place",
-    "Remote",
-    "find",
-    "parse_place",
-    "place_in_file",
+    "UsageError",
+    "admin_address_in_file",
+    "find_admin_address",
+    "parse_admin_address",
     "problem_line",
     "route_path",
 ]
 
 _DEFAULT_FILE: Final = "relay.toml"
 _DEFAULT_LISTEN: Final = "unix:frelay.sock"  # as in AdminSection
-# A look takes milliseconds. A change may read, judge and bind a thousand routes.
-_LOOK_TIME: Final = 10.0
-_CHANGE_TIME: Final = 60.0
+# Reading takes milliseconds. A change may read, check and bind a thousand routes.
+_READ_TIMEOUT: Final = 10.0
+_CHANGE_TIMEOUT: Final = 60.0
 # sun_path of unix(7), less its NUL.
 _MAX_UNIX_PATH: Final = 107
 
 
-class BadPlace(ValueError):
-    """The place of an API was given in a way that cannot be meant: a usage error."""
+class UsageError(ValueError):
+    """A command was called in a wrong way, such as with an address that is none: exit code 2."""
 
 
 class CallFailed(FrelayError):
-    """A call that did not do what was asked: ``details`` are the problems, a line each.
+    """A call failed. ``details`` are the problems, one a line.
 
-    ``status`` and ``body`` are the API's answer, where it was one. Without a status the relay was not reached, or did
-    not answer; it may have done what it was asked for all the same if that was sent.
+    ``status`` and ``body`` are the API's answer. Without a status there was no answer: the relay was not reached, or it
+    was silent. A request that was sent may have been carried out all the same.
     """
 
     def __init__(self, message: str, details: tuple[str, ...] = (), *, status: int | None = None, body: Any = None):
@@ -71,11 +72,11 @@ class CallFailed(FrelayError):
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where an admin API listens: ``where`` is a socket's path or an address, ``said_by`` what named it."""
+class AdminAddress:
+    """Where an admin API listens: ``where`` is a socket's path or an address, ``source`` the option that named it."""
 
     where: Path | Address
-    said_by: str
+    source: str
 
     def __str__(self) -> str:
         return f"unix:{self.where}" if isinstance(self.where, Path) else str(self.where)
@@ -83,7 +84,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """What is shown to an API on TCP, and what its relay is judged by; a Unix socket needs none of it."""
+    """For an API on TCP: our certificate and its key, and the CA of the relay's certificate with the name in it."""
 
     cert: Path | None = None
     key: Path | None = None
@@ -93,7 +94,7 @@ class Credentials:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the API answered: 2xx, with ``body`` as its JSON, or None where there was none."""
+    """An answer of the API with a status of 2xx; ``body`` is its JSON, or None if it was empty."""
 
     status: int
     body: Any
@@ -102,70 +103,74 @@ class Answer:
 # --- finding it ---------------------------------------------------------------------------------------------------
 
 
-def find(admin: str | None, config: Path | None, environ: Mapping[str, str] = os.environ) -> Place:
-    """The place of the API, from ``--admin``, ``-c`` and the environment.
+def find_admin_address(admin: str | None, config: Path | None, environ: Mapping[str, str] = os.environ) -> AdminAddress:
+    """The address of the API, from ``--admin``, ``-c`` and the environment.
 
-    Raises BadPlace for an address that is none, and CallFailed for a route file that leads nowhere.
+    Raises UsageError for text that is no address, and CallFailed for a route file that names no API.
     """
     if admin is not None:
-        return parse_place(admin, "--admin")
+        return parse_admin_address(admin, "--admin")
     if config is not None:
-        return place_in_file(config)
+        return admin_address_in_file(config)
     if environ.get("FRELAY_ADMIN"):
-        return parse_place(environ["FRELAY_ADMIN"], "FRELAY_ADMIN")
-    return place_in_file(Path(environ.get("FRELAY_CONFIG") or _DEFAULT_FILE))
+        return parse_admin_address(environ["FRELAY_ADMIN"], "FRELAY_ADMIN")
+    return admin_address_in_file(Path(environ.get("FRELAY_CONFIG") or _DEFAULT_FILE))
 
 
-def parse_place(text: str, said_by: str, base: Path = Path()) -> Place:
+def parse_admin_address(text: str, source: str, base: Path = Path()) -> AdminAddress:
     """Read ``unix:PATH``, ``HOST:PORT`` or ``https://HOST:PORT``; a relative path starts from ``base``."""
     if text.startswith("unix:"):
         path = base.absolute() / text.removeprefix("unix:")
         if text == "unix:" or "\0" in text or len(os.fsencode(path)) > _MAX_UNIX_PATH:
-            raise BadPlace(f"{said_by}: {text!r} is not a socket's path, which has 1 to {_MAX_UNIX_PATH} bytes")
-        return Place(path, said_by)
+            raise UsageError(
+                f"{source}: {text!r} is not the path of a Unix socket: that has 1 to {_MAX_UNIX_PATH} bytes"
+            )
+        return AdminAddress(path, source)
     if "/" in (address := text.removeprefix("https://").removesuffix("/")):
-        raise BadPlace(
-            f"{said_by}: {text!r} is no place of an admin API: write unix:PATH, HOST:PORT or https://HOST:PORT"
+        raise UsageError(
+            f"{source}: {text!r} is not the address of an admin API: write unix:PATH, HOST:PORT or https://HOST:PORT"
         )
     try:
-        return Place(parse_address(address), said_by)
+        return AdminAddress(parse_address(address), source)
     except ValueError as error:
-        raise BadPlace(f"{said_by}: {error}; or write unix:PATH") from None
+        raise UsageError(f"{source}: {error}; or write unix:PATH") from None
 
 
-def place_in_file(path: Path) -> Place:
-    """The place that ``[admin]`` of a route file names; raises CallFailed."""
-    other = "--admin unix:PATH or FRELAY_ADMIN finds a relay without its file"
+def admin_address_in_file(path: Path) -> AdminAddress:
+    """The address that ``[admin]`` of a route file names; raises CallFailed."""
+    other = "or name the relay itself with --admin unix:PATH or FRELAY_ADMIN"
     try:
         table = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except FileNotFoundError:
         raise CallFailed(
-            f"there is no route file {path.absolute()} to find the relay by: name it with -c FILE; {other}"
+            f"there is no route file {path.absolute()} that says where the relay is: name one with -c FILE, {other}"
         ) from None
     except OSError as error:
-        raise CallFailed(f"{path.absolute()} cannot be read: {error.strerror}; {other}") from None
+        raise CallFailed(f"{path.absolute()} cannot be read: {error.strerror}; correct that, {other}") from None
     except ValueError as error:
-        raise CallFailed(f"{path.absolute()} is not valid TOML: {error}; {other}") from None
+        raise CallFailed(f"{path.absolute()} is not valid TOML: {error}; correct that, {other}") from None
     admin = table.get("admin")
     if admin is None:
         raise CallFailed(
-            f"{path.absolute()} has no [admin] section, and a relay without one cannot be asked; add these two lines "
-            "to it and restart the relay:",
+            f"{path.absolute()} has no [admin] section, and a relay without one has no admin API; add these two "
+            "lines to it and restart the relay:",
             ("[admin]", f'listen = "{_DEFAULT_LISTEN}"'),
         )
     listen = admin.get("listen", _DEFAULT_LISTEN) if isinstance(admin, dict) else None
     if not isinstance(listen, str):
-        raise CallFailed(f'{path.absolute()}: admin.listen is not text such as "{_DEFAULT_LISTEN}"; {other}')
+        raise CallFailed(
+            f'{path.absolute()}: admin.listen is not text such as "{_DEFAULT_LISTEN}"; correct that, {other}'
+        )
     try:
-        return parse_place(listen, f"admin.listen of {path.absolute()}", path.absolute().parent)
-    except BadPlace as error:
+        return parse_admin_address(listen, f"admin.listen of {path.absolute()}", path.absolute().parent)
+    except UsageError as error:
         raise CallFailed(str(error)) from None
 
 
 def route_path(name: str) -> str:
-    """The path of a route in the API; raises BadPlace for what cannot even be asked for."""
+    """The path of a route in the API; raises UsageError for a name that no route can have."""
     if not name or "/" in name or name in (".", ".."):
-        raise BadPlace(f"{name!r} cannot be the name of a route: letters, digits, '.', '_' and '-'")
+        raise UsageError(f"{name!r} cannot be the name of a route: use letters, digits, '.', '_' and '-'")
     return f"/v1/routes/{quote(name, safe='')}"
 
 
@@ -173,7 +178,7 @@ def route_path(name: str) -> str:
 
 
 class _Connection(http.client.HTTPConnection):
-    """HTTP over whatever ``dial`` gives."""
+    """HTTP over the socket that ``dial`` returns."""
 
     def __init__(self, host: str, dial: Callable[[], socket.socket]) -> None:
         super().__init__(host)
@@ -183,23 +188,25 @@ class _Connection(http.client.HTTPConnection):
         self.sock = self._dial()
 
 
-class Remote:
-    """A relay's admin API. Make it from a place; nothing is connected before the first call."""
+class AdminClient:
+    """A relay's admin API. It connects at the first call."""
 
-    def __init__(self, place: Place, credentials: Credentials = Credentials(), *, timeout: float | None = None) -> None:
+    def __init__(
+        self, address: AdminAddress, credentials: Credentials = Credentials(), *, timeout: float | None = None
+    ) -> None:
         """``timeout`` is how long one step of a call may take, in seconds; by default it depends on the call.
 
-        Raises BadPlace where the place needs credentials that are missing, CertificateError for those that are wrong.
+        Raises UsageError where the place needs credentials that are missing, CertificateError for those that are wrong.
         """
-        self.place: Final = place
+        self.address: Final = address
         self._timeout: Final = timeout
-        self._limit = _LOOK_TIME
+        self._limit = _READ_TIMEOUT
         self._context: ssl.SSLContext | None = None
         self._name = "localhost"
-        if isinstance(place.where, Address):
-            self._context = _context(place, credentials)
+        if isinstance(address.where, Address):
+            self._context = _context(address, credentials)
             # A dot at the end is for the look-up; certificates have names without.
-            self._name = (credentials.server_name or _reachable(place.where.host)).removesuffix(".")
+            self._name = (credentials.server_name or _reachable(address.where.host)).removesuffix(".")
         host = f"[{self._name}]" if ":" in self._name else self._name
         self._connection: Final = _Connection(host, self._dial)
         self._is_kept = False
@@ -221,8 +228,8 @@ class Remote:
     def call(
         self, method: str, path: str, body: Mapping[str, Any] | None = None, headers: Mapping[str, str] | None = None
     ) -> Answer:
-        """Ask for one thing; raises CallFailed."""
-        self._limit = self._timeout or (_LOOK_TIME if method == "GET" else _CHANGE_TIME)
+        """Send one request and return the answer; raises CallFailed."""
+        self._limit = self._timeout or (_READ_TIMEOUT if method == "GET" else _CHANGE_TIMEOUT)
         sent = {"accept": "application/json", **(headers or {})}
         if body is not None:
             sent["content-type"] = "application/json"
@@ -243,7 +250,7 @@ class Remote:
         return self._judged(answer.status, content)
 
     def _dial(self) -> socket.socket:
-        where = self.place.where
+        where = self.address.where
         if isinstance(where, Path):
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
@@ -265,34 +272,36 @@ class Remote:
     # --- what went wrong -------------------------------------------------------------------------------------------
 
     def _explained(self, error: OSError | http.client.HTTPException) -> CallFailed:
-        """What the operating system, TLS or HTTP said, in words for whoever has to mend it."""
-        place, where = self.place, self.place.where
+        """An error of the operating system, TLS or HTTP, as a message for the operator who has to correct it."""
+        address, where = self.address, self.address.where
         if isinstance(error, TimeoutError):
-            return CallFailed(f"no answer from {place} within {self._limit:g} s: is that relay overloaded or stopped?")
+            return CallFailed(
+                f"no answer from {address} within {self._limit:g} s: is that relay overloaded or stopped?"
+            )
         if isinstance(error, ssl.SSLCertVerificationError):
             return CallFailed(
-                f"{place} shows a certificate that --ca does not vouch for as {self._name!r}: {error.verify_message}; "
-                "--server-name names another one"
+                f"the certificate of {address} is not valid for {self._name!r} with this --ca: {error.verify_message}; "
+                "if the relay's certificate has another name, give that with --server-name"
             )
         if isinstance(error, ssl.SSLError) and "ALERT" in (error.reason or ""):
-            return CallFailed(f"{place} does not accept --cert: {_alert(error)}")
+            return CallFailed(f"{address} does not accept --cert: {_alert(error)}")
         if isinstance(error, ssl.SSLError):
-            return CallFailed(f"{place} does not speak TLS as a relay does: {error.reason or error}")
+            return CallFailed(f"{address} does not speak TLS as a relay does: {error.reason or error}")
         if isinstance(error, (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError)):
-            text = f"{place} closed the connection without an answer"
+            text = f"{address} closed the connection without an answer"
             if isinstance(where, Address):
-                text += ": is a name of --cert in the relay's admin.allow? Its log says whom it refused, and why"
+                text += ": is a name of --cert in the relay's admin.allow? The relay's log says why it refused"
             return CallFailed(text)
         if isinstance(error, http.client.HTTPException):
             return self._not_ours(f"{type(error).__name__}: {error}")
         if isinstance(where, Path):
-            return _unix_failure(place, where, error)
+            return _unix_failure(address, where, error)
         if isinstance(error, ConnectionRefusedError):
-            return CallFailed(f"no relay is running at {place}: connection refused (from {place.said_by})")
-        return CallFailed(f"{place} cannot be reached: {error.strerror or error} (from {place.said_by})")
+            return CallFailed(f"no relay is running at {address}: connection refused (from {address.source})")
+        return CallFailed(f"{address} cannot be reached: {error.strerror or error} (from {address.source})")
 
     def _not_ours(self, what: str) -> CallFailed:
-        return CallFailed(f"what answers at {self.place} is no admin API of frelay ({what[:200]})")
+        return CallFailed(f"what answers at {self.address} is no admin API of frelay ({what[:200]})")
 
     def _judged(self, status: int, content: bytes) -> Answer:
         try:
@@ -301,7 +310,7 @@ class Remote:
             raise self._not_ours(f"status {status}, and no JSON") from None
         if 200 <= status < 300:
             if body is not None and not isinstance(body, dict):
-                raise self._not_ours(f"status {status}, and JSON of another kind")
+                raise self._not_ours(f"status {status}, and its JSON is no object")
             return Answer(status, body)
         if not isinstance(body, dict) or not isinstance(body.get("message"), str) or "error" not in body:
             raise self._not_ours(f"status {status}")
@@ -317,13 +326,13 @@ def problem_line(problem: Mapping[str, Any]) -> str:
     return ": ".join(str(part) for part in (place, problem.get("key"), problem.get("message")) if part)
 
 
-def _context(place: Place, credentials: Credentials) -> ssl.SSLContext:
+def _context(address: AdminAddress, credentials: Credentials) -> ssl.SSLContext:
     wanted = {"--cert": credentials.cert, "--ca": credentials.ca}
     missing = [name for name, value in wanted.items() if value is None]
     if credentials.cert is None or credentials.ca is None:
-        raise BadPlace(
-            f"the admin API at {place} asks for a certificate: {' and '.join(missing)} missing (give --cert, --key and "
-            "--ca, or set FRELAY_ADMIN_CERT, FRELAY_ADMIN_KEY and FRELAY_ADMIN_CA)"
+        raise UsageError(
+            f"the admin API at {address} asks for a certificate: {' and '.join(missing)} missing (give --cert, --key "
+            "and --ca, or set FRELAY_ADMIN_CERT, FRELAY_ADMIN_KEY and FRELAY_ADMIN_CA)"
         )
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -332,17 +341,17 @@ def _context(place: Place, credentials: Credentials) -> ssl.SSLContext:
 
 
 def _reachable(host: str) -> str:
-    """``host``, or localhost where it stands for every address: that can be listened on, but not called."""
+    """``host``, or localhost for a wildcard such as 0.0.0.0: a server can listen there, but nobody can dial it."""
     ip = ip_of(host)
     return "localhost" if ip is not None and ip.is_unspecified else host
 
 
 def _alert(error: ssl.SSLError) -> str:
-    # TLSV13_ALERT_CERTIFICATE_REQUIRED; what is in front of the last word pair says nothing to anybody.
+    # TLSV13_ALERT_CERTIFICATE_REQUIRED: only what follows ALERT_ helps a reader.
     return str(error.reason).partition("ALERT_")[2].replace("_", " ").lower()
 
 
-def _unix_failure(place: Place, path: Path, error: OSError) -> CallFailed:
+def _unix_failure(address: AdminAddress, path: Path, error: OSError) -> CallFailed:
     if isinstance(error, PermissionError):
         return CallFailed(
             f"permission denied on {path}: the socket is for its owner alone (mode 0600){_owner(path)}: run this as "
@@ -350,21 +359,21 @@ def _unix_failure(place: Place, path: Path, error: OSError) -> CallFailed:
         )
     if isinstance(error, FileNotFoundError):
         return CallFailed(
-            f"no relay is running here, or it listens elsewhere: there is no socket {path} (from {place.said_by})"
+            f"no relay is running here, or it listens elsewhere: there is no socket {path} (from {address.source})"
         )
     if isinstance(error, ConnectionRefusedError):
         return CallFailed(
-            f"no relay is running here: nobody listens at {path}, which is no socket or was left behind by a relay "
-            f"that was killed (from {place.said_by})"
+            f"no relay is running here: nobody listens at {path}. It is no socket, or a relay that was killed left it "
+            f"behind (from {address.source})"
         )
-    return CallFailed(f"{path} cannot be reached: {error.strerror or error} (from {place.said_by})")
+    return CallFailed(f"{path} cannot be reached: {error.strerror or error} (from {address.source})")
 
 
 def _owner(path: Path) -> str:
     try:
         number = path.stat().st_uid
     except OSError:
-        return ""  # the directory is closed to us, too
+        return ""  # we may not look into the directory either
     try:
         return f", {pwd.getpwuid(number).pw_name}"
     except KeyError:

@@ -14,7 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from frelay.cli.admin_client import CallFailed, Credentials, Place, Remote, find, place_in_file
+from frelay.cli.admin_client import (
+    AdminAddress,
+    AdminClient,
+    CallFailed,
+    Credentials,
+    admin_address_in_file,
+    find_admin_address,
+)
 from frelay.cli.check import as_json_object, load_and_prepare, report_problems
 from frelay.cli.text import bold, count
 from frelay.config.dump import config_as_written, load_written, route_as_written
@@ -26,7 +33,7 @@ from frelay.errors import ConfigError, printable
 from frelay.relay.config_warnings import doubts
 
 if TYPE_CHECKING:
-    from frelay.cli.admin_commands import Asked
+    from frelay.cli.admin_options import AdminOptions
 
 __all__ = ["Running", "lines", "plan"]
 
@@ -48,10 +55,10 @@ class Running:
     counts: Mapping[str, tuple[int, int]]
 
 
-def plan(asked: Asked, *, running: Path | None, as_json: bool) -> int:
+def plan(options: AdminOptions, *, running: Path | None, as_json: bool) -> int:
     """Print the plan; raises CallFailed, and ConfigError for the file of ``running``."""
-    path = asked.config or Path(os.environ.get("FRELAY_CONFIG") or "relay.toml")
-    before = _before(asked, path, running)
+    path = options.config or Path(os.environ.get("FRELAY_CONFIG") or "relay.toml")
+    before = _before(options, path, running)
     try:
         new, trust = load_and_prepare(path, base=_base(before, path) if isinstance(before, Running) else None)
     except ConfigError as error:
@@ -75,10 +82,10 @@ def plan(asked: Asked, *, running: Path | None, as_json: bool) -> int:
     return 1 if found.clashes else 0
 
 
-def _before(asked: Asked, path: Path, running: Path | None) -> Running | CallFailed:
+def _before(options: AdminOptions, path: Path, running: Path | None) -> Running | CallFailed:
     """What is in force; or why that cannot be known, which is told only if nothing is wrong with the file itself."""
     try:
-        return _of_file(running) if running is not None else _of_relay(asked, path)
+        return _of_file(running) if running is not None else _of_relay(options, path)
     except CallFailed as error:
         return error
 
@@ -96,41 +103,41 @@ def _of_file(path: Path) -> Running:
     return Running(load(path), str(path), {})
 
 
-def _place(asked: Asked, path: Path) -> Place:
+def _relay_address(options: AdminOptions, path: Path) -> AdminAddress:
     """The relay to compare with: the one that is named, that of the new file, or that of the usual file.
 
     -c names the new file here. Elsewhere than the running one it names a socket that is not there, or may name none.
     """
-    if asked.admin is not None or os.environ.get("FRELAY_ADMIN"):
-        return find(asked.admin, None)
+    if options.admin is not None or os.environ.get("FRELAY_ADMIN"):
+        return find_admin_address(options.admin, None)
     usual = Path(os.environ.get("FRELAY_CONFIG") or "relay.toml")
-    has_other = asked.config is not None and usual.exists() and not (path.exists() and usual.samefile(path))
+    has_other = options.config is not None and usual.exists() and not (path.exists() and usual.samefile(path))
     try:
-        place = place_in_file(path)
+        address = admin_address_in_file(path)
     except CallFailed:
         if has_other:
-            return place_in_file(usual)
+            return admin_address_in_file(usual)
         raise
-    if has_other and isinstance(place.where, Path) and not place.where.exists():
-        return place_in_file(usual)
-    return place
+    if has_other and isinstance(address.where, Path) and not address.where.exists():
+        return admin_address_in_file(usual)
+    return address
 
 
-def _of_relay(asked: Asked, path: Path) -> Running:
-    place = _place(asked, path)
-    credentials = Credentials(asked.cert, asked.key, asked.ca, asked.server_name)
-    with Remote(place, credentials) as remote:
-        written, routes = remote.get("/v1/config"), remote.get("/v1/routes")["routes"]
+def _of_relay(options: AdminOptions, path: Path) -> Running:
+    address = _relay_address(options, path)
+    credentials = Credentials(options.cert, options.key, options.ca, options.server_name)
+    with AdminClient(address, credentials) as client:
+        written, routes = client.get("/v1/config"), client.get("/v1/routes")["routes"]
     try:
         config = load_written(written)
     except ValueError as error:
         text = " ".join(str(error).split())
-        raise CallFailed(f"the relay at {place} writes its configuration in another way: {text}") from error
+        raise CallFailed(f"the relay at {address} writes its configuration in another way: {text}") from error
     counts = {
         route["name"]: (route["pairings"], len(route["waiting"]["func1"]) + len(route["waiting"]["func2"]))
         for route in routes
     }
-    return Running(config, f"{config.relay.name} at {place}", counts)
+    return Running(config, f"{config.relay.name} at {address}", counts)
 
 
 # --- what differs -----------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from frelay.cli.admin_client import Remote, route_path
+from frelay.cli.admin_client import AdminClient, route_path
 from frelay.cli.text import bold, columns, duration, pad, size
 from frelay.errors import printable
 
@@ -44,13 +44,13 @@ def etag(text: str) -> str:
 
 
 def add(
-    remote: Remote, name: str, body: Mapping[str, Any], *, must_be_new: bool, if_match: str | None, as_json: bool
+    client: AdminClient, name: str, body: Mapping[str, Any], *, must_be_new: bool, if_match: str | None, as_json: bool
 ) -> int:
     """Add a route or replace it; raises CallFailed."""
     headers = {"if-none-match": "*"} if must_be_new else {}
     if if_match is not None:
         headers["if-match"] = etag(if_match)
-    answer = remote.call("PUT", route_path(name), body, headers)
+    answer = client.call("PUT", route_path(name), body, headers)
     if as_json:
         print(json.dumps(answer.body))
     else:
@@ -59,16 +59,16 @@ def add(
     return 0
 
 
-def delete(remote: Remote, name: str, *, if_match: str | None) -> int:
+def delete(client: AdminClient, name: str, *, if_match: str | None) -> int:
     """Delete a route; raises CallFailed."""
-    remote.call("DELETE", route_path(name), headers={} if if_match is None else {"if-match": etag(if_match)})
+    client.call("DELETE", route_path(name), headers={} if if_match is None else {"if-match": etag(if_match)})
     print(f"{name}: deleted")
     return 0
 
 
-def listing(remote: Remote, *, as_json: bool) -> int:
+def listing(client: AdminClient, *, as_json: bool) -> int:
     """Print all routes, one a line; raises CallFailed."""
-    found = remote.get("/v1/routes")
+    found = client.get("/v1/routes")
     if as_json:
         print(json.dumps(found))
         return 0
@@ -95,9 +95,9 @@ def _row(route: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def show(remote: Remote, name: str, *, as_json: bool) -> int:
+def show(client: AdminClient, name: str, *, as_json: bool) -> int:
     """Print one route, with who waits there; raises CallFailed."""
-    route = remote.get(route_path(name))
+    route = client.get(route_path(name))
     if as_json:
         print(json.dumps(route))
         return 0

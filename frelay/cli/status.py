@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from frelay.cli.admin_client import Remote, problem_line
+from frelay.cli.admin_client import AdminClient, problem_line
 from frelay.cli.text import ago, bold, columns, count, date, duration
 from frelay.errors import printable
 
@@ -18,9 +18,9 @@ _WARNING: Final = 14 * 86400.0
 _REFUSALS_SHOWN: Final = 5
 
 
-def status(remote: Remote, *, as_json: bool) -> int:
+def status(client: AdminClient, *, as_json: bool) -> int:
     """Print the relay's state; raises CallFailed."""
-    found = remote.get("/v1/status")
+    found = client.get("/v1/status")
     if as_json:
         print(json.dumps(found))
     else:
@@ -95,9 +95,9 @@ def _refusals(refusals: list[Mapping[str, Any]], now: float) -> Iterator[str]:
     yield from columns(("  WHEN", "CODE", "ROUTE", "WHO", "ADDRESS", "REASON"), rows)
 
 
-def reload(remote: Remote, *, as_json: bool) -> int:
+def reload(client: AdminClient, *, as_json: bool) -> int:
     """Have the relay read its files again, and print what that changed; raises CallFailed with the problems."""
-    done = remote.call("POST", "/v1/reload").body
+    done = client.call("POST", "/v1/reload").body
     if as_json:
         print(json.dumps(done))
         return 0

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Final
 
-from frelay.cli.admin_client import CallFailed, Remote
+from frelay.cli.admin_client import AdminClient, CallFailed
 from frelay.cli.text import ago, cut, date
 from frelay.cli.top_layout import Layout, Line, Screen, Style, lay_out, plain_lines, press
 from frelay.cli.top_view import Look, rates, view
@@ -39,33 +39,33 @@ _BLINK: Final = 0.1
 _ESCAPE_DELAY: Final = 25  # ms
 
 
-def top(remote: Remote, *, interval: float, count: int | None, as_json: bool) -> int:
-    """Show the relay behind ``remote`` each ``interval`` seconds; raises CallFailed if it cannot be asked at first."""
+def top(client: AdminClient, *, interval: float, count: int | None, as_json: bool) -> int:
+    """Show the relay behind ``client`` each ``interval`` seconds; raises CallFailed if it cannot be asked at first."""
     # Before the screen is taken: a wrong address or certificate will not get better by waiting.
-    first = look(remote)
+    first = look(client)
     if count is None and not as_json and sys.stdout.isatty() and sys.stdin.isatty():
-        return _show(remote, first, interval)
-    return _print(remote, first, interval, count or 1, as_json=as_json)
+        return _show(client, first, interval)
+    return _print(client, first, interval, count or 1, as_json=as_json)
 
 
-def look(remote: Remote) -> Look:
+def look(client: AdminClient) -> Look:
     """Look once; raises CallFailed."""
-    with remote:
-        routes = remote.get("/v1/routes")["routes"]
-        pairings = remote.get("/v1/pairings")["pairings"]
+    with client:
+        routes = client.get("/v1/routes")["routes"]
+        pairings = client.get("/v1/pairings")["pairings"]
         at = time.monotonic()
-        return Look(at, remote.get("/v1/status"), tuple(routes), tuple(pairings))
+        return Look(at, client.get("/v1/status"), tuple(routes), tuple(pairings))
 
 
 # --- printed ----------------------------------------------------------------------------------------------------------
 
 
-def _print(remote: Remote, before: Look, interval: float, count: int, *, as_json: bool) -> int:
+def _print(client: AdminClient, before: Look, interval: float, count: int, *, as_json: bool) -> int:
     code = 0
     for number in range(count):
         time.sleep(interval)
         try:
-            now = look(remote)
+            now = look(client)
         except CallFailed as error:
             code = 1
             text = json.dumps({"at": time.time(), "error": error.message}) if as_json else f"no answer: {error.message}"
@@ -107,9 +107,9 @@ class _Ended(Exception):
         self.number = number
 
 
-def _show(remote: Remote, first: Look, interval: float) -> int:
+def _show(client: AdminClient, first: Look, interval: float) -> int:
     news: queue.SimpleQueue[Look | CallFailed] = queue.SimpleQueue()
-    threading.Thread(target=_keep_looking, args=(remote, interval, news), daemon=True).start()
+    threading.Thread(target=_keep_looking, args=(client, interval, news), daemon=True).start()
     try:
         with _obeying_signals(), _terminal() as window:
             _Watch(window, first, news).run()
@@ -120,11 +120,11 @@ def _show(remote: Remote, first: Look, interval: float) -> int:
     return 0
 
 
-def _keep_looking(remote: Remote, interval: float, news: queue.SimpleQueue[Look | CallFailed]) -> None:
+def _keep_looking(client: AdminClient, interval: float, news: queue.SimpleQueue[Look | CallFailed]) -> None:
     while True:
         time.sleep(interval)
         try:
-            news.put(look(remote))
+            news.put(look(client))
         except CallFailed as error:
             news.put(error)
         except Exception as error:

@@ -65,7 +65,10 @@ def test_no_file_here(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (("status", "--admin", "http://localhost:1"), "--admin: 'http://localhost:1' is no place of an admin API"),
+        (
+            ("status", "--admin", "http://localhost:1"),
+            "--admin: 'http://localhost:1' is not the address of an admin API",
+        ),
         (("status", "--admin", "localhost:1"), "asks for a certificate: --cert and --ca missing"),
         (("route", "show", "a/b"), "'a/b' cannot be the name of a route"),
         (("route", "show"), "Missing argument 'NAME'"),

@@ -86,7 +86,7 @@ async def test_a_relay_of_another_authority(site: Site, place: str, tmp_path: Pa
     other = TestAuthority("other CA").write(tmp_path / "other")
     async with served(site, place):
         message = only_message(await ask("status", "--admin", place, *credentials(site, ca=other)))
-    assert message.startswith(f"frelay: {place} shows a certificate that --ca does not vouch for as '127.0.0.1': ")
+    assert message.startswith(f"frelay: the certificate of {place} is not valid for '127.0.0.1' with this --ca: ")
 
 
 async def test_a_relay_of_another_name(site: Site, place: str) -> None:
@@ -94,7 +94,7 @@ async def test_a_relay_of_another_name(site: Site, place: str) -> None:
     async with served(site, place):
         wrong = await ask("status", "--admin", place, *credentials(site), "--server-name", "other.test")
         right = await ask("status", "--admin", place, *credentials(site), "--server-name", "relay.test")
-    assert "does not vouch for as 'other.test': Hostname mismatch" in only_message(wrong)
+    assert "is not valid for 'other.test' with this --ca: Hostname mismatch" in only_message(wrong)
     assert right.code == 0
 
 

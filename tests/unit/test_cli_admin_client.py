@@ -11,7 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from frelay.cli.admin_client import BadPlace, CallFailed, Credentials, Remote, find, parse_place, route_path
+from frelay.cli.admin_client import (
+    AdminClient,
+    CallFailed,
+    Credentials,
+    UsageError,
+    find_admin_address,
+    parse_admin_address,
+    route_path,
+)
 from frelay.errors import CertificateError
 
 FILE = '[admin]\nlisten = "unix:run/a.sock"\n'
@@ -49,8 +57,8 @@ def failure(call: Callable[[], object]) -> CallFailed:
     return caught.value
 
 
-def at(path: Path, *, timeout: float | None = None) -> Remote:
-    return Remote(parse_place(f"unix:{path}", "--admin"), timeout=timeout)
+def at(path: Path, *, timeout: float | None = None) -> AdminClient:
+    return AdminClient(parse_admin_address(f"unix:{path}", "--admin"), timeout=timeout)
 
 
 # --- where it is ------------------------------------------------------------------------------------------------------
@@ -61,19 +69,19 @@ def test_what_was_typed_comes_before_the_environment(tmp_path: Path, monkeypatch
     (tmp_path / "other.toml").write_text('[admin]\nlisten = "127.0.0.1:9443"\n')
     monkeypatch.chdir(tmp_path)
     environ = {"FRELAY_ADMIN": "unix:/env.sock", "FRELAY_CONFIG": "other.toml"}
-    assert str(find("unix:/typed.sock", Path("other.toml"), environ)) == "unix:/typed.sock"
-    assert str(find(None, Path("relay.toml"), environ)) == f"unix:{tmp_path}/run/a.sock"
-    assert str(find(None, None, environ)) == "unix:/env.sock"
-    assert str(find(None, None, {"FRELAY_CONFIG": "other.toml"})) == "127.0.0.1:9443"
-    assert str(find(None, None, {})) == f"unix:{tmp_path}/run/a.sock"
+    assert str(find_admin_address("unix:/typed.sock", Path("other.toml"), environ)) == "unix:/typed.sock"
+    assert str(find_admin_address(None, Path("relay.toml"), environ)) == f"unix:{tmp_path}/run/a.sock"
+    assert str(find_admin_address(None, None, environ)) == "unix:/env.sock"
+    assert str(find_admin_address(None, None, {"FRELAY_CONFIG": "other.toml"})) == "127.0.0.1:9443"
+    assert str(find_admin_address(None, None, {})) == f"unix:{tmp_path}/run/a.sock"
 
 
 def test_a_path_starts_from_the_directory_of_what_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "etc").mkdir()
     (tmp_path / "etc" / "relay.toml").write_text(FILE)
     monkeypatch.chdir(tmp_path)
-    assert find(None, Path("etc/relay.toml"), {}).where == tmp_path / "etc/run/a.sock"
-    assert find("unix:run/a.sock", None, {}).where == tmp_path / "run/a.sock"
+    assert find_admin_address(None, Path("etc/relay.toml"), {}).where == tmp_path / "etc/run/a.sock"
+    assert find_admin_address("unix:run/a.sock", None, {}).where == tmp_path / "run/a.sock"
 
 
 @pytest.mark.parametrize(
@@ -86,15 +94,15 @@ def test_a_path_starts_from_the_directory_of_what_names_it(tmp_path: Path, monke
     ],
 )
 def test_an_address_may_be_a_url(text: str, place: str) -> None:
-    assert str(parse_place(text, "--admin")) == place
+    assert str(parse_admin_address(text, "--admin")) == place
 
 
 @pytest.mark.parametrize(
     "text", ["http://localhost:1", "https://a:1/v1", "relay.acme", "unix:", "unix:" + "x" * 108, "a:99999", "unix:a\0b"]
 )
 def test_what_is_no_place_is_a_wrong_call(text: str) -> None:
-    with pytest.raises(BadPlace, match=r"^--admin: "):
-        parse_place(text, "--admin")
+    with pytest.raises(UsageError, match=r"^--admin: "):
+        parse_admin_address(text, "--admin")
 
 
 @pytest.mark.parametrize(
@@ -112,7 +120,7 @@ def test_a_file_that_leads_nowhere(tmp_path: Path, content: str | bytes | None, 
     path = tmp_path / "relay.toml"
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    error = failure(lambda: find(None, path, {}))
+    error = failure(lambda: find_admin_address(None, path, {}))
     assert text in error.message
     assert str(path) in error.message
 
@@ -120,22 +128,22 @@ def test_a_file_that_leads_nowhere(tmp_path: Path, content: str | bytes | None, 
 def test_a_file_without_an_admin_section_says_what_to_add(tmp_path: Path) -> None:
     path = tmp_path / "relay.toml"
     path.write_text("[relay]\n")
-    error = failure(lambda: find(None, path, {}))
+    error = failure(lambda: find_admin_address(None, path, {}))
     assert "has no [admin] section" in error.message
     assert error.details == ("[admin]", 'listen = "unix:frelay.sock"')
     path.write_text("\n".join(("[relay]", *error.details)))
-    assert find(None, path, {}).where == tmp_path / "frelay.sock"
+    assert find_admin_address(None, path, {}).where == tmp_path / "frelay.sock"
 
 
 def test_a_file_that_is_wrong_elsewhere_still_leads_to_its_relay(tmp_path: Path) -> None:
     path = tmp_path / "relay.toml"
     path.write_text("[relay]\nnam = 3\n[admin]\n")
-    assert find(None, path, {}).where == tmp_path / "frelay.sock"
+    assert find_admin_address(None, path, {}).where == tmp_path / "frelay.sock"
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b"])
 def test_a_name_that_no_path_can_hold_is_a_wrong_call(name: str) -> None:
-    with pytest.raises(BadPlace, match="cannot be the name of a route"):
+    with pytest.raises(UsageError, match="cannot be the name of a route"):
         route_path(name)
     assert route_path("a b") == "/v1/routes/a%20b"
 
@@ -176,9 +184,9 @@ def test_a_socket_of_somebody_else(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(path))
         server.listen()
-        remote = at(path)
+        client = at(path)
         with as_somebody_else(path):
-            error = failure(lambda: remote.get("/v1/status"))
+            error = failure(lambda: client.get("/v1/status"))
     assert error.message.startswith(f"permission denied on {path}: the socket is for its owner alone (mode 0600)")
     assert error.message.endswith("run this as its owner")
 
@@ -192,8 +200,8 @@ def test_a_socket_of_somebody_else(tmp_path: Path) -> None:
     ],
 )
 def test_an_address_needs_certificates(given: Credentials, missing: str) -> None:
-    with pytest.raises(BadPlace, match=missing):
-        Remote(parse_place("127.0.0.1:1", "--admin"), given)
+    with pytest.raises(UsageError, match=missing):
+        AdminClient(parse_admin_address("127.0.0.1:1", "--admin"), given)
 
 
 @pytest.mark.parametrize("given", [Credentials(), Credentials(server_name="relay.demo.")])
@@ -202,14 +210,14 @@ def test_a_name_with_a_dot_at_its_end_is_looked_for_without(
 ) -> None:
     """The dot is for the resolver; no certificate has it."""
     monkeypatch.setattr("frelay.cli.admin_client._context", lambda *_: None)
-    with Remote(parse_place("relay.demo.:1", "--admin"), given) as remote:
-        assert remote._name == "relay.demo"
-        assert str(remote.place.where) == "relay.demo.:1"
+    with AdminClient(parse_admin_address("relay.demo.:1", "--admin"), given) as client:
+        assert client._name == "relay.demo"
+        assert str(client.address.where) == "relay.demo.:1"
 
 
 def test_certificates_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(CertificateError, match="ca: there is no file"):
-        Remote(parse_place("127.0.0.1:1", "--admin"), Credentials(cert=tmp_path / "c", ca=tmp_path / "ca"))
+        AdminClient(parse_admin_address("127.0.0.1:1", "--admin"), Credentials(cert=tmp_path / "c", ca=tmp_path / "ca"))
 
 
 # --- an answer that is none -------------------------------------------------------------------------------------------
