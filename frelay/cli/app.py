@@ -82,7 +82,7 @@ def run(
     try:
         first = load(config)
     except ConfigError as error:
-        from frelay.relay.relay import with_all_problems
+        from frelay.relay.prepare import with_all_problems
 
         raise with_all_problems(config, error) from error
     privileges.give_up(first)  # before the log, which has a thread

@@ -19,7 +19,7 @@ from frelay.config.model import Config
 from frelay.errors import CertificateError, ConfigError, printable
 from frelay.joining.explain import Verdict, examine
 from frelay.pki.files import read_file
-from frelay.relay.relay import prepare
+from frelay.relay.prepare import prepare
 from frelay.tls.context import OuterTls
 from frelay.tls.facts import CertificateFacts, CrlFacts, Facts, KeyFacts, iso, read_facts
 

@@ -12,7 +12,7 @@ from frelay.config.load import load
 from frelay.config.model import Config
 from frelay.errors import ConfigError, Problem
 from frelay.relay.config_warnings import doubts
-from frelay.relay.relay import prepare, with_all_problems
+from frelay.relay.prepare import prepare, with_all_problems
 from frelay.tls.context import OuterTls
 
 __all__ = ["as_json_object", "check_file", "load_and_prepare", "report_problems"]

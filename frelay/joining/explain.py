@@ -153,7 +153,7 @@ def examine(
 ) -> Verdict:
     """Judge ``chain``, the certificate itself first, as a relay with ``config`` would now.
 
-    ``trust`` is what :func:`frelay.relay.relay.prepare` made of ``config``. With ``route``, which must be one of the
+    ``trust`` is what :func:`frelay.relay.prepare.prepare` made of ``config``. With ``route``, which must be one of the
     configuration's, only that route counts.
     """
     facts = certificate_facts(chain[0])

@@ -21,14 +21,13 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, MutableMapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 import trio
 
-from frelay.config.load import load, load_sections
+from frelay.config.load import load
 from frelay.config.model import Config
 from frelay.config.plan import ListenerKey, Plan, listener_keys, plan
 from frelay.config.route_files import RouteFileEdit
@@ -45,85 +44,26 @@ from frelay.journal import Draining, Journal, PairingEnded, PairingStarted
 from frelay.net.passed_sockets import PassedSockets
 from frelay.net.resolver import SharedResolver
 from frelay.net.slots import Admission, raise_descriptor_limit
-from frelay.net.sockets import objection_to_congestion_control
 from frelay.pairing.pairing import Forwarding, Pairing
 from frelay.pairing.raw_pump import PipePool
 from frelay.protocol.messages import Refused
 from frelay.protocol.outcome import Outcome, Record
 from frelay.relay.active_config import ActiveConfig
 from frelay.relay.config_warnings import log_doubts
-from frelay.relay.privileges import groups_in_force
+from frelay.relay.prepare import prepare, with_all_problems
 from frelay.relay.recheck import follow_clock, reload_at_expiry
 from frelay.relay.reload import Reloader, Staged
 from frelay.relay.service_manager import ServiceManager
 from frelay.tls.context import OuterTls, openssl_version
-from frelay.tls.loading import load_outer_tls
 
 if TYPE_CHECKING:
     from frelay.admin.control import Control
     from frelay.admin.servers import Servers
 
-__all__ = ["Relay", "prepare", "with_all_problems"]
+__all__ = ["Relay"]
 
 # What a function that was waiting is told to wait before it dials again, while this relay goes away.
 _RECONNECT_IN: Final = 1.0
-
-
-def prepare(
-    config: Config, *, contents: MutableMapping[Path, bytes] | None = None, now: float | None = None
-) -> OuterTls | None:
-    """Load what the configuration refers to; raises ConfigError. This and loading the file is `frelay check`.
-
-    ``contents`` and ``now`` are those of :func:`~frelay.tls.loading.load_outer_tls`.
-    """
-    problems: list[Problem] = []
-    groups, trust = None, None
-    try:
-        groups = groups_in_force(config)
-    except ConfigError as error:
-        problems += error.problems
-    try:
-        _check_congestion_control(config)
-    except ConfigError as error:
-        problems += error.problems
-    if config.tls is not None:
-        serves_http = config.admin is not None and config.admin.address is not None
-        try:
-            trust = load_outer_tls(
-                config.tls, source=config.path, serves_http=serves_http, contents=contents, now=now, key_readers=groups
-            )
-        except ConfigError as error:
-            problems += error.problems
-    if problems:
-        raise ConfigError(problems)
-    return trust
-
-
-def with_all_problems(path: Path, error: ConfigError, *, base: Path | None = None) -> ConfigError:
-    """``error``, for which the route file at ``path`` was refused, and what is wrong with the files that it names.
-
-    ``base`` is where their paths start from, as for :func:`~frelay.config.load.load`.
-    """
-    config = load_sections(path, base=base)
-    if config is None:
-        return error
-    try:
-        prepare(config)
-    except ConfigError as more:
-        return ConfigError([*error.problems, *(one for one in more.problems if one not in error.problems)])
-    return error
-
-
-def _check_congestion_control(config: Config) -> None:
-    chosen = config.tcp.congestion_control
-    if chosen is None:
-        return
-    try:
-        objection = objection_to_congestion_control(chosen)
-    except OSError as error:
-        objection = f"cannot be looked for: {error.filename}: {error.strerror}; leave the key out"
-    if objection is not None:
-        raise ConfigError([Problem(config.path, f'"{chosen}" {objection}', key="tcp.congestion_control")])
 
 
 class Relay:

@@ -88,6 +88,14 @@ def test_asking_a_running_relay_loads_no_relay(command: str) -> None:
     assert not modules & {"trio", "OpenSSL", "cryptography", "fastapi", "frelay.relay.relay", "frelay.config.model"}
 
 
+@pytest.mark.parametrize("module", ["check", "why", "plan", "ca_show"])
+def test_checking_a_file_loads_no_running_relay(module: str) -> None:
+    """The file and its certificates are all that these commands look at: nothing listens, pairs or forwards."""
+    modules = loaded_after(f"import frelay.cli.{module}")
+    assert "frelay.relay.prepare" in modules
+    assert not modules & {"frelay.relay.relay", "frelay.relay.control", "frelay.joining.connection", "fastapi"}
+
+
 def test_everything_that_is_promised_is_there() -> None:
     for name in frelay.__all__:
         assert getattr(frelay, name) is not None

@@ -21,7 +21,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from certs import Credential, TestAuthority, san_der
 from frelay.config.load import load
 from frelay.joining.explain import Verdict, examine
-from frelay.relay.relay import prepare
+from frelay.relay.prepare import prepare
 from frelay.tls.context import ListDates
 from rig import DEMO, Site
 

@@ -29,7 +29,8 @@ from frelay.errors import ConfigError, Problem
 from frelay.joining.listener import Listener
 from frelay.journal import Draining
 from frelay.net.passed_sockets import PassedSockets
-from frelay.relay.relay import Relay, prepare
+from frelay.relay.prepare import prepare
+from frelay.relay.relay import Relay
 from frelay.relay.reload import Staged
 from frelay.relay.service_manager import ServiceManager
 from frelay.relay.workers.codec import Papers, counts_to_json, key_to_json

@@ -39,7 +39,8 @@ from frelay.net.channel import Channel, ChannelEnded, Received
 from frelay.relay import logging as relay_logging
 from frelay.relay import privileges
 from frelay.relay.control import RelayControl
-from frelay.relay.relay import Relay, prepare
+from frelay.relay.prepare import prepare
+from frelay.relay.relay import Relay
 from frelay.relay.reload import Staged
 from frelay.relay.workers.codec import (
     Papers,

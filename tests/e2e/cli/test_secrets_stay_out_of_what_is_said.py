@@ -34,7 +34,7 @@ from frelay.config.document import ARRAYS, SECTIONS
 from frelay.config.load import load
 from frelay.errors import CertificateError, ConfigError
 from frelay.pki.authority import Authority
-from frelay.relay.relay import prepare
+from frelay.relay.prepare import prepare
 from rig import DEMO, Site
 
 # Of what is secret, nobody may be told as much as this in one piece: 24 characters of base64 are 18 bytes.

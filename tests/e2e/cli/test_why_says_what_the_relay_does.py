@@ -26,7 +26,7 @@ from frelay.config.load import load
 from frelay.joining.explain import Verdict, examine
 from frelay.pki.authority import Authority
 from frelay.pki.files import certificates_pem, key_pem, read_certificates
-from frelay.relay.relay import prepare
+from frelay.relay.prepare import prepare
 from rig import DEMO, Site, reserved_port
 
 FUNC1: Final = ["func1.demo"]

@@ -24,7 +24,7 @@ from ends import MODES, OPEN, End, join_ends
 from frelay.config.load import load
 from frelay.errors import ConfigError
 from frelay.pki.files import certificates_pem
-from frelay.relay.relay import prepare
+from frelay.relay.prepare import prepare
 from rig import PATIENCE, RelayInProcess, Site, eventually, pair
 
 NAMES: Final = ("func1", "func2")

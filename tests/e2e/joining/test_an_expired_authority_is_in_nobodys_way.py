@@ -17,7 +17,7 @@ from commands import frelay_command
 from frelay.config.load import load
 from frelay.errors import ConfigError
 from frelay.pki.files import certificates_pem
-from frelay.relay.relay import prepare
+from frelay.relay.prepare import prepare
 from frelay.tls.context import OuterTls
 from rig import PATIENCE, RelayInProcess, Site, eventually, pair
 from tools import cannot_be_looked_at

@@ -25,7 +25,7 @@ import pytest
 from admin import ADMIN, ROUTE, admin
 from frelay.config.load import load
 from frelay.errors import ConfigError
-from frelay.relay.relay import prepare
+from frelay.relay.prepare import prepare
 from rig import DEMO, FRELAY_RUN, PATIENCE, Site, pair
 
 NOBODY: Final = pwd.getpwnam("nobody")
