@@ -11,7 +11,7 @@ from typing import Any
 from frelay.config.load import load
 from frelay.config.model import Config
 from frelay.errors import ConfigError, Problem
-from frelay.relay.config_warnings import doubts
+from frelay.relay.config_warnings import warnings_of
 from frelay.relay.prepare import prepare, with_all_problems
 from frelay.tls.context import OuterTls
 
@@ -24,15 +24,15 @@ def check_file(path: Path, *, as_json: bool) -> int:
         config, trust = load_and_prepare(path)
     except ConfigError as error:
         return report_problems(path, error, as_json=as_json)
-    found = doubts(config, trust)
+    found = warnings_of(config, trust)
     if trust is not None and not trust.is_open:
         return report_problems(path, ConfigError(found), as_json=as_json)
     if as_json:
-        warnings = [as_json_object(doubt) for doubt in found]
+        warnings = [as_json_object(warning) for warning in found]
         print(json.dumps({"ok": True, "problems": [], "warnings": warnings, **_facts(config, trust)}))
         return 0
-    for doubt in found:
-        print(f"warning: {doubt}", file=sys.stderr)
+    for warning in found:
+        print(f"warning: {warning}", file=sys.stderr)
     more = f"; {len(found)} warning{'s' if len(found) > 1 else ''}" if found else ""
     print(f"{path}: ok, {_summary(config, trust)}{more}")
     return 0

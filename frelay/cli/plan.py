@@ -30,7 +30,7 @@ from frelay.config.model import Config, Route
 from frelay.config.plan import Plan
 from frelay.config.plan import plan as planned
 from frelay.errors import ConfigError, printable
-from frelay.relay.config_warnings import doubts
+from frelay.relay.config_warnings import warnings_of
 
 if TYPE_CHECKING:
     from frelay.cli.admin_options import AdminOptions
@@ -69,13 +69,12 @@ def plan(options: AdminOptions, *, running: Path | None, as_json: bool) -> int:
         return code
     if isinstance(before, CallFailed):
         raise before
-    found_doubts = doubts(new, trust)
-    for doubt in () if as_json else found_doubts:
-        print(f"warning: {doubt}", file=sys.stderr)
+    warnings = warnings_of(new, trust)
+    for warning in () if as_json else warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     found = planned(before.config, new)
     if as_json:
-        warnings = [as_json_object(doubt) for doubt in found_doubts]
-        print(json.dumps({**_as_json(found, before, new), "warnings": warnings}))
+        print(json.dumps({**_as_json(found, before, new), "warnings": [as_json_object(one) for one in warnings]}))
     else:
         for line in lines(found, before, new):
             print(line)

@@ -188,7 +188,7 @@ def examine(
     if facts.authority and not all(certificate_facts(one).authority for one in chain[1:]):
         hints.insert(0, "the file begins with the certificate of an authority; the function's own must be the first")
     if rehearsal.rejection is not None and rehearsal.rejection.number in _OF_LISTS:
-        hints += [doubt.message for doubt in trust.warnings if doubt.key == "tls.crl"]
+        hints += [warning.message for warning in trust.warnings if warning.key == "tls.crl"]
     warnings = tuple(_inner_warnings(chain, found))
     return Verdict(facts, tuple(checks), found, len(guarded), plain, refusal, tuple(hints[:_HINTS]), warnings)
 

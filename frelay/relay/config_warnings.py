@@ -1,8 +1,8 @@
-"""What keeps functions out of a configuration that is valid.
+"""Warnings about a configuration that is valid: what in it keeps functions out.
 
-``frelay check`` tells it, and it is logged when the configuration is put in force. A doubt is a
-:class:`~frelay.errors.Problem` that stops no relay. What is wrong with the files of certificates was found when they
-were loaded (:attr:`~frelay.tls.context.OuterTls.warnings`); what is added here takes the routes, too.
+``frelay check`` prints them, and they are logged when the configuration is put in force. A warning is a
+:class:`~frelay.errors.Problem` that does not stop the relay. Loading the certificates has given warnings about their
+files (:attr:`~frelay.tls.context.OuterTls.warnings`); this module adds those that follow from the routes as well.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from frelay.errors import Problem
 from frelay.protocol.identity import Selector
 from frelay.tls.context import OuterTls
 
-__all__ = ["doubts", "log_doubts"]
+__all__ = ["log_warnings", "warnings_of"]
 
 _SHOWN: Final = 8
 
 
-def doubts(config: Config, trust: OuterTls | None) -> tuple[Problem, ...]:
-    """All doubts about ``config``, for which ``trust`` was loaded."""
+def warnings_of(config: Config, trust: OuterTls | None) -> tuple[Problem, ...]:
+    """All warnings about ``config``, for which ``trust`` was loaded."""
     if trust is None:
         return ()
     routes = (found for route in config.routes for found in _of_route(route, trust))
     return (*trust.warnings, *routes, *_of_admin(config, trust))
 
 
-def log_doubts(config: Config, trust: OuterTls | None, log: Any) -> None:
-    """One line of the log for each."""
+def log_warnings(config: Config, trust: OuterTls | None, log: Any) -> None:
+    """Log each warning in a line of its own."""
     if trust is not None and not trust.is_open:
         log.error("the certificates in force let nobody in", file=str(config.path))
-    for doubt in doubts(config, trust):
-        log.warning("configuration warning", problem=str(doubt))
+    for warning in warnings_of(config, trust):
+        log.warning("configuration warning", problem=str(warning))
 
 
 def _of_route(route: Route, trust: OuterTls) -> Iterator[Problem]:
@@ -52,7 +52,7 @@ def _of_admin(config: Config, trust: OuterTls) -> Iterator[Problem]:
 
 
 def _nobody_fits(selectors: Sequence[Selector], trust: OuterTls) -> str | None:
-    """Why no certificate can fit any of ``selectors``, if that is certain."""
+    """Why no certificate can fit any of ``selectors``; None unless that is certain."""
     if not trust.is_open or any(limits.permit(one) for limits in trust.name_limits for one in selectors):
         return None
     names = ", ".join(map(str, selectors[:_SHOWN])) + (", ..." if len(selectors) > _SHOWN else "")

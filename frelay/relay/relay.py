@@ -49,7 +49,7 @@ from frelay.pairing.raw_pump import PipePool
 from frelay.protocol.messages import Refused
 from frelay.protocol.outcome import Outcome, Record
 from frelay.relay.active_config import ActiveConfig
-from frelay.relay.config_warnings import log_doubts
+from frelay.relay.config_warnings import log_warnings
 from frelay.relay.prepare import prepare, with_all_problems
 from frelay.relay.recheck import follow_clock, reload_at_expiry
 from frelay.relay.reload import Reloader, Staged
@@ -343,7 +343,7 @@ class Relay:
 
         async def put_in_force() -> None:
             self._now.take_over(new, trust, changes, opened)
-            self._tell_doubts(new, trust)
+            self._log_warnings(new, trust)
 
         async def abandon() -> None:
             for listener in opened.values():
@@ -351,9 +351,9 @@ class Relay:
 
         return Staged(changes, put_in_force, abandon)
 
-    def _tell_doubts(self, new: Config, trust: OuterTls | None) -> None:
+    def _log_warnings(self, new: Config, trust: OuterTls | None) -> None:
         """Log what keeps functions out; a worker leaves that to its supervisor."""
-        log_doubts(new, trust, self._log)
+        log_warnings(new, trust, self._log)
 
     async def _open_missing(self, new: Config) -> dict[ListenerKey, Listener]:
         """What ``new`` needs and nobody has bound yet; a worker has it from its supervisor. Raises ConfigError."""

@@ -146,7 +146,7 @@ class Supervisor(Relay):
                 )
             self._papers, self._placed = papers, placed
             self._hold(new, trust, opened)
-            self._tell_doubts(new, trust)
+            self._log_warnings(new, trust)
             if not self._has_crew:
                 await self._assemble()
             else:

@@ -79,7 +79,7 @@ class _WorkerRelay(Relay):
     async def _obey_signals(self, *, task_status: trio.TaskStatus[None]) -> None:
         task_status.started()  # they are the supervisor's
 
-    def _tell_doubts(self, new: Config, trust: OuterTls | None) -> None:
+    def _log_warnings(self, new: Config, trust: OuterTls | None) -> None:
         pass  # the supervisor has told them
 
     async def _open_missing(self, new: Config) -> dict[ListenerKey, Listener]:
