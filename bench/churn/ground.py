@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import trio
 
-from frelay.client.joining import Options
+from frelay.client.options import Options
 from frelay.pki.authority import Authority
 from frelay.pki.files import crl_file, write_together
 from frelay.pki.init import initialise

@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 from urllib.parse import quote
 
-from frelay.client.wire import load_credentials
+from frelay.client.contexts import load_credentials
 from frelay.config.address import Address, ip_of, parse_address
 from frelay.errors import FrelayError, printable
 

@@ -251,7 +251,7 @@ def connect(
     Exit codes: 0 clean end, 1 failed, 2 usage, 3 refused by the relay, 4 nobody came.
     """
     from frelay.cli.connect.command import Local, connect_command
-    from frelay.client.joining import Options
+    from frelay.client.options import Options
 
     if party not in (None, "func1", "func2"):
         raise typer.BadParameter("write func1 or func2", param_hint="--party")

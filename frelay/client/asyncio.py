@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final, Unpack
 
 from frelay.client.alerts import refusal_of_certificate
-from frelay.client.joining import Joining, JoinPlan, Options
+from frelay.client.joining import Joining
+from frelay.client.options import JoinPlan, Options
 from frelay.client.signature import shows_its_options
 from frelay.client.sockets import Connections, look_up_in_thread, numeric
 from frelay.client.steps import Close, Endpoint, Open, Pause, Receive, Resolve, Send, Step, drive_async

@@ -14,12 +14,15 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from frelay.client.joining import Joining, JoinPlan, split_address
+from frelay.client.contexts import StrPath
+from frelay.client.joining import Joining
+from frelay.client.options import JoinPlan, split_address
+from frelay.client.peer import agreed_protocol, names_of_peer
 from frelay.client.retry import Retry
 from frelay.client.sockets import Connections, look_up_in_thread, numeric
 from frelay.client.steps import Close, Endpoint, InnerHandshake, Open, Pause, Receive, Resolve, Send, Step, drive
 from frelay.client.tunnel import TunnelPump
-from frelay.client.wire import StrPath, Wire, agreed_protocol, names_of_peer
+from frelay.client.wire import Wire
 from frelay.protocol.identity import Name
 from frelay.protocol.messages import Message, Mode, PartyName
 

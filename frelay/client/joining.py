@@ -20,17 +20,19 @@ asks :meth:`Joining.final_bytes` what can still be said, and closes.
 
 from __future__ import annotations
 
-import math
-import re
 import ssl
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, NoReturn, Required, TypedDict
+from typing import Final, NoReturn
 
 from frelay.client.alerts import certificate_alert, refusal_of_certificate
-from frelay.client.proxy import Proxy, choose_proxy, connect_through
-from frelay.client.retry import NoRelay, Retry, read_retry
+from frelay.client.contexts import ALPN
+from frelay.client.deadline import Deadline, OutOfTime
+from frelay.client.options import JoinPlan
+from frelay.client.peer import agreed_protocol, check_peer, names_of_peer
+from frelay.client.proxy import connect_through
+from frelay.client.retry import NoRelay
 from frelay.client.steps import (
     Close,
     Connection,
@@ -45,17 +47,6 @@ from frelay.client.steps import (
     Steps,
 )
 from frelay.client.tls_engine import Engine
-from frelay.client.wire import (
-    ALPN,
-    StrPath,
-    agreed_protocol,
-    check_peer,
-    inner_context,
-    names_of_peer,
-    outer_context,
-    read_selectors,
-    read_server_name,
-)
 from frelay.errors import (
     CertificateRefused,
     FrelayError,
@@ -66,16 +57,13 @@ from frelay.errors import (
     RelayUnreachable,
     RemoteProtocolError,
     Truncated,
-    holds_pem,
 )
 from frelay.protocol import messages
-from frelay.protocol.identity import Selector
-from frelay.protocol.messages import MODES, Message, Mode, Paired, PartyName, Ping, Pong, Role, Waiting
+from frelay.protocol.messages import Paired, Ping, Pong, Waiting
 from frelay.protocol.session import PartySession, State
 
-__all__ = ["JoinPlan", "Joined", "Joining", "Options", "split_address"]
+__all__ = ["Joined", "Joining"]
 
-_ADDRESS: Final = re.compile(r"(?:\[(?P<v6>[^\]]+)\]|(?P<host>[^:\[\]]+)):(?P<port>[0-9]{1,5})\Z")
 # For reaching the relay, for its next word and for the inner handshake where the caller set no limit at all.
 _STEP_TIMEOUT: Final = 30.0
 # One address of several that does not answer must not use up the time of the next.
@@ -84,169 +72,11 @@ _SHORTEST_TRY: Final = 2.0
 _LONGEST_SILENCE: Final = 20 * 86400.0
 # The wait for a last word that nobody insists on: an alert, or the relay's close_notify to a ticket's first connection.
 _SHORT: Final = 2.0
-_READ: Final = 65536
-_ROLES: Final[tuple[Role, ...]] = ("client", "server")
 # The alerts with which a relay turns a certificate away, and the protocol's codes for them.
 _CODES: Final = {
     "CERTIFICATE_EXPIRED": "certificate-expired",
     "CERTIFICATE_REVOKED": "revoked",
 }
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """``host:port`` or ``[v6]:port`` as a pair; raises ValueError."""
-    found = _ADDRESS.match(address)
-    # A space or a newline would be written into a proxy's request, too.
-    if found is None or not 0 < int(found["port"]) < 65536 or not address.isprintable() or " " in address:
-        raise ValueError(f"{address!r} is not an address: write host:port, or [v6]:port")
-    return found["v6"] or found["host"], int(found["port"])
-
-
-class Options(TypedDict, total=False):
-    """The arguments of all three ``connect``; they are described at :func:`frelay.connect`."""
-
-    cert: Required[StrPath]
-    key: StrPath | None
-    ca: Required[StrPath]
-    peer: Required[str | Sequence[str]]
-    wait: float | None
-    route: str | None
-    party: PartyName | None
-    server_name: str | None
-    inner_cert: StrPath | None
-    inner_key: StrPath | None
-    inner_ca: StrPath | None
-    alpn: Sequence[str] | None
-    mode: Mode
-    on_status: Callable[[Message], None] | None
-    proxy: str | None
-    retry: Retry | bool | int | None
-    traceparent: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class JoinPlan:
-    """All that is known before the first step: files are read and arguments judged."""
-
-    host: str
-    port: int
-    server_name: str
-    outer: ssl.SSLContext
-    inner: Mapping[Role, ssl.SSLContext]
-    alpn: tuple[str, ...]
-    expected: tuple[Selector, ...]
-    wait: float | None
-    route: str | None
-    party: PartyName | None
-    mode: Mode
-    proxy: Proxy | None
-    retry: Retry | None
-    traceparent: str | None
-    inner_name: str | None = None
-    """The SNI that this function sends as the client of the inner TLS; none unless somebody has put it here."""
-
-    @classmethod
-    def make(
-        cls,
-        address: str,
-        *,
-        cert: StrPath,
-        key: StrPath | None = None,
-        ca: StrPath,
-        peer: str | Sequence[str],
-        wait: float | None = None,
-        route: str | None = None,
-        party: PartyName | None = None,
-        server_name: str | None = None,
-        inner_cert: StrPath | None = None,
-        inner_key: StrPath | None = None,
-        inner_ca: StrPath | None = None,
-        alpn: Sequence[str] | None = None,
-        mode: Mode = "handoff",
-        on_status: Callable[[Message], None] | None = None,
-        proxy: str | None = None,
-        retry: Retry | bool | int | None = None,
-        traceparent: str | None = None,
-    ) -> JoinPlan:
-        """The plan for these arguments of ``connect``; raises ValueError, CertificateError or RelayUnreachable."""
-        _forbid_pem(address=address, peer=peer, mode=mode, route=route, party=party, server_name=server_name)
-        _forbid_pem(cert=cert, key=key, ca=ca, inner_cert=inner_cert, inner_key=inner_key, inner_ca=inner_ca)
-        _forbid_pem(proxy=proxy, alpn=alpn)
-        host, port = split_address(address)
-        if mode not in MODES:
-            raise ValueError(f"mode={mode!r} is not one: write {', '.join(MODES)}")
-        if wait is not None and math.isnan(wait):
-            raise ValueError("wait: this is not a number: write seconds, or None for no limit")
-        own = (inner_cert or cert, inner_key if inner_cert else key, inner_ca or ca)
-        return cls(
-            host=host,
-            port=port,
-            server_name=read_server_name(server_name or host),
-            outer=outer_context(cert, key, ca),
-            inner={role: inner_context(role, *own, alpn=alpn) for role in _ROLES},
-            alpn=tuple(alpn or ()),
-            expected=read_selectors(peer),
-            wait=None if wait == math.inf else wait,
-            route=route,
-            party=party,
-            mode=mode,
-            proxy=choose_proxy(proxy, host, port),
-            retry=read_retry(retry),
-            traceparent=None if traceparent is None else messages.read_traceparent(traceparent),
-        )
-
-
-def _forbid_pem(**arguments: object) -> None:
-    """Raise ValueError for an argument that holds a key instead of naming its file, before anybody repeats it."""
-    for name, value in arguments.items():
-        if holds_pem(value):
-            raise ValueError(f"{name}: this is PEM text; write it into a file, and name that file here")
-
-
-class _TimeIsUp(Exception):
-    """The caller's ``wait`` has passed. Not TimeoutError: that may be the kernel's, or on_status's."""
-
-
-class _Deadline:
-    """The one deadline over all steps."""
-
-    def __init__(self, seconds: float | None, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._at = None if seconds is None else clock() + seconds
-
-    def left(self) -> float | None:
-        """Seconds left, None without a deadline; raises _TimeIsUp once there are none."""
-        if self._at is None:
-            return None
-        left = self._at - self._clock()
-        if left <= 0:
-            raise _TimeIsUp
-        return left
-
-    def bound(self, limit: float) -> float:
-        """``limit``, or what is left if that is less."""
-        left = self.left()
-        return limit if left is None else min(limit, left)
-
-    def stage(self, seconds: float) -> Callable[[], float]:
-        """What gives the seconds left for the next step of a stage that may take ``seconds`` in all, and raises then.
-
-        One that answers a byte at a time would otherwise get the whole time again with every byte. Raises TimeoutError,
-        and _TimeIsUp where there is no time at all.
-        """
-        end = self._clock() + seconds
-
-        def left() -> float:
-            left = self.bound(end - self._clock())
-            if left <= 0:
-                raise TimeoutError("timed out")
-            return left
-
-        return left
-
-    def cuts(self, limit: float) -> bool:
-        """Whether it comes before ``limit`` seconds from now."""
-        return self._at is not None and self._at - self._clock() <= limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,7 +96,7 @@ class Joining:
     def __init__(self, plan: JoinPlan, clock: Callable[[], float], *, inner_tls_on_socket: bool = False) -> None:
         self._plan: Final = plan
         self._inner_tls_on_socket: Final = inner_tls_on_socket
-        self._deadline: Final = _Deadline(plan.wait, clock)
+        self._deadline: Final = Deadline(plan.wait, clock)
         # A retry with the same attempt replaces its own stale leg in the relay, if that has not noticed its end yet.
         self._attempt = str(uuid.uuid4())
         self._session: PartySession | None = None
@@ -320,7 +150,7 @@ class Joining:
                 connection = yield from self._bring_ticket(tls, paired)
             else:
                 tunnel = tls
-        except _TimeIsUp:
+        except OutOfTime:
             wait = self._plan.wait
             raise Refused("wait-timeout", f"nobody came within {wait:g} s", retry_after=0.0) from None
         return (yield from self._inner_tls(connection, tunnel, paired))
@@ -482,7 +312,7 @@ class Joining:
                 raise HandOffFailed("the relay sent raw bytes before it had our close_notify")
             tls.send_eof()
             yield from self._flush("outer", tls, time_left)
-        except (TimeoutError, _TimeIsUp):
+        except (TimeoutError, OutOfTime):
             raise HandOffFailed("the relay's close_notify did not come") from None
         except (OSError, Truncated) as error:
             raise HandOffFailed(f"the outer TLS broke instead of ending: {_text(error)}") from error
@@ -496,7 +326,7 @@ class Joining:
         try:
             yield from self._reach("raw")
             yield Send("raw", f"FRELAY/1 {paired.ticket}\n".encode("ascii"), time_left())
-        except (TimeoutError, _TimeIsUp):
+        except (TimeoutError, OutOfTime):
             raise HandOffFailed("there was no time left to bring the ticket") from None
         except (OSError, RelayUnreachable) as error:
             raise HandOffFailed(f"the ticket could not be brought: {_text(error)}") from error
@@ -513,8 +343,8 @@ class Joining:
             if data:
                 raise HandOffFailed("the relay sent application data after PAIRED")
             tls.send_eof()
-        except (OSError, Truncated, _TimeIsUp) as error:
-            if isinstance(error, _TimeIsUp) or _is_our_timeout(error):
+        except (OSError, Truncated, OutOfTime) as error:
+            if isinstance(error, OutOfTime) or _is_our_timeout(error):
                 raise HandOffFailed("the relay did not take its own ticket in time") from None
             # The ticket is on its way, and the relay waits for it whatever becomes of this connection. If it has gone
             # altogether the raw connection tells.
@@ -545,11 +375,11 @@ class Joining:
                 " or ".join(map(str, self._plan.expected)),
                 [f"a certificate that is not to be trusted ({error.verify_message})"],
             ) from error
-        except (OSError, Truncated, _TimeIsUp) as error:
+        except (OSError, Truncated, OutOfTime) as error:
             refusal = refusal_of_certificate(error, paired.role)
             if refusal is not None:
                 raise CertificateRefused(refusal) from error
-            text = "no time is left" if isinstance(error, _TimeIsUp) else _text(error)
+            text = "no time is left" if isinstance(error, OutOfTime) else _text(error)
             raise PeerGone(f"{paired.peer} went away before its TLS was up: {text}") from error
         check_peer(self._plan.expected, names)
         if protocol not in (None, *self._plan.alpn):

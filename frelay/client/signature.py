@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from frelay.client.joining import JoinPlan
+from frelay.client.options import JoinPlan
 
 __all__ = ["shows_its_options"]
 

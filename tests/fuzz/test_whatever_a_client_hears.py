@@ -20,12 +20,14 @@ from hypothesis import strategies as st
 
 from certs import Credential, der, san_der
 from fake_relay import PAIRED, WAITING, FakeRelay, join, make_plan, peer
-from frelay.client.joining import Joined, JoinPlan
+from frelay.client.contexts import inner_context
+from frelay.client.joining import Joined
+from frelay.client.options import JoinPlan
+from frelay.client.peer import check_peer, names_of_peer, read_selectors
 from frelay.client.proxy import Proxy
 from frelay.client.retry import Retry
 from frelay.client.steps import Open, Receive, Send, Step
 from frelay.client.tls_engine import Engine
-from frelay.client.wire import check_peer, inner_context, names_of_peer, read_selectors
 from frelay.errors import FrelayError, PeerIdentityMismatch, Refused, Truncated
 from frelay.protocol.messages import Join, Message, Mode, Role
 from rig import Site

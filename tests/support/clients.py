@@ -21,7 +21,7 @@ import trio
 import frelay
 import frelay.client.asyncio
 import frelay.client.trio
-from frelay.client.joining import Options
+from frelay.client.options import Options
 from rig import PATIENCE, Site
 
 __all__ = ["CLIENTS", "PAIRS_OF_CLIENTS", "Client", "Part", "answer", "ask", "meet", "options", "run_function"]

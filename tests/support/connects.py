@@ -17,7 +17,7 @@ from typing import Final
 import trio
 
 from command import Command, arguments, command
-from frelay.client.joining import split_address
+from frelay.client.options import split_address
 from rig import PATIENCE, RelayInProcess, RelayProcess, Site
 
 __all__ = ["dial", "ends_by_reset", "offering", "port_here", "reset", "still_echoes"]

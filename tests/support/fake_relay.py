@@ -14,10 +14,11 @@ import ssl
 from collections.abc import Callable
 from typing import Any
 
-from frelay.client.joining import Joined, Joining, JoinPlan
+from frelay.client.contexts import inner_context
+from frelay.client.joining import Joined, Joining
+from frelay.client.options import JoinPlan
 from frelay.client.steps import Close, Endpoint, Open, Pause, Receive, Resolve, Send, Step, drive
 from frelay.client.tls_engine import Engine
-from frelay.client.wire import inner_context
 from frelay.protocol.messages import Join, Message, Paired, Waiting
 from frelay.protocol.session import RelaySession
 from rig import Site

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives import serialization
 
 import frelay
 from certs import TestAuthority
-from frelay.client.joining import JoinPlan
+from frelay.client.options import JoinPlan
 from frelay.errors import CertificateError
 from frelay.protocol.identity import dns_name
 

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 
 from fake_relay import PAIRED, WAITING, FakeRelay, join, make_plan, pair_at_once, peer
-from frelay.client.joining import Joining, JoinPlan
+from frelay.client.contexts import inner_context
+from frelay.client.joining import Joining
+from frelay.client.options import JoinPlan
+from frelay.client.peer import agreed_protocol
 from frelay.client.proxy import Proxy
 from frelay.client.retry import Retry
 from frelay.client.steps import Close, Open, Receive, Send, Step, drive
 from frelay.client.tls_engine import Engine
-from frelay.client.wire import agreed_protocol, inner_context
 from frelay.errors import HandOffFailed, PeerGone, Refused, RelayUnreachable
 from frelay.protocol import messages
 from frelay.protocol.messages import Join, Leave, Message, Mode, Pong

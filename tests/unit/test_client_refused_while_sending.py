@@ -14,9 +14,10 @@ import pytest
 import trio
 
 from certs import TestAuthority
+from frelay.client.contexts import inner_context
 from frelay.client.tls_engine import Engine
 from frelay.client.trio import TrioWire
-from frelay.client.wire import Wire, inner_context
+from frelay.client.wire import Wire
 from frelay.errors import CertificateRefused
 from frelay.protocol.messages import Paired
 from rig import PATIENCE, Site

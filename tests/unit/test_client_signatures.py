@@ -14,7 +14,7 @@ from typing import Any, Final
 import pytest
 
 import frelay
-from frelay.client.joining import Options
+from frelay.client.options import Options
 from frelay.client.retry import Retry
 
 FUNCTIONS: Final = Path(__file__).parents[2] / "docs" / "functions.md"

@@ -9,9 +9,9 @@ import pytest
 import trio
 import trio.testing
 
+from frelay.client.contexts import inner_context
 from frelay.client.tls_engine import Engine
 from frelay.client.trio import TrioWire
-from frelay.client.wire import inner_context
 from frelay.protocol.messages import Paired
 from rig import Site
 from streams import clog, unix_pair

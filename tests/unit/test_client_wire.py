@@ -19,7 +19,9 @@ from typing import Any, Final
 import pytest
 
 from certs import TestAuthority
-from frelay.client.wire import Wire, check_peer, inner_context, read_peer, read_selectors
+from frelay.client.contexts import inner_context
+from frelay.client.peer import check_peer, read_peer, read_selectors
+from frelay.client.wire import Wire
 from frelay.errors import PeerIdentityMismatch
 
 PATIENCE: Final = 20.0

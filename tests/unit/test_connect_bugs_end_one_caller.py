@@ -13,7 +13,7 @@ from frelay.cli.connect.command import Local, connect_command
 from frelay.cli.connect.listen import Port
 from frelay.cli.connect.report import Report
 from frelay.cli.connect.service import Service
-from frelay.client.joining import Options
+from frelay.client.options import Options
 from frelay.errors import Refused
 from frelay.protocol.messages import Message, Paired, Waiting
 from rig import PATIENCE, Site

@@ -14,7 +14,7 @@ from typing import Final
 import trio
 
 from frelay.cli.connect.local import LocalSocket
-from frelay.client.joining import split_address
+from frelay.client.options import split_address
 
 __all__ = ["LocalError", "check_dial_address", "check_listen_address", "dial_local", "listening", "shown"]
 

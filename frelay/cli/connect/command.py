@@ -24,10 +24,10 @@ from frelay.cli.connect.listen import Port
 from frelay.cli.connect.local import Pipes, Stdio, fill_standard_descriptors, standard_output_is_closed
 from frelay.cli.connect.report import Report
 from frelay.cli.connect.service import Service
-from frelay.client.joining import JoinPlan, Options
+from frelay.client.options import JoinPlan, Options
+from frelay.client.peer import read_selectors
 from frelay.client.retry import read_retry
 from frelay.client.trio import TrioWire
-from frelay.client.wire import read_selectors
 from frelay.errors import CertificateError, FrelayError
 
 __all__ = ["Local", "connect_command"]

@@ -8,7 +8,7 @@ from typing import Final
 
 from frelay.cli.connect.report import Report
 from frelay.cli.connect.service_mark import join_as_service
-from frelay.client.joining import JoinPlan, Options
+from frelay.client.options import JoinPlan, Options
 from frelay.client.retry import Retry
 from frelay.client.trio import TrioWire, join
 from frelay.errors import FrelayError, Refused

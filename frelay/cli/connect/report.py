@@ -9,8 +9,8 @@ import json
 import sys
 from typing import Any, Final
 
+from frelay.client.peer import agreed_protocol
 from frelay.client.trio import TrioWire
-from frelay.client.wire import agreed_protocol
 from frelay.errors import Refused, printable
 from frelay.protocol.messages import Message, Paired, Waiting
 

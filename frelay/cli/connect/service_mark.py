@@ -15,7 +15,7 @@ from typing import Final
 
 import trio
 
-from frelay.client.joining import JoinPlan
+from frelay.client.options import JoinPlan
 from frelay.client.trio import TrioWire, join
 from frelay.errors import FrelayError
 from frelay.protocol.messages import Message

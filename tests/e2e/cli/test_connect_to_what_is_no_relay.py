@@ -19,8 +19,8 @@ import pytest
 import frelay
 from certs import TestAuthority
 from frelay.client import blocking, joining
+from frelay.client.contexts import inner_context
 from frelay.client.steps import Send, Step
-from frelay.client.wire import inner_context
 from frelay.protocol.messages import Message, Paired, Ping, Waiting
 from rig import PATIENCE, Site, frame
 from wires import PAIRED, WAITING, fake_relay, options, read_frame, read_to_end

@@ -29,7 +29,7 @@ from admin import ADMIN, ROUTE, admin
 from clients import options
 from commands import frelay_command
 from frelay.cli.check import as_json_object
-from frelay.client.joining import JoinPlan, Options
+from frelay.client.options import JoinPlan, Options
 from frelay.config.document import ARRAYS, SECTIONS
 from frelay.config.load import load
 from frelay.errors import CertificateError, ConfigError

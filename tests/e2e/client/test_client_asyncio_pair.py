@@ -12,7 +12,7 @@ import trio
 import frelay.client.asyncio
 import frelay.client.trio
 from clients import options
-from frelay.client.joining import Options
+from frelay.client.options import Options
 from frelay.client.trio import TrioWire
 from rig import PATIENCE, Site
 

@@ -22,7 +22,7 @@ import trio
 
 import frelay
 from clients import CLIENTS, PAIRS_OF_CLIENTS, Client, ask, options, run_function
-from frelay.client.joining import Options
+from frelay.client.options import Options
 from rig import DEMO, PATIENCE, Site, at_any_pace, eventually
 
 STEPS: Final = ("waiting", "paired", "hand-off", "inner")

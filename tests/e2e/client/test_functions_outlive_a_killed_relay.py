@@ -13,7 +13,7 @@ import trio
 
 import frelay.client.trio
 from clients import options
-from frelay.client.joining import Options
+from frelay.client.options import Options
 from frelay.client.retry import Retry
 from frelay.errors import FrelayError
 from rig import DEMO, RelayProcess, Site, reserved_port

@@ -17,7 +17,7 @@ import trio
 
 from certs import TestAuthority
 from ends import OPEN, block
-from frelay.client.wire import inner_context
+from frelay.client.contexts import inner_context
 from rig import DEMO, PATIENCE, RelayInProcess, Site, eventually, reserved_port
 from tools import tool
 

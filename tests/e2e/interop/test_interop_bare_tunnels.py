@@ -19,7 +19,7 @@ import pytest
 import trio
 
 from ends import OPEN, End, Mode, block
-from frelay.client.wire import inner_context
+from frelay.client.contexts import inner_context
 from rig import DEMO, PATIENCE, RelayInProcess, Site
 from tools import KINDS, BareTunnel, Kind, Program, bare_tunnel, installed
 
