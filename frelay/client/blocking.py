@@ -102,6 +102,7 @@ def connect(
         inner_ca=inner_ca,
         alpn=alpn,
         mode=mode,
+        on_status=on_status,
         proxy=proxy,
         retry=retry,
         traceparent=traceparent,

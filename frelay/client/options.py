@@ -1,4 +1,8 @@
-"""The arguments of ``connect``: the list of them, their checks, and the plan that they make. Standard library only."""
+"""The arguments of ``connect``: the list of them, their checks, and the plan that they make. Standard library only.
+
+:class:`Options` is the list. The signatures of the three clients, the options of ``frelay connect`` and the table in
+docs/functions.md are compared with it by tests/unit/test_client_signatures.py, so a new argument begins here.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import re
 import ssl
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Required, TypedDict
+from typing import Final, TypedDict, Unpack
 
 from frelay.client.contexts import StrPath, inner_context, outer_context
 from frelay.client.peer import read_selectors, without_root
@@ -18,19 +22,26 @@ from frelay.protocol import messages
 from frelay.protocol.identity import Selector
 from frelay.protocol.messages import MODES, Message, Mode, PartyName, Role
 
-__all__ = ["JoinPlan", "Options", "read_server_name", "split_address"]
+__all__ = ["JoinPlan", "Options", "RequiredOptions", "read_server_name", "split_address"]
 
 _ADDRESS: Final = re.compile(r"(?:\[(?P<v6>[^\]]+)\]|(?P<host>[^:\[\]]+)):(?P<port>[0-9]{1,5})\Z")
 _ROLES: Final[tuple[Role, ...]] = ("client", "server")
+# Arguments that hold no file name and no text of ours. An ill-formed traceparent is ignored, whatever it holds.
+_NEVER_PEM: Final = frozenset({"wait", "on_status", "retry", "traceparent"})
 
 
-class Options(TypedDict, total=False):
-    """The arguments of all three ``connect``; they are described at :func:`frelay.connect`."""
+class RequiredOptions(TypedDict):
+    """The arguments of ``connect`` that have no default."""
 
-    cert: Required[StrPath]
+    cert: StrPath
+    ca: StrPath
+    peer: str | Sequence[str]
+
+
+class Options(RequiredOptions, total=False):
+    """The arguments of all three ``connect``; :func:`frelay.connect` describes them."""
+
     key: StrPath | None
-    ca: Required[StrPath]
-    peer: Required[str | Sequence[str]]
     wait: float | None
     route: str | None
     party: PartyName | None
@@ -48,7 +59,7 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class JoinPlan:
-    """All that is known before the first step: files are read and arguments judged."""
+    """All that is known before the first step: the arguments are checked and the files are read."""
 
     host: str
     port: int
@@ -65,83 +76,77 @@ class JoinPlan:
     retry: Retry | None
     traceparent: str | None
     inner_name: str | None = None
-    """The SNI that this function sends as the client of the inner TLS; none unless somebody has put it here."""
+    """The SNI that this function sends as the client of the inner TLS. ``make`` sets none."""
 
     @classmethod
-    def make(
-        cls,
-        address: str,
-        *,
-        cert: StrPath,
-        key: StrPath | None = None,
-        ca: StrPath,
-        peer: str | Sequence[str],
-        wait: float | None = None,
-        route: str | None = None,
-        party: PartyName | None = None,
-        server_name: str | None = None,
-        inner_cert: StrPath | None = None,
-        inner_key: StrPath | None = None,
-        inner_ca: StrPath | None = None,
-        alpn: Sequence[str] | None = None,
-        mode: Mode = "handoff",
-        on_status: Callable[[Message], None] | None = None,
-        proxy: str | None = None,
-        retry: Retry | bool | int | None = None,
-        traceparent: str | None = None,
-    ) -> JoinPlan:
-        """The plan for these arguments of ``connect``; raises ValueError, CertificateError or RelayUnreachable."""
-        _forbid_pem(address=address, peer=peer, mode=mode, route=route, party=party, server_name=server_name)
-        _forbid_pem(cert=cert, key=key, ca=ca, inner_cert=inner_cert, inner_key=inner_key, inner_ca=inner_ca)
-        _forbid_pem(proxy=proxy, alpn=alpn)
+    def make(cls, address: str, **options: Unpack[Options]) -> JoinPlan:
+        """The plan for these arguments of ``connect``.
+
+        Raises TypeError, ValueError, CertificateError or RelayUnreachable.
+        """
+        _check_names(options)
+        _forbid_pem({"address": address, **options})
         host, port = split_address(address)
+        mode, wait, proxy = options.get("mode", "handoff"), options.get("wait"), options.get("proxy")
         if mode not in MODES:
             raise ValueError(f"mode={mode!r} is not one: write {', '.join(MODES)}")
         if wait is not None and math.isnan(wait):
             raise ValueError("wait: this is not a number: write seconds, or None for no limit")
-        own = (inner_cert or cert, inner_key if inner_cert else key, inner_ca or ca)
+        cert, key, ca = options["cert"], options.get("key"), options["ca"]
+        inner_cert, alpn, traceparent = options.get("inner_cert"), options.get("alpn"), options.get("traceparent")
+        inner_key, inner_ca = options.get("inner_key") if inner_cert else key, options.get("inner_ca") or ca
         return cls(
             host=host,
             port=port,
-            server_name=read_server_name(server_name or host),
+            server_name=read_server_name(options.get("server_name") or host),
             outer=outer_context(cert, key, ca),
-            inner={role: inner_context(role, *own, alpn=alpn) for role in _ROLES},
+            inner={role: inner_context(role, inner_cert or cert, inner_key, inner_ca, alpn) for role in _ROLES},
             alpn=tuple(alpn or ()),
-            expected=read_selectors(peer),
+            expected=read_selectors(options["peer"]),
             wait=None if wait == math.inf else wait,
-            route=route,
-            party=party,
+            route=options.get("route"),
+            party=options.get("party"),
             mode=mode,
             proxy=choose_proxy(proxy, host, port),
-            retry=read_retry(retry),
+            retry=read_retry(options.get("retry")),
             traceparent=None if traceparent is None else messages.read_traceparent(traceparent),
         )
+
+
+def _check_names(options: Mapping[str, object]) -> None:
+    """Raise TypeError where a function with these arguments would."""
+    for name in options:
+        if name not in Options.__annotations__:
+            raise TypeError(f"connect() got an unexpected keyword argument {name!r}")
+    for name in RequiredOptions.__annotations__:
+        if name not in options:
+            raise TypeError(f"connect() missing required keyword-only argument: {name!r}")
+
+
+def _forbid_pem(arguments: Mapping[str, object]) -> None:
+    """Raise ValueError for an argument that holds a key instead of naming its file, before a message can repeat it."""
+    for name, value in arguments.items():
+        if name not in _NEVER_PEM and holds_pem(value):
+            raise ValueError(f"{name}: this is PEM text; write it into a file, and name that file here")
 
 
 def split_address(address: str) -> tuple[str, int]:
     """``host:port`` or ``[v6]:port`` as a pair; raises ValueError."""
     found = _ADDRESS.match(address)
-    # A space or a newline would be written into a proxy's request, too.
+    # A space or a newline would also be written into the request to a proxy.
     if found is None or not 0 < int(found["port"]) < 65536 or not address.isprintable() or " " in address:
         raise ValueError(f"{address!r} is not an address: write host:port, or [v6]:port")
     return found["v6"] or found["host"], int(found["port"])
 
 
 def read_server_name(name: str) -> str:
-    """The name to expect in the relay's certificate, of a host or a ``server_name``; raises ValueError."""
-    # An IPv6 address may name the interface that it is reached by, which is of this machine only.
+    """The name to expect in the relay's certificate, given as a host or a ``server_name``; raises ValueError."""
+    # An IPv6 address may end in "%" and an interface of this machine, which is no part of the relay's name.
     found = name.partition("%")[0] if ":" in name else without_root(name)
     try:
-        found.encode("idna")  # as ssl will, in the middle of the joining
+        found.encode("idna")  # the ssl module does this too, but only in the middle of the joining
     except UnicodeError:
         found = ""
     if not found or found.startswith(".") or not found.isprintable() or " " in found:
         raise ValueError(f"server_name: {name!r} is not a host name")
     return found
-
-
-def _forbid_pem(**arguments: object) -> None:
-    """Raise ValueError for an argument that holds a key instead of naming its file, before anybody repeats it."""
-    for name, value in arguments.items():
-        if holds_pem(value):
-            raise ValueError(f"{name}: this is PEM text; write it into a file, and name that file here")

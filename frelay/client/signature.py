@@ -1,6 +1,6 @@
-"""The arguments of the three ``connect``, shown by ``help()`` as they are, not as ``**options``.
+"""What ``help()`` shows of the Trio and asyncio ``connect``: their arguments one by one, not ``**options``.
 
-They are written once, at :meth:`frelay.client.joining.JoinPlan.make`; the blocking client repeats them for its readers.
+:func:`frelay.connect` writes the arguments out; the two others show the same.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from frelay.client.options import JoinPlan
+from frelay.client.blocking import connect as blocking_connect
 
 __all__ = ["shows_its_options"]
 
@@ -17,9 +17,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def shows_its_options(connect: Function) -> Function:
-    """A decorator: the signature of ``connect`` shows the arguments of ``JoinPlan.make`` instead of ``**options``."""
+    """A decorator: the signature of ``connect`` shows the arguments of ``frelay.connect`` instead of ``**options``."""
     own = inspect.signature(connect)
-    options = [one for one in inspect.signature(JoinPlan.make).parameters.values() if one.name not in own.parameters]
+    options = [one for one in inspect.signature(blocking_connect).parameters.values() if one.name not in own.parameters]
     first, more = [], []
     for one in own.parameters.values():
         if one.kind is inspect.Parameter.KEYWORD_ONLY:
@@ -27,5 +27,5 @@ def shows_its_options(connect: Function) -> Function:
         elif one.kind is not inspect.Parameter.VAR_KEYWORD:
             first.append(one)
     signature = own.replace(parameters=[*first, *options, *more])
-    setattr(connect, "__signature__", signature)  # noqa: B010  what inspect and help() look at; no type has it
+    setattr(connect, "__signature__", signature)  # noqa: B010  inspect and help() read it; no type declares it
     return connect

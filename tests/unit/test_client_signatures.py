@@ -1,7 +1,8 @@
-"""What ``connect`` takes is shown by ``help()``, the same in all three clients, and as docs/functions.md has it."""
+"""The arguments of ``connect`` are one list: ``Options``. The clients, the command and the docs have those of it."""
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import pydoc
 import re
@@ -9,12 +10,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_type_hints
 
 import pytest
+import trio
+import typer
 
 import frelay
-from frelay.client.options import Options
+from frelay.cli.app import app
+from frelay.client.options import JoinPlan, Options, RequiredOptions
 from frelay.client.retry import Retry
 
 FUNCTIONS: Final = Path(__file__).parents[2] / "docs" / "functions.md"
@@ -36,8 +40,110 @@ def test_all_clients_take_the_same(client: str) -> None:
     assert list(found.values()) == list(arguments(frelay.connect).values())
     assert set(found) == {"address", *Options.__annotations__}
     required = {name for name, one in found.items() if one.default is inspect.Parameter.empty}
-    assert required == {"address", "cert", "ca", "peer"}
+    assert required == {"address", "cert", "ca", "peer"} == {"address", *RequiredOptions.__annotations__}
     assert all(one.kind is inspect.Parameter.KEYWORD_ONLY for name, one in found.items() if name != "address")
+
+
+def test_the_types_are_those_of_the_list() -> None:
+    hints = get_type_hints(frelay.connect)
+    assert {name: hints[name] for name in Options.__annotations__} == get_type_hints(Options)
+
+
+def test_all_defaults_but_one_are_none() -> None:
+    defaults = {
+        name: one.default
+        for name, one in arguments(frelay.connect).items()
+        if one.default not in (None, inspect.Parameter.empty)
+    }
+    assert defaults == {"mode": "handoff"}
+
+
+@pytest.mark.parametrize("client", CONNECTS)
+def test_a_wrong_name_or_a_missing_one_is_a_type_error(client: str) -> None:
+    connect = CONNECTS[client]
+
+    async def call(**given: Any) -> None:
+        found = connect("localhost:1", **given)
+        if inspect.isawaitable(found):
+            await found
+
+    run = asyncio.run if client == "asyncio" else lambda running: trio.run(lambda: running)
+    for given in ({"cert": "a", "ca": "b"}, {"cert": "a", "ca": "b", "peer": "dns:a.demo", "patience": 3}):
+        with pytest.raises(TypeError, match=r"connect\(\) .*'(peer|patience)'"):
+            run(call(**given))
+
+
+def test_each_argument_reaches_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocking client passes them on one by one; the others pass on what they get."""
+    seen: dict[str, Any] = {}
+
+    class Seen(Exception):
+        pass
+
+    def make(address: str, **options: Any) -> None:
+        seen.update(options, address=address)
+        raise Seen
+
+    monkeypatch.setattr(JoinPlan, "make", make)
+    given: dict[str, Any] = {name: object() for name in ("address", *Options.__annotations__)}
+    with pytest.raises(Seen):
+        frelay.connect(**given)
+    assert seen == given
+
+
+def test_its_docstring_describes_each() -> None:
+    text = inspect.getdoc(frelay.connect) or ""
+    described = text.partition("Args:")[2].partition("Raises:")[0]
+    for name in ("address", *Options.__annotations__):
+        assert re.search(rf"^    {name}: |``{name}``", described, re.MULTILINE), name
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+# What has another place on the command line, and what only the command has.
+NOT_OF_THE_COMMAND: Final = {"on_status"}
+ONLY_OF_THE_COMMAND: Final = {"address", "listen", "to", "exec_", "concurrency", "quiet", "as_json"}
+
+
+def parameters_of_the_command() -> dict[str, Any]:
+    connect = typer.main.get_command(app).commands["connect"]  # type: ignore[attr-defined]
+    return {one.name: one for one in connect.params if one.name != "help"}
+
+
+def test_the_command_has_an_option_for_each() -> None:
+    found = parameters_of_the_command()
+    assert set(found) - ONLY_OF_THE_COMMAND == set(Options.__annotations__) - NOT_OF_THE_COMMAND
+    for name in set(found) - {"address", "exec_", "as_json"}:
+        assert found[name].opts[0] == f"--{name.replace('_', '-')}"
+    assert all(one.envvar.startswith("FRELAY_") for one in found.values())
+    assert {name for name, one in found.items() if one.required} == {"address", *RequiredOptions.__annotations__}
+    assert found["mode"].default == arguments(frelay.connect)["mode"].default
+
+
+def test_each_option_reaches_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def connect_command(address: str, options: dict[str, Any], *_: Any, **__: Any) -> int:
+        seen.update(options)
+        return 0
+
+    monkeypatch.setattr("frelay.cli.connect.command.connect_command", connect_command)
+    values = {"wait": "7.5", "party": "func1", "mode": "tunnel", "retry": "3"}
+    expected: dict[str, Any] = {"wait": 7.5, "retry": 3}
+    line = ["connect", "relay.demo:9001"]
+    for name in sorted(set(Options.__annotations__) - NOT_OF_THE_COMMAND):
+        value = values.get(name, f"a {name}")
+        line += [f"--{name.replace('_', '-')}", value]
+        expected.setdefault(name, [value] if name in ("peer", "alpn") else value)
+    with pytest.raises(SystemExit) as ended:
+        app(line)
+    assert ended.value.code == 0
+    assert {name: value if isinstance(value, (list, int, float)) else str(value) for name, value in seen.items()} == (
+        expected
+    )
+
+
+# --- what the docs and help() show ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("client", CONNECTS)
