@@ -28,7 +28,8 @@ import trio
 from starlette.types import ASGIApp, Message, Scope
 
 from frelay.admin.places import Place
-from frelay.net.sockets import RawStream, close_after_linger
+from frelay.net.sockets import close_after_linger
+from frelay.net.streams import RawStream
 from frelay.tls.stream import TlsStream
 
 __all__ = ["Caller", "caller_of", "speak_http"]

@@ -18,7 +18,8 @@ import trio
 
 from frelay.admin.server import Admitted
 from frelay.errors import ConnectionBroken, RemoteProtocolError
-from frelay.net.sockets import TlsFault, close_after_linger, format_address
+from frelay.net.sockets import close_after_linger, format_address
+from frelay.net.streams import TlsFault
 from frelay.protocol.identity import Selector, match
 from frelay.tls.context import OuterTls, Rejection, VerifiedPeer, verified_peer
 from frelay.tls.stream import TlsStream

@@ -24,7 +24,8 @@ from starlette.types import ASGIApp
 
 from frelay.admin.http import Caller, speak_http
 from frelay.admin.places import GRACE, PLAIN_GRACE, Place, Places, holder_of
-from frelay.net.sockets import RawStream, close
+from frelay.net.sockets import close
+from frelay.net.streams import RawStream
 from frelay.tls.stream import TlsStream
 
 __all__ = ["Admit", "Admitted", "bind_unix", "let_in", "serve", "unlinked_at_end"]

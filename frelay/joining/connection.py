@@ -35,8 +35,9 @@ from frelay.joining.route_selection import Table, TurnedAway, choose, stranger
 from frelay.joining.tickets import TICKET_LINE_LENGTH, TicketIssuer, TicketRegistry, parse_ticket_line
 from frelay.journal import HandshakeDone, Journal, LegRefused, LegWaits
 from frelay.net.slots import Admission, Slot
-from frelay.net.sockets import TlsFault, close, close_after_linger, format_address, tune
+from frelay.net.sockets import close, close_after_linger, format_address, tune
 from frelay.net.strangers import Stage, Stranger
+from frelay.net.streams import TlsFault
 from frelay.net.tcp import is_open
 from frelay.pairing.leg import Leg, LegGone
 from frelay.pairing.pairing import Pairing

@@ -28,7 +28,8 @@ import trio
 from frelay.errors import ConnectionBroken, RemoteProtocolError
 from frelay.joining.legs import LINGER_TIME, TlsLeg
 from frelay.net.shares import holder_at
-from frelay.net.sockets import RawStream, close, close_after_linger
+from frelay.net.sockets import close, close_after_linger
+from frelay.net.streams import RawStream
 from frelay.net.tcp import is_dead, unacknowledged
 from frelay.pairing.leg import Leg, LegGone
 from frelay.protocol.messages import Mode, Paired, PartyName, Refused

@@ -33,12 +33,8 @@ import trio
 from frelay.errors import ConnectionBroken, RemoteProtocolError
 from frelay.joining.tickets import TicketIssuer
 from frelay.net.slots import Slot
-from frelay.net.sockets import (
-    BrokenStream,
-    RawStream,
-    TruncatedStream,
-    close_after_linger,
-)
+from frelay.net.sockets import close_after_linger
+from frelay.net.streams import BrokenStream, RawStream, TruncatedStream
 from frelay.pairing.leg import Leg, LegGone
 from frelay.protocol.messages import Draining, Join, Leave, Paired, PartyName, Refused, Waiting
 from frelay.protocol.session import RelaySession, State

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import trio
 
 from frelay.net.slots import Slot
-from frelay.net.sockets import RawStream, close_after_delivery, close_with_reset
+from frelay.net.sockets import close_after_delivery, close_with_reset
+from frelay.net.streams import RawStream
 from frelay.protocol.messages import Mode, Paired, PartyName, Refused, Waiting
 from frelay.tls.context import Credential, VerifiedPeer
 from frelay.tls.stream import TlsStream

@@ -24,7 +24,7 @@ import trio
 
 from frelay.errors import ConnectionBroken, RemoteProtocolError
 from frelay.net.shares import Pool
-from frelay.net.sockets import RawStream
+from frelay.net.streams import RawStream
 from frelay.net.tcp import is_dead, unacknowledged
 from frelay.pairing.bandwidth import Bandwidth, Share
 from frelay.pairing.leg import Leg

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from frelay.net.sockets import broken
+from frelay.net.streams import broken
 from frelay.net.tcp import is_after_end, shutdown_failure
 from frelay.pairing.pump import Cut, TlsProbe, Want
 from frelay.protocol.outcome import Outcome, Side

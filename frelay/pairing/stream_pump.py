@@ -13,7 +13,7 @@ from typing import Final, Protocol
 import trio
 
 from frelay.errors import ConnectionBroken, RemoteProtocolError, Truncated
-from frelay.net.sockets import SendBroken, broken
+from frelay.net.streams import SendBroken, broken
 from frelay.net.tcp import has_sent_end, is_after_end, take_error
 from frelay.pairing.bandwidth import Share
 from frelay.pairing.pump import Cut, TlsProbe, Want

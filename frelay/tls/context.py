@@ -32,7 +32,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from OpenSSL import SSL, crypto
 
 from frelay.errors import Problem
-from frelay.net.sockets import TlsFault
+from frelay.net.streams import TlsFault
 from frelay.tls.anchors import subject
 from frelay.tls.constraints import NameLimits
 from frelay.tls.identity import PeerIdentity, describe_unverified, identities, nobody

@@ -52,7 +52,8 @@ from OpenSSL._util import ffi as _ffi
 from OpenSSL._util import lib as _openssl
 
 from frelay.errors import ConnectionBroken, LocalProtocolError, RemoteProtocolError
-from frelay.net.sockets import BrokenStream, OneAtATime, TlsFault, TruncatedStream, broken, close
+from frelay.net.sockets import close
+from frelay.net.streams import BrokenStream, OneAtATime, TlsFault, TruncatedStream, broken
 
 __all__ = ["TlsStream"]
 
@@ -92,8 +93,8 @@ def _send_some(connection: SSL.Connection, data: memoryview) -> int:
 class TlsStream(trio.abc.HalfCloseableStream):
     """The server's side of a TLS 1.3 connection; it owns the socket until :meth:`detach`.
 
-    Besides Trio's own errors its methods raise :class:`~frelay.net.sockets.TruncatedStream`,
-    :class:`~frelay.net.sockets.BrokenStream` and :class:`~frelay.net.sockets.TlsFault`.
+    Besides Trio's own errors its methods raise :class:`~frelay.net.streams.TruncatedStream`,
+    :class:`~frelay.net.streams.BrokenStream` and :class:`~frelay.net.sockets.TlsFault`.
     """
 
     def __init__(self, sock: socket.socket, context: SSL.Context) -> None:

@@ -30,7 +30,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from OpenSSL import SSL
 
-from frelay.net.sockets import RawStream, close_with_reset
+from frelay.net.sockets import close_with_reset
+from frelay.net.streams import RawStream
 from frelay.pairing import raw_pump as raw_pump_module
 from frelay.pairing.pump import Cut, Pump
 from frelay.pairing.raw_pump import PipePool, RawPump, splice_is_available

@@ -21,7 +21,8 @@ import trio.testing
 import frelay.pairing.raw_pump as raw_pump_module
 import frelay.pairing.readiness as readiness_module
 from frelay.config.model import TcpSection
-from frelay.net.sockets import RawStream, close_with_reset, tune
+from frelay.net.sockets import close_with_reset, tune
+from frelay.net.streams import RawStream
 from frelay.net.tcp import is_dead, unacknowledged
 from frelay.pairing.pump import Cut, Want
 from frelay.pairing.raw_pump import PipePool, RawPump, carry_arrivals, splice_is_available

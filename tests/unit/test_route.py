@@ -13,7 +13,7 @@ import pytest
 from frelay.config.model import Address, Addresses, Limits, Route
 from frelay.joining.lobby import Taken, Withdrawn
 from frelay.joining.route import LiveRoute
-from frelay.net.sockets import RawStream
+from frelay.net.streams import RawStream
 from frelay.pairing.leg import Leg, LegGone
 from frelay.pairing.pairing import Forwarding, Pairing
 from frelay.protocol.messages import PartyName, Refused

@@ -16,7 +16,8 @@ import trio
 import trio.testing
 
 from frelay.errors import RemoteProtocolError, Truncated
-from frelay.net.sockets import RawStream, close_with_reset
+from frelay.net.sockets import close_with_reset
+from frelay.net.streams import RawStream
 from frelay.pairing.pump import Cut
 from frelay.pairing.stream_pump import StreamPump
 from frelay.protocol.outcome import Outcome, Side

@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from OpenSSL import crypto
 
 from frelay.errors import ConnectionBroken, LocalProtocolError, RemoteProtocolError, Truncated
-from frelay.net.sockets import RawStream
+from frelay.net.streams import RawStream
 from frelay.pki.authority import Authority
 from frelay.tls.stream import TlsStream
 from records import ALERT, CLOSE_NOTIFY, HANDSHAKE, PLAIN_CLOSE_NOTIFY, RecordForge, log_keys
