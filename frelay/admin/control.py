@@ -1,7 +1,6 @@
-"""The control: what the servers in this room may ask of a relay, and nothing more of it.
+"""The control: the interface through which the servers in this room query and change a relay.
 
-The relay stands above this room and is not known here. It gives the servers an :class:`Control`, and the tests give
-them another one.
+This room does not know the relay. The relay gives the servers its own :class:`Control`, and tests may give another.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from frelay.admin.model import (
     StatusView,
     TrafficView,
 )
+from frelay.errors import FrelayError
 from frelay.journal import Distribution, Journal
 from frelay.protocol.messages import PartyName
 
@@ -29,16 +29,16 @@ __all__ = [
     "Control",
     "ControlError",
     "Counts",
-    "Invalid",
+    "InvalidRequest",
     "PreconditionFailed",
-    "Stopping",
-    "Unknown",
+    "RelayDraining",
+    "UnknownRoute",
     "Unwritable",
 ]
 
 
-class ControlError(Exception):
-    """Something that was asked for and not done; nothing has changed."""
+class ControlError(FrelayError):
+    """A request that was not carried out; nothing has changed. The API answers it with a status of its own."""
 
     def __init__(self, message: str, problems: list[ProblemView] | None = None) -> None:
         super().__init__(message)
@@ -46,48 +46,50 @@ class ControlError(Exception):
         self.problems = problems or []
 
 
-class Unknown(ControlError):
+class UnknownRoute(ControlError):
     """There is no such route."""
 
 
-class Invalid(ControlError):
-    """What was asked for can never be done: its values are wrong in themselves."""
+class InvalidRequest(ControlError):
+    """The request has wrong values: no relay could carry it out."""
 
 
 class Conflict(ControlError):
-    """What was asked for cannot be done beside what is there."""
+    """The request conflicts with another route, or with the files on disk."""
 
 
 class PreconditionFailed(ControlError):
-    """The route is no longer as the caller believes, or there is one where the caller wants a new one."""
+    """The route changed since the caller read it, or exists although the caller wants to add it."""
 
 
 class Unwritable(ControlError):
-    """The disk did not take it."""
+    """The route file could not be written."""
 
 
-class Stopping(ControlError):
-    """The relay drains, and takes nothing over any more."""
+class RelayDraining(ControlError):
+    """The relay is draining and takes no changes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """The relay in numbers, all of one moment, and nobody's to change: it may be read in another thread.
+    """The relay in numbers, all of the same moment. Nobody changes it, so another thread may read it.
 
-    Routes are those in force, and the removed ones that still have pairings. By columns and not by routes, because a
-    thousand small objects at each look are a thousand for the garbage collector.
+    It covers the routes in force, and removed routes that still have pairings. It has one mapping for each figure and
+    not one object for each route, because a thousand new objects at each scrape would be work for the garbage
+    collector.
     """
 
     pairings: Mapping[str, int]
-    """How many run, by route."""
+    """Running pairings, by route."""
     waiting: Mapping[tuple[str, PartyName], int]
-    """By route and party."""
+    """Waiting legs, by route and party."""
     bytes_moved: Mapping[tuple[str, PartyName], int]
-    """All that was delivered, the bytes of running pairings included, by route and sender."""
+    """Delivered bytes, those of running pairings included, by route and sender."""
     outcomes: Mapping[tuple[str, str], int]
-    """Pairings that have ended, by route and outcome."""
+    """Ended pairings, by route and outcome."""
     refusals: Mapping[tuple[str, str], int]
-    """By route, which is ``""`` where there is none (:attr:`frelay.journal.Journal.totals`), and code."""
+    """Refused connections, by route and code. The route is ``""`` where there is none
+    (:attr:`frelay.journal.Journal.totals`)."""
     reloaded_at: float
     """When a configuration was last put in force or refused, in seconds since the epoch."""
     reload_was_accepted: bool
@@ -95,18 +97,18 @@ class Counts:
     durations: Mapping[str, Distribution]
     """As :attr:`frelay.journal.Journal.durations`."""
     loop_lag: float = 0.0
-    """The most that the loops of other processes than this one were late, in seconds."""
+    """The longest delay of the event loops in other processes, in seconds."""
     tasks: int = 0
-    """Those in the loops of other processes."""
+    """Tasks in the event loops of other processes."""
     workers: tuple[int, ...] = ()
-    """The process numbers of the workers that run, where there are any."""
+    """The process ids of the running workers."""
     restarts: Mapping[int, int] | None = None
-    """How often each worker was started again after it had died; None where there are none."""
+    """How often each worker was started again after it had died; None without workers."""
 
 
 class Control(abc.ABC):
-    """What may be asked of a relay. Looks tell what is so when they are answered, after all changes that were answered
-    before; a relay answers at once, and one with workers asks them. Changes raise :class:`ControlError`.
+    """Queries and changes of one relay. A query tells the state at the time of its answer, and includes every change
+    that was answered before. A relay with workers asks them for it. Changes raise :class:`ControlError`.
     """
 
     journal: Journal
@@ -114,19 +116,19 @@ class Control(abc.ABC):
     @property
     @abc.abstractmethod
     def why_not_ready(self) -> str | None:
-        """Why no function should be sent here now, in one line; None if the relay is there for them.
+        """Why functions should not be sent to this relay now, in one line; None if it is ready.
 
-        A refused reload is no reason: the configuration before it is whole, and serves.
+        A refused reload is no reason: the previous configuration stays in force, whole.
         """
 
     @property
     @abc.abstractmethod
     def is_draining(self) -> bool:
-        """Whether the relay takes nothing new any more."""
+        """Whether the relay takes no new connections any more."""
 
     @abc.abstractmethod
     async def counts(self) -> Counts:
-        """The relay in numbers: cheaper than any view, for whoever asks every few seconds."""
+        """The relay in numbers; cheaper than any view, for scrapes every few seconds."""
 
     @abc.abstractmethod
     async def status(self) -> StatusView:
@@ -138,15 +140,15 @@ class Control(abc.ABC):
 
     @abc.abstractmethod
     async def route(self, name: str) -> RouteView:
-        """One route in force; raises Unknown."""
+        """One route in force; raises UnknownRoute."""
 
     @abc.abstractmethod
     async def traffic(self) -> TrafficView:
-        """What goes on at all routes; much cheaper than :meth:`routes`."""
+        """The traffic of all routes; much cheaper than :meth:`routes`."""
 
     @abc.abstractmethod
     async def pairings(self) -> PairingsView:
-        """All pairings that run."""
+        """All running pairings."""
 
     @abc.abstractmethod
     def configuration(self) -> dict[str, Any]:
@@ -156,15 +158,16 @@ class Control(abc.ABC):
     async def put_route(
         self, name: str, table: Mapping[str, Any], *, if_match: frozenset[str] | None, must_be_new: bool
     ) -> tuple[RouteView, bool]:
-        """Add or replace a route: it listens, and is on disk, when this returns. Whether it is new, as the second.
+        """Add or replace a route, and return it and whether it is new. When this returns, the route listens and its
+        file is on disk.
 
-        ``table`` are the keys of its file. With ``if_match`` it is only done if the route has one of these etags.
+        ``table`` holds the keys of its file. With ``if_match`` the route is changed only if it has one of these etags.
         """
 
     @abc.abstractmethod
     async def delete_route(self, name: str, *, if_match: frozenset[str] | None) -> None:
-        """Remove a route: nothing listens for it any more, and its file is gone, when this returns."""
+        """Remove a route. When this returns, its port is free and its file is removed."""
 
     @abc.abstractmethod
     async def reload(self) -> ReloadedView:
-        """Read the files again."""
+        """Read the configuration files again and put them in force."""

@@ -1,9 +1,9 @@
-"""The dashboard: one page for whoever is called at night, drawn by a browser from the API beside it.
+"""Serves the dashboard: one page for the operator on call, which a browser draws from the admin API.
 
-Four static files, read once. There is no build step and nothing is loaded from elsewhere, so it works on a machine
-without a way out, through ``ssh -L``. What it shows is partly made up by strangers (the subject of a refused
-certificate, say): the page sets text and never markup, and the headers here let a browser run nothing else, should it
-ever fail to.
+It is four static files, read once, without a build step. The page loads nothing from other hosts, so it works through
+``ssh -L`` on a machine without internet access. Strangers write a part of what it shows, such as the subject of a
+refused certificate. So the page only sets text, never markup; if it ever failed to, the headers below would still keep
+the browser from running anything else.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _POLICY: Final = "; ".join(
         "base-uri 'none'",
         "form-action 'none'",
         "frame-ancestors 'none'",
-        "require-trusted-types-for 'script'",  # innerHTML and its kin raise
+        "require-trusted-types-for 'script'",  # makes innerHTML and the like raise
     )
 )
 _HEADERS: Final = {
@@ -44,7 +44,7 @@ _HEADERS: Final = {
     "referrer-policy": "no-referrer",
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
-    # One forwarded port of localhost is this relay today and another version tomorrow.
+    # The same forwarded port of localhost may lead to a relay of another version tomorrow.
     "cache-control": "no-store",
 }
 

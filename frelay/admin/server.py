@@ -1,9 +1,8 @@
-"""An ASGI application on listening sockets, beside a relay that must not suffer from it.
+"""Serves an ASGI application on listening sockets, in the process of a relay that must not suffer from it.
 
-The socket of the admin API must never be open to others, not even for a moment, so it is bound here. A caller over TCP
-has to be let in by a certificate first (:mod:`frelay.admin.mtls`), with the relay's own TLS. How many there are at a
-time, and who has to go for a newcomer, is told in :mod:`frelay.admin.places`; how HTTP is spoken with each of them in
-:mod:`frelay.admin.http`.
+The Unix socket of the admin API is bound here, because other users must never be able to connect to it, not even for a
+moment. A caller over TCP is admitted by its certificate (:mod:`frelay.admin.mtls`). :mod:`frelay.admin.connections`
+bounds the connections, and :mod:`frelay.admin.http` speaks HTTP on each.
 """
 
 from __future__ import annotations
@@ -22,34 +21,35 @@ import structlog
 import trio
 from starlette.types import ASGIApp
 
+from frelay.admin.connections import GRACE, PLAIN_GRACE, ConnectionSlot, ConnectionSlots, holder_of
 from frelay.admin.http import Caller, speak_http
-from frelay.admin.places import GRACE, PLAIN_GRACE, Place, Places, holder_of
 from frelay.net.sockets import close
 from frelay.net.streams import RawStream
 from frelay.tls.stream import TlsStream
 
-__all__ = ["Admit", "Admitted", "bind_unix", "let_in", "serve", "unlinked_at_end"]
+__all__ = ["Admit", "Admitted", "admit_anyone", "bind_unix", "serve", "unlinked_at_end"]
 
 _BACKLOG: Final = 256
+# Seconds after an accept that failed.
 _PAUSE: Final = 0.1
-# Seconds for which the kernel keeps a connection without a byte to itself, about: it rounds up.
-_FIRST_BYTE_TIME: Final = 5
+# Seconds, rounded up by the kernel: how long it keeps a connection that has sent no byte before we accept it.
+_FIRST_BYTE_TIMEOUT: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """A caller who was let in; ``objection`` is that of :class:`~frelay.admin.http.Caller`."""
+    """A caller who was admitted; ``objection`` is that of :class:`~frelay.admin.http.Caller`."""
 
     stream: RawStream | TlsStream
     objection: Callable[[], str | None] = lambda: None
 
 
 Admit = Callable[[socket.socket], Awaitable[Admitted | None]]
-"""Makes a caller of an accepted socket, or gives None for one that may not come in. It may raise OSError."""
+"""Decides about an accepted socket: None refuses it. It may raise OSError."""
 
 
-async def let_in(sock: socket.socket) -> Admitted:
-    """Admit everybody: whoever can reach this socket may use it."""
+async def admit_anyone(sock: socket.socket) -> Admitted:
+    """Admit everyone who can reach this socket."""
     return Admitted(RawStream(sock))
 
 
@@ -57,13 +57,13 @@ async def let_in(sock: socket.socket) -> Admitted:
 
 
 def bind_unix(path: Path) -> socket.socket:
-    """A listening Unix socket at ``path``, for its owner alone; raises OSError.
+    """A listening Unix socket at ``path`` that only its owner can connect to; raises OSError.
 
-    A socket file that nobody listens on any more is replaced: no server can remove its own when it is killed.
+    A socket file without a listener is replaced: a server that was killed could not remove its own.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
-        # Linux gives the file the mode of the socket: there is no moment in which others could connect.
+        # Linux creates the file with the mode of the socket, so others cannot connect at any moment.
         os.fchmod(sock.fileno(), stat.S_IRUSR | stat.S_IWUSR)
         try:
             sock.bind(str(path))
@@ -94,7 +94,7 @@ def _is_abandoned(path: Path) -> bool:
 
 @contextmanager
 def unlinked_at_end(path: Path) -> Iterator[None]:
-    """Remove the socket file at the end, if it is still the one that was there at the beginning."""
+    """Remove the socket file at the end, unless another one has taken its place."""
     born = path.lstat().st_ino
     try:
         yield
@@ -108,11 +108,11 @@ def unlinked_at_end(path: Path) -> Iterator[None]:
 
 
 async def serve(app: ASGIApp, sockets: Sequence[socket.socket], admit: Admit, *, most: int) -> None:
-    """Serve ``app`` on listening ``sockets``, which are closed at the end, until cancelled.
+    """Serve ``app`` on listening ``sockets`` until cancelled; closes them at the end.
 
     There are at most ``most`` connections at a time.
     """
-    server = _Server(app, admit, Places(most, grace=PLAIN_GRACE if admit is let_in else GRACE))
+    server = _Server(app, admit, ConnectionSlots(most, grace=PLAIN_GRACE if admit is admit_anyone else GRACE))
     try:
         async with trio.open_nursery() as nursery:
             for sock in sockets:
@@ -124,18 +124,18 @@ async def serve(app: ASGIApp, sockets: Sequence[socket.socket], admit: Admit, *,
 
 
 def _wait_for_the_first_byte(sock: socket.socket) -> None:
-    """Have the kernel keep connections that say nothing: in HTTP and in TLS the client speaks first."""
+    """Have the kernel keep a connection until its first byte: in HTTP and in TLS the client sends first."""
     if sock.family != socket.AF_UNIX:
-        # A sandboxed kernel may not know it, and then such connections have places like all others.
+        # A sandboxed kernel may not know the option. Then silent connections take slots like all others.
         with suppress(OSError):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, _FIRST_BYTE_TIME)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, _FIRST_BYTE_TIMEOUT)
 
 
 class _Server:
-    def __init__(self, app: ASGIApp, admit: Admit, places: Places) -> None:
+    def __init__(self, app: ASGIApp, admit: Admit, slots: ConnectionSlots) -> None:
         self._app: Final = app
         self._admit: Final = admit
-        self._places: Final = places
+        self._slots: Final = slots
         self._log: Final[Any] = structlog.get_logger("frelay.admin")
 
     async def accept(self, listener: socket.socket) -> None:
@@ -143,11 +143,11 @@ class _Server:
             while True:
                 sock, address = await self._next(listener)
                 try:
-                    place = await self._places.take(holder_of(address))
+                    slot = await self._slots.take(holder_of(address))
                 except BaseException:
                     sock.close()
                     raise
-                connections.start_soon(self._attend, sock, place)
+                connections.start_soon(self._serve, sock, slot)
 
     async def _next(self, listener: socket.socket) -> tuple[socket.socket, Any]:
         while True:
@@ -157,25 +157,25 @@ class _Server:
             except BlockingIOError:
                 continue
             except OSError:
-                # A connection that died in the queue, or no descriptors left: either way, in a moment again.
+                # The connection died in the queue, or no descriptor is left. Try again soon in both cases.
                 await trio.sleep(_PAUSE)
                 continue
             sock.setblocking(False)
             return sock, address
 
-    async def _attend(self, sock: socket.socket, place: Place) -> None:
+    async def _serve(self, sock: socket.socket, slot: ConnectionSlot) -> None:
         try:
-            with place.scope:
+            with slot.scope:
                 admitted = await self._admit(sock)
                 if admitted is not None:
-                    place.clients_turn()
-                    caller = Caller(place.holder, admitted.objection)
-                    await speak_http(self._app, admitted.stream, caller, place)
+                    slot.clients_turn()
+                    caller = Caller(slot.holder, admitted.objection)
+                    await speak_http(self._app, admitted.stream, caller, slot)
         except* OSError:
-            pass  # it is gone; there is nobody to tell
+            pass  # The client has disconnected: there is nobody to answer.
         except* Exception:
-            # Routes go on without it; it must not take them along.
+            # Only this connection ends: routes must not suffer from a bug here.
             self._log.exception("a bug in frelay ended this HTTP connection")
         finally:
             close(sock)
-            place.give_back()
+            slot.give_back()

@@ -1,7 +1,7 @@
-"""The relay's own HTTP servers: bound before it is ready, and up until its last pairing has ended.
+"""The two HTTP servers of a relay, for the admin API and the metrics: bound before it is ready, up until it ends.
 
-A module of its own because it is only imported by a relay whose route file asks for a server: FastAPI and what it
-brings take half a second to load and 30 MB to hold.
+Only a relay whose route file has ``[admin]`` or ``[metrics]`` imports this module: FastAPI and its dependencies take
+half a second to load and 30 MB of memory.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from typing import Final
 
 import trio
 
-from frelay.admin.api import EventStream, api, is_local_host
+from frelay.admin.api import api
 from frelay.admin.control import Control
+from frelay.admin.events import EventStream
+from frelay.admin.guard import is_local_host
 from frelay.admin.metrics import Metrics, metrics_app
-from frelay.admin.mtls import TlsDoor
-from frelay.admin.server import Admit, bind_unix, let_in, serve, unlinked_at_end
+from frelay.admin.mtls import MutualTlsGate
+from frelay.admin.server import Admit, admit_anyone, bind_unix, serve, unlinked_at_end
 from frelay.config.model import Config
 from frelay.errors import ConfigError, Problem
 from frelay.net.binding import bind
@@ -43,16 +45,16 @@ class Servers:
         running: Callable[[], Config],
         trust: Callable[[], OuterTls | None],
         inherited: PassedSockets,
-        places: int,
+        max_connections: int,
     ) -> None:
-        """Bind what ``config`` asks for; raises ConfigError with nothing left bound.
+        """Bind the sockets that ``config`` asks for; raises ConfigError with nothing left bound.
 
-        Each of the two has at most ``places`` connections at a time. ``running`` and ``trust`` give the configuration
-        and the certificates in force, now and after any reload. Sockets that systemd has bound for "admin" and
-        "metrics" are used instead of own ones.
+        Each server has at most ``max_connections`` at a time. ``running`` and ``trust`` give the configuration and the
+        certificates in force, also after a reload. A socket that systemd passed as "admin" or "metrics" is used instead
+        of an own one.
         """
         self._inherited: Final = inherited
-        self._places: Final = places
+        self._max_connections: Final = max_connections
         self._control: Final = control
         self._running: Final = running
         self._trust: Final = trust
@@ -75,9 +77,9 @@ class Servers:
 
     @property
     def bound(self) -> dict[str, list[str]]:
-        """Where they really listen: ``unix:PATH`` or ``HOST:PORT``, by ``admin`` and ``metrics``."""
-        found = {"admin": [_place(sock) for sock in self._admin], "metrics": [_place(sock) for sock in self._metrics]}
-        return {name: places for name, places in found.items() if places}
+        """Where they listen in fact: ``unix:PATH`` or ``HOST:PORT``, by ``admin`` and ``metrics``."""
+        found = {"admin": self._admin, "metrics": self._metrics}
+        return {name: [_bound_to(sock) for sock in sockets] for name, sockets in found.items() if sockets}
 
     def _bind_admin(self, config: Config, cleaning: ExitStack) -> None:
         admin = config.admin
@@ -85,7 +87,7 @@ class Servers:
             return
         path, address = admin.socket_path, admin.address
         if path is not None:
-            # One that systemd has bound: it made the file, with the mode that its unit says, and removes it.
+            # systemd creates and removes the file of a socket that it passes, with the mode that its unit says.
             self._admin = self._inherited.take("admin", path)
             if not self._admin:
                 self._admin = [bind_unix(path)]
@@ -104,25 +106,25 @@ class Servers:
 
     async def run(self) -> None:
         """Serve until cancelled."""
-        events, metrics = EventStream(self._places // 2), Metrics(self._control)
+        events, metrics = EventStream(self._max_connections // 2), Metrics(self._control)
         journal = self._control.journal
         with self._cleaning, journal.listen(events.note):
             async with trio.open_nursery() as nursery:
                 if self._admin:
                     is_own_host = is_local_host if self._is_local else self._is_own_host
                     app = api(self._control, events, is_own_host=is_own_host)
-                    admit: Admit = let_in if self._is_local else TlsDoor(self._needed_trust, self._allow)
-                    nursery.start_soon(partial(serve, app, self._admin, admit, most=self._places))
+                    admit: Admit = admit_anyone if self._is_local else MutualTlsGate(self._required_trust, self._allow)
+                    nursery.start_soon(partial(serve, app, self._admin, admit, most=self._max_connections))
                 if self._metrics:
                     nursery.start_soon(metrics.run)
                     app = metrics_app(self._control, metrics)
-                    nursery.start_soon(partial(serve, app, self._metrics, let_in, most=self._places))
+                    nursery.start_soon(partial(serve, app, self._metrics, admit_anyone, most=self._max_connections))
 
     def close(self) -> None:
-        """Give everything back without having run."""
+        """Close the sockets of servers that never ran."""
         self._cleaning.close()
 
-    def _needed_trust(self) -> OuterTls:
+    def _required_trust(self) -> OuterTls:
         trust = self._trust()
         if trust is None:
             raise AssertionError("an admin API on TCP without [tls]; the configuration should not have loaded")
@@ -133,9 +135,9 @@ class Servers:
         return () if admin is None else admin.allow
 
     def _is_own_host(self, host: str) -> bool:
-        """On TCP: this machine's own names, any address, or a name in the relay's certificate."""
+        """On TCP: localhost, any IP address, or a name in the relay's certificate."""
         if is_local_host(host) or _is_address(host):
-            return True  # a rebound name is a name, so an address cannot be one
+            return True  # An IP address is no DNS name that an attacker could point here.
         trust = self._trust()
         return trust is not None and host in trust.server_names
 
@@ -150,9 +152,9 @@ def _is_address(host: str) -> bool:
     return False
 
 
-def _place(sock: socket.socket) -> str:
-    place = sock.getsockname()
-    return f"unix:{place}" if isinstance(place, str) else format_address(place[:2])
+def _bound_to(sock: socket.socket) -> str:
+    address = sock.getsockname()
+    return f"unix:{address}" if isinstance(address, str) else format_address(address[:2])
 
 
 def _problem(config: Config, section: str, error: OSError | ValueError) -> Problem:

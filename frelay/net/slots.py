@@ -147,11 +147,11 @@ class Admission:
     def _budget(self) -> int:
         share = int(self.descriptor_limit * self.limits.fd_budget)
         # Whatever fd_budget says, nobody takes what the HTTP servers and the listeners have or may come to have.
-        rest = self.descriptor_limit - self.listeners - _SERVERS * self.places_of_a_server
+        rest = self.descriptor_limit - self.listeners - _SERVERS * self.connections_per_http_server
         return min(share, rest) - _OWN_DESCRIPTORS
 
     @property
-    def places_of_a_server(self) -> int:
+    def connections_per_http_server(self) -> int:
         """How many connections each of the relay's HTTP servers may have at a time."""
         return max(_FEWEST_PLACES, min(_MOST_PLACES, self.descriptor_limit // _PART_OF_A_SERVER))
 

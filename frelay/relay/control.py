@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from frelay import __version__
-from frelay.admin.control import Conflict, Control, Counts, Invalid, PreconditionFailed, Stopping, Unknown, Unwritable
+from frelay.admin.control import (
+    Conflict,
+    Control,
+    Counts,
+    InvalidRequest,
+    PreconditionFailed,
+    RelayDraining,
+    UnknownRoute,
+    Unwritable,
+)
 from frelay.admin.model import (
     CertificateView,
     DescriptorView,
@@ -173,7 +182,7 @@ class RelayControl(Control):
     def _find(self, name: str) -> LiveRoute:
         route = self._relay.routes.get(name)
         if route is None:
-            raise Unknown(f"there is no route {name!r}")
+            raise UnknownRoute(f"there is no route {name!r}")
         return route
 
     def _bytes_under_way(self) -> dict[str, dict[PartyName, int]]:
@@ -247,7 +256,7 @@ class RelayControl(Control):
         try:
             content = route_file_content(table)
         except (ValueError, TypeError) as error:
-            raise Invalid("the route cannot be written as TOML", [ProblemView(message=str(error))]) from error
+            raise InvalidRequest("the route cannot be written as TOML", [ProblemView(message=str(error))]) from error
         is_new = False
 
         def edit(config: Config) -> RouteFileEdit:
@@ -265,7 +274,7 @@ class RelayControl(Control):
     async def delete_route(self, name: str, *, if_match: frozenset[str] | None) -> None:
         def edit(config: Config) -> RouteFileEdit:
             if name not in config.routes_by_name:
-                raise Unknown(f"there is no route {name!r}")
+                raise UnknownRoute(f"there is no route {name!r}")
             return RouteFileEdit(self._editable_file(config, name, if_match), None)
 
         await self._edit(edit)
@@ -301,13 +310,13 @@ class RelayControl(Control):
         except OSError as error:
             raise Unwritable(f"the route could not be written to {path}: {error.strerror or error}") from error
 
-    def _judged(self, error: ConfigError, path: Path | None) -> Conflict | Invalid | Stopping:
+    def _judged(self, error: ConfigError, path: Path | None) -> Conflict | InvalidRequest | RelayDraining:
         if self.is_draining:
-            return Stopping("this relay is draining, and takes nothing over any more")
+            return RelayDraining("this relay is draining, and takes nothing over any more")
         own = [problem for problem in error.problems if problem.file == path and not problem.is_conflict]
         if own:
             # Without file and line: the caller has sent a route, and no file.
-            return Invalid("the route is wrong", [ProblemView(key=one.key, message=one.message) for one in own])
+            return InvalidRequest("the route is wrong", [ProblemView(key=one.key, message=one.message) for one in own])
         if any(problem.is_conflict for problem in error.problems):
             return Conflict("the route cannot be beside what is there", _views(error.problems))
         return Conflict(
@@ -320,7 +329,7 @@ class RelayControl(Control):
             changes = await self._relay.reload()
         except ConfigError as error:
             if self.is_draining:
-                raise Stopping("this relay is draining, and takes nothing over any more") from error
+                raise RelayDraining("this relay is draining, and takes nothing over any more") from error
             raise Conflict("the configuration was refused, and the old one stays", _views(error.problems)) from error
         return ReloadedView(
             kept=len(changes.keep),

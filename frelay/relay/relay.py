@@ -233,7 +233,7 @@ class Relay:
             running=lambda: self._now.config,
             trust=lambda: self._now.trust,
             inherited=self._inherited,
-            places=self._admission.places_of_a_server,
+            max_connections=self._admission.connections_per_http_server,
         )
         root.start_soon(self._servers.run)
         self._log.info("serving", **{name: ", ".join(places) for name, places in self._servers.bound.items()})

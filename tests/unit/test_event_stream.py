@@ -13,8 +13,7 @@ import pytest
 import trio
 from starlette.types import Message
 
-from frelay.admin import api
-from frelay.admin.api import EventStream
+from frelay.admin.events import EventResponse, EventStream
 from frelay.journal import LegWaits
 
 EVENTS = 500
@@ -67,7 +66,7 @@ async def test_a_reader_that_has_fallen_behind_gets_many_in_one_write() -> None:
         await trio.lowlevel.checkpoint()
 
     with trio.fail_after(20):
-        await api._EventResponse(events, None)({"type": "http", "headers": []}, receive, send)
+        await EventResponse(events, None)({"type": "http", "headers": []}, receive, send)
     text = b"".join(written).decode()
     ids = [int(line.removeprefix("id: ")) for line in text.splitlines() if line.startswith("id: ")]
     assert ids == list(range(1, EVENTS + 1))

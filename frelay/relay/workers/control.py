@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from frelay.admin.control import Counts, Unknown
+from frelay.admin.control import Counts, UnknownRoute
 from frelay.admin.model import (
     DescriptorView,
     PairingsView,
@@ -117,7 +117,7 @@ class SupervisorControl(RelayControl):
     async def route(self, name: str) -> RouteView:
         route = self._supervisor.config.routes_by_name.get(name)
         if route is None:
-            raise Unknown(f"there is no route {name!r}")
+            raise UnknownRoute(f"there is no route {name!r}")
         found = _by_name(await self._supervisor.look("routes", [self._supervisor.post_of(name)]))
         return RouteView.model_validate(found[name]) if name in found else self._absent(route)
 

@@ -1,4 +1,4 @@
-"""Who gets a place of an HTTP server, and who has to go for it."""
+"""Which connection of an HTTP server is closed to make room for a new one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import trio
 import trio.testing
 
-from frelay.admin.places import GRACE, Place, Places, holder_of
+from frelay.admin.connections import GRACE, ConnectionSlot, ConnectionSlots, holder_of
 
 
 @pytest.mark.parametrize(
@@ -28,62 +28,62 @@ def test_who_holds_a_connection(address: object, holder: str) -> None:
     assert holder_of(address) == holder
 
 
-class Hall:
-    """Places whose connections leave when they are told to."""
+class Server:
+    """Slots whose connections leave when they are told to."""
 
     def __init__(self, most: int, nursery: trio.Nursery) -> None:
-        self.places = Places(most)
-        self.inside: list[Place] = []
+        self.slots = ConnectionSlots(most)
+        self.inside: list[ConnectionSlot] = []
         self._nursery = nursery
 
-    async def enter(self, holder: str, *, is_served: bool = False) -> Place:
-        place = await self.places.take(holder)
-        self.inside.append(place)
+    async def enter(self, holder: str, *, is_served: bool = False) -> ConnectionSlot:
+        slot = await self.slots.take(holder)
+        self.inside.append(slot)
         if is_served:
-            place.our_turn()
-        await self._nursery.start(self._stay, place)
-        return place
+            slot.our_turn()
+        await self._nursery.start(self._stay, slot)
+        return slot
 
-    async def _stay(self, place: Place, *, task_status: trio.TaskStatus[None]) -> None:
+    async def _stay(self, slot: ConnectionSlot, *, task_status: trio.TaskStatus[None]) -> None:
         task_status.started()
-        with place.scope:
+        with slot.scope:
             await trio.sleep_forever()
-        self.inside.remove(place)
-        place.give_back()
+        self.inside.remove(slot)
+        slot.give_back()
 
     @property
     def holders(self) -> Counter[str]:
-        return Counter(place.holder for place in self.inside)
+        return Counter(slot.holder for slot in self.inside)
 
 
 async def test_a_newcomer_displaces_the_longest_silent_of_who_has_most(autojump_clock: trio.testing.MockClock) -> None:
     async with trio.open_nursery() as nursery:
-        hall = Hall(4, nursery)
-        first = await hall.enter("a")
+        server = Server(4, nursery)
+        first = await server.enter("a")
         for holder in "aab":
             await trio.sleep(0.001)
-            await hall.enter(holder)
-        await hall.enter("c")  # at once: a has two more than c
-        assert hall.holders == {"a": 2, "b": 1, "c": 1}
-        assert first not in hall.inside
+            await server.enter(holder)
+        await server.enter("c")  # at once: a has two more than c
+        assert server.holders == {"a": 2, "b": 1, "c": 1}
+        assert first not in server.inside
         nursery.cancel_scope.cancel()
 
 
 async def test_who_is_served_is_never_displaced(autojump_clock: trio.testing.MockClock) -> None:
     async with trio.open_nursery() as nursery:
-        hall = Hall(3, nursery)
-        served = [await hall.enter("a", is_served=True) for _ in range(3)]
-        with trio.move_on_after(100) as patience:
-            await hall.enter("b")
-        assert patience.cancelled_caught
-        assert hall.inside == served
-        assert not hall.places.is_wanted
-        nursery.start_soon(hall.enter, "b")
+        server = Server(3, nursery)
+        served = [await server.enter("a", is_served=True) for _ in range(3)]
+        with trio.move_on_after(100) as timeout:
+            await server.enter("b")
+        assert timeout.cancelled_caught
+        assert server.inside == served
+        assert not server.slots.is_wanted
+        nursery.start_soon(server.enter, "b")
         await trio.testing.wait_all_tasks_blocked()
         assert served[1].is_wanted
         served[1].clients_turn()
         await trio.testing.wait_all_tasks_blocked()
-        assert hall.holders == {"a": 2, "b": 1}
+        assert server.holders == {"a": 2, "b": 1}
         nursery.cancel_scope.cancel()
 
 
@@ -91,45 +91,45 @@ async def test_who_is_served_is_never_displaced(autojump_clock: trio.testing.Moc
 async def test_one_address_cannot_churn_its_own_places(autojump_clock: trio.testing.MockClock) -> None:
     """Each gets the time for a step, so that one who speaks at all is heard in any flood of its address."""
     async with trio.open_nursery() as nursery:
-        hall = Hall(4, nursery)
+        server = Server(4, nursery)
         for _ in range(4):
-            await hall.enter("a")
+            await server.enter("a")
         began = trio.current_time()
         for _ in range(8):
-            await hall.enter("a")
+            await server.enter("a")
         assert trio.current_time() - began >= 2 * GRACE
         nursery.cancel_scope.cancel()
 
 
 async def test_who_has_more_displaces_nobody_who_has_fewer(autojump_clock: trio.testing.MockClock) -> None:
     async with trio.open_nursery() as nursery:
-        hall = Hall(4, nursery)
-        only = await hall.enter("b")
+        server = Server(4, nursery)
+        only = await server.enter("b")
         for _ in range(3):
-            await hall.enter("a")
+            await server.enter("a")
         for _ in range(20):
-            await hall.enter("a")
-        assert only in hall.inside
+            await server.enter("a")
+        assert only in server.inside
         nursery.cancel_scope.cancel()
 
 
 async def test_bytes_win_no_time_and_steps_do(autojump_clock: trio.testing.MockClock) -> None:
     async with trio.open_nursery() as nursery:
-        hall = Hall(2, nursery)
-        one, two = await hall.enter("a"), await hall.enter("a")
+        server = Server(2, nursery)
+        one, two = await server.enter("a"), await server.enter("a")
         await trio.sleep(GRACE)
         one.clients_turn()  # its handshake is done, say
-        await hall.enter("a")
-        assert one in hall.inside
-        assert two not in hall.inside
+        await server.enter("a")
+        assert one in server.inside
+        assert two not in server.inside
         nursery.cancel_scope.cancel()
 
 
 async def test_a_place_that_is_given_back_twice_is_one() -> None:
-    places = Places(1)
-    place = await places.take("a")
-    place.give_back()
-    place.give_back()
-    assert len(places) == 0
-    await places.take("b")
-    assert len(places) == 1
+    slots = ConnectionSlots(1)
+    slot = await slots.take("a")
+    slot.give_back()
+    slot.give_back()
+    assert len(slots) == 0
+    await slots.take("b")
+    assert len(slots) == 1
