@@ -94,7 +94,7 @@ class TlsStream(trio.abc.HalfCloseableStream):
     """The server's side of a TLS 1.3 connection; it owns the socket until :meth:`detach`.
 
     Besides Trio's own errors its methods raise :class:`~frelay.net.streams.TruncatedStream`,
-    :class:`~frelay.net.streams.BrokenStream` and :class:`~frelay.net.sockets.TlsFault`.
+    :class:`~frelay.net.streams.BrokenStream` and :class:`~frelay.net.streams.TlsFault`.
     """
 
     def __init__(self, sock: socket.socket, context: SSL.Context) -> None:
