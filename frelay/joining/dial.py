@@ -17,7 +17,6 @@ The relay does not speak to the service. The bytes on that leg are raw from the 
 from __future__ import annotations
 
 import os
-import secrets
 import socket
 from typing import Any, Final
 
@@ -32,7 +31,7 @@ from frelay.journal import Journal, PairingEnded
 from frelay.net.slots import Admission, Slot
 from frelay.net.sockets import format_address, tune
 from frelay.net.unix import connect_unix
-from frelay.pairing.pairing import Pairing, log_record
+from frelay.pairing.pairing import Pairing, log_record, new_pairing_id
 from frelay.protocol.messages import Refused
 from frelay.protocol.outcome import Outcome, Record
 
@@ -130,7 +129,7 @@ def _record(place: Place, route: LiveRoute, service: Service, detail: str, durat
     """A call in vain has its record like any pairing: who watches the outcomes sees a service that is down."""
     identities = {place.leg.party: place.leg.identity, service.party: service.identity}
     return Record(
-        pairing=secrets.token_hex(8),
+        pairing=new_pairing_id(),
         route=route.name,
         func1=identities["func1"],
         func2=identities["func2"],

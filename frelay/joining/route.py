@@ -7,7 +7,6 @@ other task can have another opinion.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -23,7 +22,7 @@ from frelay.joining.route_selection import Parties
 from frelay.net.shares import described
 from frelay.pairing.bandwidth import Bandwidth
 from frelay.pairing.leg import Leg
-from frelay.pairing.pairing import Forwarding, Pairing, PairingLimits, new_pairing_pool
+from frelay.pairing.pairing import Forwarding, Pairing, PairingLimits, PairingTerms, new_pairing_pool
 from frelay.protocol.messages import PartyName, Refused
 from frelay.protocol.outcome import Outcome
 from frelay.tls.context import OuterTls
@@ -79,10 +78,10 @@ class LiveRoute:
         self._allowed: Final = NetworkSet(route.allow_from)
         self._proxies: Final = NetworkSet(route.proxy_protocol)
         self._pool: Final = new_pairing_pool()
-        self._pairing_limits = _pairing_limits(route, limits, policy_ends_pairings)
         # The pairings of a route that this one replaces go on for a while, and at the rate of one budget together.
         self._bandwidth: Bandwidth | None = None if instead_of is None else instead_of._bandwidth
         self._set_rate(route.limits.max_bytes_per_second)
+        self._pairing_terms = self._terms(policy_ends_pairings)
         self._forwarding: Final = forwarding
         self._trust: Final = trust
 
@@ -94,9 +93,9 @@ class LiveRoute:
     def retune(self, route: Route, limits: Limits, *, policy_ends_pairings: bool) -> None:
         """Take over new limits: for legs and pairings that come from now on."""
         self.config, self.limits = route, limits
-        self._pairing_limits = _pairing_limits(route, limits, policy_ends_pairings)
         self.lobby.max_waiting = route.limits.max_waiting_per_party
         self._set_rate(route.limits.max_bytes_per_second)
+        self._pairing_terms = self._terms(policy_ends_pairings)
 
     def _set_rate(self, rate: int | None) -> None:
         # The budget is the route's, so those who share it already share the new one, too. Pairings that began without
@@ -105,6 +104,16 @@ class LiveRoute:
             self._bandwidth.rate = rate
         elif rate is not None:
             self._bandwidth = Bandwidth(rate)
+
+    def _terms(self, policy_ends_pairings: bool) -> PairingTerms:
+        """For the pairings that begin from now on."""
+        route = self.config
+        return PairingTerms(
+            route=route.name,
+            limits=_pairing_limits(route, self.limits, policy_ends_pairings),
+            require_inner_tls=route.require_inner_tls,
+            bandwidth=None if route.limits.max_bytes_per_second is None else self._bandwidth,
+        )
 
     def admits_address(self, host: str) -> bool:
         """Whether a plain route's ``allow_from`` holds this source address."""
@@ -201,18 +210,8 @@ class LiveRoute:
 
     def _pair(self, leg: Leg, place: Place) -> Pairing:
         legs: dict[PartyName, Leg] = {leg.party: leg, place.leg.party: place.leg}
-        route = self.config
-        pairing = Pairing(
-            pairing_id=secrets.token_hex(8),
-            route=self.name,
-            func1=legs["func1"],
-            func2=legs["func2"],
-            limits=self._pairing_limits,
-            require_inner_tls=route.require_inner_tls,
-            forwarding=self._forwarding,
-            bandwidth=None if route.limits.max_bytes_per_second is None else self._bandwidth,
-            waited=trio.current_time() - place.since,
-        )
+        waited = trio.current_time() - place.since
+        pairing = Pairing(legs, self._pairing_terms, self._forwarding, waited=waited)
         leg.is_paired = place.leg.is_paired = True
         self.pairings[pairing.id] = pairing
         self._pool.take(pairing.id, self.charges.in_route(*legs.values()))

@@ -13,9 +13,10 @@ moving a byte costs no timer. Each limit may therefore strike up to a quarter la
 from __future__ import annotations
 
 import math
+import secrets
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -35,7 +36,7 @@ from frelay.pairing.stream_pump import Budget, StreamPump
 from frelay.protocol.messages import Paired, PartyName
 from frelay.protocol.outcome import Ending, Outcome, Record, Side
 
-__all__ = ["Forwarding", "Pairing", "PairingLimits", "log_record", "new_pairing_pool"]
+__all__ = ["Forwarding", "Pairing", "PairingLimits", "PairingTerms", "log_record", "new_pairing_id", "new_pairing_pool"]
 
 # Sampling more often than this would cost more than it tells.
 _SHORTEST_SAMPLE: Final = 0.02
@@ -71,6 +72,24 @@ class PairingLimits:
     def sample_interval(self) -> float:
         """How often the watch looks, in seconds."""
         return max(_SHORTEST_SAMPLE, min(self.half_close_timeout, self.idle_timeout, self.stall_timeout) / 4)
+
+
+@dataclass(frozen=True, slots=True)
+class PairingTerms:
+    """What a route says about its pairings. A pairing keeps the terms with which it began."""
+
+    route: str
+    """The name of the route."""
+    limits: PairingLimits
+    require_inner_tls: bool | Literal["always"]
+    """Which legs must begin with a TLS record: the raw ones (True), all ("always") or none (False)."""
+    bandwidth: Bandwidth | None = None
+    """The budget of bytes a second that all pairings of the route share; None if there is no limit."""
+
+
+def new_pairing_id() -> str:
+    """A random id, which no other pairing has."""
+    return secrets.token_hex(8)
 
 
 def new_pairing_pool() -> Pool[str]:
@@ -147,7 +166,7 @@ _Expiry = tuple[float, Outcome, str]
 
 
 class Pairing:
-    """Two legs joined. Made by whoever matched them; :meth:`run` is its life."""
+    """Two legs joined: made by the route when it matches them, and carried on by :meth:`run` until both are closed."""
 
     __slots__ = (
         "_bound",
@@ -160,41 +179,30 @@ class Pairing:
         "_pumps",
         "_pumps_done",
         "_released",
-        "_require_inner_tls",
         "_share",
         "id",
         "legs",
-        "limits",
-        "route",
+        "record",
         "since",
+        "terms",
         "waited",
     )
 
     def __init__(
-        self,
-        *,
-        pairing_id: str,
-        route: str,
-        func1: Leg,
-        func2: Leg,
-        limits: PairingLimits,
-        require_inner_tls: bool | Literal["always"],
-        forwarding: Forwarding,
-        bandwidth: Bandwidth | None = None,
-        waited: float = 0.0,
+        self, legs: Mapping[PartyName, Leg], terms: PairingTerms, forwarding: Forwarding, *, waited: float = 0.0
     ) -> None:
-        self.id: Final = pairing_id
-        self.route: Final = route
-        self.legs: Final[dict[PartyName, Leg]] = {"func1": func1, "func2": func2}
-        self.limits: Final = limits
+        self.id: Final = new_pairing_id()
+        self.legs: Final[dict[PartyName, Leg]] = {"func1": legs["func1"], "func2": legs["func2"]}
+        self.terms: Final = terms
         self.since: Final = time.time()
         self.waited: Final = waited
         """How long the first of the two had waited for the second, in seconds."""
+        self.record: Record | None = None
+        """How it ended: set before :meth:`run` returns or raises, whatever the reason."""
         self._released: trio.Event | None = trio.Event()
         """Set once the task that attended the waiting leg has let go of it; of no use after that."""
-        self._require_inner_tls: Final = require_inner_tls
         self._forwarding: Final = forwarding
-        self._share: Final = None if bandwidth is None else Share(bandwidth)
+        self._share: Final = None if terms.bandwidth is None else Share(terms.bandwidth)
         self._ending: Final = Ending()
         self._poke = trio.Event()
         self._pumps: dict[PartyName, Pump] = {}
@@ -202,7 +210,7 @@ class Pairing:
         self._pumps_done: frozenset[PartyName] = frozenset()
         self._hang_up: str | None = None
         """How it was found that a party takes nothing more, while what it sent before is still being delivered."""
-        lifetime = limits.max_lifetime
+        lifetime = terms.limits.max_lifetime
         self._expiry: _Expiry = (
             trio.current_time() + lifetime,
             Outcome.MAX_LIFETIME,
@@ -212,7 +220,7 @@ class Pairing:
         """Apart from the other, because it is a date: when the clock is set it moves, and may move away."""
         self._bound: trio.CancelScope | None = None
         """What holds the expiry while no bytes flow: in the hand-off, and after the end. In between the watch does."""
-        if limits.ends_with_certificates:
+        if terms.limits.ends_with_certificates:
             self.end_with_certificates()
 
     @property
@@ -222,6 +230,16 @@ class Pairing:
         return _logger(self.route, self.id).bind(**traces)
 
     # --- for the outside ---------------------------------------------------------------------------------------
+
+    @property
+    def route(self) -> str:
+        """The name of its route."""
+        return self.terms.route
+
+    @property
+    def limits(self) -> PairingLimits:
+        """Its time limits."""
+        return self.terms.limits
 
     @property
     def bytes_moved(self) -> dict[PartyName, int]:
@@ -271,8 +289,8 @@ class Pairing:
 
     # --- its life ----------------------------------------------------------------------------------------------
 
-    async def run(self, report: Callable[[Record], None]) -> None:
-        """Hand off, pump, watch, close; ``report`` gets the record. A fault in here ends this pairing alone."""
+    async def run(self) -> None:
+        """Hand off, pump, watch, close, and set :attr:`record`. A fault in here ends this pairing alone."""
         started = trio.current_time()
         ending = self._ending
         try:
@@ -299,7 +317,8 @@ class Pairing:
             try:
                 await self._close_legs()
             finally:
-                report(self._record(trio.current_time() - started))
+                self.record = self._make_record(trio.current_time() - started)
+                log_record(self.record, self._log)
 
     async def _close_legs(self) -> None:
         """Close both in the way that the ending asks for; nested, so that no trouble with one leaves the other open."""
@@ -324,9 +343,9 @@ class Pairing:
             finally:
                 func2.cut()
 
-    def _record(self, duration: float) -> Record:
+    def _make_record(self, duration: float) -> Record:
         ending, moved = self._ending, self.bytes_moved
-        record = Record(
+        return Record(
             pairing=self.id,
             route=self.route,
             func1=self.legs["func1"].identity,
@@ -338,8 +357,6 @@ class Pairing:
             bytes_func2_to_func1=moved["func2"],
             duration=duration,
         )
-        log_record(record, self._log)
-        return record
 
     # --- hand-off ----------------------------------------------------------------------------------------------
 
@@ -380,7 +397,7 @@ class Pairing:
     # --- bytes -------------------------------------------------------------------------------------------------
 
     def _probe(self, party: PartyName) -> TlsProbe | None:
-        wanted = self._require_inner_tls
+        wanted = self.terms.require_inner_tls
         return TlsProbe(party) if wanted == "always" or (wanted and self.legs[party].is_raw) else None
 
     def _make_pumps(self) -> dict[PartyName, Pump]:

@@ -47,7 +47,7 @@ from frelay.net.slots import Admission, raise_descriptor_limit
 from frelay.pairing.pairing import Forwarding, Pairing
 from frelay.pairing.raw_pump import PipePool
 from frelay.protocol.messages import Refused
-from frelay.protocol.outcome import Outcome, Record
+from frelay.protocol.outcome import Outcome
 from frelay.relay.active_config import ActiveConfig
 from frelay.relay.config_warnings import log_warnings
 from frelay.relay.prepare import prepare, with_all_problems
@@ -286,15 +286,15 @@ class Relay:
         self._pairings.start_soon(self._run_pairing, pairing, route)
 
     async def _run_pairing(self, pairing: Pairing, route: LiveRoute) -> None:
-        def report(record: Record) -> None:
-            if record.outcome is Outcome.DRAINED:
-                self._was_cut = True
-            self.journal.note(PairingEnded(record=record))
+        try:
+            await pairing.run()
+        finally:
+            if pairing.record is not None:
+                self._was_cut = self._was_cut or pairing.record.outcome is Outcome.DRAINED
+                self.journal.note(PairingEnded(record=pairing.record))
             self._now.unpair(route, pairing)
             for leg in pairing.legs.values():
                 leg.slot.gone()
-
-        await pairing.run(report)
 
     # --- changing ----------------------------------------------------------------------------------------------
 
