@@ -12,29 +12,27 @@ from __future__ import annotations
 
 import math
 import socket
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, TypeVar
 
 import structlog
 import trio
 
-from frelay.config.model import Limits, TcpSection
 from frelay.config.plan import listener_keys
 from frelay.errors import ConnectionBroken, RemoteProtocolError
+from frelay.joining.accept_context import AcceptContext
 from frelay.joining.dial import bring_service
 from frelay.joining.first_bytes import Opening, take_proxy_header, wait_for_departure, wait_for_opening
 from frelay.joining.frameless_legs import BareLeg, HelloLeg, PlainLeg
 from frelay.joining.legs import LINGER_TIME, FramedLeg, TlsLeg
 from frelay.joining.lobby import Place, Taken, Withdrawn
-from frelay.joining.refusal_log import StrangersRefused
 from frelay.joining.route import UNFINISHED, LiveRoute, Service, Unfinished
-from frelay.joining.route_selection import Table, TurnedAway, choose, stranger
-from frelay.joining.tickets import TICKET_LINE_LENGTH, TicketIssuer, TicketRegistry, parse_ticket_line
-from frelay.journal import HandshakeDone, Journal, LegRefused, LegWaits
-from frelay.net.slots import Admission, Slot
+from frelay.joining.route_selection import TurnedAway, choose, stranger
+from frelay.joining.tickets import TICKET_LINE_LENGTH, TicketIssuer, parse_ticket_line
+from frelay.journal import HandshakeDone, LegRefused, LegWaits
+from frelay.net.slots import Slot
 from frelay.net.sockets import close, close_after_linger, format_address, tune
 from frelay.net.strangers import Stage, Stranger
 from frelay.net.streams import TlsFault
@@ -42,10 +40,10 @@ from frelay.net.tcp import is_open
 from frelay.pairing.leg import Leg, LegGone
 from frelay.pairing.pairing import Pairing
 from frelay.protocol.messages import Join, Mode, Refused, Waiting
-from frelay.tls.context import ALPN, EXPIRED, OuterTls, Rejection, VerifiedPeer, verified_peer
+from frelay.tls.context import ALPN, EXPIRED, Rejection, VerifiedPeer, verified_peer
 from frelay.tls.stream import TlsStream
 
-__all__ = ["Door", "receive"]
+__all__ = ["IncomingConnection", "receive"]
 
 T = TypeVar("T")
 
@@ -57,56 +55,36 @@ _ALERT: Final = b"\x15\x03\x03\x00\x02\x02\x0a"
 _HELD_BACK: Final = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Door:
-    """What a connection meets behind a listener; made anew for each, so that a reload counts from the next one on."""
-
-    routes: Table[LiveRoute]
-    """The routes that share the listener's address, by name."""
-    limits: Limits
-    tcp: TcpSection
-    trust: OuterTls | None
-    start_pairing: Callable[[Pairing, LiveRoute], None]
-    """Gives a pairing the task that it runs in."""
-    listener: Hashable
-    """Which listener it is; a ticket is good at all of its leg's route."""
-    tickets: TicketRegistry
-    journal: Journal
-    admission: Admission
-    """Where connections get their places."""
-    strangers_refused: StrangersRefused
-    """Who tells of those that were refused before they showed who they are."""
-
-
-async def receive(sock: socket.socket, place: tuple[str, int], door: Door, slot: Slot) -> None:
+async def receive(sock: socket.socket, place: tuple[str, int], context: AcceptContext, slot: Slot) -> None:
     """Look after one accepted connection; returns once it is paired, refused or gone.
 
     Owns ``sock`` and ``slot`` until a pairing takes them over. Raises nothing but bugs and cancellations.
     """
-    guest = _Guest(sock, place, door, slot)
+    connection = IncomingConnection(sock, place, context, slot)
     try:
-        await guest.visit()
+        await connection.run()
     except (ConnectionBroken, OSError) as error:
-        guest.log.info("connection lost", reason=str(error))
+        connection.log.info("connection lost", reason=str(error))
     finally:
-        if guest.is_given_away:
+        if connection.is_given_away:
             pass
-        elif guest.leg is None:
+        elif connection.leg is None:
             close(sock)
             slot.gone()
-        elif not guest.leg.is_paired:
-            guest.leg.close()
+        elif not connection.leg.is_paired:
+            connection.leg.close()
             slot.gone()
 
 
-class _Guest:
+class IncomingConnection:
     """One connection on its way through the reception."""
 
-    def __init__(self, sock: socket.socket, place: tuple[str, int], door: Door, slot: Slot) -> None:
+    def __init__(self, sock: socket.socket, place: tuple[str, int], context: AcceptContext, slot: Slot) -> None:
         self._sock = sock
         self._place = place
         self._address = format_address(place)
-        self._door = door
+        self._settings, self._shared = context.settings, context.shared
+        self._listener = context.listener
         self._slot = slot
         self._stranger: Stranger | None = None
         self._is_unnamed = False
@@ -120,7 +98,7 @@ class _Guest:
         """Whether somebody else owns the connection now, and closes it."""
         self.log: Any = structlog.get_logger("frelay.reception").bind(address=self._address)
 
-    async def visit(self) -> None:
+    async def run(self) -> None:
         """Go through all the stages."""
         with trio.CancelScope() as scope:
             too_many = self._slot.occupy(self._place[0], lambda: scope.cancel(reason="it gave way to another"))
@@ -129,15 +107,15 @@ class _Guest:
                 self._note_refusal("limit", too_many)
                 return
             self._stranger = self._slot.stranger
-            await self._visit()
+            await self._run_stages()
         if scope.cancelled_caught and self._stranger is not None and self._stranger.gave_way is not None:
             self._note_refusal("limit", self._stranger.gave_way)
 
-    async def _visit(self) -> None:
-        tune(self._sock, self._door.tcp)
-        plain = self._door.routes.plain
+    async def _run_stages(self) -> None:
+        tune(self._sock, self._settings.tcp)
+        plain = self._settings.routes.plain
         opening: Opening | None = None
-        limit = self._door.limits.handshake_timeout
+        limit = self._settings.limits.handshake_timeout
         comes_by_proxy = self._comes_by_proxy()
         missing = "PROXY header" if comes_by_proxy else "TLS handshake"
         try:
@@ -153,11 +131,11 @@ class _Guest:
         if patience.cancelled_caught:
             self._note_refusal("protocol-error", f"no {missing} within {limit:g} s")
         elif plain is not None:
-            await self._visit_plain(plain)
+            await self._run_plain(plain)
         elif opening is Opening.TICKET:
-            await self._visit_with_ticket()
+            await self._run_with_ticket()
         elif await self._await_turn():
-            await self._visit_tls()
+            await self._run_tls()
 
     # --- who comes, and when it is served --------------------------------------------------------------------------
 
@@ -173,7 +151,7 @@ class _Guest:
     def _comes_by_proxy(self) -> bool:
         """Whether a balancer opened this connection, which must say for whom."""
         # All routes of an address say the same.
-        route = next(iter(self._door.routes.values()), None)
+        route = next(iter(self._settings.routes.values()), None)
         return route is not None and route.comes_by_proxy(self._place[0])
 
     async def _learn_address(self) -> None:
@@ -185,15 +163,15 @@ class _Guest:
         self._address = format_address(header.source)
         self.log = self.log.bind(address=self._address)
         if self._slot.stranger is not None:
-            self._door.admission.strangers.move(self._slot.stranger, header.source[0])
+            self._shared.admission.strangers.move(self._slot.stranger, header.source[0])
 
     async def _await_turn(self) -> bool:
         """Wait until this connection's handshake may begin; False if that is never."""
-        strangers, stranger = self._door.admission.strangers, self._slot.stranger
+        strangers, stranger = self._shared.admission.strangers, self._slot.stranger
         if stranger is None:
             raise AssertionError("a handshake of nobody")
         began = trio.current_time()
-        longest = _HELD_BACK * self._door.limits.handshake_timeout
+        longest = _HELD_BACK * self._settings.limits.handshake_timeout
         with trio.CancelScope(deadline=began + longest) as scope:
             if strangers.ask(stranger, lambda: scope.cancel(reason="its turn has come")):
                 return True
@@ -210,7 +188,7 @@ class _Guest:
 
     # --- without outer TLS -------------------------------------------------------------------------------------
 
-    async def _visit_plain(self, route: LiveRoute) -> None:
+    async def _run_plain(self, route: LiveRoute) -> None:
         objection = None if route.admits_address(self._place[0]) else "address not in allow_from"
         if self._is_unnamed:
             objection = "the PROXY header names no address, so none that is in allow_from"
@@ -223,8 +201,8 @@ class _Guest:
 
     # --- outer TLS ---------------------------------------------------------------------------------------------
 
-    async def _visit_tls(self) -> None:
-        trust = self._door.trust
+    async def _run_tls(self) -> None:
+        trust = self._settings.trust
         if trust is None:
             raise AssertionError("an mTLS route without [tls]; the configuration should not have loaded")
         stream = TlsStream(self._sock, trust.context)
@@ -237,15 +215,15 @@ class _Guest:
         self.log = self.log.bind(certificate=self._certificate)
         server_name = (connection.get_servername() or b"").decode("ascii", "replace")
         if connection.get_alpn_proto_negotiated() != ALPN:
-            await self._visit_frameless(stream, peer, server_name)
+            await self._run_frameless(stream, peer, server_name)
             return
         framed = self.leg = FramedLeg(stream, peer, self._address)
         join = await self._hear(framed, framed.receive_join, "JOIN")
         if join is not None:
             await self._admit(framed, join, server_name)
 
-    async def _visit_frameless(self, stream: TlsStream, peer: VerifiedPeer, server_name: str) -> None:
-        hello = self._door.routes.hello
+    async def _run_frameless(self, stream: TlsStream, peer: VerifiedPeer, server_name: str) -> None:
+        hello = self._settings.routes.hello
         if hello is None:
             bare = self.leg = BareLeg(stream, peer, self._address)
             await self._admit(bare, None, server_name)
@@ -256,7 +234,7 @@ class _Guest:
 
     async def _hear(self, leg: TlsLeg, receive: Callable[[], Awaitable[T]], what: str) -> T | None:
         """The first thing that a leg has to say, within join_timeout; None if it was refused for what it said."""
-        limit = self._door.limits.join_timeout
+        limit = self._settings.limits.join_timeout
         try:
             with trio.fail_after(limit):
                 return await receive()
@@ -269,20 +247,20 @@ class _Guest:
 
     # --- tickets -----------------------------------------------------------------------------------------------
 
-    async def _visit_with_ticket(self) -> None:
+    async def _run_with_ticket(self) -> None:
         """A second connection, on which a party brings its ticket; what is wrong with it gets no answer."""
         await trio.lowlevel.checkpoint_if_cancelled()
         # Not a byte more than the line: what follows belongs to the functions.
         line = self._sock.recv(TICKET_LINE_LENGTH)
         ticket = parse_ticket_line(line)
-        if ticket is None or not self._door.tickets.redeem(ticket, self._door.listener, self._sock, self._slot):
+        if ticket is None or not self._shared.tickets.redeem(ticket, self._listener, self._sock, self._slot):
             self._note_refusal("not-authorised", "no such ticket, or no longer")
             return
         self._slot.admitted()
         self.is_given_away = True
 
     async def _shake_hands(self, stream: TlsStream) -> bool:
-        deadline = self._accepted_at + self._door.limits.handshake_timeout
+        deadline = self._accepted_at + self._settings.limits.handshake_timeout
         try:
             with trio.move_on_at(deadline) as patience:
                 await stream.do_handshake()
@@ -300,10 +278,10 @@ class _Guest:
             await close_after_linger(self._sock, LINGER_TIME)
             return False
         if patience.cancelled_caught:
-            limit = self._door.limits.handshake_timeout
+            limit = self._settings.limits.handshake_timeout
             self._note_refusal("protocol-error", f"no TLS handshake within {limit:g} s")
             return False
-        self._door.journal.note(HandshakeDone(seconds=trio.current_time() - self._accepted_at))
+        self._shared.journal.note(HandshakeDone(seconds=trio.current_time() - self._accepted_at))
         return True
 
     # --- identity and route ------------------------------------------------------------------------------------
@@ -318,14 +296,14 @@ class _Guest:
             identity = leg.peer.identity
             if identity.objection is not None:
                 raise stranger(identity.objection)
-            route, fit = choose(self._door.routes, identity.names, join, server_name)
+            route, fit = choose(self._settings.routes, identity.names, join, server_name)
             leg.admit_as(fit.party, str(fit.name))
             if join is not None:
                 leg.attempt, leg.wait, leg.mode = join.attempt, join.wait, _choose_mode(join)
             if isinstance(leg, FramedLeg):
                 timeout = route.config.ticket_timeout
-                listeners = (self._door.listener, *listener_keys(route.config))
-                leg.ticket_issuer = TicketIssuer(self._door.tickets, listeners, timeout)
+                listeners = (self._listener, *listener_keys(route.config))
+                leg.ticket_issuer = TicketIssuer(self._shared.tickets, listeners, timeout)
         except TurnedAway as turned:
             await self._refuse(leg, turned.refusal, turned.why)
             return
@@ -348,7 +326,7 @@ class _Guest:
         self._slot.admitted()
         self._slot.charge([route.charges.waiting(leg)])
         limit = route.wait_limit(leg)
-        with trio.move_on_after(self._door.limits.join_timeout) as patience:
+        with trio.move_on_after(self._settings.limits.join_timeout) as patience:
             await leg.welcome(
                 Waiting(
                     route=route.name,
@@ -370,14 +348,14 @@ class _Guest:
         if isinstance(found, Withdrawn):
             await self._withdraw(leg, found)
         elif isinstance(found, Pairing):
-            self._door.start_pairing(found, route)
+            self._shared.runner.start(found, route)
         else:
             await self._wait(leg, route, limit)
 
     def _lack_of_descriptors(self, leg: Leg, route: LiveRoute) -> Withdrawn | None:
         if route.lobby.has_stale(leg):
             return None  # it takes the place of its own
-        text = self._door.admission.objection([route.charges.waiting(leg)])
+        text = self._shared.admission.objection([route.charges.waiting(leg)])
         return None if text is None else Withdrawn(Refused("limit", text, retry_after=10.0))
 
     def _match(self, leg: Leg, route: LiveRoute) -> Pairing | Withdrawn | Unfinished | None:
@@ -390,7 +368,7 @@ class _Guest:
     async def _wait(self, leg: Leg, route: LiveRoute, limit: float) -> None:
         departure: LegGone | None = None
         self.log.info("waiting", seconds=limit, mode=leg.mode)
-        self._door.journal.note(
+        self._shared.journal.note(
             LegWaits(route=route.name, party=leg.party, identity=leg.identity, address=leg.address, mode=leg.mode)
         )
         # A call to a service ends by itself at the same limit, and can say why it came to nothing.
@@ -431,7 +409,7 @@ class _Guest:
 
     async def _attend(self, seat: Place, route: LiveRoute, limit: float) -> LegGone:
         """Look after the leg while it waits, and dial the service that it waits for, if its route has one."""
-        limits, service = self._door.limits, route.service
+        limits, service = self._settings.limits, route.service
         attend = partial(seat.leg.attend, ping_interval=limits.ping_interval, pong_timeout=limits.pong_timeout)
         if service is None:
             return await attend()
@@ -442,12 +420,18 @@ class _Guest:
         return departure
 
     async def _call(self, service: Service, seat: Place, route: LiveRoute, limit: float) -> None:
-        door = self._door
+        shared = self._shared
         pairing = await bring_service(
-            seat, route, service, limit=limit, tcp=door.tcp, admission=door.admission, journal=door.journal
+            seat,
+            route,
+            service,
+            limit=limit,
+            tcp=self._settings.tcp,
+            admission=shared.admission,
+            journal=shared.journal,
         )
         if pairing is not None:
-            door.start_pairing(pairing, route)
+            shared.runner.start(pairing, route)
 
     # --- refusals ----------------------------------------------------------------------------------------------
 
@@ -470,20 +454,20 @@ class _Guest:
             certificate=self._certificate,
         )
         if self._certificate is None and self._route is None:
-            self._door.strangers_refused.note(entry)
+            self._shared.strangers_refused.note(entry)
             return
         self.log.warning("refused", code=code, reason=why)
-        self._door.journal.note(entry)
+        self._shared.journal.note(entry)
 
     def _note_progress(self) -> None:
         if self._slot.stranger is not None:
-            self._door.admission.strangers.progress(self._slot.stranger)
+            self._shared.admission.strangers.progress(self._slot.stranger)
 
     def _route_name(self) -> str | None:
         """The route that this is about: the one it was let in to, or the only one that it can have wanted."""
         if self._route is not None:
             return self._route.name
-        routes = self._door.routes
+        routes = self._settings.routes
         return next(iter(routes)) if len(routes) == 1 else None
 
 

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Final
 
 import structlog
 import trio
 
 from frelay.config.model import Address
-from frelay.joining.connection import Door, receive
+from frelay.joining.accept_context import AcceptContext, AcceptSettings, SharedParts
+from frelay.joining.connection import receive
 from frelay.net.binding import bind
 from frelay.net.slots import Admission, Slot
 from frelay.net.sockets import accept, close, format_address
@@ -103,22 +104,30 @@ class Listener:
         if self._connections is not None and self._is_stopped:
             self._connections.cancel_scope.deadline = trio.current_time() + _GOODBYE
 
-    async def serve(self, door: Callable[[], Door], admission: Admission) -> None:
-        """Accept until :meth:`stop`; returns once the last unpaired leg has gone. ``door`` is asked per connection."""
+    async def serve(self, key: Hashable, settings: Callable[[], AcceptSettings], shared: SharedParts) -> None:
+        """Accept until :meth:`stop`; returns once the last unpaired leg has gone.
+
+        ``key`` tells this listener from others. ``settings`` is called for each connection, so that a reload counts
+        from the next one on.
+        """
+
+        def context() -> AcceptContext:
+            return AcceptContext(key, settings(), shared)
+
         try:
             async with trio.open_nursery() as connections:
                 self._connections = connections
                 with self._accepting:
                     async with trio.open_nursery() as loops:
                         for sock in self._sockets:
-                            loops.start_soon(self._accept, sock, connections, door, admission)
+                            loops.start_soon(self._accept, sock, connections, context, shared.admission)
                 self._set_deadline()
         finally:
             self._has_ended = True
             self.close()
 
     async def _accept(
-        self, sock: socket.socket, connections: trio.Nursery, door: Callable[[], Door], admission: Admission
+        self, sock: socket.socket, connections: trio.Nursery, context: Callable[[], AcceptContext], admission: Admission
     ) -> None:
         pausing = False
         # Not `while True`: a drain on the heels of a reload stops a listener before this task's first step.
@@ -131,7 +140,7 @@ class Listener:
                 for _ in range(admission.accepts_at_once):
                     connection, place = accept(sock)
                     pausing = False
-                    connections.start_soon(self._receive, connection, place, door(), Slot(admission))
+                    connections.start_soon(self._receive, connection, place, context(), Slot(admission))
             except OSError as error:
                 if sock.fileno() == -1:
                     return  # stopped before this task had its turn
@@ -143,9 +152,9 @@ class Listener:
                 pausing = True
                 await trio.sleep(_PAUSE)
 
-    async def _receive(self, sock: socket.socket, place: tuple[str, int], door: Door, slot: Slot) -> None:
+    async def _receive(self, sock: socket.socket, place: tuple[str, int], context: AcceptContext, slot: Slot) -> None:
         try:
-            await receive(sock, place, door, slot)
+            await receive(sock, place, context, slot)
         except Exception:
             # One leg's fault, ours even, must not end its neighbours.
             self._log.exception("a bug in frelay ended this connection", address=format_address(place))

@@ -3,7 +3,7 @@
 It is replaced as a whole, in two halves. :meth:`ActiveConfig.open_missing` is the one that can fail: it finds and binds
 the addresses that nobody has yet, all or none. :meth:`ActiveConfig.take_over` cannot: it swaps the references and stops
 what is gone. A route whose wiring is unchanged keeps its sockets, its waiting legs and its pairings. One that was
-removed or replaced has *retired*: it takes nobody in any more, and is known until its last pairing has ended.
+removed or replaced has *retired*: see :mod:`frelay.joining.routes`.
 
 A route is reached at each of its addresses, and an address may have several routes. So there is a table of routes for
 each listener, and a route stands in as many tables as it has addresses.
@@ -22,15 +22,16 @@ import trio
 from frelay.config.model import Address, Config, Route
 from frelay.config.plan import ListenerKey, Plan, listener_keys
 from frelay.errors import ConfigError, Problem
+from frelay.joining.accept_context import AcceptSettings
 from frelay.joining.listener import Listener
 from frelay.joining.lobby import Withdrawn
 from frelay.joining.route import LiveRoute
 from frelay.joining.route_selection import Table
-from frelay.journal import Journal
+from frelay.joining.routes import RouteRegistry
 from frelay.net.binding import look_up, why_not
 from frelay.net.passed_sockets import RESERVED, PassedSockets
 from frelay.net.slots import Admission
-from frelay.pairing.pairing import Forwarding, Pairing
+from frelay.pairing.pairing import Forwarding
 from frelay.protocol.messages import Refused
 from frelay.protocol.outcome import Outcome
 from frelay.relay.recheck import recheck_credentials
@@ -54,42 +55,37 @@ class ActiveConfig:
         *,
         admission: Admission,
         forwarding: Forwarding,
-        journal: Journal,
+        registry: RouteRegistry,
         inherited: PassedSockets,
         log: Any,
         serve: Callable[[ListenerKey, Listener], None],
     ) -> None:
         self._admission: Final = admission
         self._forwarding: Final = forwarding
-        self._journal: Final = journal
+        self.registry: Final = registry
+        """The routes in force, and those that have retired."""
         self._inherited: Final = inherited
         self._log: Final[Any] = log
         self._serve: Final = serve
         self.config = config
         self.trust: OuterTls | None = None
-        self.routes: dict[str, LiveRoute] = {}
         self.listeners: dict[ListenerKey, Listener] = {}
         self._left: set[Listener] = set()
         """Listeners at addresses that are gone, where legs may still wait whose routes have stayed."""
         self.tables: dict[ListenerKey, Table[LiveRoute]] = {}
         """The routes behind each listener."""
-        self.retired: Final[set[LiveRoute]] = set()
-        """Routes that were removed or replaced and still have pairings."""
-        self.everywhere: frozenset[str] = frozenset()
-        """In a worker, the names of all routes in force, those of other workers, too."""
         self.inspection_due = trio.Event()
 
     # --- looking -----------------------------------------------------------------------------------------------
 
-    @property
-    def all_routes(self) -> tuple[LiveRoute, ...]:
-        """The routes in force, and those that have retired."""
-        return (*self.routes.values(), *self.retired)
-
-    @property
-    def pairings(self) -> list[Pairing]:
-        """All pairings that run, those of retired routes too."""
-        return [pairing for route in self.all_routes for pairing in route.pairings.values()]
+    def accept_settings(self, key: ListenerKey) -> AcceptSettings:
+        """What a connection that comes in by the listener ``key`` is given now."""
+        return AcceptSettings(
+            routes=self.tables.get(key) or Table(),
+            limits=self.config.limits,
+            tcp=self.config.tcp,
+            trust=self.trust,
+        )
 
     @property
     def all_listeners(self) -> tuple[Listener, ...]:
@@ -172,12 +168,12 @@ class ActiveConfig:
     ) -> None:
         """Put ``new`` in force. Nothing in here can fail."""
         needed = {key for route in new.routes for key in listener_keys(route)}
-        old_routes = self.routes
+        old_routes = self.registry.in_force
         keep = {kept.route.name for kept in changes.keep}
         self.config, self.trust = new, trust
         self.inspection_due.set()
         ends = new.relay.policy_ends_pairings
-        self.routes = {}
+        routes: list[LiveRoute] = []
         tables: dict[ListenerKey, dict[str, LiveRoute]] = {key: {} for key in needed}
         for route in new.routes:
             if route.name in keep:
@@ -192,8 +188,7 @@ class ActiveConfig:
                     trust=lambda: self.trust,
                     instead_of=old_routes.get(route.name),
                 )
-            self.routes[route.name] = live
-            self._journal.keep(route.name)
+            routes.append(live)
             for key in listener_keys(route):
                 tables[key][route.name] = live
             live.charges.is_alone = len(new.routes) == 1
@@ -203,10 +198,8 @@ class ActiveConfig:
             self.listeners[key] = listener
             self._serve(key, listener)
         self.announce(opened)
-        for name, live in old_routes.items():
-            if name not in keep:
-                self._retire(live)
-                self.forget_if_gone(name)
+        for live in self.registry.put_in_force(routes):
+            self._close_route(live)
         self._left = {listener for listener in self._left if not listener.has_ended}
         for key in [key for key in self.listeners if key not in needed]:
             listener = self.listeners.pop(key)
@@ -229,9 +222,7 @@ class ActiveConfig:
                     for original in self._inherited.take(route.name):
                         original.close()  # its duplicate listens
 
-    def _retire(self, live: LiveRoute) -> None:
-        if live.pairings:
-            self.retired.add(live)
+    def _close_route(self, live: LiveRoute) -> None:
         settings = self.config.relay
         patience = settings.drain_timeout if settings.policy_ends_pairings else math.inf
         live.close(
@@ -242,20 +233,6 @@ class ActiveConfig:
 
     # --- what comes of it --------------------------------------------------------------------------------------
 
-    def unpair(self, route: LiveRoute, pairing: Pairing) -> None:
-        """``pairing`` has ended, and with its last one a retired route."""
-        route.unpair(pairing)
-        if not route.pairings:
-            self.retired.discard(route)
-            self.forget_if_gone(route.name)
-
-    def forget_if_gone(self, name: str) -> None:
-        """Give up the totals of a route that is not in force, once no pairing of that name runs any more."""
-        # A name that was removed, added and removed again may have retired twice. One that has moved to another worker
-        # has its totals in both, and their sum must not fall.
-        if name not in self.routes and name not in self.everywhere and all(live.name != name for live in self.retired):
-            self._journal.forget(name)
-
     async def inspect_when_due(self) -> None:
         """After each reload: those who are in came in by certificates and lists that may not be the ones in force."""
         while True:
@@ -265,7 +242,7 @@ class ActiveConfig:
                 continue
             try:
                 await recheck_credentials(
-                    self.all_routes,
+                    self.registry.all,
                     self.trust,
                     ends_pairings=self.config.relay.policy_ends_pairings,
                 )

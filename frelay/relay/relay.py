@@ -22,6 +22,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
@@ -33,14 +34,15 @@ from frelay.config.plan import ListenerKey, Plan, listener_keys, plan
 from frelay.config.route_files import RouteFileEdit
 from frelay.config.watch import Watcher
 from frelay.errors import ConfigError, Problem
-from frelay.joining.connection import Door
+from frelay.joining.accept_context import SharedParts
 from frelay.joining.listener import Listener
 from frelay.joining.lobby import Withdrawn
 from frelay.joining.refusal_log import StrangersRefused
 from frelay.joining.route import LiveRoute
-from frelay.joining.route_selection import Table
+from frelay.joining.routes import RouteRegistry
+from frelay.joining.runner import PairingRunner
 from frelay.joining.tickets import TicketRegistry
-from frelay.journal import Draining, Journal, PairingEnded, PairingStarted
+from frelay.journal import Draining, Journal
 from frelay.net.passed_sockets import PassedSockets
 from frelay.net.resolver import SharedResolver
 from frelay.net.slots import Admission, raise_descriptor_limit
@@ -89,24 +91,31 @@ class Relay:
         self._admission: Final = Admission(config.limits, descriptor_limit=raise_descriptor_limit())
         # Two descriptors a pipe: those that Admission sets aside, so that bulk never takes the place of a newcomer.
         self._forwarding: Final = Forwarding(pipes=PipePool(capacity=self._admission.leg_budget // 2))
-        self._tickets: Final = TicketRegistry()
         self._names: Final = SharedResolver()
         # Of its own: a reload must not stand in a queue behind whatever else waits in threads.
         self._reading: Final = trio.CapacityLimiter(1)
         self._draining: Final = trio.Event()
         self._doors: trio.Nursery | None = None
         self._pairings: trio.Nursery | None = None
-        self._was_cut = False
         self._servers: Servers | None = None
         self.journal: Final = Journal()
         self._strangers_refused: Final = StrangersRefused(self.journal)
+        registry = RouteRegistry(self.journal)
+        self._runner: Final = PairingRunner(registry, self.journal)
+        self._shared: Final = SharedParts(
+            admission=self._admission,
+            runner=self._runner,
+            tickets=TicketRegistry(),
+            journal=self.journal,
+            strangers_refused=self._strangers_refused,
+        )
         self.started_at: Final = time.time()
         """When, in seconds since the epoch."""
         self._now: Final = ActiveConfig(
             config,
             admission=self._admission,
             forwarding=self._forwarding,
-            journal=self.journal,
+            registry=registry,
             inherited=self._inherited,
             log=self._log,
             serve=self._serve,
@@ -159,12 +168,12 @@ class Relay:
     @property
     def routes(self) -> dict[str, LiveRoute]:
         """The routes in force, by name."""
-        return dict(self._now.routes)
+        return dict(self._now.registry.in_force)
 
     @property
     def pairings(self) -> list[Pairing]:
         """All pairings that run, those of removed routes too."""
-        return self._now.pairings
+        return self._now.registry.pairings
 
     def bound(self, route: str) -> list[str]:
         """The addresses on which ``route`` really listens, ``host:port``."""
@@ -194,7 +203,7 @@ class Relay:
                 await root.start(self._names.run)
                 root.start_soon(self._admission.strangers.run)
                 root.start_soon(self._strangers_refused.run)
-                async with trio.open_nursery() as self._pairings, trio.open_nursery() as self._doors:
+                async with self._runner.open() as self._pairings, trio.open_nursery() as self._doors:
                     await (await self.stage(first, trust, plan(None, first))).put_in_force()
                     self._start_servers(first, root)
                     self._now.warn_of_unclaimed_sockets()
@@ -202,7 +211,7 @@ class Relay:
                     self._service_manager.ready(self._reloader.status())
                     root.start_soon(self._reloader.run)
                     root.start_soon(self._now.inspect_when_due)
-                    root.start_soon(follow_clock, lambda: self._now.all_routes)
+                    root.start_soon(follow_clock, lambda: self._now.registry.all)
                     if self._watch_files:
                         root.start_soon(self._reloader.watch, watcher)
                         # Only here: elsewhere nothing is to be read again before somebody asks for it.
@@ -217,8 +226,8 @@ class Relay:
                 listener.close()
             self._inherited.close()
             self._forwarding.pipes.close()
-        self._log.info("stopped", clean=not self._was_cut)
-        return 1 if self._was_cut else 0
+        self._log.info("stopped", clean=not self._runner.was_cut)
+        return 1 if self._runner.was_cut else 0
 
     def _start_servers(self, config: Config, root: trio.Nursery) -> None:
         """Bind and start the HTTP servers; they last until the root ends, so that a drain can be watched."""
@@ -247,54 +256,7 @@ class Relay:
     def _serve(self, key: ListenerKey, listener: Listener) -> None:
         if self._doors is None:
             raise AssertionError("listeners before the relay runs")
-        self._doors.start_soon(listener.serve, self._door(key), self._admission)
-
-    def _door(self, key: ListenerKey) -> Callable[[], Door]:
-        def door() -> Door:
-            now = self._now
-            return Door(
-                routes=now.tables.get(key) or Table(),
-                limits=now.config.limits,
-                tcp=now.config.tcp,
-                trust=now.trust,
-                start_pairing=self._start_pairing,
-                listener=key,
-                tickets=self._tickets,
-                journal=self.journal,
-                admission=self._admission,
-                strangers_refused=self._strangers_refused,
-            )
-
-        return door
-
-    def _start_pairing(self, pairing: Pairing, route: LiveRoute) -> None:
-        if self._pairings is None:
-            raise AssertionError("a pairing before the relay runs")
-        legs = pairing.legs
-        one, two = legs.values()
-        one.slot.charge(route.charges.paired(one, two))
-        two.slot.charge(route.charges.paired(two, one))
-        self.journal.note(
-            PairingStarted(
-                pairing=pairing.id,
-                route=route.name,
-                func1=legs["func1"].identity,
-                func2=legs["func2"].identity,
-                waited=pairing.waited,
-            )
-        )
-        self._pairings.start_soon(self._run_pairing, pairing, route)
-
-    async def _run_pairing(self, pairing: Pairing, route: LiveRoute) -> None:
-        try:
-            await pairing.run()
-        finally:
-            if pairing.record is not None:
-                self._was_cut = self._was_cut or pairing.record.outcome is Outcome.DRAINED
-                self.journal.note(PairingEnded(record=pairing.record))
-            self._now.unpair(route, pairing)
-            for leg in pairing.legs.values():
-                leg.slot.gone()
+        self._doors.start_soon(listener.serve, key, partial(self._now.accept_settings, key), self._shared)
 
     # --- changing ----------------------------------------------------------------------------------------------
 
@@ -386,7 +348,7 @@ class Relay:
             listener.stop()
         # Only now: who reads this and starts a successor must find the address free.
         self._log.info("draining", reason=reason, pairings=len(self.pairings), seconds=timeout)
-        for route in self._now.all_routes:
+        for route in self._now.registry.all:
             route.close(
                 Withdrawn(refusal, reconnect_in=_RECONNECT_IN),
                 outcome=Outcome.DRAINED,

@@ -278,10 +278,10 @@ class World:
             "strangers": inner.admission.strangers.holders,
             "pairings": len(inner.pairings),
             "pairings in all": inner._forwarding.pairings,
-            "retired": len(inner._now.retired),
+            "retired": len(inner._now.registry.retired),
             "pipes": inner._forwarding.pipes.descriptors,
             "wires": len(inner._forwarding.readiness),
-            "tickets": len(inner._tickets),
+            "tickets": len(inner._shared.tickets),
         }
         assert not any(holdings.values()), holdings
         assert not opened_since(self.descriptors)
@@ -310,7 +310,7 @@ class World:
                 for name, live in relay.routes.items()
             },
             "pairings": {name: pairings(live) for name, live in relay.routes.items()},
-            "retired": sorted((live.name, pairings(live)) for live in relay._now.retired),
+            "retired": sorted((live.name, pairings(live)) for live in relay._now.registry.retired),
             "totals": {
                 name: (
                     dict(totals.outcomes),
@@ -321,7 +321,7 @@ class World:
             },
             "legs": relay.admission.legs,
             "slots": relay.admission.strangers.running,
-            "tickets": len(relay._tickets),
+            "tickets": len(relay._shared.tickets),
             "handshakes": self._handshakes_seen,
         }
 

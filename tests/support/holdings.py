@@ -47,7 +47,7 @@ def holdings(relay: RelayInProcess) -> Holdings:
         pipes_in_use=forwarding.pipes.in_use,
         waiting=relay.waiting(),
         pairings=len(inner.pairings),
-        retired_routes=len(inner._now.retired),
+        retired_routes=len(inner._now.registry.retired),
         legs=admission.legs,
         handshakes=admission.strangers.running,
         hosts_with_strangers=admission.strangers.holders,

@@ -253,7 +253,7 @@ class Supervisor(Relay):
                 end = await self._employ(post, self._install_again, trio.TASK_STATUS_IGNORED)
             except ConfigError as error:
                 end = _End(str(error), pairings=0, is_clean=False)
-        self._was_cut |= not end.is_clean
+        self._runner.was_cut |= not end.is_clean
 
     async def _drains_within(self, seconds: float) -> bool:
         with trio.move_on_after(seconds):

@@ -68,7 +68,7 @@ class _WorkerRelay(Relay):
         super().__init__(config, watch_files=False, log=log)
         self.papers = papers
         """Those of the configuration that is to be prepared."""
-        self._now.everywhere = everywhere
+        self._now.registry.everywhere = everywhere
         self.handed: Final[dict[ListenerKey, list[socket.socket]]] = {}
         """Sockets from the supervisor that nothing listens on yet."""
 
@@ -93,11 +93,11 @@ class _WorkerRelay(Relay):
 
     async def put_in_force(self, staged: Staged, everywhere: frozenset[str]) -> None:
         """The rest of it, after which ``everywhere`` are the names of all routes in force."""
-        self._now.everywhere = everywhere
+        self._now.registry.everywhere = everywhere
         await staged.put_in_force()
         for name in tuple(self.journal.totals):
             if name:
-                self._now.forget_if_gone(name)
+                self._now.registry.forget_if_gone(name)
 
 
 class _Outbox:

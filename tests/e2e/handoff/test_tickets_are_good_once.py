@@ -185,7 +185,7 @@ async def test_a_party_that_dies_with_its_ticket_ends_the_pairing_in_time(site: 
         assert (record["outcome"], record["side"]) == ("handoff-timeout", "func1")
         assert await two.ended() == "reset"
         assert await answer(await bring(relay, f"FRELAY/1 {ticket}\n".encode())) == b""
-        assert len(relay.relay._tickets) == 0
+        assert len(relay.relay._shared.tickets) == 0
 
 
 SAID = {

@@ -124,7 +124,7 @@ async def test_its_pairings_may_end_within_drain_timeout(site: Site) -> None:
         assert await one.receive() == b""
         assert (await relay.outcome())["outcome"] == "closed"
         assert not relay.relay.pairings
-        await eventually(lambda: not relay.relay._now.retired, "the route is forgotten")
+        await eventually(lambda: not relay.relay._now.registry.retired, "the route is forgotten")
 
 
 @pytest.mark.load
@@ -143,7 +143,7 @@ async def test_its_pairings_end_at_drain_timeout(site: Site) -> None:
         assert (ended["outcome"], ended["side"], ended["route"]) == ("route-removed", "relay", "a")
         assert ended["detail"] == "the route 'a' was removed or replaced"
         await talks(three, four)
-        await eventually(lambda: not relay.relay._now.retired, "the route is forgotten")
+        await eventually(lambda: not relay.relay._now.registry.retired, "the route is forgotten")
         assert len(relay.logged("pairing ended")) == 1
 
 
