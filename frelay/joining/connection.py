@@ -70,10 +70,10 @@ async def receive(sock: socket.socket, place: tuple[str, int], context: AcceptCo
             pass
         elif connection.leg is None:
             close(sock)
-            slot.gone()
+            slot.release()
         elif not connection.leg.is_paired:
             connection.leg.close()
-            slot.gone()
+            slot.release()
 
 
 class IncomingConnection:
@@ -101,15 +101,15 @@ class IncomingConnection:
     async def run(self) -> None:
         """Go through all the stages."""
         with trio.CancelScope() as scope:
-            too_many = self._slot.occupy(self._place[0], lambda: scope.cancel(reason="it gave way to another"))
+            too_many = self._slot.enter(self._place[0], lambda: scope.cancel(reason="it gave way to another"))
             if too_many is not None:
                 # Nothing was spoken yet, and TLS would have to be spoken to say no in it: the close has to do.
                 self._note_refusal("limit", too_many)
                 return
             self._stranger = self._slot.stranger
             await self._run_stages()
-        if scope.cancelled_caught and self._stranger is not None and self._stranger.gave_way is not None:
-            self._note_refusal("limit", self._stranger.gave_way)
+        if scope.cancelled_caught and self._stranger is not None and self._stranger.evicted_because is not None:
+            self._note_refusal("limit", self._stranger.evicted_because)
 
     async def _run_stages(self) -> None:
         tune(self._sock, self._settings.tcp)
@@ -142,7 +142,7 @@ class IncomingConnection:
     async def _turn_away(self, why: str, *, alert: bytes) -> None:
         """Refuse what is none of the protocols that are spoken here."""
         self._note_refusal("protocol-error", why)
-        self._slot.refused()
+        self._slot.note_refused()
         with suppress(OSError):
             self._sock.send(alert)
         # An RST on what it has sent would destroy the alert under way.
@@ -163,7 +163,7 @@ class IncomingConnection:
         self._address = format_address(header.source)
         self.log = self.log.bind(address=self._address)
         if self._slot.stranger is not None:
-            self._shared.admission.strangers.move(self._slot.stranger, header.source[0])
+            self._shared.admission.strangers.move_to_host(self._slot.stranger, header.source[0])
 
     async def _await_turn(self) -> bool:
         """Wait until this connection's handshake may begin; False if that is never."""
@@ -173,7 +173,7 @@ class IncomingConnection:
         began = trio.current_time()
         longest = _HELD_BACK * self._settings.limits.handshake_timeout
         with trio.CancelScope(deadline=began + longest) as scope:
-            if strangers.ask(stranger, lambda: scope.cancel(reason="its turn has come")):
+            if strangers.request_turn(stranger, lambda: scope.cancel(reason="its turn has come")):
                 return True
             await wait_for_departure(self._sock)
         if stranger.stage is not Stage.RUNNING:
@@ -256,7 +256,7 @@ class IncomingConnection:
         if ticket is None or not self._shared.tickets.redeem(ticket, self._listener, self._sock, self._slot):
             self._note_refusal("not-authorised", "no such ticket, or no longer")
             return
-        self._slot.admitted()
+        self._slot.admit()
         self.is_given_away = True
 
     async def _shake_hands(self, stream: TlsStream) -> bool:
@@ -274,7 +274,7 @@ class IncomingConnection:
                 self._note_refusal("protocol-error", f"TLS handshake: {fault}")
             # The alert is written; an RST on unread input would destroy it under way.
             stream.leave_without_close_notify()
-            self._slot.refused()
+            self._slot.note_refused()
             await close_after_linger(self._sock, LINGER_TIME)
             return False
         if patience.cancelled_caught:
@@ -323,7 +323,7 @@ class IncomingConnection:
             return
         # One that gave way in this very moment is not let in.
         await trio.lowlevel.checkpoint_if_cancelled()
-        self._slot.admitted()
+        self._slot.admit()
         self._slot.charge([route.charges.waiting(leg)])
         limit = route.wait_limit(leg)
         with trio.move_on_after(self._settings.limits.join_timeout) as patience:
@@ -440,7 +440,7 @@ class IncomingConnection:
 
     async def _refuse(self, leg: Leg, refusal: Refused, why: str, *, reconnect_in: float | None = None) -> None:
         self._note_refusal(refusal.code, why)
-        self._slot.refused()
+        self._slot.note_refused()
         await leg.refuse(refusal, reconnect_in=reconnect_in)
 
     def _note_refusal(self, code: str, why: str) -> None:
@@ -461,7 +461,7 @@ class IncomingConnection:
 
     def _note_progress(self) -> None:
         if self._slot.stranger is not None:
-            self._shared.admission.strangers.progress(self._slot.stranger)
+            self._shared.admission.strangers.note_progress(self._slot.stranger)
 
     def _route_name(self) -> str | None:
         """The route that this is about: the one it was let in to, or the only one that it can have wanted."""

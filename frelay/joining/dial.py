@@ -83,7 +83,7 @@ async def bring_service(
     if (verdict := route.lack_of_room(place.leg)) is not None:
         route.lobby.withdraw(place, verdict)
         return None
-    slot = admission.slot_for_own_call(route.charges.in_relay(place.leg))
+    slot = admission.slot_for_dialled(route.charges.in_relay(place.leg))
     if isinstance(slot, str):
         route.lobby.withdraw(place, Withdrawn(Refused("limit", slot, retry_after=10.0)))
         return None
@@ -107,10 +107,10 @@ async def bring_service(
         return None
     finally:
         if leg is None:
-            slot.gone()
+            slot.release()
         elif not leg.is_paired:
             leg.close()
-            slot.gone()
+            slot.release()
 
 
 def _introduce(leg: DialledLeg, place: Place, route: LiveRoute) -> Pairing | None:

@@ -247,7 +247,7 @@ class FramedLeg(TlsLeg):
                 await old.aclose()
         finally:
             old.close()
-            old_slot.gone()
+            old_slot.release()
 
     async def _take_last_frame(self) -> None:
         """Read the PONG to a PING that crossed with PAIRED, and not a byte more: what follows is the tunnel's.

@@ -19,7 +19,7 @@ from frelay.config.networks import NetworkSet
 from frelay.joining.charges import Charges
 from frelay.joining.lobby import Lobby, Place, Withdrawn, opposite
 from frelay.joining.route_selection import Parties
-from frelay.net.shares import described
+from frelay.net.shares import holder_in_words
 from frelay.pairing.bandwidth import Bandwidth
 from frelay.pairing.leg import Leg
 from frelay.pairing.pairing import Forwarding, Pairing, PairingLimits, PairingTerms, new_pairing_pool
@@ -238,7 +238,7 @@ class LiveRoute:
 
 
 def _too_many(holder: str, held: int, of_all: str) -> Withdrawn:
-    text = f"{described(holder)} has {held} of the {of_all}, and the rest is kept for others"
+    text = f"{holder_in_words(holder)} has {held} of the {of_all}, and the rest is kept for others"
     return Withdrawn(Refused("limit", text, retry_after=10.0))
 
 

@@ -65,4 +65,4 @@ class PairingRunner:
                 self._journal.note(PairingEnded(record=pairing.record))
             self._routes.unpair(route, pairing)
             for leg in pairing.legs.values():
-                leg.slot.gone()
+                leg.slot.release()

@@ -69,7 +69,7 @@ class PendingTicket:
         if self._brought is not None:
             sock, slot = self.take()
             close_with_reset(sock)
-            slot.gone()
+            slot.release()
 
 
 class TicketRegistry:

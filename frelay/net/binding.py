@@ -17,7 +17,7 @@ import trio
 from frelay.config.address import LOOPBACK
 from frelay.config.model import Address
 
-__all__ = ["bind", "look_up", "places_of", "why_not"]
+__all__ = ["addresses_of", "bind", "bind_failure", "resolve"]
 
 # Linux caps it at net.core.somaxconn anyway; a burst of 5,000 connects must find room in the kernel, not in us.
 _BACKLOG: Final = 4096
@@ -28,28 +28,28 @@ _ABSENT: Final = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPROT
 _ATTEMPTS: Final = 16
 
 
-async def look_up(address: Address) -> tuple[Address, ...]:
+async def resolve(address: Address) -> tuple[Address, ...]:
     """What ``address`` stands for, with IP addresses as hosts; raises OSError. Waits only where its host is a name."""
     if address.host == "localhost":
-        return places_of(address)
+        return addresses_of(address)
     found = await trio.socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=_TO_BIND)
     hosts = [f"{host}%{scope[1]}" if any(scope[1:]) else str(host) for *_, (host, _, *scope) in found]
     return tuple(Address(host, address.port) for host in dict.fromkeys(hosts))
 
 
-def places_of(address: Address) -> tuple[Address, ...]:
-    """As :func:`look_up`, but a name other than ``localhost`` stays a name."""
+def addresses_of(address: Address) -> tuple[Address, ...]:
+    """As :func:`resolve`, but a name other than ``localhost`` stays a name."""
     return tuple(Address(host, address.port) for host in LOOPBACK) if address.host == "localhost" else (address,)
 
 
 def bind(address: Address, places: Sequence[Address] = ()) -> list[socket.socket]:
     """Bind and listen on ``address``; raises OSError with nothing left bound.
 
-    ``places`` are what :func:`look_up` gave for it. Without them this looks up a name, which blocks. Of ``localhost``
+    ``places`` are what :func:`resolve` gave for it. Without them this looks up a name, which blocks. Of ``localhost``
     the addresses that this machine does not have are left out, and logged, as long as there is one.
     """
     is_local = address.host == "localhost"
-    places = places or places_of(address)
+    places = places or addresses_of(address)
     for _ in range(_ATTEMPTS - 1):
         try:
             return _bind_all(address, places, is_local=is_local)
@@ -108,7 +108,7 @@ def _bind_one(
     return sock
 
 
-def why_not(address: Address, error: OSError | ValueError) -> str:
+def bind_failure(address: Address, error: OSError | ValueError) -> str:
     """Why ``address`` cannot be bound, for a person, with the remedy where it is known."""
     text = str(getattr(error, "strerror", None) or error)
     if isinstance(error, OSError) and error.errno in _ABSENT and ":" in address.host:

@@ -15,7 +15,7 @@ from typing import Final
 import structlog
 
 from frelay.config.model import Address
-from frelay.net.binding import places_of
+from frelay.net.binding import addresses_of
 from frelay.net.sockets import format_address
 
 __all__ = ["RESERVED", "PassedSockets"]
@@ -68,7 +68,7 @@ class PassedSockets:
             if isinstance(listen, Path):
                 _check_path(name, sock, listen)
             elif listen is not None:
-                _check_place(name, sock, {listen: places_of(listen)})
+                _check_place(name, sock, {listen: addresses_of(listen)})
         if name in self._sockets:
             self._taken.add(name)
         return self._sockets.pop(name, [])

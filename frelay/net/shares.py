@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterable
 from typing import Final, Generic, TypeVar
 
-__all__ = ["Pool", "Shares", "described", "holder_at"]
+__all__ = ["Pool", "Shares", "holder_at", "holder_in_words"]
 
 H = TypeVar("H", bound=Hashable)
 P = TypeVar("P", bound=Hashable)
@@ -143,7 +143,7 @@ class Pool(Generic[P]):
             self._shares.remove(holder, thing)
 
 
-def described(holder: str) -> str:
+def holder_in_words(holder: str) -> str:
     """What a holder is called in a sentence to itself."""
     kind = holder.partition(" ")[0]
     return {"route": "this route", "address": "this address", "addresses": "this /64 network"}.get(

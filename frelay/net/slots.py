@@ -18,7 +18,7 @@ from typing import Final
 import trio
 
 from frelay.config.model import Limits
-from frelay.net.shares import Pool, described
+from frelay.net.shares import Pool, holder_in_words
 from frelay.net.strangers import Stranger, Strangers
 
 __all__ = ["Admission", "Slot", "raise_descriptor_limit"]
@@ -63,33 +63,33 @@ class Slot:
         """Its place among the strangers, while it is one."""
 
     @classmethod
-    def for_own_call(cls, admission: Admission) -> Slot:
+    def for_dialled(cls, admission: Admission) -> Slot:
         """The slot of a connection that the relay itself opens, which was never a stranger's."""
         slot = cls(admission)
         slot._is_leg = True
         admission.admitted += 1
         return slot
 
-    def occupy(self, host: str, cut: Callable[[], object]) -> str | None:
-        """A connection from ``host`` was accepted, which ``cut`` ends; gives why it cannot stay, or None."""
-        found = self._admission.strangers.enter(host, cut)
+    def enter(self, host: str, close: Callable[[], object]) -> str | None:
+        """A connection from ``host`` was accepted, which ``close`` ends; gives why it cannot stay, or None."""
+        found = self._admission.strangers.enter(host, close)
         if isinstance(found, str):
             return found
         self.stranger = found
         return None
 
-    def refused(self) -> None:
+    def note_refused(self) -> None:
         """The stranger is told no: from now on it holds a descriptor and nothing else. Idempotent."""
         if self.stranger is not None:
-            self._admission.strangers.leave(self.stranger)
+            self._admission.strangers.note_refused(self.stranger)
 
-    def admitted(self) -> None:
+    def admit(self) -> None:
         """The leg is known now, and no stranger any more. Idempotent."""
         if not self._is_leg:
             self._leave_strangers()
             self._is_leg = True
             self._admission.admitted += 1
-            self._admission.strangers.shrink()
+            self._admission.strangers.evict_excess()
 
     def charge(self, holders: Iterable[str]) -> None:
         """Charge the leg's descriptors to ``holders``, instead of to those before; the leg is admitted."""
@@ -100,7 +100,7 @@ class Slot:
         """To whom they are charged; nobody before the leg is admitted."""
         return self._admission.charged.holders_of(self)
 
-    def gone(self) -> None:
+    def release(self) -> None:
         """The connection is closed. Idempotent."""
         self._leave_strangers()
         self._admission.charged.give_back(self)
@@ -110,7 +110,7 @@ class Slot:
 
     def _leave_strangers(self) -> None:
         if self.stranger is not None:
-            self._admission.strangers.gone(self.stranger)
+            self._admission.strangers.release(self.stranger)
             self.stranger = None
 
 
@@ -136,7 +136,7 @@ class Admission:
     @limits.setter
     def limits(self, limits: Limits) -> None:
         self._limits = limits
-        self.strangers.retune(limits)
+        self.strangers.set_limits(limits)
 
     @property
     def legs(self) -> int:
@@ -181,13 +181,14 @@ class Admission:
             return "this relay has no file descriptor left for one more connection (limits.fd_budget)"
         for holder in holders:
             if not self.charged.may_take(holder, budget):
+                held = self.charged.held(holder)
                 return (
-                    f"{described(holder)} has {self.charged.held(holder)} of the {budget} connections of this relay "
+                    f"{holder_in_words(holder)} has {held} of the {budget} connections of this relay "
                     "(limits.fd_budget), and the rest is kept for others"
                 )
         return None
 
-    def slot_for_own_call(self, holders: Iterable[str]) -> Slot | str:
+    def slot_for_dialled(self, holders: Iterable[str]) -> Slot | str:
         """A slot for a connection to a service, charged to ``holders``; or why there is none."""
         holders = tuple(holders)
         objection = self.objection(holders)
@@ -195,6 +196,6 @@ class Admission:
             objection = "this relay has no file descriptor left for the service's connection (limits.fd_budget)"
         if objection is not None:
             return objection
-        slot = Slot.for_own_call(self)
+        slot = Slot.for_dialled(self)
         slot.charge(holders)
         return slot

@@ -13,13 +13,13 @@ A stranger costs two things, and each has a limit of its own:
 Turns go to the address that has the fewest handshakes running, and among equals in turn. So an address with 1,000
 callers delays its own, and nobody else's.
 
-Nor are turns given faster than :data:`_AT_ONCE` in a pass of the event loop, so that a flood of those who come, go and
-come again holds up neither those who are in nor the next turn of an address that has none.
+At most :data:`_TURNS_PER_PASS` turns are given in one pass of the event loop. So a flood of callers that disconnect and
+come again delays neither the connections that are in nor the next turn of another address.
 
-A handshake that waits for its peer could hold its turn for handshake_timeout. Where all turns are taken, and one of
-them has made no progress for :data:`_PATIENCE`, it gives way to somebody from an address with fewer; after
-:data:`_MORE_PATIENCE` to anybody. A function behind 300 ms of network, or on a small share of a processor, answers in
-less. Where turns are free nobody gives way.
+A handshake that waits for its peer could hold its turn until handshake_timeout. So while all turns are taken, a
+handshake without progress for :data:`_STALL_TIMEOUT` loses its turn to a stranger of an address with fewer handshakes,
+and after :data:`_LONG_STALL_TIMEOUT` to any stranger. A function behind 300 ms of network, or on a small share of a
+processor, answers sooner. While turns are free no handshake loses its turn.
 
 An address is an IPv4 address or an IPv6 /64 (:func:`~frelay.net.shares.holder_at`): one IPv6 host has 2^64 single ones.
 
@@ -42,19 +42,19 @@ __all__ = ["Stage", "Stranger", "Strangers"]
 
 # Seconds without progress after which a handshake gives way to an address with fewer, or to anybody. A round trip by
 # satellite is 0.6 s; a lost segment costs 1 s more.
-_PATIENCE: Final = 1.0
-_MORE_PATIENCE: Final = 2.0
+_STALL_TIMEOUT: Final = 1.0
+_LONG_STALL_TIMEOUT: Final = 2.0
 # A stranger that came in this moment is about to speak; of its own address none that comes later is worth more.
-_MOMENT: Final = 0.25
+_GRACE: Final = 0.25
 # Turns given in one pass of the event loop. A turn costs it about a millisecond at once, for the relay's signature, and
 # everybody else's pairing waits meanwhile.
-_AT_ONCE: Final = 8
-# How often it is asked whether somebody's patience is over, while anybody is held back; in seconds.
-_LOOK: Final = 0.1
+_TURNS_PER_PASS: Final = 8
+# How often it is asked whether somebody's timeout is over, while anybody is held back; in seconds.
+_POLL_INTERVAL: Final = 0.1
 
-_GAVE_WAY: Final = "gave its place to another connection: all places for strangers are taken"
-_GAVE_TURN: Final = "gave its handshake's place to another connection: it let it wait (limits.max_pre_auth)"
-_GAVE_OWN_TURN: Final = (
+_LOST_PLACE: Final = "gave its place to another connection: all places for strangers are taken"
+_LOST_TURN: Final = "gave its handshake's place to another connection: it let it wait (limits.max_pre_auth)"
+_LOST_TURN_TO_OWN: Final = (
     "gave its handshake's place to another connection of its address: it let it wait (limits.max_pre_auth_per_ip)"
 )
 _NO_PLACE: Final = "all places for strangers are taken, and no address has more of them than this one"
@@ -78,16 +78,16 @@ class Stage(enum.Enum):
 class Stranger:
     """One connection, until it is admitted or gone."""
 
-    __slots__ = ("_cut", "_wake", "gave_way", "holder", "since", "stage")
+    __slots__ = ("_close", "_wake", "evicted_because", "holder", "since", "stage")
 
-    def __init__(self, holder: str, cut: Callable[[], object], now: float) -> None:
-        self._cut: Final = cut
+    def __init__(self, holder: str, close: Callable[[], object], now: float) -> None:
+        self._close: Final = close
         self._wake: Callable[[], object] | None = None
         self.holder = holder
         self.since = now
         """When it last made progress."""
         self.stage = Stage.QUIET
-        self.gave_way: str | None = None
+        self.evicted_because: str | None = None
         """Why it was cut for somebody else's sake."""
 
 
@@ -107,14 +107,14 @@ class Strangers:
         self._all: Final[Shares[str, Stranger]] = Shares()
         self._running: Final[Shares[str, Stranger]] = Shares()
         """Those with a turn; the oldest place of a holder is the one without progress for the longest time."""
-        self._silent: Final[dict[str, _Row]] = {}
+        self._idle: Final[dict[str, _Row]] = {}
         """Those that let us wait without a turn, by holder: who should give way first stands first."""
-        self._held: Final[dict[str, _Row]] = {}
+        self._held_back: Final[dict[str, _Row]] = {}
         """Those that wait for their turn, by holder, in the order of their coming."""
-        self._heads: Final[dict[int, OrderedDict[str, None]]] = {}
-        """The holders in ``_held``, by how many they have running."""
-        self._head_of: Final[dict[str, int]] = {}
-        """Where in ``_heads`` a holder stands."""
+        self._queues: Final[dict[int, OrderedDict[str, None]]] = {}
+        """The holders in ``_held_back``, by how many they have running."""
+        self._queue_of: Final[dict[str, int]] = {}
+        """Where in ``_queues`` a holder stands."""
         self._given = 0
         """Turns given in this pass of the event loop."""
         self._something_to_do = trio.Event()
@@ -131,14 +131,14 @@ class Strangers:
     @property
     def held(self) -> int:
         """How many wait for it."""
-        return sum(map(len, self._held.values()))
+        return sum(map(len, self._held_back.values()))
 
     @property
     def holders(self) -> int:
         """From how many addresses they come."""
         return self._all.holders()
 
-    def retune(self, limits: Limits) -> None:
+    def set_limits(self, limits: Limits) -> None:
         """Take over new limits; those who have a turn keep it."""
         self._limits = limits
         self._give_turns()
@@ -147,43 +147,43 @@ class Strangers:
         """Give the turns that only time makes free, and those that would be too many at once, until cancelled."""
         while True:
             await self._something_to_do.wait()
-            while self._held or self._given:
-                await trio.sleep(0 if self._given else _LOOK)
+            while self._held_back or self._given:
+                await trio.sleep(0 if self._given else _POLL_INTERVAL)
                 self._given = 0
                 self._give_turns()
             self._something_to_do = trio.Event()
 
     # --- the pool ----------------------------------------------------------------------------------------------
 
-    def enter(self, host: str, cut: Callable[[], object]) -> Stranger | str:
-        """A connection from ``host`` was accepted; ``cut`` ends it. Gives why it cannot stay, if so."""
+    def enter(self, host: str, close: Callable[[], object]) -> Stranger | str:
+        """A connection from ``host`` was accepted; ``close`` ends it. Gives why it cannot stay, if so."""
         holder = holder_at(host)
         if len(self._all) >= self._room() and not self._make_room(holder):
             return _NO_PLACE
         self._give_turns()  # somebody may have given one up with its place
-        stranger = Stranger(holder, cut, self._clock())
+        stranger = Stranger(holder, close, self._clock())
         self._all.add(holder, stranger)
-        self._silent.setdefault(holder, OrderedDict())[stranger] = None
+        self._idle.setdefault(holder, OrderedDict())[stranger] = None
         return stranger
 
-    def move(self, stranger: Stranger, host: str) -> None:
+    def move_to_host(self, stranger: Stranger, host: str) -> None:
         """It comes from ``host`` in truth; to be told while it is quiet."""
         self._remove(stranger)
         stranger.holder = holder_at(host)
         stranger.since = self._clock()
         self._all.add(stranger.holder, stranger)
-        self._silent.setdefault(stranger.holder, OrderedDict())[stranger] = None
+        self._idle.setdefault(stranger.holder, OrderedDict())[stranger] = None
 
-    def shrink(self) -> None:
+    def evict_excess(self) -> None:
         """There is less room than there was: some give way."""
         while len(self._all) > self._room():
             victim = self._least_needed(self._all.greediest())
             if victim is None:
                 break
-            self._cut(victim, _GAVE_WAY)
+            self._evict(victim, _LOST_PLACE)
         self._give_turns()
 
-    def leave(self, stranger: Stranger) -> None:
+    def note_refused(self, stranger: Stranger) -> None:
         """It was refused: it has no turn any more, and is the first to give way."""
         if stranger.stage in (Stage.LEAVING, Stage.GONE):
             return
@@ -191,12 +191,12 @@ class Strangers:
         self._remove(stranger)
         self._all.add(holder, stranger)
         stranger.stage = Stage.LEAVING
-        row = self._silent.setdefault(holder, OrderedDict())
+        row = self._idle.setdefault(holder, OrderedDict())
         row[stranger] = None
         row.move_to_end(stranger, last=False)
         self._give_turns()
 
-    def gone(self, stranger: Stranger) -> None:
+    def release(self, stranger: Stranger) -> None:
         """It is admitted, or closed. Idempotent."""
         if stranger.stage is Stage.GONE:
             return
@@ -215,42 +215,42 @@ class Strangers:
         if victim is None:
             return False
         if is_own and victim.stage is not Stage.LEAVING:
-            patience = _MOMENT if victim.stage is Stage.QUIET else _MORE_PATIENCE
-            if victim.stage is Stage.HELD or self._clock() - victim.since < patience:
+            timeout = _GRACE if victim.stage is Stage.QUIET else _LONG_STALL_TIMEOUT
+            if victim.stage is Stage.HELD or self._clock() - victim.since < timeout:
                 return False
-        self._cut(victim, _GAVE_WAY)
+        self._evict(victim, _LOST_PLACE)
         return True
 
     def _least_needed(self, holder: str) -> Stranger | None:
         """Who of ``holder`` is to give way: refused, silent, one whose handshake waits, or the last to have come."""
-        if row := self._silent.get(holder):
+        if row := self._idle.get(holder):
             return next(iter(row))
         if self._running.held(holder):
             oldest = self._running.oldest(holder)
-            if self._clock() - oldest.since >= _PATIENCE:
+            if self._clock() - oldest.since >= _STALL_TIMEOUT:
                 return oldest
-        if row := self._held.get(holder):
+        if row := self._held_back.get(holder):
             return next(reversed(row))
         return None
 
-    def _cut(self, victim: Stranger, why: str) -> None:
+    def _evict(self, victim: Stranger, why: str) -> None:
         self._remove(victim)
         if victim.stage is not Stage.LEAVING:
-            victim.gave_way = why
+            victim.evicted_because = why
         victim.stage = Stage.GONE
-        victim._cut()
+        victim._close()
 
     def _remove(self, stranger: Stranger) -> None:
         holder = stranger.holder
         self._all.remove(holder, stranger)
         if stranger.stage is Stage.RUNNING:
             self._running.remove(holder, stranger)
-            self._note_head(holder)
+            self._requeue(holder)
         elif stranger.stage is Stage.HELD:
-            self._drop(self._held, stranger)
-            self._note_head(holder)
+            self._drop(self._held_back, stranger)
+            self._requeue(holder)
         else:
-            self._drop(self._silent, stranger)
+            self._drop(self._idle, stranger)
 
     @staticmethod
     def _drop(rows: dict[str, _Row], stranger: Stranger) -> None:
@@ -261,17 +261,17 @@ class Strangers:
 
     # --- turns -------------------------------------------------------------------------------------------------
 
-    def ask(self, stranger: Stranger, wake: Callable[[], object]) -> bool:
+    def request_turn(self, stranger: Stranger, wake: Callable[[], object]) -> bool:
         """Its first bytes are whole: whether it has its turn now. If not, ``wake`` is called when it has.
 
         One that is cut in the meantime never gets it.
         """
         if stranger.stage is Stage.GONE:
             return False
-        self._drop(self._silent, stranger)
+        self._drop(self._idle, stranger)
         stranger.stage = Stage.HELD
-        self._held.setdefault(stranger.holder, OrderedDict())[stranger] = None
-        self._note_head(stranger.holder)
+        self._held_back.setdefault(stranger.holder, OrderedDict())[stranger] = None
+        self._requeue(stranger.holder)
         self._give_turns()
         if Stage(stranger.stage) is Stage.RUNNING:
             return True
@@ -279,7 +279,7 @@ class Strangers:
         self._something_to_do.set()
         return False
 
-    def progress(self, stranger: Stranger) -> None:
+    def note_progress(self, stranger: Stranger) -> None:
         """The peer of a handshake has done its part of it so far."""
         if stranger.stage is Stage.RUNNING:
             self._running.remove(stranger.holder, stranger)
@@ -288,18 +288,22 @@ class Strangers:
 
     def _give_turns(self) -> None:
         limits = self._limits
-        while self._given < _AT_ONCE and self._heads and (fewest := min(self._heads)) < limits.max_pre_auth_per_ip:
+        while (
+            self._given < _TURNS_PER_PASS
+            and self._queues
+            and (fewest := min(self._queues)) < limits.max_pre_auth_per_ip
+        ):
             if len(self._running) >= limits.max_pre_auth and not self._free_turn(fewest):
                 break
-            self._give_turn(next(iter(self._heads[min(self._heads)])))
-        full = [count for count in self._heads if count >= limits.max_pre_auth_per_ip]
-        for holder in [holder for count in full for holder in self._heads[count]]:
+            self._give_turn(next(iter(self._queues[min(self._queues)])))
+        full = [count for count in self._queues if count >= limits.max_pre_auth_per_ip]
+        for holder in [holder for count in full for holder in self._queues[count]]:
             # So many have a turn of their own that these are few.
             if len(self._running) > limits.max_pre_auth or self._running.held(holder) > limits.max_pre_auth_per_ip:
                 continue
             oldest = self._running.oldest(holder)
-            if self._clock() - oldest.since >= _MORE_PATIENCE:
-                self._cut(oldest, _GAVE_OWN_TURN)
+            if self._clock() - oldest.since >= _LONG_STALL_TIMEOUT:
+                self._evict(oldest, _LOST_TURN_TO_OWN)
                 self._give_turn(holder)
 
     def _free_turn(self, fewest: int) -> bool:
@@ -307,34 +311,34 @@ class Strangers:
         if len(self._running) > self._limits.max_pre_auth:
             return False
         oldest = self._running.oldest(self._running.greediest())
-        patience = _PATIENCE if self._running.most > fewest + 1 else _MORE_PATIENCE
-        if self._clock() - oldest.since < patience:
+        timeout = _STALL_TIMEOUT if self._running.most > fewest + 1 else _LONG_STALL_TIMEOUT
+        if self._clock() - oldest.since < timeout:
             return False
-        self._cut(oldest, _GAVE_TURN)
+        self._evict(oldest, _LOST_TURN)
         return True
 
     def _give_turn(self, holder: str) -> None:
         self._given += 1
         self._something_to_do.set()
-        stranger = next(iter(self._held[holder]))
-        self._drop(self._held, stranger)
+        stranger = next(iter(self._held_back[holder]))
+        self._drop(self._held_back, stranger)
         stranger.stage, stranger.since = Stage.RUNNING, self._clock()
         self._running.add(holder, stranger)
-        self._note_head(holder)
+        self._requeue(holder)
         if stranger._wake is not None:
             stranger._wake()
 
-    def _note_head(self, holder: str) -> None:
-        """Put ``holder`` where it belongs in ``_heads``, behind its equals if it was not there before."""
-        before = self._head_of.get(holder)
-        if holder in self._held and before == self._running.held(holder):
+    def _requeue(self, holder: str) -> None:
+        """Put ``holder`` where it belongs in ``_queues``, behind its equals if it was not there before."""
+        before = self._queue_of.get(holder)
+        if holder in self._held_back and before == self._running.held(holder):
             return
         if before is not None:
-            del self._head_of[holder]
-            equals = self._heads[before]
+            del self._queue_of[holder]
+            equals = self._queues[before]
             del equals[holder]
             if not equals:
-                del self._heads[before]
-        if holder in self._held:
-            now = self._head_of[holder] = self._running.held(holder)
-            self._heads.setdefault(now, OrderedDict())[holder] = None
+                del self._queues[before]
+        if holder in self._held_back:
+            now = self._queue_of[holder] = self._running.held(holder)
+            self._queues.setdefault(now, OrderedDict())[holder] = None

@@ -28,7 +28,7 @@ from frelay.joining.lobby import Withdrawn
 from frelay.joining.route import LiveRoute
 from frelay.joining.route_selection import Table
 from frelay.joining.routes import RouteRegistry
-from frelay.net.binding import look_up, why_not
+from frelay.net.binding import bind_failure, resolve
 from frelay.net.passed_sockets import RESERVED, PassedSockets
 from frelay.net.slots import Admission
 from frelay.pairing.pairing import Forwarding
@@ -119,7 +119,7 @@ class ActiveConfig:
 
         async def look(address: Address) -> None:
             try:
-                found[address] = await look_up(address)
+                found[address] = await resolve(address)
             except OSError as error:
                 found[address] = error
 
@@ -146,7 +146,7 @@ class ActiveConfig:
                 passed = self._inherited.open({sharer.name: _found(sharer, places) for sharer in sharers}, found)
                 opened[key] = Listener(address, passed) if passed else Listener.open(address, found)
             except (OSError, ValueError) as error:
-                text = f"cannot listen on {address}: {why_not(address, error)}"
+                text = f"cannot listen on {address}: {bind_failure(address, error)}"
                 own = next((old for old in self.listeners.values() if old.address.overlaps(address)), None)
                 if own is not None:
                     text += (

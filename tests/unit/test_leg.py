@@ -155,7 +155,7 @@ async def test_a_clogged_connection_does_not_hold_up_the_one_that_brought_the_ti
     """It is ended in order if it takes that in seconds; then it is closed, and its slot is free."""
     admission, registry = Admission(Limits(), descriptor_limit=1024), TicketRegistry()
     async with waiting_leg(site, "ticket") as (leg, stream, party):
-        leg.slot, leg.ticket_issuer = Slot.for_own_call(admission), TicketIssuer(registry, ["here"], 40.0)
+        leg.slot, leg.ticket_issuer = Slot.for_dialled(admission), TicketIssuer(registry, ["here"], 40.0)
         old = leg.sock
         brought, other = tcp_pair()
         with brought, other, trio.fail_after(PATIENCE):
@@ -163,7 +163,7 @@ async def test_a_clogged_connection_does_not_hold_up_the_one_that_brought_the_ti
                 nursery.start_soon(leg.begin, replace(PAIRED, mode="ticket"))
                 ticket = (await party.expect("PAIRED"))["ticket"]
                 stream.is_stuck = True
-                assert registry.redeem(ticket, "here", brought, Slot.for_own_call(admission))
+                assert registry.redeem(ticket, "here", brought, Slot.for_dialled(admission))
             assert leg.sock is brought
             assert old.fileno() == -1
             assert admission.legs == 1

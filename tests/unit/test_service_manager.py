@@ -16,7 +16,7 @@ import structlog
 import trio
 
 from frelay.config.model import Address, parse_address
-from frelay.net.binding import places_of
+from frelay.net.binding import addresses_of
 from frelay.net.passed_sockets import PassedSockets
 from frelay.relay.service_manager import ServiceManager
 from manager import Manager, activated, listening
@@ -243,7 +243,7 @@ def test_sockets_that_are_not_for_us_are_left_alone(
 
 def opened_by(inherited: PassedSockets, names: list[str], *listen: Address) -> list[socket.socket]:
     """What a relay would open for the first of ``listen``, at all of which the routes ``names`` listen."""
-    places = {address: places_of(address) for address in listen}
+    places = {address: addresses_of(address) for address in listen}
     return inherited.open(dict.fromkeys(names, places), places[listen[0]])
 
 

@@ -29,7 +29,7 @@ class Yard:
 
     def ask(self, host: str) -> Stranger:
         stranger = self.come(host)
-        self.strangers.ask(stranger, lambda: None)
+        self.strangers.request_turn(stranger, lambda: None)
         return stranger
 
     def next_pass(self) -> None:
@@ -53,7 +53,7 @@ def test_an_address_has_its_turns_in_the_order_of_coming() -> None:
     yard = Yard(max_pre_auth_per_ip=2)
     callers = [yard.ask("10.0.0.1") for _ in range(5)]
     assert yard.stages(callers) == [Stage.RUNNING] * 2 + [Stage.HELD] * 3
-    yard.strangers.gone(callers[1])
+    yard.strangers.release(callers[1])
     assert yard.stages(callers[2:]) == [Stage.RUNNING, Stage.HELD, Stage.HELD]
     assert not yard.cut
 
@@ -64,7 +64,7 @@ def test_who_has_none_comes_before_who_has_many() -> None:
     crowd = [yard.ask("10.0.0.1") for _ in range(1000)]
     other = yard.ask("10.0.0.2")
     assert yard.stages([other]) == [Stage.HELD]
-    yard.strangers.gone(crowd[0])
+    yard.strangers.release(crowd[0])
     assert yard.stages([other, crowd[4]]) == [Stage.RUNNING, Stage.HELD]
 
 
@@ -75,7 +75,7 @@ def test_equals_take_turns() -> None:
     order: list[str] = []
     while len(order) < len(callers):
         yard.next_pass()
-        yard.strangers.gone(first)
+        yard.strangers.release(first)
         (first,) = [one for one in callers if one.stage is Stage.RUNNING]
         order.append(first.holder)
     assert order == [f"address 10.0.0.{number}" for _ in range(2) for number in (1, 2, 3)]
@@ -94,13 +94,13 @@ def test_a_turn_that_lets_others_wait_goes_to_an_address_with_fewer() -> None:
     yard = Yard(max_pre_auth=3)
     greedy = [yard.ask("10.0.0.1") for _ in range(3)]
     yard.now = 0.9
-    yard.strangers.progress(greedy[0])
+    yard.strangers.note_progress(greedy[0])
     other = yard.ask("10.0.0.2")
     assert yard.stages([other]) == [Stage.HELD]
     yard.now = 1.0
     yard.next_pass()
     assert yard.cut == [greedy[1]]
-    assert greedy[1].gave_way is not None
+    assert greedy[1].evicted_because is not None
     assert yard.stages([other]) == [Stage.RUNNING]
 
 
@@ -129,11 +129,11 @@ def test_with_turns_to_spare_nobody_gives_way() -> None:
 def test_a_lingering_close_holds_no_turn_and_is_the_first_to_go() -> None:
     yard = Yard(room=3, max_pre_auth=1)
     refused, waiting, quiet = yard.ask("10.0.0.1"), yard.ask("10.0.0.1"), yard.come("10.0.0.1")
-    yard.strangers.leave(refused)
+    yard.strangers.note_refused(refused)
     assert waiting.stage is Stage.RUNNING
     yard.come("10.0.0.1")
     assert yard.cut == [refused]
-    assert refused.gave_way is None, "it was told already"
+    assert refused.evicted_because is None, "it was told already"
     assert quiet.stage is Stage.QUIET
 
 
@@ -177,8 +177,8 @@ def test_who_was_moved_counts_where_it_comes_from() -> None:
     yard = Yard(max_pre_auth_per_ip=1)
     yard.ask("10.0.0.1")
     behind = yard.come("10.0.0.1")
-    yard.strangers.move(behind, "203.0.113.1")
-    assert yard.strangers.ask(behind, lambda: None)
+    yard.strangers.move_to_host(behind, "203.0.113.1")
+    assert yard.strangers.request_turn(behind, lambda: None)
     assert yard.strangers.holders == 2
 
 
@@ -187,16 +187,16 @@ def test_nothing_is_left_of_those_who_went() -> None:
     strangers = [yard.come(f"10.0.0.{number % 7}") for number in range(40)]
     for number, stranger in enumerate(strangers):
         if number % 2:
-            yard.strangers.ask(stranger, lambda: None)
+            yard.strangers.request_turn(stranger, lambda: None)
         if number % 5 == 0:
-            yard.strangers.leave(stranger)
+            yard.strangers.note_refused(stranger)
     for stranger in strangers:
-        yard.strangers.gone(stranger)
-        yard.strangers.gone(stranger)
+        yard.strangers.release(stranger)
+        yard.strangers.release(stranger)
         yard.next_pass()
     inner = yard.strangers
     assert (len(inner), inner.running, inner.held, inner.holders) == (0, 0, 0, 0)
-    assert [len(left) for left in (inner._silent, inner._held, inner._heads, inner._head_of)] == [0] * 4
+    assert [len(left) for left in (inner._idle, inner._held_back, inner._queues, inner._queue_of)] == [0] * 4
 
 
 async def test_legs_and_strangers_have_their_shares() -> None:
@@ -214,7 +214,7 @@ async def test_legs_and_strangers_have_their_shares() -> None:
     for number in range(most):
         assert isinstance(admission.strangers.enter(f"10.{number // 256}.{number % 256}.1", count), Stranger)
     admission.admitted = legs
-    admission.strangers.shrink()
+    admission.strangers.evict_excess()
     assert admission.stranger_budget == own
     assert cut == most - own
     assert admission.legs == legs + own
@@ -229,7 +229,7 @@ async def test_the_task_gives_what_only_time_makes_free(autojump_clock: trio.tes
         nursery.start_soon(strangers.run)
         for stranger in found:
             assert isinstance(stranger, Stranger)
-            strangers.ask(stranger, turn.set)
+            strangers.request_turn(stranger, turn.set)
         began = trio.current_time()
         await turn.wait()
         assert 2 <= trio.current_time() - began < 2.5

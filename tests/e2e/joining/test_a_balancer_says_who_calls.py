@@ -173,7 +173,7 @@ async def test_allow_from_goes_by_the_header(site: Site) -> None:
 
 async def test_limits_go_by_the_header(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind one balancer, a flooder has the turns of its own address, and no function waits for it."""
-    monkeypatch.setattr("frelay.net.strangers._MORE_PATIENCE", 600)
+    monkeypatch.setattr("frelay.net.strangers._LONG_STALL_TIMEOUT", 600)
     limits = "[limits]\nmax_pre_auth_per_ip = 1\nhandshake_timeout = 600\n"
     async with site.relay(BALANCED, sections=limits) as relay:
         strangers = relay.relay.admission.strangers

@@ -81,7 +81,7 @@ async def test_beyond_the_limit_newcomers_are_held_back(
     site: Site, limit: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With all turns taken nobody is refused: the next connection is served once there is one."""
-    monkeypatch.setattr("frelay.net.strangers._MORE_PATIENCE", 600)
+    monkeypatch.setattr("frelay.net.strangers._LONG_STALL_TIMEOUT", 600)
     limits = f"[limits]\n{limit} = 2\nhandshake_timeout = 60\n"
     async with site.relay(sections=limits) as relay, halfway(site, relay, 2) as strangers:
         admission = relay.relay.admission
@@ -109,7 +109,7 @@ async def test_beyond_the_limit_newcomers_are_held_back(
 
 async def test_who_is_held_back_and_hangs_up_is_gone(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """At once, in whatever way it goes, and whatever it had sent."""
-    monkeypatch.setattr("frelay.net.strangers._MORE_PATIENCE", 600)
+    monkeypatch.setattr("frelay.net.strangers._LONG_STALL_TIMEOUT", 600)
     limits = "[limits]\nmax_pre_auth = 1\nhandshake_timeout = 60\n"
     async with site.relay(sections=limits) as relay, halfway(site, relay, 1):
         strangers = relay.relay.admission.strangers
@@ -127,7 +127,7 @@ async def test_the_time_for_which_it_was_held_back_is_not_a_functions_own(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It has its handshake_timeout from then on; only for so long, though, or the queue would have no end."""
-    monkeypatch.setattr("frelay.net.strangers._MORE_PATIENCE", 600)
+    monkeypatch.setattr("frelay.net.strangers._LONG_STALL_TIMEOUT", 600)
     limits = "[limits]\nmax_pre_auth = 1\nhandshake_timeout = 2\n"
     async with site.relay(sections=limits) as relay, halfway(site, relay, 1), halfway(site, relay, 1) as held:
         await relay.log("refused", reason="no TLS handshake within 2 s")
@@ -138,7 +138,7 @@ async def test_the_time_for_which_it_was_held_back_is_not_a_functions_own(
 
 
 async def test_who_gets_no_turn_is_told_to_the_operator(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("frelay.net.strangers._MORE_PATIENCE", 600)
+    monkeypatch.setattr("frelay.net.strangers._LONG_STALL_TIMEOUT", 600)
     monkeypatch.setattr("frelay.joining.connection._HELD_BACK", 0.1)
     limits = "[limits]\nmax_pre_auth = 1\nhandshake_timeout = 5\n"
     async with site.relay(sections=limits) as relay, halfway(site, relay, 1), halfway(site, relay, 1) as held:
@@ -170,7 +170,7 @@ async def ended_by_relay(party: Party) -> None:
 
 async def test_the_limits_hold_from_a_reload_on(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """Raised, those who were held back are served at once; lowered, those who have their turn keep it."""
-    monkeypatch.setattr("frelay.net.strangers._MORE_PATIENCE", 600)
+    monkeypatch.setattr("frelay.net.strangers._LONG_STALL_TIMEOUT", 600)
     rest = "handshake_timeout = 60\n"
     async with site.relay(sections="[limits]\nmax_pre_auth = 1\n" + rest) as relay, halfway(site, relay, 4):
         strangers = relay.relay.admission.strangers

@@ -302,7 +302,7 @@ def test_every_key_has_its_proof() -> None:
 async def test_a_changed_key_is_in_force_or_needs_a_restart(
     site: Site, key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("frelay.net.strangers._MORE_PATIENCE", 600)
+    monkeypatch.setattr("frelay.net.strangers._LONG_STALL_TIMEOUT", 600)
     value, probe = KEYS[key]
     section, _, name = key.partition(".")
     site.add("operator", site.ca.party(dns=["operator.demo"]))
