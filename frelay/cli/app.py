@@ -1,7 +1,7 @@
-"""The command line: what each command takes, and what its exit code means.
+"""The command line: the options and help text of each command.
 
-0 done, 1 failed or invalid configuration, 2 usage. Data goes to stdout, messages to stderr. The commands import what
-they need inside, so that ``frelay --help`` does not load a relay.
+Exit codes: 0 done, 1 failed or invalid configuration, 2 usage. Data goes to stdout, messages to stderr. Each command
+imports what it needs inside its function, so that ``frelay --help`` does not load a relay.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from typing import Annotated, Final
 import typer
 
 from frelay import __version__
-from frelay.cli import admin_commands as _operate
-from frelay.cli import ca_commands as _ca
+from frelay.cli import admin_commands, ca_commands
 from frelay.errors import CertificateError, ConfigError, FrelayError, printable
 
 __all__ = ["app", "main"]
@@ -28,8 +27,8 @@ app: Final = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(_ca.app)
-app.add_typer(_operate.app)
+app.add_typer(ca_commands.app)
+app.add_typer(admin_commands.app)
 
 ConfigFile = Annotated[
     Path, typer.Option("--config", "-c", help="The route file.", metavar="FILE", envvar="FRELAY_CONFIG")
@@ -114,9 +113,9 @@ def check(
     config: ConfigFile = Path("relay.toml"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
-    """Say whether a route file is good, with everything that is wrong in it. Binds nothing.
+    """Check a route file and the files that it names, and print every problem. Binds no address.
 
-    Whatever keeps functions out without being an error is a warning, on stderr.
+    What is no error but would keep functions out is a warning, on stderr.
 
     --json prints ok, problems (file, line, key, message) and, if ok, warnings (likewise), routes (names), addresses,
     certificate_not_after and crl_next_update (times as text, or null).
@@ -128,8 +127,10 @@ def check(
 
 @app.command()
 def init(
-    directory: Annotated[Path, typer.Argument(help="Where to write; made if it is not there.", metavar="DIR")],
-    force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
+    directory: Annotated[
+        Path, typer.Argument(help="The directory to write to; made if it does not exist.", metavar="DIR")
+    ],
+    force: Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")] = False,
 ) -> None:
     """Write a CA, certificates for a relay and two functions, and a relay.toml that runs as it is."""
     from frelay.cli.init import write_all
@@ -141,15 +142,15 @@ def init(
 def why(
     certificate: Annotated[
         Path,
-        typer.Option("--cert", help="The certificate, with its intermediates behind it if it has any.", metavar="FILE"),
+        typer.Option("--cert", help="The certificate, followed by its intermediates if there are any.", metavar="FILE"),
     ],
     config: ConfigFile = Path("relay.toml"),
-    route: Annotated[str | None, typer.Option(help="Ask for this route only.", metavar="NAME")] = None,
+    route: Annotated[str | None, typer.Option(help="Check for this route only.", metavar="NAME")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the verdict as one JSON object.")] = False,
 ) -> None:
-    """Say why a certificate is let in or not: every check in order, without a relay and without the key.
+    """Show why a relay admits or refuses a certificate: every check in order. Needs no running relay and no key.
 
-    Exit codes: 0 let in (to the route asked for, or to any), 1 refused, 2 usage.
+    Exit codes: 0 admitted (to the route given, or to any), 1 refused, 2 usage.
     """
     from frelay.cli.why import explain
 
@@ -158,7 +159,7 @@ def why(
 
 @app.command()
 def demo() -> None:
-    """Show everything on loopback: a relay, two functions, their hand-off, and bytes end to end."""
+    """Run a relay and two functions on loopback, and print how they join, are handed off, and exchange bytes."""
     from frelay.cli.demo import run_demo
 
     raise typer.Exit(run_demo())
@@ -294,12 +295,12 @@ def connect(
 
 
 def main() -> None:
-    """The console script: errors of ours become one message a problem and exit code 1, never a traceback."""
-    # The completion scripts of --show-completion and --install-completion for the shell that is named, as a package's
-    # build needs them, and not for the one that happens to be among our parents. Typer has no other switch for it.
+    """The console script: our errors print one message for each problem and exit with 1, without a traceback."""
+    # Makes --show-completion and --install-completion take the name of a shell, as the build of a package needs. By
+    # itself typer takes the shell that it finds among our parent processes. It has no other switch for this.
     os.environ.setdefault("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
     try:
-        # By name: under `python -m` it would introduce itself by whatever was started.
+        # Without the name, usage messages under `python -m frelay` would not say "frelay".
         app(prog_name="frelay")
     except ConfigError as error:
         for problem in error.problems:

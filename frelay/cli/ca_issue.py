@@ -1,4 +1,4 @@
-"""``frelay ca init``, ``relay``, ``party`` and ``revoke``: do it, and say what was done and what comes next."""
+"""``frelay ca init``, ``relay``, ``party`` and ``revoke``: write files, and print what was done and what is next."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from frelay.pki.directory import AuthorityDirectory
 from frelay.tls.facts import CertificateFacts, certificate_facts, iso
 from frelay.tls.identity import distinguished_name
 
-__all__ = ["Names", "found", "issue", "revoke"]
+__all__ = ["Names", "create_authority", "issue", "revoke"]
 
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """The alternative names that a certificate is to have."""
+    """The subject alternative names of a certificate."""
 
     dns: Sequence[str]
     uris: Sequence[str]
     ips: Sequence[str]
 
 
-def found(directory: Path, *, name: str, days: int, algorithm: Algorithm, force: bool) -> None:
+def create_authority(directory: Path, *, name: str, days: int, algorithm: Algorithm, force: bool) -> None:
     """Make an authority in ``directory``; raises CertificateError."""
     home = AuthorityDirectory(directory)
     home.create(name, days=days, algorithm=algorithm, force=force)
     facts = certificate_facts(home.load().certificate)
     _print_table(
         (home.certificate, f"{facts.subject}, {facts.key}, until {iso(facts.not_after)}: give it to everybody"),
-        (home.key, "its key: signs certificates; keep it off the relay's machine"),
+        (home.key, "its key: signs certificates; never keep it on the relay's machine"),
         (home.crl, "who is revoked: nobody yet"),
     )
     _tell(f"next: frelay ca relay --ca {directory} --dns NAME")
@@ -69,7 +69,7 @@ def issue(
 
 
 def revoke(ca: Path | None, given: Sequence[str], *, days: int | None, is_new: bool) -> None:
-    """Write the next revocation list and say who is on it; raises CertificateError."""
+    """Write the next revocation list and print what was revoked; raises CertificateError."""
     done = AuthorityDirectory.find(ca).revoke(given, days=days, is_new=is_new)
     for one in done.asked:
         who = "" if one.certificate is None else f" {distinguished_name(partial(getattr, one.certificate, 'subject'))}"
@@ -82,7 +82,7 @@ def revoke(ca: Path | None, given: Sequence[str], *, days: int | None, is_new: b
     print(
         f"{printable(str(done.path))}: number {done.number}, {done.entries} revoked, good until {iso(done.next_update)}"
     )
-    _tell("next: a relay that reads this very file takes it over at once; copy it to all others, then reload them")
+    _tell("next: a relay that reads this file applies it at once; copy it to all other relays, then reload them")
 
 
 def _identities(facts: CertificateFacts) -> list[str]:
@@ -90,7 +90,7 @@ def _identities(facts: CertificateFacts) -> list[str]:
 
 
 def _hosts(facts: CertificateFacts) -> list[str]:
-    """What a client may dial it by."""
+    """The names and addresses that a client may dial."""
     return [claim.text for claim in facts.claims if claim.where in ("DNS name", "IP address")]
 
 

@@ -1,8 +1,8 @@
-"""``frelay ca show``: what is in certificates, CRLs and keys; as text for people, as JSON for programs.
+"""``frelay ca show``: what certificates, CRLs and keys hold; as text for people, as JSON for programs.
 
 The JSON is one object: ``files``, in the order given, each with ``file`` and ``holds``, a list of the shapes that
-:mod:`frelay.tls.facts` describes. With ``-c`` each certificate that is no authority has a ``fits`` beside, which is
-what ``frelay why --json`` has in ``admitted``, ``routes``, ``refusal`` and ``hints``. Keys may be added, none goes.
+:mod:`frelay.tls.facts` describes. With ``-c`` each certificate that is no authority also has ``fits``, with the keys
+``admitted``, ``routes``, ``refusal`` and ``hints`` of ``frelay why --json``. Keys may be added, none is ever removed.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ __all__ = ["Row", "certificate_rows", "fit_rows", "print_rows", "show_files"]
 Row = tuple[str, str]
 Held = tuple[Facts, Verdict | None]
 
-# Blocks that follow each other look best with columns of one width.
+# One width for all blocks, so that their columns stand below each other.
 _LABELS: Final = len("certificate")
-# A terminal's page. All of them are in the JSON.
+# Lines that fit on one page of a terminal. The JSON has all of them.
 _SHOWN: Final = 20
 
 
 def show_files(paths: Sequence[Path], config_path: Path | None, *, as_json: bool) -> int:
-    """Print what ``paths`` hold; gives the exit code, 1 if any of them, or the route file, cannot be read."""
+    """Print what ``paths`` hold; returns the exit code: 1 if any of them, or the route file, cannot be read."""
     served: tuple[Config, OuterTls | None] | None = None
     code = 0
     if config_path is not None:
@@ -84,7 +84,7 @@ def _held(path: Path, served: tuple[Config, OuterTls | None] | None) -> list[Hel
             and isinstance(facts, CertificateFacts)
             and not facts.authority
         ):
-            # What stands behind it in the file is what a function would send along.
+            # A function would send the certificates that follow it in the file, too.
             chain = certificates[certificates.index(certificate) :]
             verdict = examine(*served, chain)
         held.append((facts, verdict))
@@ -152,7 +152,7 @@ def _crl_rows(facts: CrlFacts, now: datetime) -> Iterator[Row]:
     yield "CRL", f"of {facts.issuer}"
     yield "number", "none" if facts.number is None else str(facts.number)
     if facts.next_update is None:
-        yield "valid", f"{iso(facts.this_update)} to no date, which the relay takes as EXPIRED"
+        yield "valid", f"{iso(facts.this_update)} without an end, which the relay takes as EXPIRED"
     else:
         yield "valid", f"{iso(facts.this_update)} to {iso(facts.next_update)}, {_expiry(facts.next_update, now)}"
     for one in facts.revoked[:_SHOWN]:
@@ -164,7 +164,7 @@ def _crl_rows(facts: CrlFacts, now: datetime) -> Iterator[Row]:
 
 
 def fit_rows(verdict: Verdict) -> Iterator[Row]:
-    """The rows of the routes that a certificate fits, or would but for another check."""
+    """The rows of the routes that a certificate fits, or would fit if no other check failed."""
     label = "fits" if verdict.refusal is None else "would fit"
     for fit in verdict.fits[:_SHOWN]:
         for party in fit.parties:

@@ -1,4 +1,4 @@
-"""``frelay check``: the same loading as at start, without binding anything."""
+"""``frelay check``: load the route file as ``frelay run`` does, but bind no address."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["as_json_object", "check_file", "load_and_prepare", "report_problems"
 
 
 def check_file(path: Path, *, as_json: bool) -> int:
-    """Check the route file at ``path`` and all that it refers to; prints the result, gives the exit code."""
+    """Check the route file at ``path`` and every file that it names; prints the result, returns the exit code."""
     try:
         config, trust = load_and_prepare(path)
     except ConfigError as error:
@@ -39,7 +39,7 @@ def check_file(path: Path, *, as_json: bool) -> int:
 
 
 def load_and_prepare(path: Path, *, base: Path | None = None) -> tuple[Config, OuterTls | None]:
-    """The route file at ``path`` and what its certificates came to; raises ConfigError with the problems of both."""
+    """Load the route file at ``path`` and its certificates; raises ConfigError with the problems of both."""
     try:
         config = load(path, base=base)
     except ConfigError as error:
@@ -48,7 +48,7 @@ def load_and_prepare(path: Path, *, base: Path | None = None) -> tuple[Config, O
 
 
 def report_problems(path: Path, error: ConfigError, *, as_json: bool) -> int:
-    """Print all that is wrong with the route file at ``path``; gives the exit code."""
+    """Print all problems of the route file at ``path``; returns the exit code."""
     if as_json:
         print(json.dumps({"ok": False, "problems": [as_json_object(problem) for problem in error.problems]}))
         return 1
@@ -60,7 +60,7 @@ def report_problems(path: Path, error: ConfigError, *, as_json: bool) -> int:
 
 
 def as_json_object(problem: Problem) -> dict[str, Any]:
-    """One problem as the JSON of every command has it."""
+    """One problem in the shape that all commands print with ``--json``."""
     return {"file": str(problem.file), "line": problem.line, "key": problem.key, "message": problem.message}
 
 

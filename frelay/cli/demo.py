@@ -1,7 +1,7 @@
-"""``frelay demo``: the whole way on loopback, with real processes and nothing left behind.
+"""``frelay demo``: a relay and two functions on loopback, as real processes; it leaves nothing behind.
 
-A throwaway CA, a relay (``frelay run``) and two functions, each a process of its own. What is printed is what these
-processes report, when they report it; nothing is scripted.
+It makes a throwaway CA, and starts a relay (``frelay run``) and two functions, each in a process of its own. Every line
+that it prints is an event that one of them reported at that moment; nothing is scripted.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from frelay.pki.init import initialise
 
 __all__ = ["run_demo"]
 
-# Enough to show a rate, little enough for a small machine to be done with in a second or two.
+# Enough to measure a rate, and a small machine still moves it in a second or two.
 _BULK: Final = 64 * 1024 * 1024
-# All of it takes about two seconds; a machine that is forty times as slow still gets its answer.
-_PATIENCE: Final = 90.0
+# The demo takes about two seconds; a machine that is forty times slower still finishes.
+_TIMEOUT: Final = 90.0
 
 
 class _DemoFailed(FrelayError):
-    """A process of the demo did not do its part."""
+    """A process of the demo failed."""
 
 
 class _Story:
-    """Prints the steps, and knows which have happened."""
+    """Prints each step, and records which have happened."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
@@ -102,7 +102,7 @@ async def _lines(stream: trio.abc.ReceiveStream, hear: Callable[[Mapping[str, An
 
 
 def _environment() -> dict[str, str]:
-    # The children must find this very package, from wherever the demo was started.
+    # The processes must import this same package, whatever directory the demo was started in.
     package_root = str(Path(__file__).resolve().parents[2])
     path = os.environ.get("PYTHONPATH")
     return {**os.environ, "PYTHONPATH": f"{package_root}{os.pathsep}{path}" if path else package_root}
@@ -137,7 +137,7 @@ async def _function(story: _Story, name: str, directory: Path) -> None:
         nursery.start_soon(_lines, process.stderr, lambda _: None, complaints)
         await _lines(process.stdout, partial(story.hear_function, name), said)
         if await process.wait() != 0:
-            raise _DemoFailed(f"{name} failed: {complaints[-1] if complaints else 'it said nothing'}")
+            raise _DemoFailed(f"{name} failed: {complaints[-1] if complaints else 'it printed nothing'}")
 
 
 async def _play(directory: Path) -> None:
@@ -162,7 +162,7 @@ async def _play(directory: Path) -> None:
         async def hear_relay() -> None:
             await _lines(relay.stderr, story.hear_relay, said)  # type: ignore[arg-type]
             if not story.listening.is_set():
-                raise _DemoFailed(f"the relay did not start: {said[-1] if said else 'it said nothing'}")
+                raise _DemoFailed(f"the relay did not start: {said[-1] if said else 'it printed nothing'}")
 
         nursery.start_soon(hear_relay)
         await story.listening.wait()
@@ -196,7 +196,7 @@ def _cpu_seconds(pid: int) -> float:
 
 
 async def _end_by_signal(*, task_status: trio.TaskStatus[None]) -> None:
-    # As Python takes SIGTERM by itself, the relay and the directory would outlive the demo.
+    # By default SIGTERM kills Python at once: the relay and the directory would outlive the demo.
     with trio.open_signal_receiver(signal.SIGTERM) as signals:
         task_status.started()
         async for _ in signals:
@@ -204,26 +204,26 @@ async def _end_by_signal(*, task_status: trio.TaskStatus[None]) -> None:
 
 
 def run_demo() -> int:
-    """Run the demo; prints the steps, gives the exit code."""
+    """Run the demo; prints the steps, returns the exit code."""
     print("A relay and two functions on this machine, with certificates made for the occasion.\n", flush=True)
     with tempfile.TemporaryDirectory(prefix="frelay-demo-") as name:
         directory = Path(name)
         initialise(directory)
 
         async def bounded() -> bool:
-            with trio.move_on_after(_PATIENCE) as patience:
+            with trio.move_on_after(_TIMEOUT) as deadline:
                 async with trio.open_nursery() as nursery:
                     await nursery.start(_end_by_signal)
                     await _play(directory)
                     nursery.cancel_scope.cancel(reason="the demo is over")
-            return not patience.cancelled_caught
+            return not deadline.cancelled_caught
 
         failure: BaseException | None = None
         unread: BaseException | None = None
         was_interrupted = False
         try:
             if not trio.run(bounded):
-                failure = _DemoFailed(f"not done after {_PATIENCE:g} s")
+                failure = _DemoFailed(f"not done after {_TIMEOUT:g} s")
         except* KeyboardInterrupt:
             was_interrupted = True
         except* BrokenPipeError as group:
@@ -231,10 +231,10 @@ def run_demo() -> int:
         except* _DemoFailed as group:
             failure = _first(group)
     if was_interrupted:
-        # What the processes complained about as they went is Ctrl-C's doing, too.
+        # Ctrl-C reached the other processes too, so their errors are no news.
         raise KeyboardInterrupt
     if unread is not None:
-        # `frelay demo | head`: alone, not in a group, it is what the command line ends on without a word.
+        # `frelay demo | head`: outside of its group, so that typer ends silently on it.
         raise unread
     if failure is not None:
         print(f"frelay demo: {failure}", file=sys.stderr)

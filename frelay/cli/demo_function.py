@@ -1,6 +1,6 @@
-"""One of the two functions of ``frelay demo``, as a process of its own: what a user's function looks like.
+"""One of the two functions of ``frelay demo``, in a process of its own: an example of a user's function.
 
-It reports each step as a JSON line on stdout, which is what the demo's parent shows. Standard library only.
+It reports each step as a JSON line on stdout, and ``frelay.cli.demo`` prints it. Standard library only.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _on_status(message: Message) -> None:
 
 
 def _send_bulk(wire: Wire, size: int, seed: bytes) -> str:
-    """Send ``size`` bytes that depend on ``seed``; gives their SHA-256."""
+    """Send ``size`` bytes that depend on ``seed``; returns their SHA-256."""
     block = hashlib.sha256(seed).digest() * (_CHUNK // 32)
     sha = hashlib.sha256()
     for _ in range(size // _CHUNK):
@@ -62,7 +62,7 @@ def _receive_bulk(wire: Wire, size: int) -> str:
 
 
 def main() -> None:
-    """Join, greet, send bulk data to and fro, and leave in good order."""
+    """Join, greet, send bulk data both ways, and close cleanly."""
     settings = json.loads(sys.argv[1])
     name, size = settings["name"], settings["size"]
     _say("dialling", address=settings["address"])
@@ -79,7 +79,7 @@ def main() -> None:
         _say("connected", peer=settings["peer"], version=wire.version(), cipher=cipher[0] if cipher else None)
         wire.sendall(f"hello from {name}".encode().ljust(64))
         _say("greeted", text=_receive(wire, 64).decode().strip())
-        # To and then fro: one SSLSocket is not for two threads at once, and a demo should not pretend it is.
+        # One direction after the other: two threads must not use one SSLSocket at once.
         sent = _send_bulk(wire, size, b"forth") if name == "func1" else ""
         began = time.perf_counter()
         received = _receive_bulk(wire, size)
@@ -88,7 +88,7 @@ def main() -> None:
         _say("exchanged", bytes=size, seconds=seconds, sent=sent, received=received)
         wire.send_eof()
         if wire.recv(1):
-            raise RuntimeError("more came than was agreed on")
+            raise RuntimeError("the other function sent more than was agreed on")
 
 
 if __name__ == "__main__":

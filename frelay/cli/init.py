@@ -1,4 +1,4 @@
-"""``frelay init``: write a working set, and say what to do next."""
+"""``frelay init``: write a working set of certificates and a route file, and say what to do next."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""``frelay plan``: what a reload with another route file would change, and whom it would hit.
+"""``frelay plan``: what a reload with another route file would change, and which pairings it would end.
 
-The plan itself is :func:`frelay.config.plan.plan`, the same that a reload follows. What is added here is where the
-running configuration comes from (the relay, or a second file), how many pairings hang on each route, and words.
+The plan itself comes from :func:`frelay.config.plan.plan`, which a reload follows too. This module gets the running
+configuration (from the relay, or from a second file) and the number of pairings on each route, and prints the plan.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ if TYPE_CHECKING:
 __all__ = ["Running", "lines", "plan"]
 
 _ELSEWHERE: Final = (
-    "No relay was found, so relative paths were taken to start from {}. "
-    "Name the relay with --admin, or its file with --running: then they start from where its file is."
+    "No relay was found, so relative paths start from {}. "
+    "Name the relay with --admin, or its file with --running: then they start from the directory of its file."
 )
 
-# Of a list of forty selectors nobody reads the end in a line; --json has it.
+# Characters of a value. Nobody reads a line of forty selectors to its end; --json has all of them.
 _SHOWN: Final = 200
 
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A configuration in force; ``counts`` are (pairings, waiting legs) by route, empty where nobody knows them."""
+    """The running configuration. ``counts`` are (pairings, waiting legs) by route; empty if it comes from a file."""
 
     config: Config
     source: str
@@ -82,7 +82,7 @@ def plan(options: AdminOptions, *, running: Path | None, as_json: bool) -> int:
 
 
 def _before(options: AdminOptions, path: Path, running: Path | None) -> Running | CallFailed:
-    """What is in force; or why that cannot be known, which is told only if nothing is wrong with the file itself."""
+    """The running configuration, or the failure to get it. Problems of the new file are reported first."""
     try:
         return _of_file(running) if running is not None else _of_relay(options, path)
     except CallFailed as error:
@@ -90,9 +90,9 @@ def _before(options: AdminOptions, path: Path, running: Path | None) -> Running 
 
 
 def _base(running: Running, path: Path) -> Path | None:
-    """Where relative paths of the new file start from: where the running one is, which it is to replace.
+    """The directory that relative paths of the new file start from: that of the running file, which it replaces.
 
-    None, for the new one's own directory, where that is the same, or where the relay is on another machine.
+    None stands for the new file's own directory: both are in the same one, or the relay is on another machine.
     """
     base = running.config.path.parent
     return base if base != path.absolute().parent and base.is_dir() else None
@@ -103,9 +103,10 @@ def _of_file(path: Path) -> Running:
 
 
 def _relay_address(options: AdminOptions, path: Path) -> AdminAddress:
-    """The relay to compare with: the one that is named, that of the new file, or that of the usual file.
+    """The relay to compare with: the one that the user names, that of the new file, or that of the usual file.
 
-    -c names the new file here. Elsewhere than the running one it names a socket that is not there, or may name none.
+    Here -c names the new file. If that is not in the directory of the running file, its relative ``admin.listen`` names
+    a socket that does not exist; or it may have no [admin] yet. Then the usual file says where the relay is.
     """
     if options.admin is not None or os.environ.get("FRELAY_ADMIN"):
         return find_admin_address(options.admin, None)
@@ -131,7 +132,7 @@ def _of_relay(options: AdminOptions, path: Path) -> Running:
         config = load_written(written)
     except ValueError as error:
         text = " ".join(str(error).split())
-        raise CallFailed(f"the relay at {address} writes its configuration in another way: {text}") from error
+        raise CallFailed(f"the relay at {address} has a configuration that this frelay cannot read: {text}") from error
     counts = {
         route["name"]: (route["pairings"], len(route["waiting"]["func1"]) + len(route["waiting"]["func2"]))
         for route in routes
@@ -144,7 +145,7 @@ def _of_relay(options: AdminOptions, path: Path) -> Running:
 
 @dataclass(frozen=True, slots=True)
 class _Change:
-    """One key with its two values, as a route file would write them; None where there is none."""
+    """One key with its old and new value, as a route file writes them; None if it has no value."""
 
     key: str
     was: Any
@@ -225,7 +226,7 @@ def _as_json(plan: Plan, running: Running, new: Config) -> dict[str, Any]:
     }
 
 
-# --- in words ---------------------------------------------------------------------------------------------------------
+# --- as text ----------------------------------------------------------------------------------------------------------
 
 
 def lines(plan: Plan, running: Running, new: Config) -> Iterator[str]:
@@ -276,7 +277,7 @@ def _indented(changes: Iterable[_Change]) -> Iterator[str]:
 
 
 def _hit(running: Running, name: str, drain: str) -> str:
-    """Whom it hits that a route goes."""
+    """How many pairings and waiting legs end with a route."""
     if name not in running.counts:
         return ""
     pairings, waiting = running.counts[name]

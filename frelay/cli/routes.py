@@ -1,4 +1,4 @@
-"""``frelay route add``, ``delete``, ``list`` and ``show``: routes of a running relay, by its admin API."""
+"""``frelay route add``, ``delete``, ``list`` and ``show``: routes of a running relay, through its admin API."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ _DIAL: Final = "dial:"
 
 
 def party(selectors: Sequence[str], dial: str | None, connect_timeout: float | None = None) -> Any:
-    """A party as the API takes it: selectors, or the place that the relay dials; None if nothing was given.
+    """A party as the API takes it: selectors, or the address that the relay dials; None if neither was given.
 
-    ``dial:HOST:PORT`` among the selectors is the same as ``dial``. Raises ValueError for a party that is both.
+    ``dial:HOST:PORT`` among the selectors means the same as ``dial``. Raises ValueError if a party is both.
     """
-    places = [text.removeprefix(_DIAL) for text in selectors if text.startswith(_DIAL)]
-    places += [] if dial is None else [dial]
-    if not places:
+    addresses = [text.removeprefix(_DIAL) for text in selectors if text.startswith(_DIAL)]
+    addresses += [] if dial is None else [dial]
+    if not addresses:
         return list(selectors) or None
-    if len(places) > 1 or len(selectors) > (1 if dial is None else 0):
-        raise ValueError("a party is either selectors or one place to dial")
-    return {"dial": places[0]} | ({} if connect_timeout is None else {"connect_timeout": connect_timeout})
+    if len(addresses) > 1 or len(selectors) > (1 if dial is None else 0):
+        raise ValueError("a party is either selectors or one address to dial")
+    return {"dial": addresses[0]} | ({} if connect_timeout is None else {"connect_timeout": connect_timeout})
 
 
 def party_text(party: Any) -> str:
-    """A party of the API for a person: its selectors, or the place that is dialled; ``-`` for nobody in particular."""
+    """A party as text: its selectors, or the address that the relay dials; ``-`` if it has neither (outer = "none")."""
     if isinstance(party, Mapping):
         return f"{_DIAL}{party.get('dial')}"
     return ", ".join(str(selector) for selector in party) or "-"
 
 
 def etag(text: str) -> str:
-    """An etag as HTTP writes it; a shell has often eaten its quotes."""
+    """An etag as HTTP writes it, in quotes, which a shell has often removed."""
     return text if text == "*" or text.startswith('"') else f'"{text}"'
 
 
@@ -96,7 +96,7 @@ def _row(route: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def show(client: AdminClient, name: str, *, as_json: bool) -> int:
-    """Print one route, with who waits there; raises CallFailed."""
+    """Print one route and the legs that wait on it; raises CallFailed."""
     route = client.get(route_path(name))
     if as_json:
         print(json.dumps(route))

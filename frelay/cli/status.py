@@ -1,4 +1,4 @@
-"""``frelay status`` and ``frelay reload``: the relay as a whole, and whether it took its files over."""
+"""``frelay status`` and ``frelay reload``: the state of the relay, and what a reload changed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from frelay.errors import printable
 
 __all__ = ["reload", "status"]
 
-# Long enough for a person to issue a new one, and short enough to be read as news.
+# Seconds before a certificate expires: enough time to issue a new one, and not a warning that stands there for months.
 _WARNING: Final = 14 * 86400.0
 _REFUSALS_SHOWN: Final = 5
 
@@ -30,7 +30,7 @@ def status(client: AdminClient, *, as_json: bool) -> int:
 
 
 def lines(status: Mapping[str, Any]) -> Iterator[str]:
-    """The state for a person, what needs attention first."""
+    """The state as text, first what needs attention."""
     now = status["now"]
     yield from (bold(line, sys.stdout) for line in warnings(status))
     yield printable(
@@ -50,7 +50,7 @@ def lines(status: Mapping[str, Any]) -> Iterator[str]:
     for key, value in facts.items():
         yield f"{key:<14}{printable(value)}"
     for index, one in enumerate(status["certificates"]):
-        lasts = duration(one["not_after"] - now) if one["not_after"] > now else "no more"
+        lasts = duration(one["not_after"] - now) if one["not_after"] > now else "EXPIRED"
         yield printable(
             f"{'' if index else 'certificates':<14}{one['what']} {one['subject'] or one['file']}: until "
             f"{date(one['not_after'])} ({lasts})"
@@ -59,7 +59,7 @@ def lines(status: Mapping[str, Any]) -> Iterator[str]:
 
 
 def warnings(status: Mapping[str, Any]) -> Iterator[str]:
-    """What somebody has to do something about, a line each."""
+    """What an operator has to act on, one line each."""
     now, last = status["now"], status["last_reload"]
     if not last["ok"]:
         yield f"LAST RELOAD REFUSED {ago(last['at'], now)}, the configuration before it stays in force:"
@@ -67,7 +67,7 @@ def warnings(status: Mapping[str, Any]) -> Iterator[str]:
             yield f"  {printable(problem_line(problem))}"
     if last.get("restart_only"):
         yield printable(
-            f"RESTART NEEDED: the file has other values than what runs for {', '.join(last['restart_only'])}"
+            f"RESTART NEEDED: the file changed {', '.join(last['restart_only'])}, which only a restart applies"
         )
     for one in status["certificates"]:
         left = one["not_after"] - now
@@ -96,7 +96,7 @@ def _refusals(refusals: list[Mapping[str, Any]], now: float) -> Iterator[str]:
 
 
 def reload(client: AdminClient, *, as_json: bool) -> int:
-    """Have the relay read its files again, and print what that changed; raises CallFailed with the problems."""
+    """Make the relay read its files again, and print what changed; raises CallFailed with the problems."""
     done = client.call("POST", "/v1/reload").body
     if as_json:
         print(json.dumps(done))

@@ -1,4 +1,4 @@
-"""Text for a person at a terminal: escaped, aligned, in units that one can read at a glance. Standard library only."""
+"""Text for people at a terminal: escaped, aligned, in units that are easy to read. Standard library only."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _GAP: Final = "  "
 
 
 def loose_output() -> None:
-    """Let stdout and stderr escape what their encoding has no letter for: it must never be an exception."""
+    """Make stdout and stderr escape characters that their encoding lacks, instead of raising UnicodeEncodeError."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
 def bold(text: str, stream: TextIO) -> str:
-    """``text`` in bold where ``stream`` is a terminal and nobody has asked for plain text (https://no-color.org)."""
+    """``text`` in bold if ``stream`` is a terminal and NO_COLOR is not set (https://no-color.org)."""
     return f"\x1b[1m{text}\x1b[0m" if stream.isatty() and not os.environ.get("NO_COLOR") else text
 
 
@@ -59,7 +59,7 @@ def _cells(character: str) -> int:
 
 
 def cut(text: str, cells: int, mark: str = "~") -> str:
-    """``text`` in at most ``cells`` cells; what was cut ends in ``mark``, which takes one."""
+    """``text`` in at most ``cells`` cells; if it was cut, it ends in ``mark``, which takes one cell."""
     if width(text) <= cells:
         return text
     if cells < 1:
@@ -74,7 +74,7 @@ def cut(text: str, cells: int, mark: str = "~") -> str:
 
 
 def pad(text: str, cells: int, *, right: bool = False) -> str:
-    """``text`` with spaces up to ``cells`` cells, on its left where it stands to the ``right``."""
+    """``text`` with spaces up to ``cells`` cells; they stand on its left if it is aligned to the ``right``."""
     space = " " * (cells - width(text))
     return space + text if right else text + space
 
@@ -97,7 +97,7 @@ def columns(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Coll
 def size(count: float) -> str:
     """Bytes in three digits: ``0 B``, ``999 B``, ``1.02 kB``, ``97.6 MB``. Powers of 1000, as networks count."""
     value, unit = float(count), 0
-    # From here on three digits would be rounded to the next unit's first.
+    # 999.5 and more would be rounded to 1000, which is four digits.
     while value >= 999.5 and unit < len(_UNITS) - 1:
         value /= 1000
         unit += 1
@@ -116,7 +116,7 @@ def duration(seconds: float) -> str:
         if number or (unit == "s" and not parts):
             parts.append(f"{number} {unit}")
         elif parts:
-            break  # "1 d 5 s" would claim a precision that nobody needs
+            break  # not "1 d 5 s": only neighbouring units go together
     return " ".join(parts[:2])
 
 

@@ -1,10 +1,10 @@
-"""``frelay top``: a running relay, looked at again and again.
+"""``frelay top``: polls a running relay and shows each snapshot on the terminal.
 
-On a terminal a thread looks, and the main thread draws and listens to keys, so that a relay that is slow to answer, or
-gone, never holds up a ``q``. What is drawn is decided in ``top_model`` and ``top_lines``; here is only what needs a
-terminal. Whatever ends it (a key, a signal, an exception), the terminal is given back as it was.
+On a terminal a thread polls the relay, and the main thread draws and reads keys. So ``q`` works at once, even if the
+relay answers slowly or not at all. ``top_view`` and ``top_layout`` decide what is drawn; this module holds only what
+needs a terminal. However it ends (a key, a signal, an exception), it restores the terminal.
 
-Elsewhere (a pipe, a file, ``--count``, ``--json``) it prints snapshots and ends.
+Without a terminal (a pipe, a file, ``--count``, ``--json``) it prints snapshots and ends.
 """
 
 from __future__ import annotations
@@ -28,44 +28,45 @@ from typing import Any, Final
 from frelay.cli.admin_client import AdminClient, CallFailed
 from frelay.cli.text import ago, cut, date
 from frelay.cli.top_layout import Layout, Line, Screen, Style, lay_out, plain_lines, press
-from frelay.cli.top_view import Look, rates, view
+from frelay.cli.top_view import Snapshot, rates, view
 from frelay.errors import FrelayError, printable
 
-__all__ = ["look", "top"]
+__all__ = ["poll", "top"]
 
-# A key is answered within this many seconds, and a new size of the window is seen.
-_BLINK: Final = 0.1
-# How long escape may be the beginning of a key's sequence; the default of a second makes the key feel dead.
+# Seconds: a pressed key and a new window size take effect within this time.
+_KEY_TIMEOUT: Final = 0.1
+# How long curses waits for the rest of a key sequence after Escape. With its default, a second, Escape seems to do
+# nothing.
 _ESCAPE_DELAY: Final = 25  # ms
 
 
 def top(client: AdminClient, *, interval: float, count: int | None, as_json: bool) -> int:
-    """Show the relay behind ``client`` each ``interval`` seconds; raises CallFailed if it cannot be asked at first."""
-    # Before the screen is taken: a wrong address or certificate will not get better by waiting.
-    first = look(client)
+    """Show the relay behind ``client`` each ``interval`` seconds; raises CallFailed if the first poll fails."""
+    # Before the screen is cleared: a wrong address or certificate is an error at once.
+    first = poll(client)
     if count is None and not as_json and sys.stdout.isatty() and sys.stdin.isatty():
         return _show(client, first, interval)
     return _print(client, first, interval, count or 1, as_json=as_json)
 
 
-def look(client: AdminClient) -> Look:
-    """Look once; raises CallFailed."""
+def poll(client: AdminClient) -> Snapshot:
+    """Ask the relay for a snapshot; raises CallFailed."""
     with client:
         routes = client.get("/v1/routes")["routes"]
         pairings = client.get("/v1/pairings")["pairings"]
         at = time.monotonic()
-        return Look(at, client.get("/v1/status"), tuple(routes), tuple(pairings))
+        return Snapshot(at, client.get("/v1/status"), tuple(routes), tuple(pairings))
 
 
 # --- printed ----------------------------------------------------------------------------------------------------------
 
 
-def _print(client: AdminClient, before: Look, interval: float, count: int, *, as_json: bool) -> int:
+def _print(client: AdminClient, before: Snapshot, interval: float, count: int, *, as_json: bool) -> int:
     code = 0
     for number in range(count):
         time.sleep(interval)
         try:
-            now = look(client)
+            now = poll(client)
         except CallFailed as error:
             code = 1
             text = json.dumps({"at": time.time(), "error": error.message}) if as_json else f"no answer: {error.message}"
@@ -83,7 +84,7 @@ def _print(client: AdminClient, before: Look, interval: float, count: int, *, as
     return code
 
 
-def _as_json(now: Look, before: Look) -> dict[str, Any]:
+def _as_json(now: Snapshot, before: Snapshot) -> dict[str, Any]:
     return {
         "at": now.status["now"],
         "error": None,
@@ -100,19 +101,19 @@ def _as_json(now: Look, before: Look) -> dict[str, Any]:
 
 
 class _Ended(Exception):
-    """A signal asked us to end."""
+    """A signal told us to end."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
         self.number = number
 
 
-def _show(client: AdminClient, first: Look, interval: float) -> int:
-    news: queue.SimpleQueue[Look | CallFailed] = queue.SimpleQueue()
-    threading.Thread(target=_keep_looking, args=(client, interval, news), daemon=True).start()
+def _show(client: AdminClient, first: Snapshot, interval: float) -> int:
+    news: queue.SimpleQueue[Snapshot | CallFailed] = queue.SimpleQueue()
+    threading.Thread(target=_keep_polling, args=(client, interval, news), daemon=True).start()
     try:
-        with _obeying_signals(), _terminal() as window:
-            _Watch(window, first, news).run()
+        with _ended_by_signals(), _terminal() as window:
+            _Loop(window, first, news).run()
     except _Ended as ended:
         return 128 + ended.number
     except KeyboardInterrupt:
@@ -120,21 +121,21 @@ def _show(client: AdminClient, first: Look, interval: float) -> int:
     return 0
 
 
-def _keep_looking(client: AdminClient, interval: float, news: queue.SimpleQueue[Look | CallFailed]) -> None:
+def _keep_polling(client: AdminClient, interval: float, news: queue.SimpleQueue[Snapshot | CallFailed]) -> None:
     while True:
         time.sleep(interval)
         try:
-            news.put(look(client))
+            news.put(poll(client))
         except CallFailed as error:
             news.put(error)
         except Exception as error:
-            # An answer that nobody thought of must not leave a screen that stands still without a word.
+            # Without this an answer that we did not foresee would end the thread, and the screen would stand still.
             news.put(CallFailed(f"{type(error).__name__}: {error}"))
 
 
 @contextlib.contextmanager
-def _obeying_signals() -> Iterator[None]:
-    """Have the signals that would kill us raise instead, so that the terminal is given back."""
+def _ended_by_signals() -> Iterator[None]:
+    """Make SIGTERM and SIGHUP raise an exception instead of killing us, so that the terminal is restored."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise _Ended(number)
@@ -149,18 +150,18 @@ def _obeying_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _terminal() -> Iterator[curses.window]:
-    """The terminal as a window, and afterwards as it was; raises FrelayError for one that curses does not know."""
+    """Take the terminal as a window, and restore it at the end; raises FrelayError if curses does not know its TERM."""
     try:
         locale.setlocale(locale.LC_ALL, "")
     except locale.Error:
-        pass  # a locale that is not installed here: what it has no letters for is escaped
+        pass  # the locale is not installed here: _draw escapes what the encoding cannot show
     for name in ("LINES", "COLUMNS"):
-        # Some shells export the size they had; ncurses would believe them, and never see the window change.
+        # Some shells export these; ncurses would trust them and never see that the window changed.
         os.environ.pop(name, None)
     try:
         curses.setupterm()
     except curses.error:
-        text = f"this terminal (TERM={os.environ.get('TERM', '')}) is not known here: frelay top --count 1 prints"
+        text = f"curses does not know this terminal (TERM={os.environ.get('TERM', '')}): use frelay top --count 1"
         raise FrelayError(printable(text)) from None
     window = curses.initscr()
     try:
@@ -194,35 +195,35 @@ _KEYS: Final = {
 
 
 @dataclass(slots=True)
-class _Watch:
-    """The loop: draw, and wait for a key or for news."""
+class _Loop:
+    """The main thread's loop: draw, then wait for a key or for the next snapshot."""
 
     window: curses.window
-    now: Look
-    news: queue.SimpleQueue[Look | CallFailed]
-    before: Look | None = None
+    now: Snapshot
+    news: queue.SimpleQueue[Snapshot | CallFailed]
+    before: Snapshot | None = None
     trouble: str = ""
     screen: Screen = field(default_factory=Screen)
 
     def run(self) -> None:
-        """Until ``q``, or until the terminal is gone."""
+        """Run until ``q`` is pressed or the terminal is closed."""
         styles, encoding = _styles(), locale.getpreferredencoding(False)
         while not self.screen.is_done:
             layout = self._layout()
             self._draw(layout.lines, styles, encoding)
-            while not (self._takes_keys(layout) or self._takes_news()):
+            while not (self._handle_keys(layout) or self._handle_news()):
                 pass
 
     def _layout(self) -> Layout:
         height, cells = self.window.getmaxyx()
         alarms = []
         if self.trouble:
-            alarms = [f"no answer ({self.trouble}); this is {ago(self.now.status['now'])}, and it is tried again"]
+            alarms = [f"no answer ({self.trouble}); shown is the state of {ago(self.now.status['now'])}; trying again"]
         return lay_out(view(self.now, self.before, self.screen.sort, alarms), self.screen, cells, height)
 
-    def _takes_keys(self, layout: Layout) -> bool:
-        """Wait a moment for keys; whether there is something to draw."""
-        readable, _, _ = select.select([sys.stdin], [], [], _BLINK)
+    def _handle_keys(self, layout: Layout) -> bool:
+        """Wait a moment for keys; true if the screen has to be drawn again."""
+        readable, _, _ = select.select([sys.stdin], [], [], _KEY_TIMEOUT)
         is_new = False
         while (key := self.window.getch()) != -1:
             if key != curses.KEY_RESIZE:
@@ -230,10 +231,10 @@ class _Watch:
                 self.screen = press(self.screen, name, layout.last)
             is_new = True
         if readable and not is_new and not os.isatty(sys.stdin.fileno()):
-            raise _Ended(signal.SIGHUP)  # a terminal that is gone is readable for ever
+            raise _Ended(signal.SIGHUP)  # a closed terminal stays readable for ever
         return is_new
 
-    def _takes_news(self) -> bool:
+    def _handle_news(self) -> bool:
         is_new = False
         while not self.news.empty():
             found = self.news.get()
@@ -252,14 +253,14 @@ class _Watch:
             try:
                 self.window.addstr(row, 0, cut(text, cells), styles[line.style])
             except curses.error:
-                pass  # the last cell of the last line leaves no place for the cursor; or the window has just shrunk
+                pass  # curses fails after the last cell of the last line; or the window has just shrunk
         self.window.refresh()
 
 
 def _styles() -> dict[Style, int]:
     alarm = curses.A_BOLD
     if not os.environ.get("NO_COLOR") and curses.has_colors():
-        with contextlib.suppress(curses.error):  # some terminals promise colours and have no default ones
+        with contextlib.suppress(curses.error):  # some terminals have colours, but no default ones
             curses.start_color()
             curses.use_default_colors()
             curses.init_pair(1, curses.COLOR_RED, -1)

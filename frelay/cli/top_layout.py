@@ -1,8 +1,8 @@
-"""How ``frelay top`` looks: a :class:`~frelay.cli.top_view.View` as lines, in whatever room there is. Pure.
+"""The layout of ``frelay top``: a :class:`~frelay.cli.top_view.View` as lines that fit the window. Pure.
 
-Four tables stand one below the other. Each shows a few rows, and the one that has the focus gets all the room that is
-left, so that three routes and their two pairings are all on one screen, and three hundred can be gone through. A table
-too wide is made narrower in its widest names first. Nothing printed here can steer a terminal.
+Four tables stand one below the other. Each shows a few rows, and the table with the focus gets all rows that are left.
+So three routes and their two pairings are all on one screen, and three hundred can be scrolled. In a table that is too
+wide the widest names are shortened first. Control characters are escaped, so no name can send commands to the terminal.
 """
 
 from __future__ import annotations
@@ -22,37 +22,37 @@ __all__ = ["TABLES", "Layout", "Line", "Screen", "Style", "lay_out", "plain_line
 TABLES: Final = ("routes", "waiting", "pairings", "refusals")
 
 _GAP: Final = 2
-# Below this a name says nothing any more, and the line is cut instead.
+# A name shorter than this would say nothing, so the line is cut instead.
 _NARROWEST: Final = 6
-# What a table shows without the focus, so that something new in it is seen.
-_GLIMPSE: Final = 3
-# Below this many lines for tables there is one only, that with the focus.
+# Rows that a table shows without the focus, so that the user sees something new in it.
+_ROWS_WITHOUT_FOCUS: Final = 3
+# With fewer lines than this for the tables, only the one with the focus is shown.
 _ROOM_FOR_ALL: Final = 9
 
 _HELP: Final = (
     "q                quit",
-    "tab, shift-tab   the next table, the one before; that one gets the room",
-    "up, down, j, k   scroll it by a row; page up and down by ten; g, G to an end",
+    "tab, shift-tab   give the room to the next table, or to the one before",
+    "up, down, j, k   scroll that table by a row; page up, page down by ten; g, G to its top, its end",
     "",
     "sort by          b  bytes a second         a  age, oldest first",
     "                 n  name                   r  route",
-    "                 w  who waits: most, and longest",
+    "                 w  most waiting, and waiting longest",
     "",
     "1>2, 2>1         bytes a second from func1 to func2, and back",
-    "?                this, and back",
+    "?                show or leave this help",
 )
 _BY: Final = {
     Sort.BYTES: "bytes/s",
     Sort.AGE: "age",
     Sort.NAME: "name",
     Sort.ROUTE: "route",
-    Sort.WAITING: "who waits",
+    Sort.WAITING: "waiting",
 }
 _KEYS: Final = "q quit  ? help  tab next table  sort: b bytes/s a age n name r route w waiting"
 
 
 class Style(Enum):
-    """What a line is, for whoever has colours."""
+    """What a line is; the terminal gives each kind its colour."""
 
     TITLE = "title"
     ALARM = "alarm"
@@ -72,13 +72,13 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A screen full of lines, and for each table the first row of its last full page: no use in scrolling further."""
+    """A screen full of lines. ``last`` is, for each table, the furthest row that it makes sense to scroll to."""
 
     lines: tuple[Line, ...]
     last: Mapping[str, int]
 
 
-# --- what the watcher has chosen --------------------------------------------------------------------------------------
+# --- what the user has chosen -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ _ENDS: Final = {"g": 0, "home": 0, "G": 1, "end": 1}
 
 
 def press(screen: Screen, key: str, last: Mapping[str, int]) -> Screen:
-    """The screen after a key; a key without a meaning changes nothing. ``last`` is that of the :class:`Layout`."""
+    """The screen after a key was pressed; other keys change nothing. ``last`` is that of the :class:`Layout`."""
     if key == "q":
         return replace(screen, is_done=True)
     if key == "?" or screen.shows_help:
@@ -110,7 +110,7 @@ def press(screen: Screen, key: str, last: Mapping[str, int]) -> Screen:
         return replace(screen, sort=Sort(key), scrolled=MappingProxyType({}))
     furthest = last.get(screen.focus, 0)
     if key in _STEPS:
-        # Rows may have gone since it was scrolled that far.
+        # Some rows may have disappeared since the user scrolled that far.
         place = min(screen.scrolled.get(screen.focus, 0), furthest) + _STEPS[key]
     elif key in _ENDS:
         place = furthest * _ENDS[key]
@@ -125,7 +125,7 @@ def press(screen: Screen, key: str, last: Mapping[str, int]) -> Screen:
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """Cells of text, ``right`` being the columns of numbers and ``may_shrink`` those of names."""
+    """Cells of text. ``right`` are the columns of numbers, ``may_shrink`` those of names."""
 
     name: str
     header: tuple[str, ...]
@@ -185,7 +185,7 @@ def _tables(view: View) -> tuple[_Table, ...]:
 
 
 def _table_lines(table: _Table, shown: int, offset: int, cells: int | None, *, has_focus: bool) -> list[Line]:
-    """Heading and ``shown`` rows from ``offset`` on. The heading says which rows these are."""
+    """The heading and ``shown`` rows from ``offset`` on. The heading says which rows these are."""
     rows = [tuple(printable(cell) for cell in row) for row in table.rows[offset : offset + shown]]
     if not table.rows:
         which = "none"
@@ -202,7 +202,7 @@ def _table_lines(table: _Table, shown: int, offset: int, cells: int | None, *, h
 
 
 def _shrink(widths: list[int], cells: int, may_shrink: frozenset[int]) -> None:
-    """Take from the widest name until the line fits, or no name is left to take from."""
+    """Make the widest name narrower until the line fits, or until no name can shrink further."""
     while sum(widths) + _GAP * (len(widths) - 1) > cells:
         widest = max(may_shrink, key=lambda index: widths[index])
         if widths[widest] <= _NARROWEST:
@@ -230,7 +230,7 @@ def _top(view: View) -> list[Line]:
 
 
 def plain_lines(view: View) -> list[str]:
-    """All of it, for a pipe or a file: every row, as wide as it is."""
+    """All rows in full width, for a pipe or a file."""
     lines = _top(view)
     for table in _tables(view):
         lines += _table_lines(table, len(table.rows), 0, None, has_focus=False)
@@ -271,9 +271,9 @@ def _body(view: View, screen: Screen, cells: int, room: int) -> tuple[list[Line]
 
 
 def _shares(wanted: Mapping[str, int], room: int, focus: str) -> dict[str, int]:
-    """How many rows each table shows: a glimpse of each, then all the focus wants, then the others in order."""
+    """How many rows each table shows: first a few of each, then all of the focus, then the others in order."""
     shares = dict.fromkeys(wanted, 0)
-    for names, most in ((wanted, _GLIMPSE), ((focus,), room), (wanted, room)):
+    for names, most in ((wanted, _ROWS_WITHOUT_FOCUS), ((focus,), room), (wanted, room)):
         for name in names:
             more = max(0, min(wanted[name], most) - shares[name])
             shares[name] += min(more, max(0, room))

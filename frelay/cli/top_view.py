@@ -1,7 +1,7 @@
-"""What ``frelay top`` shows, without a terminal: two looks at a relay make rates, and these make sorted tables.
+"""What ``frelay top`` shows, without a terminal: sorted tables, with the rates between two snapshots of a relay.
 
-A :class:`Look` is what the API told at one moment. A :class:`View` is made of the last one and the one before it, and
-of how the watcher wants it sorted; ``top_lines`` lays it out. All of it is pure.
+A :class:`Snapshot` holds the API's answers at one moment. :func:`view` makes a :class:`View` of the last snapshot and
+the one before it, in the order that the user chose; ``top_layout`` lays it out in lines. All of it is pure.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any, Final, NamedTuple, TypeVar
 from frelay.cli.admin_client import problem_line
 from frelay.cli.routes import party_text
 
-__all__ = ["Look", "PairingRow", "Rate", "RefusalRow", "RouteRow", "Sort", "View", "WaitingRow", "rates", "view"]
+__all__ = ["PairingRow", "Rate", "RefusalRow", "RouteRow", "Snapshot", "Sort", "View", "WaitingRow", "rates", "view"]
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class Snapshot:
     """The API's answers at one moment: ``at`` in seconds on any clock that only goes forward."""
 
     at: float
@@ -35,7 +35,7 @@ class Rate(NamedTuple):
 
 
 class Sort(Enum):
-    """What tables are sorted by; the value is the key to press. A table without that column goes by its first one."""
+    """What the tables are sorted by; the value is the key to press. A table without that column takes its first."""
 
     BYTES = "b"
     AGE = "a"
@@ -47,16 +47,16 @@ class Sort(Enum):
 # --- rates ------------------------------------------------------------------------------------------------------------
 
 
-def rates(before: Look | None, now: Look) -> dict[str, dict[str, Rate]]:
-    """``{"routes": {name: Rate}, "pairings": {id: Rate}}`` of what is in both looks."""
+def rates(before: Snapshot | None, now: Snapshot) -> dict[str, dict[str, Rate]]:
+    """``{"routes": {name: Rate}, "pairings": {id: Rate}}`` of what is in both snapshots."""
     return {
-        "routes": _rates(before, now, lambda look: look.routes, "name"),
-        "pairings": _rates(before, now, lambda look: look.pairings, "id"),
+        "routes": _rates(before, now, lambda snapshot: snapshot.routes, "name"),
+        "pairings": _rates(before, now, lambda snapshot: snapshot.pairings, "id"),
     }
 
 
 def _rates(
-    before: Look | None, now: Look, of: Callable[[Look], Iterable[Mapping[str, Any]]], key: str
+    before: Snapshot | None, now: Snapshot, of: Callable[[Snapshot], Iterable[Mapping[str, Any]]], key: str
 ) -> dict[str, Rate]:
     if before is None or now.at <= before.at:
         return {}
@@ -64,7 +64,7 @@ def _rates(
     old = {one[key]: one for one in of(before)}
 
     def rate(one: Mapping[str, Any], way: str) -> float:
-        # A route that went and came again starts from nothing.
+        # A route that was deleted and added again counts from 0.
         more: int = one[way] - old[one[key]][way]
         return max(0.0, more / seconds)
 
@@ -120,7 +120,7 @@ class PairingRow:
 
 @dataclass(frozen=True, slots=True)
 class RefusalRow:
-    """Somebody who was turned away."""
+    """A connection that the relay refused."""
 
     route: str
     who: str
@@ -131,7 +131,7 @@ class RefusalRow:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What is shown. ``alarms`` are lines that need attention, newest trouble first."""
+    """What is shown. ``alarms`` are lines that need attention, the newest first."""
 
     name: str
     version: str
@@ -144,7 +144,7 @@ class View:
     refusals: tuple[RefusalRow, ...]
 
 
-def view(now: Look, before: Look | None = None, sort: Sort = Sort.BYTES, alarms: Iterable[str] = ()) -> View:
+def view(now: Snapshot, before: Snapshot | None = None, sort: Sort = Sort.BYTES, alarms: Iterable[str] = ()) -> View:
     """The tables of ``now``, with rates since ``before``; ``alarms`` come before those of the relay itself."""
     found = rates(before, now)
     moment = float(now.status["now"])
@@ -196,7 +196,7 @@ def _own_alarms(status: Mapping[str, Any]) -> list[str]:
     last = status["last_reload"]
     if last["ok"]:
         return []
-    first, *others = [problem_line(problem) for problem in last["problems"]] or ["for no reason that it told"]
+    first, *others = [problem_line(problem) for problem in last["problems"]] or ["the relay gave no reason"]
     more = f" (and {len(others)} more: frelay status)" if others else ""
     return [f"last reload refused: {first}{more}"]
 
@@ -218,7 +218,7 @@ def _route_row(route: Mapping[str, Any], rate: Rate | None, age: float) -> Route
 Row = TypeVar("Row", RouteRow, WaitingRow, PairingRow)
 _Order = Mapping[Sort, Callable[[Any], Any]]
 
-# Largest first for quantities, from A on for names; Sort.ROUTE is there for all and is the order of last resort.
+# Quantities descend, names ascend. Every table has Sort.ROUTE, the default where a table lacks an order.
 _ROUTE_ORDER: Final[_Order] = {
     Sort.BYTES: lambda row: (-sum(row.rate or (0, 0)), -row.moved, row.name),
     Sort.AGE: lambda row: (-row.age, row.name),

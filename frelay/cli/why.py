@@ -1,7 +1,7 @@
 """``frelay why``: print what :mod:`frelay.joining.explain` finds; ``--json`` prints its ``as_json``.
 
-Where the route file itself is no good, that is printed as ``frelay check`` does; the JSON is then ``admitted`` null and
-``problems``.
+If the route file itself has problems, they are printed as ``frelay check`` prints them; the JSON then has ``admitted``
+null, and ``problems``.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ __all__ = ["explain"]
 
 
 def explain(config_path: Path, certificate: Path, route: str | None, *, as_json: bool) -> int:
-    """Say why the relay lets a certificate in or not; gives the exit code: 0 let in, 1 refused.
+    """Print why the relay admits or refuses a certificate; returns the exit code: 0 admitted, 1 refused.
 
-    Raises CertificateError for a file that holds none, and typer.BadParameter for a route that is not there.
+    Raises CertificateError if the file holds no certificate, typer.BadParameter if there is no such route.
     """
     try:
         config, trust = load_and_prepare(config_path)

@@ -108,7 +108,7 @@ def test_a_key_is_never_overwritten_unasked(tmp_path: Path) -> None:
         (["party", "x", "--dns", "x.acme", "--algorithm", "rsa"], "write p256 or ed25519"),
         (["init"], "Missing argument 'DIR'"),
         (["init", "x", "--algorithm", "dsa"], "write p256 or ed25519"),
-        (["revoke", "--renew", "ab"], "renewing revokes nobody"),
+        (["revoke", "--renew", "ab"], "--renew revokes nobody"),
         (["show"], "Missing argument 'FILE...'"),
         (["burn"], "No such command 'burn'"),
     ],

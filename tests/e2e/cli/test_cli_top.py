@@ -269,7 +269,7 @@ async def test_a_terminal_that_nobody_knows(site: Site) -> None:
     async with site.process(DEMO, sections=ADMIN), terminal(site) as screen:
         await screen.run(*top(site), env="TERM=no-such-terminal")
         lines = await screen.text("EXIT 1")
-        assert "this terminal (TERM=no-such-terminal) is not known here" in " ".join(lines)
+        assert "curses does not know this terminal (TERM=no-such-terminal)" in " ".join(lines)
 
 
 # --- printed ----------------------------------------------------------------------------------------------------------
@@ -285,7 +285,7 @@ async def test_without_a_terminal_it_prints_one_snapshot(site: Site) -> None:
     assert title.startswith("relay-1: running, up ")
     assert tables[0].split() == ["ROUTE", "(1)", "LISTEN", "WAITING", "PAIRINGS", "1>2", "/s", "2>1", "/s", "BYTES"]
     assert tables[1].split()[:1] == ["demo"]
-    # A rate is known at once: two looks were taken for it.
+    # The rates are known at once: it took two snapshots.
     assert "-" not in tables[1].split()
     assert thrice.stdout.count("relay-1: running") == 3
 
@@ -298,13 +298,13 @@ async def test_as_json_one_object_a_line(site: Site) -> None:
             await party.hand_off()
         said = await ask("top", "-c", site.config, *OPTIONS, "--count", "2", "--json")
     assert (said.code, said.stderr) == (0, "")
-    looks = [json.loads(line) for line in said.stdout.splitlines()]
-    assert len(looks) == 2
-    for look in looks:
-        assert set(look) == {"at", "error", "status", "routes", "pairings", "rates"}
-        assert look["error"] is None
-        assert look["rates"]["routes"] == {"demo": {"func1_to_func2": 0, "func2_to_func1": 0}}
-        assert list(look["rates"]["pairings"]) == [look["pairings"][0]["id"]]
+    snapshots = [json.loads(line) for line in said.stdout.splitlines()]
+    assert len(snapshots) == 2
+    for snapshot in snapshots:
+        assert set(snapshot) == {"at", "error", "status", "routes", "pairings", "rates"}
+        assert snapshot["error"] is None
+        assert snapshot["rates"]["routes"] == {"demo": {"func1_to_func2": 0, "func2_to_func1": 0}}
+        assert list(snapshot["rates"]["pairings"]) == [snapshot["pairings"][0]["id"]]
 
 
 @pytest.mark.parametrize("options", [(), ("--json",)], ids=["text", "json"])

@@ -129,6 +129,6 @@ def test_a_wrong_call(site: Site) -> None:
 def test_help_names_every_option() -> None:
     said = frelay_command("why", "--help", env={"COLUMNS": "100"})
     assert (said.code, said.stderr) == (0, "")
-    for option in ("--cert", "--config", "-c", "--route", "--json", "Exit codes: 0 let in"):
+    for option in ("--cert", "--config", "-c", "--route", "--json", "Exit codes: 0 admitted"):
         assert option in said.stdout
     assert "why" in frelay_command("--help").stdout

@@ -10,7 +10,7 @@ import pytest
 
 from frelay.cli.text import width
 from frelay.cli.top_layout import TABLES, Screen, Style, lay_out, plain_lines, press
-from frelay.cli.top_view import Look, Rate, Sort, rates, view
+from frelay.cli.top_view import Rate, Snapshot, Sort, rates, view
 
 NOW = 1_000_000.0
 
@@ -58,7 +58,7 @@ def refusal(reason: str = "unknown CA") -> dict[str, Any]:
     }
 
 
-def look(at: float, routes: list[Any], pairings: list[Any] | None = None, **status: Any) -> Look:
+def snapshot(at: float, routes: list[Any], pairings: list[Any] | None = None, **status: Any) -> Snapshot:
     known = {
         "name": "relay-1",
         "version": "0.1.0",
@@ -68,22 +68,22 @@ def look(at: float, routes: list[Any], pairings: list[Any] | None = None, **stat
         "last_reload": {"at": NOW, "ok": True, "problems": []},
         "refusals": [],
     }
-    return Look(at, known | status, tuple(routes), tuple(pairings or ()))
+    return Snapshot(at, known | status, tuple(routes), tuple(pairings or ()))
 
 
 # --- rates ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_rate_needs_two_looks_at_the_same_thing() -> None:
-    before = look(10, [route("a", 1000), route("gone", 5)], [pairing("p", "a", 500)])
-    now = look(12, [route("a", 5000), route("new", 7)], [pairing("p", "a", 700), pairing("q", "a", 9)])
+def test_a_rate_needs_two_snapshots_of_the_same_thing() -> None:
+    before = snapshot(10, [route("a", 1000), route("gone", 5)], [pairing("p", "a", 500)])
+    now = snapshot(12, [route("a", 5000), route("new", 7)], [pairing("p", "a", 700), pairing("q", "a", 9)])
     assert rates(None, now) == {"routes": {}, "pairings": {}}
     assert rates(before, now) == {"routes": {"a": Rate(2000, 0)}, "pairings": {"p": Rate(0, 100)}}
 
 
 def test_a_route_that_came_again_has_no_negative_rate() -> None:
-    assert rates(look(1, [route("a", 9000)]), look(2, [route("a", 1)]))["routes"] == {"a": Rate(0, 0)}
-    assert rates(look(2, [route("a")]), look(2, [route("a", 1)]))["routes"] == {}
+    assert rates(snapshot(1, [route("a", 9000)]), snapshot(2, [route("a", 1)]))["routes"] == {"a": Rate(0, 0)}
+    assert rates(snapshot(2, [route("a")]), snapshot(2, [route("a", 1)]))["routes"] == {}
 
 
 # --- order ------------------------------------------------------------------------------------------------------------
@@ -100,8 +100,8 @@ def test_a_route_that_came_again_has_no_negative_rate() -> None:
     ],
 )
 def test_routes_in_each_order(sort: Sort, expected: list[str]) -> None:
-    before = look(1, [route(name) for name in "bca"])
-    now = look(2, [route("b", 0), route("c", 9), route("a", 5, func1=2)], [pairing("p", "b", age=50)])
+    before = snapshot(1, [route(name) for name in "bca"])
+    now = snapshot(2, [route("b", 0), route("c", 9), route("a", 5, func1=2)], [pairing("p", "b", age=50)])
     assert [row.name for row in view(now, before, sort).routes] == expected
 
 
@@ -122,20 +122,20 @@ def test_pairings_in_each_order(sort: Sort, expected: list[str]) -> None:
             pairing("3", "a", moved[2], age=20, func1="z"),
         ]
 
-    found = view(look(2, [], pairings(1, 9, 5)), look(1, [], pairings(0, 0, 0)), sort)
+    found = view(snapshot(2, [], pairings(1, 9, 5)), snapshot(1, [], pairings(0, 0, 0)), sort)
     assert [row.func1 for row in found.pairings] == expected
 
 
 # --- what it looks like -----------------------------------------------------------------------------------------------
 
 SMALL = view(
-    look(
+    snapshot(
         2,
         [route("demo", 3_000_000, func1=1, pairings=1), route("two"), route("three")],
         [pairing("p", "demo", 5_000, age=125)],
         refusals=[refusal()],
     ),
-    look(1, [route("demo", 1_000_000)], [pairing("p", "demo", 3_000)]),
+    snapshot(1, [route("demo", 1_000_000)], [pairing("p", "demo", 3_000)]),
 )
 
 SMALL_SCREEN = """\
@@ -168,7 +168,7 @@ def test_plain_lines_are_all_of_it() -> None:
 
 
 LARGE = view(
-    look(
+    snapshot(
         2,
         [route(f"route-{number:03}-with-quite-a-long-name-for-a-table", func1=1) for number in range(300)],
         [
@@ -211,7 +211,9 @@ def test_a_refused_reload_is_an_alarm() -> None:
 
 
 def test_nothing_shown_can_steer_the_terminal() -> None:
-    evil = view(look(2, [], [pairing("p", "a", func1="dns:\x1b[2J\n日本")], name="r\x07", refusals=[refusal("\x9b1m")]))
+    evil = view(
+        snapshot(2, [], [pairing("p", "a", func1="dns:\x1b[2J\n日本")], name="r\x07", refusals=[refusal("\x9b1m")])
+    )
     for text in [*plain_lines(evil), *(line.text for line in lay_out(evil, Screen(), 80, 24).lines)]:
         assert text.isprintable()
 
@@ -267,5 +269,5 @@ def test_the_other_keys() -> None:
 
 
 def test_rates_are_finite_whatever_the_clock_does() -> None:
-    found = rates(look(1, [route("a")]), look(1 + 1e-9, [route("a", 2**62)]))["routes"]["a"]
+    found = rates(snapshot(1, [route("a")]), snapshot(1 + 1e-9, [route("a", 2**62)]))["routes"]["a"]
     assert math.isfinite(found.func1_to_func2)
