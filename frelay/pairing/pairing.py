@@ -29,9 +29,11 @@ from frelay.net.streams import RawStream
 from frelay.net.tcp import is_dead, unacknowledged
 from frelay.pairing.bandwidth import Bandwidth, Share
 from frelay.pairing.leg import Leg
+from frelay.pairing.pipes import PipePool
 from frelay.pairing.pump import Cut, Pump, TlsProbe
-from frelay.pairing.raw_pump import PipePool, RawPump
-from frelay.pairing.readiness import ReadinessSet, Wire
+from frelay.pairing.raw_pump import RawPump
+from frelay.pairing.readiness import ReadinessSet
+from frelay.pairing.stepping import PolledSocket
 from frelay.pairing.stream_pump import Budget, StreamPump
 from frelay.protocol.messages import Paired, PartyName
 from frelay.protocol.outcome import Ending, Outcome, Record, Side
@@ -155,7 +157,7 @@ class _Sample:
             self.moved, self._in_kernel = moved, in_kernel
             self.changed_at, self.blocked_since = now, None
         else:
-            self.pump.rest()
+            self.pump.on_idle()
         # Since the first sample that saw it blocked, not the last that did not: late at worst, never early.
         is_pending = self.pump.is_blocked or in_kernel > 0
         self.blocked_since = (self.blocked_since or now) if is_pending else None
@@ -406,20 +408,20 @@ class Pairing:
         back: tuple[Side, Side] = ("func2", "func1")
         share, readiness = self._share, self._forwarding.readiness
         if share is None and isinstance(one, RawStream) and isinstance(two, RawStream):
-            wire1, wire2 = Wire(one.sock), Wire(two.sock)
+            socket1, socket2 = PolledSocket(one.sock), PolledSocket(two.sock)
             pipes = self._forwarding.pipes
             return {
                 "func1": RawPump(
-                    wire1, wire2, sides=forth, readiness=readiness, pipes=pipes, probe=self._probe("func1")
+                    socket1, socket2, sides=forth, readiness=readiness, pipes=pipes, probe=self._probe("func1")
                 ),
                 "func2": RawPump(
-                    wire2, wire1, sides=back, readiness=readiness, pipes=pipes, probe=self._probe("func2")
+                    socket2, socket1, sides=back, readiness=readiness, pipes=pipes, probe=self._probe("func2")
                 ),
             }
         budgets: tuple[Budget | None, Budget | None] = (None, None)
         if share is not None:
-            wire1, wire2 = Wire(one.sock), Wire(two.sock)
-            budgets = Budget(share, wire1, wire2), Budget(share, wire2, wire1)
+            socket1, socket2 = PolledSocket(one.sock), PolledSocket(two.sock)
+            budgets = Budget(share, socket1, socket2), Budget(share, socket2, socket1)
         probe1, probe2 = self._probe("func1"), self._probe("func2")
         return {
             "func1": StreamPump(one, two, sides=forth, readiness=readiness, probe=probe1, budget=budgets[0]),

@@ -5,9 +5,9 @@ bytes stay in the kernel, and :class:`~frelay.pairing.stream_pump.StreamPump` tw
 process.
 
 The unit of both is the *step*: a function call that moves what can be moved now, never waits, and says what the next
-one waits for (:class:`Want`). :mod:`frelay.pairing.readiness` calls it, while the task of the pump sleeps until
-something other than bytes happens. (A pump of streams that must count, for a budget, is no such thing: its task does
-all of it.)
+step waits for (:class:`~frelay.pairing.stepping.Interest`). The readiness set (:mod:`frelay.pairing.readiness`) calls
+it, while the pump's task sleeps until something other than bytes happens. (A stream pump with a budget is not stepped:
+its task does everything.)
 
 Both end a direction the same way: the source's end is passed on as the sink's end (FIN or close_notify), after all
 bytes. Both read nothing while anything read before is undelivered. That is all of back-pressure: the source's kernel
@@ -18,23 +18,11 @@ A pump that fails raises :class:`Cut`, which says with what outcome and by whose
 
 from __future__ import annotations
 
-from enum import IntEnum
 from typing import Final, Protocol
 
 from frelay.protocol.outcome import Outcome, Side
 
-__all__ = ["Cut", "Pump", "TlsProbe", "Want"]
-
-
-class Want(IntEnum):
-    """What a pump needs before its next step makes sense."""
-
-    NOTHING = 0
-    """No step would: it has ended, or its task is at work."""
-    SOURCE_READABLE = 1
-    SINK_WRITABLE = 2
-    ARRIVAL = 3
-    """That something comes to its source, which it has read empty. Only for raw pumps, when they copy."""
+__all__ = ["Cut", "Pump", "TlsProbe"]
 
 
 class Cut(Exception):
@@ -70,8 +58,8 @@ class Pump(Protocol):
     async def run(self) -> None:
         """Carry the direction to its end; raises Cut."""
 
-    def rest(self) -> None:
-        """Nothing has moved for a while: give up what only a flow needs."""
+    def on_idle(self) -> None:
+        """Nothing has moved since the last sample: free what only a flow of bytes needs."""
 
 
 class TlsProbe:

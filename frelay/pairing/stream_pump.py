@@ -16,8 +16,8 @@ from frelay.errors import ConnectionBroken, RemoteProtocolError, Truncated
 from frelay.net.streams import SendBroken, broken
 from frelay.net.tcp import has_sent_end, is_after_end, take_error
 from frelay.pairing.bandwidth import Share
-from frelay.pairing.pump import Cut, TlsProbe, Want
-from frelay.pairing.readiness import ReadinessSet, Wire
+from frelay.pairing.pump import Cut, TlsProbe
+from frelay.pairing.stepping import Interest, PolledSocket, Stepper
 from frelay.protocol.outcome import Outcome, Side
 
 __all__ = ["Budget", "Stream", "StreamPump"]
@@ -65,8 +65,8 @@ class Budget:
     """
 
     share: Share
-    source: Wire
-    sink: Wire
+    source: PolledSocket
+    sink: PolledSocket
 
 
 class StreamPump:
@@ -90,10 +90,10 @@ class StreamPump:
         "_source",
         "_source_has_ended",
         "_stopped",
+        "interest",
         "is_blocked",
         "is_held_back",
         "moved",
-        "wants",
     )
 
     def __init__(
@@ -102,7 +102,7 @@ class StreamPump:
         sink: Stream,
         *,
         sides: tuple[Side, Side],
-        readiness: ReadinessSet,
+        readiness: Stepper,
         probe: TlsProbe | None = None,
         budget: Budget | None = None,
     ) -> None:
@@ -122,7 +122,7 @@ class StreamPump:
         self.moved = 0
         self.is_blocked = False
         self.is_held_back = False
-        self.wants = Want.NOTHING
+        self.interest: Interest = Interest.NOTHING
 
     async def run(self) -> None:
         """Receive and send until the source ends; raises Cut."""
@@ -153,20 +153,20 @@ class StreamPump:
 
     async def _flow(self) -> None:
         """Carry what comes as long as it is but bytes; then something is held, or the source is to be asked."""
-        wire = Wire(self._source.sock)
-        wire.reader = self
+        polled = PolledSocket(self._source.sock)
+        polled.reader = self
         self._stopped = trio.Event()
-        self.wants = Want.SOURCE_READABLE
+        self.interest = Interest.SOURCE_READABLE
         try:
             # TLS may have taken something out of the kernel already, and no epoll tells of that.
             self.step()
             if not self._stopped.is_set():
-                self._readiness.refresh(wire)
+                self._readiness.refresh(polled)
                 await self._stopped.wait()
         finally:
-            self.wants = Want.NOTHING
-            wire.reader = None
-            self._readiness.refresh(wire)
+            self.interest = Interest.NOTHING
+            polled.reader = None
+            self._readiness.refresh(polled)
         if self._failure is not None:
             raise self._failure
 
@@ -195,7 +195,7 @@ class StreamPump:
 
     def _stop(self) -> None:
         """Have the task go on. Its first deed is to take the source out of the set, so that need not be done here."""
-        self.wants = Want.NOTHING
+        self.interest = Interest.NOTHING
         self._readiness.wake(self._stopped)
 
     def fail(self, error: Exception) -> None:
@@ -275,7 +275,7 @@ class StreamPump:
         if self._failure is not None:
             raise self._failure
 
-    def meet_trouble(self, wire: Wire) -> None:
+    def meet_trouble(self, polled: PolledSocket) -> None:
         """Its source or its sink has broken, or both directions of it have ended, while no pump reads from it.
 
         The kernel gives what came before a reset first, and at the rate of a budget that may last for minutes. The
@@ -283,18 +283,26 @@ class StreamPump:
         """
         if self._patience is None or self._failure is not None:
             return  # it is at work, and finds out by itself
-        if self._source.sock is wire.socket:
+        if self._source.sock is polled.socket:
             # After its end nothing that it sent is lost, whatever becomes of the connection.
-            error = None if self._source_has_ended else take_error(wire.socket)
+            error = None if self._source_has_ended else take_error(polled.socket)
             if error is not None and not is_after_end(error):
-                self.fail(Cut(Outcome.RESET, self._sides[0], str(broken(error))))
-        elif wire.reader is None and (error := take_error(wire.socket)) is not None:
+                self.break_off(polled, error)
+        elif polled.reader is None and (error := take_error(polled.socket)) is not None:
             # Where somebody still reads from it, that pump is to be told, for the kernel tells one only.
-            cut = Cut(Outcome.RESET, self._sides[1], str(broken(error)), only_writing=is_after_end(error))
-            self.fail(cut)
+            self.break_off(polled, error)
 
-    def rest(self) -> None:
-        """There is nothing to give up, and nothing that the kernel tells only once."""
+    def break_off(self, polled: PolledSocket, error: OSError) -> bool:
+        """End this direction because the connection of ``polled`` broke; False if it had ended already."""
+        if self._failure is not None:
+            return False
+        is_source = self._source.sock is polled.socket
+        side, only_writing = self._sides[0 if is_source else 1], not is_source and is_after_end(error)
+        self.fail(Cut(Outcome.RESET, side, str(broken(error)), only_writing=only_writing))
+        return True
+
+    def on_idle(self) -> None:
+        """Do nothing: there is nothing to free, and epoll reports everything again."""
 
 
 def _cut(error: ConnectionBroken | RemoteProtocolError, side: Side) -> Cut:

@@ -47,7 +47,7 @@ from frelay.net.passed_sockets import PassedSockets
 from frelay.net.resolver import SharedResolver
 from frelay.net.slots import Admission, raise_descriptor_limit
 from frelay.pairing.pairing import Forwarding, Pairing
-from frelay.pairing.raw_pump import PipePool
+from frelay.pairing.pipes import PipePool
 from frelay.protocol.messages import Refused
 from frelay.protocol.outcome import Outcome
 from frelay.relay.active_config import ActiveConfig

@@ -33,9 +33,10 @@ from OpenSSL import SSL
 from frelay.net.sockets import close_with_reset
 from frelay.net.streams import RawStream
 from frelay.pairing import raw_pump as raw_pump_module
+from frelay.pairing.pipes import PipePool
 from frelay.pairing.pump import Cut, Pump
-from frelay.pairing.raw_pump import PipePool, RawPump, splice_is_available
-from frelay.pairing.readiness import Wire
+from frelay.pairing.raw_pump import RawPump, splice_is_available
+from frelay.pairing.stepping import PolledSocket
 from frelay.pairing.stream_pump import StreamPump
 from frelay.protocol.outcome import Outcome, Side
 from frelay.tls.stream import TlsStream
@@ -254,12 +255,12 @@ class Middle:
         if not (isinstance(one, RawStream) and isinstance(two, RawStream)):
             flow = partial(StreamPump, readiness=self.readiness)
             return [flow(one, two, sides=SIDES), flow(two, one, sides=(SIDES[1], SIDES[0]))]
-        wires = Wire(one.sock), Wire(two.sock)
+        polled = PolledSocket(one.sock), PolledSocket(two.sock)
         splice = None
         if way != "copy":
             splice = few_bytes if way == "few bytes" else os.splice
         make = partial(RawPump, readiness=self.readiness, pipes=self.pipes, splice=splice)
-        return [make(wires[0], wires[1], sides=SIDES), make(wires[1], wires[0], sides=(SIDES[1], SIDES[0]))]
+        return [make(polled[0], polled[1], sides=SIDES), make(polled[1], polled[0], sides=(SIDES[1], SIDES[0]))]
 
     async def run(self) -> None:
         async with trio.open_nursery() as root:
@@ -298,7 +299,7 @@ class Middle:
 
     async def rest(self) -> None:
         for pump in self.pumps:
-            pump.rest()
+            pump.on_idle()
 
 
 def few_bytes(source: int, sink: int, count: int, *, flags: int) -> int:

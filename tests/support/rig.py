@@ -42,7 +42,7 @@ import trio
 from certs import Credential, TestAuthority
 from faults import FaultyNetwork, Weather, a_network, descriptors_of_networks
 from frelay.config.load import load
-from frelay.pairing.raw_pump import PipePool
+from frelay.pairing.pipes import PipePool
 from frelay.relay.relay import Relay
 
 __all__ = [

@@ -11,7 +11,7 @@ import trio
 import trio.testing
 
 from frelay.pairing.bandwidth import Bandwidth, Share
-from frelay.pairing.readiness import Wire
+from frelay.pairing.stepping import PolledSocket
 from frelay.pairing.stream_pump import Budget, StreamPump
 from frelay.protocol.outcome import Side
 
@@ -22,7 +22,7 @@ SECONDS = 5.0
 class NoTrouble:
     """As a readiness set: a pump with a budget is not stepped, and only wants to be told of trouble."""
 
-    def refresh(self, wire: Any) -> None:
+    def refresh(self, polled: Any) -> None:
         pass
 
 
@@ -91,7 +91,7 @@ class Drain(End):
 
 
 def pump(source: Spring, sink: Drain, share: Share) -> StreamPump:
-    budget = Budget(share, Wire(source.sock), Wire(sink.sock))
+    budget = Budget(share, PolledSocket(source.sock), PolledSocket(sink.sock))
     return StreamPump(source, sink, sides=SIDES, readiness=NO_TROUBLE, budget=budget)
 
 

@@ -24,9 +24,11 @@ from frelay.config.model import TcpSection
 from frelay.net.sockets import close_with_reset, tune
 from frelay.net.streams import RawStream
 from frelay.net.tcp import is_dead, unacknowledged
-from frelay.pairing.pump import Cut, Want
-from frelay.pairing.raw_pump import PipePool, RawPump, carry_arrivals, splice_is_available
-from frelay.pairing.readiness import ReadinessSet, Wire
+from frelay.pairing.pipes import PipePool
+from frelay.pairing.pump import Cut
+from frelay.pairing.raw_pump import RawPump, carry_arrivals, splice_is_available
+from frelay.pairing.readiness import ReadinessSet
+from frelay.pairing.stepping import Interest, PolledSocket
 from frelay.pairing.stream_pump import StreamPump
 from frelay.protocol.outcome import Outcome, Side
 from rig import eventually, open_descriptors, opened_since
@@ -58,9 +60,9 @@ class Joined:
         for sock in self.inner:
             if sock.family != socket.AF_UNIX:
                 tune(sock, TcpSection())
-        wire1, wire2 = Wire(inner1), Wire(inner2)
-        self.forth = RawPump(wire1, wire2, sides=FORTH, readiness=readiness, pipes=pipes, splice=splice)
-        self.back = RawPump(wire2, wire1, sides=BACK, readiness=readiness, pipes=pipes, splice=splice)
+        socket1, socket2 = PolledSocket(inner1), PolledSocket(inner2)
+        self.forth = RawPump(socket1, socket2, sides=FORTH, readiness=readiness, pipes=pipes, splice=splice)
+        self.back = RawPump(socket2, socket1, sides=BACK, readiness=readiness, pipes=pipes, splice=splice)
         self.failures: list[Exception] = []
         self.ended = 0
 
@@ -167,7 +169,7 @@ async def test_a_wire_that_hung_up_behind_back_pressure_does_not_spin() -> None:
     """HUP is reported asked for or not: both directions shut, input unread, and nobody wants it at the moment."""
     async with bench() as found:
         joined = found.join()
-        joined.two.shutdown(socket.SHUT_WR)  # func2 has said all, so func1's wire is shut for writing
+        joined.two.shutdown(socket.SHUT_WR)  # func2 has said all, so func1's socket is shut for writing
         await eventually(lambda: joined.ended == 1)
         sent = await joined.clog()
         joined.one.shutdown(socket.SHUT_WR)
@@ -185,7 +187,7 @@ async def eof(sock: socket.socket) -> bool:
 
 
 async def test_a_reset_behind_back_pressure_is_noticed() -> None:
-    """Nobody reads the wire at that moment, and an idle receiver must not keep the pairing alive."""
+    """Nobody reads from the socket at that moment, and an idle receiver must not keep the pairing alive."""
     async with bench() as found:
         joined = found.join()
         await joined.clog()
@@ -255,7 +257,7 @@ async def chat(joined: Joined) -> None:
     for source, sink in ((joined.one, joined.two), (joined.two, joined.one)):
         await send(source, b"hello")
         assert await receive(sink, 5) == b"hello"
-    assert (joined.forth.wants, joined.back.wants) == (Want.ARRIVAL, Want.ARRIVAL)
+    assert (joined.forth.interest, joined.back.interest) == (Interest.ARRIVAL, Interest.ARRIVAL)
 
 
 async def test_the_end_that_comes_with_the_last_message_is_not_missed() -> None:
@@ -428,17 +430,17 @@ async def test_an_end_in_the_same_round_does_not_hide_why_the_pump_ended() -> No
         assert joined.failures == [bug]
 
 
-async def test_a_pump_that_rests_has_the_kernel_look_again() -> None:
+async def test_an_idle_pump_has_the_kernel_check_its_source_again() -> None:
     """Whatever was not told: here, because the test takes the telling away."""
     async with bench() as found:
         joined = found.join()
         await chat(joined)
-        del found.readiness._chatty[joined.forth.source.fd]
-        joined.forth.wants, wanted = Want.NOTHING, joined.forth.wants
+        del found.readiness._expecting[joined.forth.source.fd]
+        joined.forth.interest, wanted = Interest.NOTHING, joined.forth.interest
         await send(joined.one, b"unheard")
         await nothing_is_ready(found.readiness, 0.01)
-        joined.forth.wants = wanted
-        joined.forth.rest()
+        joined.forth.interest = wanted
+        joined.forth.on_idle()
         assert await receive(joined.two, 7) == b"unheard"
         await chat(joined)
 
@@ -459,10 +461,10 @@ async def test_a_bug_behind_an_arrival_ends_that_pairing_and_no_other(
                 filled += sick.inner[1].send(bytes(1000))
         refresh = found.readiness.refresh
 
-        def break_for_the_sick(wire: Wire) -> None:
-            if wire is sick.forth.source and wire.reader is not None:
+        def break_for_the_sick(polled: PolledSocket) -> None:
+            if polled is sick.forth.source and polled.reader is not None:
                 raise bug
-            refresh(wire)
+            refresh(polled)
 
         monkeypatch.setattr(found.readiness, "refresh", break_for_the_sick)
         if what == "a reset":
@@ -548,8 +550,8 @@ async def test_a_pairing_that_falls_silent_after_bulk_gives_its_pipe_back() -> N
         await send(joined.one, bytes(16384))
         assert len(await receive(joined.two, 16384)) == 16384
         await nothing_is_ready(found.readiness, 0.01)
-        joined.forth.rest()
-        joined.back.rest()
+        joined.forth.on_idle()
+        joined.back.on_idle()
         assert found.pipes.in_use == 0
         # And the next bulk has one again.
         data = os.urandom(200_000)
@@ -563,7 +565,7 @@ async def test_resting_never_takes_a_pipe_that_holds_bytes() -> None:
         joined = found.join()
         sent = await joined.clog()
         assert found.pipes.in_use == 1
-        joined.forth.rest()
+        joined.forth.on_idle()
         assert found.pipes.in_use == 1
         await joined.unclog(sent)
 

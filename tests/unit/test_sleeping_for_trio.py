@@ -14,8 +14,10 @@ import trio
 
 from frelay.net.sockets import close_with_reset
 from frelay.pairing import readiness as module
-from frelay.pairing.raw_pump import PipePool, RawPump
-from frelay.pairing.readiness import ReadinessSet, Wire
+from frelay.pairing.pipes import PipePool
+from frelay.pairing.raw_pump import RawPump
+from frelay.pairing.readiness import ReadinessSet
+from frelay.pairing.stepping import PolledSocket
 from rig import PATIENCE, Site, eventually
 from streams import tcp_pair
 
@@ -27,8 +29,8 @@ async def joined(readiness: ReadinessSet) -> AsyncIterator[tuple[socket.socket, 
     inner2, two = tcp_pair(65536)
     try:
         async with trio.open_nursery() as nursery:
-            wires, pipes = (Wire(inner1), Wire(inner2)), PipePool()
-            for source, sink in (wires, wires[::-1]):
+            polled, pipes = (PolledSocket(inner1), PolledSocket(inner2)), PipePool()
+            for source, sink in (polled, polled[::-1]):
                 pump = RawPump(source, sink, sides=("func1", "func2"), readiness=readiness, pipes=pipes)
                 nursery.start_soon(pump.run)
             # Whoever sleeps on it has begun to.

@@ -15,7 +15,7 @@ from rig import eventually
 from streams import tcp_pair
 
 
-class Resting:
+class Idle:
     """A pump that has nothing to do."""
 
     moved = 0
@@ -24,7 +24,7 @@ class Resting:
     async def run(self) -> None:
         await trio.sleep_forever()
 
-    def rest(self) -> None:
+    def on_idle(self) -> None:
         pass
 
 
@@ -36,7 +36,7 @@ async def test_what_a_party_has_left_untaken_is_pending_until_it_has_gone(hangs_
         while select.select([], [sink], [], 0)[1]:
             sink.send(bytes(65536))
         await eventually(lambda: unacknowledged(sink) > 0)
-        pump: Pump = Resting()
+        pump: Pump = Idle()
         sample = _Sample(pump, sink, 0.0)
         if hangs_up:
             close_with_reset(far)

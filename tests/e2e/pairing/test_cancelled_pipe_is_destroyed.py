@@ -12,7 +12,8 @@ import trio
 
 from ends import OPEN, End, block, join_ends, pause_reading
 from frelay.config.load import load
-from frelay.pairing.raw_pump import PipePool, RawPump
+from frelay.pairing.pipes import PipePool
+from frelay.pairing.raw_pump import RawPump
 from frelay.protocol.outcome import Outcome
 from frelay.relay.relay import Relay
 from rig import DEMO, PATIENCE, RelayInProcess, Site, eventually, open_descriptors, opened_since
