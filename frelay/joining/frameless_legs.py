@@ -101,7 +101,7 @@ class HelloLeg(TlsLeg):
     async def attend(self, *, ping_interval: float, pong_timeout: float) -> LegGone:
         return await _attend_silent(self, ping_interval)
 
-    def patience(self, handoff_timeout: float) -> float:
+    def begin_timeout(self, handoff_timeout: float) -> float:
         return handoff_timeout + self._settle
 
     async def begin(self, message: Paired) -> None:

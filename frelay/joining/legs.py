@@ -203,7 +203,7 @@ class FramedLeg(TlsLeg):
 
     # --- tickets -----------------------------------------------------------------------------------------------
 
-    def patience(self, handoff_timeout: float) -> float:
+    def begin_timeout(self, handoff_timeout: float) -> float:
         if self.mode == "ticket" and self.ticket_issuer is not None:
             return self.ticket_issuer.timeout
         return handoff_timeout

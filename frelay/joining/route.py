@@ -21,8 +21,10 @@ from frelay.joining.lobby import Lobby, Place, Withdrawn, opposite
 from frelay.joining.route_selection import Parties
 from frelay.net.shares import holder_in_words
 from frelay.pairing.bandwidth import Bandwidth
+from frelay.pairing.forwarding import Forwarding, new_pairing_pool
 from frelay.pairing.leg import Leg
-from frelay.pairing.pairing import Forwarding, Pairing, PairingLimits, PairingTerms, new_pairing_pool
+from frelay.pairing.pairing import Pairing
+from frelay.pairing.terms import PairingLimits, PairingTerms
 from frelay.protocol.messages import PartyName, Refused
 from frelay.protocol.outcome import Outcome
 from frelay.tls.context import OuterTls

@@ -2,8 +2,8 @@
 
 The kinds are in :mod:`frelay.joining.legs` (frelay/1 in TLS) and :mod:`frelay.joining.frameless_legs`.
 
-One task at a time uses a leg: first its own (JOIN, waiting, refusal), and from PAIRED on the task of its pairing. The
-task that has it last closes it.
+One task at a time uses a leg: first its own task (JOIN, waiting, refusal), and from PAIRED on the task of its pairing.
+The task that uses it last closes it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["Leg", "LegGone"]
 
 @dataclass(frozen=True, slots=True)
 class LegGone:
-    """Why a waiting leg is no longer there: with a REFUSED to send if its connection still can carry one."""
+    """Why a waiting leg has gone, and the REFUSED to send if its connection can still carry one."""
 
     detail: str
     refusal: Refused | None = None
@@ -51,7 +51,7 @@ class Leg(abc.ABC):
     peer: VerifiedPeer | None = None
     """The verified certificate and all its names, until the leg is paired; None for a leg without outer TLS."""
     credential: Credential | None = None
-    """What it takes to judge the certificate again, for as long as the leg lives; None without outer TLS."""
+    """What a recheck of the certificate needs, kept for as long as the leg lives; None without outer TLS."""
     address: str
     """Where the party dials from, ``host:port``."""
     slot: Slot
@@ -70,21 +70,21 @@ class Leg(abc.ABC):
         return self.mode != "tunnel"
 
     async def welcome(self, message: Waiting) -> None:  # noqa: B027  not every leg can be told
-        """Tell the party that it is admitted, where it can be told."""
+        """Tell the party that it is admitted, if its kind of leg can be told."""
 
     @abc.abstractmethod
     async def attend(self, *, ping_interval: float, pong_timeout: float) -> LegGone:
-        """Look after the leg while it waits; returns only once it has gone. Safe to cancel."""
+        """Keep the waiting leg alive, and notice when it goes; returns only then. May be cancelled."""
 
     @property
     def holder(self) -> str:
-        """Whom its place is charged to where places are shared."""
+        """The name to which its place counts, where a limit is shared among the parties."""
         return self.identity
 
     def marks(self) -> tuple[Hashable, ...]:
-        """What tells an attempt of a function: legs with a mark in common are connections for the same attempt of it.
+        """Marks of the attempt: two legs with a common mark are connections for the same attempt of one function.
 
-        A certificate may be one party by one of its names and the other party by another: the name is not all.
+        The identity alone is not enough: one certificate may be func1 by one of its names and func2 by another.
         """
         if self.attempt is None:
             return ()
@@ -96,13 +96,13 @@ class Leg(abc.ABC):
         return not set(self.marks()).isdisjoint(other.marks())
 
     def expires_at(self) -> float:
-        """When its certificate does, on Trio's clock; infinity without one."""
+        """When its certificate expires, on Trio's clock; infinity if it has none."""
         if self.credential is None:
             return math.inf
         return trio.current_time() + self.credential.not_after - time.time()
 
     def is_gone(self) -> bool:
-        """A final look before it is paired: whether its connection has ended without anyone noticing yet."""
+        """Whether its connection has ended and no task has noticed it: the last check before it is paired."""
         try:
             return self.sock.recv(1, socket.MSG_PEEK) == b""
         except BlockingIOError:
@@ -110,12 +110,12 @@ class Leg(abc.ABC):
         except OSError:
             return True
 
-    def patience(self, handoff_timeout: float) -> float:
+    def begin_timeout(self, handoff_timeout: float) -> float:
         """How long :meth:`begin` may take, in seconds."""
         return handoff_timeout
 
     def forget_admission(self) -> None:
-        """Let go of what only mattered until it was paired: the names of the certificate above all, some KiB a leg."""
+        """Free what was needed only until it was paired: some KiB a leg, most of it the names of the certificate."""
         self.peer = self.attempt = self.wait = None
 
     async def begin(self, message: Paired) -> None:  # noqa: B027  a leg without frames has nothing to do
@@ -126,7 +126,7 @@ class Leg(abc.ABC):
 
     @abc.abstractmethod
     async def refuse(self, refusal: Refused, *, reconnect_in: float | None = None) -> None:
-        """Tell the party no, where it can be told, and close in order."""
+        """Tell the party that it is refused, if its kind of leg can be told, and close in order."""
 
     @abc.abstractmethod
     def stream(self) -> TlsStream | RawStream:
@@ -136,10 +136,10 @@ class Leg(abc.ABC):
     def close(self) -> None:
         """Close in order. Idempotent."""
 
-    async def close_after_delivery(self, patience: float) -> None:
-        """Close once all that was written has arrived, or no more of it does for ``patience`` seconds."""
+    async def close_after_delivery(self, timeout: float) -> None:
+        """Close when all that was written has arrived, or when none of it arrives for ``timeout`` seconds."""
         try:
-            await close_after_delivery(self.sock, patience)
+            await close_after_delivery(self.sock, timeout)
         finally:
             self.close()
 

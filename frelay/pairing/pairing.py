@@ -1,92 +1,32 @@
 """A pairing: two legs from the moment they are matched until both are closed, and the record of how it ended.
 
-Its task owns both legs. It brings each through its hand-off, opens one child nursery with the two pumps, and then
-watches: the parent of the pumps is the one place with timers. The pumps report by raising
-(:class:`~frelay.pairing.pump.Cut`) or by returning; the first reason to end stays
-(:class:`~frelay.protocol.outcome.Ending`), and the legs are closed accordingly: in order after a clean end, by RST
-after any other, so that no function can take a cut for the end of its peer's data.
-
-The watch samples rather than being told: it compares the pumps' counters every quarter of the shortest time limit, so
-moving a byte costs no timer. Each limit may therefore strike up to a quarter late, and never early.
-"""
+The pairing's task owns both legs. It brings each leg through its hand-off, and opens one child nursery with the two
+pumps and nothing else. Then it watches them (:mod:`frelay.pairing.watch`): all timers of a pairing are in this task. A
+pump reports its end by returning, or by raising :class:`~frelay.pairing.pump.Cut`. The first reason to end stays
+(:class:`~frelay.protocol.outcome.Ending`) and says how the legs are closed: in order after a clean end, and by RST
+after any other end, so that no function can take a cut for the end of its peer's data."""
 
 from __future__ import annotations
 
-import math
 import secrets
-import socket
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Final, NamedTuple
 
 import structlog
 import trio
 
 from frelay.errors import ConnectionBroken, RemoteProtocolError
-from frelay.net.shares import Pool
-from frelay.net.streams import RawStream
-from frelay.net.tcp import is_dead, unacknowledged
-from frelay.pairing.bandwidth import Bandwidth, Share
+from frelay.pairing.bandwidth import Share
+from frelay.pairing.forwarding import Forwarding
 from frelay.pairing.leg import Leg
-from frelay.pairing.pipes import PipePool
 from frelay.pairing.pump import Cut, Pump, TlsProbe
-from frelay.pairing.raw_pump import RawPump
-from frelay.pairing.readiness import ReadinessSet
-from frelay.pairing.stepping import PolledSocket
-from frelay.pairing.stream_pump import Budget, StreamPump
+from frelay.pairing.terms import PairingLimits, PairingTerms
+from frelay.pairing.watch import Sample, Watch
 from frelay.protocol.messages import Paired, PartyName
-from frelay.protocol.outcome import Ending, Outcome, Record, Side
+from frelay.protocol.outcome import Ending, Outcome, Record
 
-__all__ = ["Forwarding", "Pairing", "PairingLimits", "PairingTerms", "log_record", "new_pairing_id", "new_pairing_pool"]
-
-# Sampling more often than this would cost more than it tells.
-_SHORTEST_SAMPLE: Final = 0.02
-# All pairings look at common moments, so many times in an interval: with thousands of them idle, one wake-up of the
-# process then serves dozens; and dozens cost milliseconds, which everybody else can bear.
-_MOMENTS: Final = 128
-
-
-@dataclass(frozen=True, slots=True)
-class PairingLimits:
-    """The time limits of one pairing, in seconds, and whether its certificates are one."""
-
-    handoff_timeout: float
-    half_close_timeout: float
-    idle_timeout: float
-    stall_timeout: float
-    max_lifetime: float
-    ends_with_certificates: bool = True
-    """Whether it ends with the first notAfter of its parties."""
-    certificate_grace: float = 0.0
-    """How long it may outlive that notAfter."""
-
-    def told(self) -> dict[str, float]:
-        """What PAIRED tells the functions about them."""
-        return {
-            "half_close_timeout": self.half_close_timeout,
-            "idle_timeout": self.idle_timeout,
-            "stall_timeout": self.stall_timeout,
-            "max_lifetime": self.max_lifetime,
-        }
-
-    @property
-    def sample_interval(self) -> float:
-        """How often the watch looks, in seconds."""
-        return max(_SHORTEST_SAMPLE, min(self.half_close_timeout, self.idle_timeout, self.stall_timeout) / 4)
-
-
-@dataclass(frozen=True, slots=True)
-class PairingTerms:
-    """What a route says about its pairings. A pairing keeps the terms with which it began."""
-
-    route: str
-    """The name of the route."""
-    limits: PairingLimits
-    require_inner_tls: bool | Literal["always"]
-    """Which legs must begin with a TLS record: the raw ones (True), all ("always") or none (False)."""
-    bandwidth: Bandwidth | None = None
-    """The budget of bytes a second that all pairings of the route share; None if there is no limit."""
+__all__ = ["Pairing", "log_record", "new_pairing_id"]
 
 
 def new_pairing_id() -> str:
@@ -94,32 +34,13 @@ def new_pairing_id() -> str:
     return secrets.token_hex(8)
 
 
-def new_pairing_pool() -> Pool[str]:
-    """Pairings by their ids. The last one in 32 goes only to those who hold few."""
-    return Pool(part=32, least=1)
-
-
-@dataclass(slots=True)
-class Forwarding:
-    """What all pairings of a relay share to move bytes, and who has how many of them."""
-
-    readiness: ReadinessSet = field(default_factory=ReadinessSet)
-    pipes: PipePool = field(default_factory=PipePool)
-    pool: Pool[str] = field(default_factory=new_pairing_pool)
-
-    @property
-    def pairings(self) -> int:
-        """How many there are."""
-        return len(self.pool)
-
-
 def _logger(route: str, pairing: str) -> Any:
     return structlog.get_logger("frelay.pairing").bind(route=route, pairing=pairing)
 
 
 def log_record(record: Record, log: Any = None) -> None:
-    """Write the one line of a pairing that has ended, or could not begin; ``log`` is its own logger, if it has one."""
-    told: dict[str, Any] = {} if record.detail is None else {"detail": record.detail}
+    """Log that a pairing has ended, or could not begin; ``log`` is the logger of the pairing, if it has one."""
+    detail: dict[str, Any] = {} if record.detail is None else {"detail": record.detail}
     (log or _logger(record.route, record.pairing)).info(
         "pairing ended",
         outcome=record.outcome.value,
@@ -129,55 +50,29 @@ def log_record(record: Record, log: Any = None) -> None:
         duration=round(record.duration, 3),
         func1=record.func1,
         func2=record.func2,
-        **told,
+        **detail,
     )
 
 
-class _Sample:
-    """What the watch knows of one pump, and of the bytes behind it that the receiver's kernel has not taken yet."""
+class _Expiry(NamedTuple):
+    """When a pairing has to end, on Trio's clock, and the outcome and detail of its record then."""
 
-    __slots__ = ("_in_kernel", "blocked_since", "changed_at", "moved", "pump", "sink")
-
-    def __init__(self, pump: Pump, sink: socket.socket, now: float) -> None:
-        self.pump = pump
-        self.sink = sink
-        self.moved = 0
-        self.changed_at = now
-        self.blocked_since: float | None = None
-        self._in_kernel = 0
-
-    def take(self, now: float) -> None:
-        # The pump alone cannot tell a slow reader from a stalled one: Linux says "writable" again only once a third of
-        # the send buffer, megabytes of it, is free. Nor does it know of bytes that wait there after it has finished.
-        moved, in_kernel = self.pump.moved, unacknowledged(self.sink)
-        if in_kernel and is_dead(self.sink):
-            # A party that hung up. They will not be taken, and say nothing of what is still delivered from it.
-            in_kernel = 0
-        if moved != self.moved or in_kernel != self._in_kernel or self.pump.is_held_back:
-            self.moved, self._in_kernel = moved, in_kernel
-            self.changed_at, self.blocked_since = now, None
-        else:
-            self.pump.on_idle()
-        # Since the first sample that saw it blocked, not the last that did not: late at worst, never early.
-        is_pending = self.pump.is_blocked or in_kernel > 0
-        self.blocked_since = (self.blocked_since or now) if is_pending else None
-
-
-_Expiry = tuple[float, Outcome, str]
-"""When a pairing has to end, on Trio's clock, and the outcome and detail of its record then."""
+    when: float
+    outcome: Outcome
+    detail: str
 
 
 class Pairing:
-    """Two legs joined: made by the route when it matches them, and carried on by :meth:`run` until both are closed."""
+    """Two legs joined. The route makes it when it matches the legs; :meth:`run` carries it on until both are closed."""
 
     __slots__ = (
-        "_bound",
         "_certificates_end",
         "_ending",
-        "_expiry",
+        "_event",
+        "_expiry_scope",
+        "_fixed_end",
         "_forwarding",
         "_hang_up",
-        "_poke",
         "_pumps",
         "_pumps_done",
         "_released",
@@ -202,32 +97,31 @@ class Pairing:
         self.record: Record | None = None
         """How it ended: set before :meth:`run` returns or raises, whatever the reason."""
         self._released: trio.Event | None = trio.Event()
-        """Set once the task that attended the waiting leg has let go of it; of no use after that."""
+        """Set once the task that attended the waiting leg no longer uses it; None after that."""
         self._forwarding: Final = forwarding
         self._share: Final = None if terms.bandwidth is None else Share(terms.bandwidth)
         self._ending: Final = Ending()
-        self._poke = trio.Event()
+        self._event = trio.Event()
+        """Wakes the watch: a pump has ended, or the expiry has changed."""
         self._pumps: dict[PartyName, Pump] = {}
         """By the party whose bytes they carry."""
         self._pumps_done: frozenset[PartyName] = frozenset()
         self._hang_up: str | None = None
-        """How it was found that a party takes nothing more, while what it sent before is still being delivered."""
+        """Why a party takes nothing more, while what it sent before is still being delivered."""
         lifetime = terms.limits.max_lifetime
-        self._expiry: _Expiry = (
-            trio.current_time() + lifetime,
-            Outcome.MAX_LIFETIME,
-            f"max_lifetime of {lifetime:g} s reached",
+        self._fixed_end = _Expiry(
+            trio.current_time() + lifetime, Outcome.MAX_LIFETIME, f"max_lifetime of {lifetime:g} s reached"
         )
         self._certificates_end: _Expiry | None = None
-        """Apart from the other, because it is a date: when the clock is set it moves, and may move away."""
-        self._bound: trio.CancelScope | None = None
-        """What holds the expiry while no bytes flow: in the hand-off, and after the end. In between the watch does."""
+        """Kept apart from the other, because it is a date: when the clock is set, it may move later too."""
+        self._expiry_scope: trio.CancelScope | None = None
+        """Cancelled at the expiry in the hand-off and after the end. While bytes flow, the watch checks the expiry."""
         if terms.limits.ends_with_certificates:
             self.end_with_certificates()
 
     @property
     def _log(self) -> Any:
-        # Made when there is something to say: thousands of pairings are idle, and a logger each is a KiB each.
+        # Made for each message: with thousands of idle pairings, a kept logger would cost each of them a KiB.
         traces = {f"{party}_traceparent": leg.traceparent for party, leg in self.legs.items() if leg.traceparent}
         return _logger(self.route, self.id).bind(**traces)
 
@@ -251,68 +145,66 @@ class Pairing:
 
     @property
     def is_handed_off(self) -> bool:
-        """Whether both legs are through their hand-off, and bytes may flow."""
+        """Whether the hand-off of both legs is done, and bytes may flow."""
         return bool(self._pumps)
 
     def expire_at(self, when: float, outcome: Outcome, detail: str) -> None:
         """End the pairing at ``when`` (Trio's clock) at the latest."""
-        if when < self._expiry[0]:
-            self._expiry = (when, outcome, detail)
-            self._obey_expiry()
+        if when < self._fixed_end.when:
+            self._fixed_end = _Expiry(when, outcome, detail)
+            self._apply_expiry()
 
     def release(self) -> None:
-        """The task that attended the waiting leg has let go of it."""
+        """The task that attended the waiting leg does not use it any more: the pairing may."""
         if self._released is not None:
             self._released.set()
 
     def end_with_certificates(self) -> None:
-        """End the pairing once the first certificate of its parties has expired, and its grace is over. Idempotent."""
+        """End the pairing when the first certificate of its parties expires, plus certificate_grace. Idempotent."""
         when, party = min((leg.expires_at(), party) for party, leg in self.legs.items())
         grace = self.limits.certificate_grace
         detail = f"the certificate of {party} has expired" + (f", {grace:g} s ago" if grace else "")
-        self._certificates_end = (when + grace, Outcome.CERTIFICATE_EXPIRED, detail)
-        self._obey_expiry()
+        self._certificates_end = _Expiry(when + grace, Outcome.CERTIFICATE_EXPIRED, detail)
+        self._apply_expiry()
 
-    def reckon_expiry(self) -> None:
-        """The clock was set: reckon again when certificates end the pairing, if they do."""
+    def recompute_expiry(self) -> None:
+        """The clock was set: compute again when certificates end the pairing, if they do."""
         if self._certificates_end is not None:
             self.end_with_certificates()
 
     @property
-    def _end(self) -> _Expiry:
-        """When the pairing has to end, and what it is to be told as."""
-        other = self._certificates_end
-        return self._expiry if other is None or self._expiry[0] <= other[0] else other
+    def _expiry(self) -> _Expiry:
+        certificates, fixed = self._certificates_end, self._fixed_end
+        return fixed if certificates is None or fixed.when <= certificates.when else certificates
 
-    def _obey_expiry(self) -> None:
-        if self._bound is not None:
-            self._bound.deadline = self._end[0]
-        self._poke.set()
+    def _apply_expiry(self) -> None:
+        if self._expiry_scope is not None:
+            self._expiry_scope.deadline = self._expiry.when
+        self._event.set()
 
     # --- its life ----------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Hand off, pump, watch, close, and set :attr:`record`. A fault in here ends this pairing alone."""
+        """Hand off, carry bytes, close, and set :attr:`record`. A bug in here ends this pairing alone."""
         started = trio.current_time()
         ending = self._ending
         try:
-            with trio.CancelScope(deadline=self._end[0]) as self._bound:
+            with trio.CancelScope(deadline=self._expiry.when) as self._expiry_scope:
                 if self._released is not None:
                     with trio.move_on_after(self.limits.handoff_timeout):
-                        # The task that attended the waiting leg only has to run once more to let go.
+                        # Soon: the task that attended the waiting leg only has to run once more.
                         await self._released.wait()
                     self._released = None
                 await self._hand_off()
-            if self._bound.cancelled_caught:
-                _, outcome, detail = self._end
-                ending.decide(outcome, "relay", detail)
-            self._bound = None
+            if self._expiry_scope.cancelled_caught:
+                ending.decide(self._expiry.outcome, "relay", self._expiry.detail)
+            self._expiry_scope = None
             if ending.outcome is None:
                 await self._forward()
         except Exception:
             self._log.exception("a bug in frelay ended this pairing")
             ending.decide(Outcome.INTERNAL_ERROR, "relay", "see the log")
-        except BaseException:  # a cancellation; from the pumps' nursery it comes as a group of them
+        except BaseException:  # a cancellation; the pumps' nursery raises a group of them
             ending.decide(Outcome.DRAINED, "relay", "the relay stopped")
             raise
         finally:
@@ -323,7 +215,7 @@ class Pairing:
                 log_record(self.record, self._log)
 
     async def _close_legs(self) -> None:
-        """Close both in the way that the ending asks for; nested, so that no trouble with one leaves the other open."""
+        """Close both as the ending demands; nested, so that an error with one leg does not leave the other open."""
         outcome, side = self._ending.outcome, self._ending.side
         func1, func2 = self.legs.values()
         if outcome is Outcome.CLOSED:
@@ -336,8 +228,8 @@ class Pairing:
             try:
                 gone.cut()
             finally:
-                # The end of what ``gone`` sent may still be under way to the other; an RST would destroy it.
-                with trio.CancelScope(deadline=self._end[0]) as self._bound:
+                # The last bytes from ``gone`` may still be on their way to the other, and an RST would destroy them.
+                with trio.CancelScope(deadline=self._expiry.when) as self._expiry_scope:
                     await other.close_after_delivery(self.limits.stall_timeout)
         else:
             try:
@@ -381,13 +273,13 @@ class Pairing:
             peer=other.identity,
             role="client" if party == "func1" else "server",
             mode=leg.mode,
-            limits=self.limits.told(),
+            limits=self.limits.for_paired(),
         )
-        timeout = leg.patience(self.limits.handoff_timeout)
+        timeout = leg.begin_timeout(self.limits.handoff_timeout)
         try:
-            with trio.move_on_after(timeout) as patience:
+            with trio.move_on_after(timeout) as scope:
                 await leg.begin(message)
-            if patience.cancelled_caught:
+            if scope.cancelled_caught:
                 self._ending.decide(Outcome.HANDOFF_TIMEOUT, party, f"its hand-off took more than {timeout:g} s")
         except RemoteProtocolError as error:
             self._ending.decide(Outcome.PROTOCOL_ERROR, party, str(error))
@@ -402,35 +294,15 @@ class Pairing:
         wanted = self.terms.require_inner_tls
         return TlsProbe(party) if wanted == "always" or (wanted and self.legs[party].is_raw) else None
 
-    def _make_pumps(self) -> dict[PartyName, Pump]:
-        one, two = self.legs["func1"].stream(), self.legs["func2"].stream()
-        forth: tuple[Side, Side] = ("func1", "func2")
-        back: tuple[Side, Side] = ("func2", "func1")
-        share, readiness = self._share, self._forwarding.readiness
-        if share is None and isinstance(one, RawStream) and isinstance(two, RawStream):
-            socket1, socket2 = PolledSocket(one.sock), PolledSocket(two.sock)
-            pipes = self._forwarding.pipes
-            return {
-                "func1": RawPump(
-                    socket1, socket2, sides=forth, readiness=readiness, pipes=pipes, probe=self._probe("func1")
-                ),
-                "func2": RawPump(
-                    socket2, socket1, sides=back, readiness=readiness, pipes=pipes, probe=self._probe("func2")
-                ),
-            }
-        budgets: tuple[Budget | None, Budget | None] = (None, None)
-        if share is not None:
-            socket1, socket2 = PolledSocket(one.sock), PolledSocket(two.sock)
-            budgets = Budget(share, socket1, socket2), Budget(share, socket2, socket1)
-        probe1, probe2 = self._probe("func1"), self._probe("func2")
-        return {
-            "func1": StreamPump(one, two, sides=forth, readiness=readiness, probe=probe1, budget=budgets[0]),
-            "func2": StreamPump(two, one, sides=back, readiness=readiness, probe=probe2, budget=budgets[1]),
-        }
-
     async def _forward(self) -> None:
-        self._pumps = self._make_pumps()
-        for leg in self.legs.values():
+        legs = self.legs
+        self._pumps = self._forwarding.pumps_between(
+            legs["func1"].stream(),
+            legs["func2"].stream(),
+            probes={party: self._probe(party) for party in legs},
+            share=self._share,
+        )
+        for leg in legs.values():
             leg.forget_admission()
         async with trio.open_nursery() as nursery:
             for party in self._pumps:
@@ -443,10 +315,10 @@ class Pairing:
             await self._pumps[party].run()
         except Cut as cut:
             if cut.outcome is Outcome.RESET and cut.side in self._pumps_done:
-                # It had said all it wanted to say before, and that arrived.
+                # The party had ended its direction before, and all of that was delivered.
                 self._ending.decide(Outcome.HUNG_UP, cut.side, cut.detail)
             elif cut.only_writing and self._hang_up is None:
-                # What it had said before, all of it perhaps, is still on its way: the other pump finds out.
+                # What the party sent before is still on its way. The other pump carries it, and finds out how it ends.
                 self._hang_up = cut.detail
             else:
                 self._ending.decide(cut.outcome, cut.side, cut.detail)
@@ -456,52 +328,25 @@ class Pairing:
                 self._ending.decide(Outcome.HUNG_UP, party, self._hang_up)
             elif len(self._pumps_done) == len(self._pumps):
                 self._ending.decide(Outcome.CLOSED, "both")
-        self._poke.set()
+        self._event.set()
 
     # --- the watch ---------------------------------------------------------------------------------------------
 
     async def _watch(self) -> None:
-        """Return once the ending is decided, by a pump or by a limit."""
-        interval = self.limits.sample_interval
-        samples: dict[PartyName, _Sample] = {
-            "func1": _Sample(self._pumps["func1"], self.legs["func2"].sock, trio.current_time()),
-            "func2": _Sample(self._pumps["func2"], self.legs["func1"].sock, trio.current_time()),
+        """Return once the ending is decided, by a pump, by the expiry or by a time limit."""
+        pumps, legs, ending, now = self._pumps, self.legs, self._ending, trio.current_time()
+        samples: dict[PartyName, Sample] = {
+            "func1": Sample(pumps["func1"], legs["func2"].sock, now),
+            "func2": Sample(pumps["func2"], legs["func1"].sock, now),
         }
-        half_closed_at = math.inf
+        watch = Watch(self.limits, ending, samples)
         while True:
             now = trio.current_time()
-            if self._pumps_done:
-                half_closed_at = min(half_closed_at, now)
-            for sample in samples.values():
-                sample.take(now)
-            self._judge(now, samples, half_closed_at)
-            if self._ending.outcome is not None:
+            if now >= self._expiry.when:
+                ending.decide(self._expiry.outcome, "relay", self._expiry.detail)
+            watch.check(now, is_half_closed=bool(self._pumps_done))
+            if ending.outcome is not None:
                 return
-            self._poke = trio.Event()
-            # The last moment before the interval is over: late is what a limit must not be.
-            moment = interval / _MOMENTS
-            with trio.move_on_at(min((now + interval) // moment * moment, self._end[0])):
-                await self._poke.wait()
-
-    def _judge(self, now: float, samples: dict[PartyName, _Sample], half_closed_at: float) -> None:
-        limits, ending = self.limits, self._ending
-        when, outcome, detail = self._end
-        if now >= when:
-            ending.decide(outcome, "relay", detail)
-        for party, sample in samples.items():
-            if sample.blocked_since is not None and now - sample.blocked_since >= limits.stall_timeout:
-                receiver: Side = "func2" if party == "func1" else "func1"
-                ending.decide(
-                    Outcome.STALL_TIMEOUT, receiver, f"{receiver} accepted no byte for {limits.stall_timeout:g} s"
-                )
-        if any(sample.blocked_since is not None for sample in samples.values()):
-            return  # bytes are pending: that is not silence, and stall_timeout bounds it
-        last_change = max(sample.changed_at for sample in samples.values())
-        if now - max(half_closed_at, last_change) >= limits.half_close_timeout:
-            ending.decide(
-                Outcome.HALF_CLOSE_TIMEOUT,
-                "relay",
-                f"one direction had ended, and the other was silent for {limits.half_close_timeout:g} s",
-            )
-        if now - last_change >= limits.idle_timeout:
-            ending.decide(Outcome.IDLE_TIMEOUT, "relay", f"no byte either way for {limits.idle_timeout:g} s")
+            self._event = trio.Event()
+            with trio.move_on_at(min(watch.next_check(now), self._expiry.when)):
+                await self._event.wait()

@@ -31,7 +31,7 @@ from frelay.joining.routes import RouteRegistry
 from frelay.net.binding import bind_failure, resolve
 from frelay.net.passed_sockets import RESERVED, PassedSockets
 from frelay.net.slots import Admission
-from frelay.pairing.pairing import Forwarding
+from frelay.pairing.forwarding import Forwarding
 from frelay.protocol.messages import Refused
 from frelay.protocol.outcome import Outcome
 from frelay.relay.recheck import recheck_credentials

@@ -95,7 +95,7 @@ async def follow_clock(routes: Callable[[], Iterable[LiveRoute]]) -> None:
         everybody: list[Callable[[], None]] = []
         for route in routes():
             everybody += (place.reckon_expiry for party in _PARTIES for place in route.lobby.waiting(party))
-            everybody += (pairing.reckon_expiry for pairing in route.pairings.values())
+            everybody += (pairing.recompute_expiry for pairing in route.pairings.values())
         for number, reckon_expiry in enumerate(everybody, 1):
             reckon_expiry()
             if number % _AT_ONCE == 0:

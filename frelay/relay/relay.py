@@ -46,7 +46,8 @@ from frelay.journal import Draining, Journal
 from frelay.net.passed_sockets import PassedSockets
 from frelay.net.resolver import SharedResolver
 from frelay.net.slots import Admission, raise_descriptor_limit
-from frelay.pairing.pairing import Forwarding, Pairing
+from frelay.pairing.forwarding import Forwarding
+from frelay.pairing.pairing import Pairing
 from frelay.pairing.pipes import PipePool
 from frelay.protocol.messages import Refused
 from frelay.protocol.outcome import Outcome

@@ -197,9 +197,9 @@ async def test_a_closed_leg_has_closed_its_connection(site: Site, is_raw: bool) 
         stream.close()
 
 
-@pytest.mark.parametrize(("mode", "patience"), [("handoff", 5.0), ("tunnel", 5.0), ("ticket", 40.0)])
-async def test_each_mode_has_its_own_time_to_begin(site: Site, mode: Mode, patience: float) -> None:
+@pytest.mark.parametrize(("mode", "timeout"), [("handoff", 5.0), ("tunnel", 5.0), ("ticket", 40.0)])
+async def test_each_mode_has_its_own_time_to_begin(site: Site, mode: Mode, timeout: float) -> None:
     """A second connection takes longer than a close_notify; and nobody else gains by that."""
     async with waiting_leg(site, mode) as (leg, _, _):
         leg.ticket_issuer = TicketIssuer(TicketRegistry(), ["here"], 40.0)
-        assert leg.patience(5.0) == patience
+        assert leg.begin_timeout(5.0) == timeout

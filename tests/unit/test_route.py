@@ -14,8 +14,9 @@ from frelay.config.model import Address, Addresses, Limits, Route
 from frelay.joining.lobby import Taken, Withdrawn
 from frelay.joining.route import LiveRoute
 from frelay.net.streams import RawStream
+from frelay.pairing.forwarding import Forwarding
 from frelay.pairing.leg import Leg, LegGone
-from frelay.pairing.pairing import Forwarding, Pairing
+from frelay.pairing.pairing import Pairing
 from frelay.protocol.messages import PartyName, Refused
 from frelay.protocol.outcome import Outcome
 from frelay.tls.context import EXPIRED, OuterTls, Rejection, VerifiedPeer

@@ -9,8 +9,8 @@ import trio
 
 from frelay.net.sockets import close_with_reset
 from frelay.net.tcp import is_dead, unacknowledged
-from frelay.pairing.pairing import _Sample
 from frelay.pairing.pump import Pump
+from frelay.pairing.watch import Sample
 from rig import eventually
 from streams import tcp_pair
 
@@ -37,7 +37,7 @@ async def test_what_a_party_has_left_untaken_is_pending_until_it_has_gone(hangs_
             sink.send(bytes(65536))
         await eventually(lambda: unacknowledged(sink) > 0)
         pump: Pump = Idle()
-        sample = _Sample(pump, sink, 0.0)
+        sample = Sample(pump, sink, 0.0)
         if hangs_up:
             close_with_reset(far)
             await eventually(lambda: is_dead(sink))
