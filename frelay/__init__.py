@@ -1,7 +1,7 @@
-"""frelay: the relay that two functions dial, and the call with which a function joins it.
+"""frelay: the relay that two functions dial, and the call by which a function joins it.
 
-Importing this package loads the standard library only, neither Trio nor OpenSSL bindings, so that a function starts
-quickly and ``pip install --no-deps`` installs all that it needs. The relay itself lives behind the ``frelay`` command.
+This package imports the standard library only, neither Trio nor OpenSSL bindings. So a function starts quickly, and
+``pip install --no-deps`` installs everything that it needs. The ``frelay`` command runs the relay itself.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ __all__ = [
 
 __version__: Final = "0.1.0"
 
-# The client pulls in ssl and socket; `frelay --version` and the relay's leaves need neither.
+# Loaded when first used: the client imports ssl and socket, which `frelay --version` does not need.
 _LATER: Final = {
     "Retry": "frelay.client.retry",
     "Wire": "frelay.client.wire",

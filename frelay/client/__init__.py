@@ -1,6 +1,6 @@
-"""What runs inside a function: joining a route, and the wire to the other function. Standard library only.
+"""The function's side: joining a route, and the wire to the other function. Standard library only.
 
-``frelay.client.trio`` and ``frelay.client.asyncio`` are loaded by their first use, since a function needs one of them.
+``frelay.client.trio`` and ``frelay.client.asyncio`` are loaded when they are first used: a function needs one of them.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""Joining a route from asyncio code: :func:`connect` gives a (reader, writer) pair.
+"""Joining a route from asyncio code: :func:`connect` returns a (reader, writer) pair. Standard library only.
 
-A shell of :mod:`frelay.client.joining`. asyncio's own TLS transport cannot end one direction alone (``can_write_eof()``
-is False there), so the writer stands on a transport of ours: :class:`WireTransport`, between an
-:class:`~frelay.client.tls_engine.Engine` and asyncio's plain socket transport. Back-pressure is the plain transport's
-own, passed through both ways: its ``pause_writing`` makes ``drain()`` wait, and a full reader pauses the socket.
-Standard library only.
+This is a shell of :mod:`frelay.client.joining`. asyncio's own TLS transport cannot end one direction alone (its
+``can_write_eof()`` is False). So the writer uses a transport of ours, :class:`WireTransport`, between an
+:class:`~frelay.client.tls_engine.Engine` and asyncio's plain socket transport. Back-pressure comes from the plain
+transport, in both directions: its ``pause_writing`` makes ``drain()`` wait, and a full reader pauses the socket.
 """
 
 from __future__ import annotations
@@ -36,13 +35,13 @@ _WRITE: Final = 262144
 async def connect(
     address: str, *, limit: int = 65536, **options: Unpack[Options]
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Join a route, wait for the other function, and give (reader, writer) to it: end-to-end mTLS, ready for use.
+    """Join a route, wait for the other function, and return (reader, writer) to it: end-to-end mTLS, ready for use.
 
     The arguments and errors are those of :func:`frelay.connect`; ``limit`` is the reader's, as in
-    ``asyncio.open_connection``. ``writer.write_eof()`` ends this direction and reading goes on; ``writer.close()`` and
-    ``await writer.wait_closed()`` end in good order. Where the connection breaks, or ends without close_notify, the
-    reader raises ConnectionResetError. It may be cancelled at any point: nothing stays open, and a relay that held a
-    place for us is told at once.
+    ``asyncio.open_connection``. ``writer.write_eof()`` ends this direction, and reading goes on. ``writer.close()`` and
+    ``await writer.wait_closed()`` end the wire in good order. If the connection breaks or ends without close_notify,
+    the reader raises ConnectionResetError. You may cancel it at any point: nothing stays open, and the relay is told at
+    once that we no longer wait.
     """
     loop = asyncio.get_running_loop()
     plan = JoinPlan.make(address, **options)
@@ -51,12 +50,12 @@ async def connect(
     try:
         joined = await drive_async(joining.steps(), shell.perform, options.get("on_status"))
         if joined.engine is None:
-            raise AssertionError("the core met the other function without an engine")
+            raise AssertionError("the inner handshake is done without an engine")
         reader = asyncio.StreamReader(limit=limit, loop=loop)
         protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
         transport = WireTransport(loop, joined.engine, protocol)
         sock = shell.connections.sockets[joined.connection]
-        # The socket is the plain transport's from here on, who closes it even where this is cancelled.
+        # The plain transport owns the socket from here on, and closes it also when this call is cancelled.
         await loop.create_connection(lambda: _Below(transport), sock=sock)
         shell.connections.take(joined.connection)
         return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
@@ -75,7 +74,7 @@ class _Shell:
         loop = self._loop
         match step:
             case Receive(connection, timeout):
-                # sock_recv does not yield where something is there, and a relay may send without end.
+                # sock_recv does not yield to the loop if bytes are there, and a relay may send without end.
                 await asyncio.sleep(0)
                 async with asyncio.timeout(timeout):
                     return await loop.sock_recv(self.connections.sockets[connection], _READ)
@@ -101,7 +100,7 @@ class _Shell:
         found = numeric(host, port)
         if found is not None:
             return found
-        # Not loop.getaddrinfo: asyncio.run() would wait for its thread at the end, however long that takes.
+        # Not loop.getaddrinfo: at the end, asyncio.run() would wait for its thread, however long the look-up takes.
         answer: asyncio.Future[list[Endpoint] | OSError] = self._loop.create_future()
 
         def settle(result: list[Endpoint] | OSError) -> None:
@@ -112,7 +111,7 @@ class _Shell:
             try:
                 self._loop.call_soon_threadsafe(settle, result)
             except RuntimeError:
-                pass  # the loop is closed: nobody waits any more
+                pass  # the loop is closed, so nothing waits for the answer
 
         look_up_in_thread(host, port, done)
         result = await answer
@@ -122,7 +121,7 @@ class _Shell:
 
 
 class _Below(asyncio.Protocol):
-    """What the plain transport calls; all of it is the wire's to handle."""
+    """The protocol of the plain transport: it passes everything on to the wire."""
 
     def __init__(self, wire: WireTransport) -> None:
         self._wire = wire
@@ -132,11 +131,11 @@ class _Below(asyncio.Protocol):
         self._wire.start(transport)
 
     def data_received(self, data: bytes) -> None:
-        self._wire.take_in(data)
+        self._wire.feed(data)
 
     def eof_received(self) -> bool:
-        self._wire.take_in(b"")
-        return True  # our own direction may go on
+        self._wire.feed(b"")
+        return True  # keep the connection open: our own direction may go on
 
     def pause_writing(self) -> None:
         self._wire.protocol.pause_writing()
@@ -149,7 +148,7 @@ class _Below(asyncio.Protocol):
 
 
 class _ReaderRefused(CertificateRefused, ConnectionResetError):
-    """CertificateRefused for code that was written for any connection."""
+    """CertificateRefused, also for code that catches ConnectionResetError."""
 
 
 class WireTransport(asyncio.Transport):
@@ -166,26 +165,26 @@ class WireTransport(asyncio.Transport):
         self._is_over = False
         self._is_paused = False
         self._peer_ended = False
-        self._has_heard = False
+        self._has_received = False
         self._linger_began = 0.0
-        self._last_heard = 0.0
+        self._last_received_at = 0.0
         self._held = 0
-        self._took_at = 0.0
+        self._held_changed_at = 0.0
         self._error: Exception | None = None
 
     def start(self, below: asyncio.Transport) -> None:
-        """The plain transport is there."""
+        """The plain transport is connected."""
         self._below = below
         self._sock = below.get_extra_info("socket")
         self.protocol.connection_made(self)
-        # The last flight of the handshake may have brought application data with it.
+        # Application data may have arrived together with the end of the handshake.
         self._loop.call_soon(self._deliver)
 
     # --- from the network --------------------------------------------------------------------------------------
 
-    def take_in(self, data: bytes) -> None:
-        """Bytes of the network, ``b""`` at its end."""
-        self._last_heard = self._loop.time()
+    def feed(self, data: bytes) -> None:
+        """Take bytes from the network; ``b""`` is its end."""
+        self._last_received_at = self._loop.time()
         if self._is_over:
             return
         self._engine.feed(data)
@@ -200,7 +199,7 @@ class WireTransport(asyncio.Transport):
                 return
             if data is None:
                 break
-            self._has_heard = self._has_heard or bool(data)
+            self._has_received = self._has_received or bool(data)
             if not data:
                 self._peer_ended = True
                 if not self._is_closing:
@@ -211,7 +210,7 @@ class WireTransport(asyncio.Transport):
     def lost(self, error: Exception | None) -> None:
         """The plain transport is closed."""
         self._is_over = self._is_closing = True
-        if isinstance(error, ConnectionResetError) and not self._has_heard:
+        if isinstance(error, ConnectionResetError) and not self._has_received:
             error.strerror = CUT_BEFORE_FIRST_BYTE
         self._loop.call_soon(self.protocol.connection_lost, self._error or error)
 
@@ -220,7 +219,7 @@ class WireTransport(asyncio.Transport):
         refusal = refusal_of_certificate(error, "server" if self._engine.tls.server_side else "client")
         if refusal is not None:
             return _ReaderRefused(refusal)
-        was_cut = isinstance(error, Truncated) and not self._has_heard
+        was_cut = isinstance(error, Truncated) and not self._has_received
         return ConnectionResetError(CUT_BEFORE_FIRST_BYTE if was_cut else str(error))
 
     def _cut(self, error: Exception | None) -> None:
@@ -255,7 +254,7 @@ class WireTransport(asyncio.Transport):
         if self._engine.eof_was_sent and not self._is_closing:
             raise RuntimeError("Cannot call write() after write_eof()")
         if self._is_over or self._is_closing:
-            return  # as asyncio's own transports: the reader and drain() tell
+            return  # as asyncio's own transports do: the reader and drain() raise the error
         with memoryview(data).cast("B") as view:
             for at in range(0, len(view), _WRITE):
                 try:
@@ -296,7 +295,7 @@ class WireTransport(asyncio.Transport):
         self._below.set_write_buffer_limits(high, low)
 
     def get_write_buffer_size(self) -> int:
-        """See asyncio.WriteTransport; bytes are counted as they are on the network."""
+        """See asyncio.WriteTransport; this counts encrypted bytes."""
         return self._below.get_write_buffer_size()
 
     def get_write_buffer_limits(self) -> tuple[int, int]:
@@ -306,8 +305,8 @@ class WireTransport(asyncio.Transport):
     # --- asyncio.BaseTransport -----------------------------------------------------------------------------------
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        """``ssl_object``, ``peercert``, ``cipher`` of the inner TLS; all else is the socket's."""
-        # Not sslcontext: StreamReaderProtocol takes a transport that has one for one that cannot half-close.
+        """``ssl_object``, ``peercert``, ``cipher`` of the inner TLS; the plain transport answers for other names."""
+        # Give no sslcontext: StreamReaderProtocol believes that a transport with one cannot half-close.
         tls = self._engine.tls
         own: dict[str, Callable[[], Any]] = {
             "ssl_object": lambda: tls,
@@ -331,15 +330,15 @@ class WireTransport(asyncio.Transport):
         return self.protocol
 
     def abort(self) -> None:
-        """Close without close_notify: the other side sees a cut."""
+        """Close without close_notify, so that the other side sees a cut."""
         self._is_closing = True
         self._cut(None)
 
     def close(self) -> None:
-        """End in good order: what was written is sent, close_notify follows, and what still comes is dropped.
+        """End in good order: send what was written, then close_notify, and drop what still arrives.
 
-        ``wait_closed()`` returns once the other side has ended too, or all that was written has been acknowledged and
-        a moment has passed.
+        ``wait_closed()`` returns when the other side has ended too, or when everything written is acknowledged and a
+        moment has passed.
         """
         if self._is_closing or self._is_over:
             return
@@ -348,28 +347,28 @@ class WireTransport(asyncio.Transport):
         if self._is_paused:
             self._is_paused = False
             self._below.resume_reading()
-        self._last_heard = self._loop.time()
+        self._last_received_at = self._loop.time()
         self._deliver()
         self._linger()
 
     def _linger(self) -> None:
-        # Closing with bytes unread, or before bytes that still come, sends RST, which destroys what we wrote.
+        # Closing with unread bytes, or before the last ones arrive, sends RST, and RST destroys what we wrote.
         if self._is_over:
             return
         now = self._loop.time()
         held = self._below.get_write_buffer_size()
         if held:
-            # The farewell counts from when all is in the kernel. But a peer that has stopped reading must not hold a
-            # function that is done for ever.
+            # The time to linger begins when the kernel has all bytes. But a peer that has stopped reading must not hold
+            # a finished function for ever.
             if held != self._held:
-                self._held, self._took_at = held, now
-            elif now - self._took_at > CLOSE_SEND_TIMEOUT:
+                self._held, self._held_changed_at = held, now
+            elif now - self._held_changed_at > CLOSE_SEND_TIMEOUT:
                 self._cut(ConnectionResetError(f"the other side took nothing for {CLOSE_SEND_TIMEOUT:g} s"))
                 return
         elif not self._linger_began:
             self._linger_began = now
         waits = (unacknowledged(self._sock) and not is_dead(self._sock)) or not (
-            self._peer_ended or now - self._last_heard > LINGER_QUIET
+            self._peer_ended or now - self._last_received_at > LINGER_QUIET
         )
         if not self._linger_began or (waits and now - self._linger_began < LINGER_LIMIT):
             self._loop.call_later(LINGER_POLL, self._linger)

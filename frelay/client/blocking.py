@@ -1,8 +1,8 @@
-"""Joining a route from ordinary blocking code: :func:`connect`.
+"""Joining a route from ordinary blocking code: :func:`connect`. Standard library only.
 
-A shell of :mod:`frelay.client.joining`, which says what is to be done; here it is done on a blocking socket with a
-time-out. The inner TLS is the one thing that this shell does by itself, because its result is a real ``SSLSocket``
-(:class:`~frelay.client.wire.Wire`), which code that was written for sockets can use. Standard library only.
+This is a shell of :mod:`frelay.client.joining`: it performs the steps on blocking sockets with a timeout. The shell
+does the inner TLS handshake itself, because its result must be a real ``SSLSocket``
+(:class:`~frelay.client.wire.Wire`), which code written for sockets can use.
 """
 
 from __future__ import annotations
@@ -58,31 +58,34 @@ def connect(
         address: the relay's ``host:port``; every address that the name resolves to is tried.
         cert: PEM file of this function's certificate (and intermediates).
         key: PEM file of its private key; left out if ``cert`` holds it.
-        ca: PEM file of the CAs that vouch for the relay, and for the other function unless ``inner_ca`` is given.
-        peer: who the other function must be, e.g. ``"dns:func2.acme"``; of several any will do. It is checked
-            against the certificate that the other function itself shows, whatever the relay says.
-        wait: seconds for all of it together, looking up the relay's name included; None leaves the waiting to the
-            relay's limit.
+        ca: PEM file of the CAs that issue the relay's certificate, and the other function's unless ``inner_ca`` is
+            given.
+        peer: the name that the other function must have, e.g. ``"dns:func2.acme"``, or a list of such names, of which
+            it must have one. It is checked against the certificate that the other function itself shows, whatever the
+            relay says.
+        wait: seconds for everything together, including the look-up of the relay's name; with None the relay's limit
+            ends the waiting.
         route: the route's name, needed where several share the address.
         party: ``"func1"`` or ``"func2"``, needed where the certificate fits both.
         server_name: the name in the relay's certificate, where it is not the host of ``address``.
-        inner_cert: certificate for the other function, where it is another one; ``inner_key`` and ``inner_ca`` alike.
+        inner_cert: the certificate to show to the other function, if it is not ``cert``; ``inner_key`` and
+            ``inner_ca`` go with it.
         alpn: application protocols to agree on with the other function.
-        mode: how to leave the TLS to the relay: ``"handoff"`` makes this connection a raw one and is the fastest;
-            ``"ticket"`` does the same on a second connection; ``"tunnel"`` stays in it, for networks that let only
-            TLS out, and costs a thread that carries the bytes between the wire and the relay.
-        on_status: called with each WAITING, PING and PAIRED as it comes.
+        mode: how to leave the TLS to the relay. ``"handoff"`` makes this connection a raw one and is the fastest.
+            ``"ticket"`` does the same on a second connection. ``"tunnel"`` keeps the TLS, for networks that let only
+            TLS out, and needs a thread that copies the bytes between the wire and the relay.
+        on_status: called with each WAITING, PING and PAIRED message when it arrives.
         proxy: ``http://[user:password@]host:port`` of an HTTP proxy to go through; None takes HTTPS_PROXY and
             NO_PROXY from the environment, ``""`` goes directly.
         retry: join again after a failure that may pass: True, a number of tries, or a :class:`~frelay.Retry`.
         traceparent: the W3C trace context of the caller, for the relay's log; ignored if it is ill-formed.
 
     Raises:
-        RelayUnreachable: no connection, or the relay's certificate is not to be trusted.
-        Refused: the relay said no; see its ``code`` and ``retry_after``. ``wait-timeout``: nobody came.
+        RelayUnreachable: no connection, or the relay's certificate is not trusted.
+        Refused: the relay refused; see its ``code`` and ``retry_after``. ``wait-timeout``: nobody came.
         HandOffFailed: the outer TLS did not end as it should.
         PeerGone: the other function went away before its TLS was up.
-        CertificateRefused: it refused this function's own certificate; a PeerGone, too.
+        CertificateRefused: the other function refused this function's own certificate; it is a PeerGone too.
         PeerIdentityMismatch: the other function is not ``peer``; nothing was sent to it.
         CertificateError: a file is missing or unreadable.
         ValueError: ``address``, ``peer`` or another argument cannot be read.
@@ -124,18 +127,18 @@ class _Shell:
         self._wire: Wire | None = None
 
     def take_wire(self) -> Wire:
-        """The wire, no longer ours to close."""
+        """The wire; the caller closes it from now on."""
         wire, self._wire = self._wire, None
         if wire is None:
-            raise AssertionError("the joining is done, and nobody was met")
+            raise AssertionError("the joining is done without an inner handshake")
         wire.settimeout(None)
         return wire
 
     def close(self, joining: Joining) -> None:
-        """Close all that was not taken."""
+        """Close everything that was not taken."""
         try:
             if self._wire is not None:
-                # Nothing more is owed to a peer that is not the right one, not even close_notify.
+                # The handshake failed, or this is the wrong peer. It gets no close_notify, so that it sees a cut.
                 self._wire.abandon()
         finally:
             self._connections.close_all(joining.final_bytes)
@@ -178,14 +181,13 @@ class _Shell:
             sock = near
         try:
             sock.settimeout(step.timeout)
-            # wrap_socket would find out, too, but only after it has taken the descriptor, which it then does not close.
+            # If the peer is gone, fail here: wrap_socket fails only after it took the descriptor, and never closes it.
             sock.getpeername()
             wire = step.context.wrap_socket(
                 sock, server_side=step.server_side, suppress_ragged_eofs=False, do_handshake_on_connect=False
             )
         except BaseException:
-            # A reset by a peer that is already gone, for one: it got here before its TLS could.
-            sock.close()
+            sock.close()  # for example, the peer reset the connection before its TLS began
             raise
         assert isinstance(wire, Wire)  # noqa: S101  the context's sslsocket_class
         self._wire = wire

@@ -23,7 +23,7 @@ def load_credentials(context: ssl.SSLContext, cert: StrPath, key: StrPath | None
     for what, path in (("ca", ca), ("cert", cert), ("key", key)):
         if path is not None:
             try:
-                # OpenSSL's own errors do not say which file, and call a missing one "system lib".
+                # OpenSSL's own error does not name the file, and says "system lib" when it is missing.
                 Path(path).open("rb").close()
             except FileNotFoundError:
                 raise CertificateError(f"{what}: there is no file {path}") from None
@@ -31,10 +31,10 @@ def load_credentials(context: ssl.SSLContext, cert: StrPath, key: StrPath | None
                 raise CertificateError(f"{what}: {path} cannot be read: {error.strerror}") from None
 
     def ask_passphrase() -> str:
-        # Without this OpenSSL would ask on the terminal, and a program without one would hang or fail in the dark.
+        # Without this callback OpenSSL asks on the terminal. A program without one would hang or fail without a reason.
         raise CertificateError(f"key: {key or cert} is encrypted, and there is nobody to ask for its passphrase")
 
-    # What stands in ca is trusted because it stands there, be it a root or an issuing authority.
+    # We trust each certificate in the ca file, also an issuing authority without its root.
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     try:
         context.load_verify_locations(ca)
@@ -69,10 +69,10 @@ def outer_context(cert: StrPath, key: StrPath | None, ca: StrPath) -> ssl.SSLCon
 def inner_context(
     role: Role, cert: StrPath, key: StrPath | None, ca: StrPath, alpn: Sequence[str] | None = None
 ) -> ssl.SSLContext:
-    """The context of the TLS to the other function; both sides show certificates. Raises CertificateError."""
+    """The context of the TLS to the other function, where both sides show certificates. Raises CertificateError."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT if role == "client" else ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.check_hostname = False  # who the peer must be is peer=, checked by check_peer with its type
+    context.check_hostname = False  # check_peer compares the names with peer=, each with its type
     context.verify_mode = ssl.CERT_REQUIRED
     context.sslsocket_class = Wire
     if role == "server":

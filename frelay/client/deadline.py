@@ -1,4 +1,4 @@
-"""The deadline of one joining. Standard library only."""
+"""The deadline over all steps of one joining. Standard library only."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ __all__ = ["Deadline", "OutOfTime"]
 
 
 class OutOfTime(Exception):
-    """The caller's ``wait`` has passed. Not TimeoutError: that may be the kernel's, or on_status's."""
+    """A signal inside the client, never an error for its caller: the caller's ``wait`` has passed.
+
+    TimeoutError would be ambiguous: the kernel and the caller's ``on_status`` may raise it too.
+    """
 
 
 class Deadline:
-    """The one deadline over all steps."""
+    """The end of the caller's ``wait``, if it set one."""
 
     def __init__(self, seconds: float | None, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -28,15 +31,15 @@ class Deadline:
         return left
 
     def bound(self, limit: float) -> float:
-        """``limit``, or what is left if that is less."""
+        """``limit``, or the seconds left if they are fewer; raises OutOfTime."""
         left = self.left()
         return limit if left is None else min(limit, left)
 
     def stage(self, seconds: float) -> Callable[[], float]:
-        """What gives the seconds left for the next step of a stage that may take ``seconds`` in all, and raises then.
+        """A function that returns the seconds left of a stage: ``seconds`` from now, or the deadline if it is earlier.
 
-        One that answers a byte at a time would otherwise get the whole time again with every byte. Raises TimeoutError,
-        and OutOfTime where there is no time at all.
+        Without it a peer that sends one byte at a time would get the whole timeout again with each byte. The function
+        raises TimeoutError when the stage is over, and OutOfTime when the deadline has passed.
         """
         end = self._clock() + seconds
 
@@ -48,6 +51,6 @@ class Deadline:
 
         return left
 
-    def cuts(self, limit: float) -> bool:
-        """Whether it comes before ``limit`` seconds from now."""
+    def is_within(self, limit: float) -> bool:
+        """Whether the deadline is at most ``limit`` seconds away."""
         return self._at is not None and self._at - self._clock() <= limit

@@ -1,21 +1,21 @@
-"""Joining a route, without I/O: everything from the relay's address to a peer whose certificate was looked at.
+"""Joining a route, without I/O: from the relay's address to a peer whose certificate is checked.
 
-Theory of operation. Three clients (blocking, Trio, asyncio) have to take the same steps in the same order, and to
-mean the same by every error; so the steps are here once, as a generator that yields what is to be done
-(:mod:`frelay.client.steps`) and is sent what came of it. A shell adds a socket and a clock, and nothing else:
+Theory of operation. Three clients (blocking, Trio, asyncio) must take the same steps in the same order and give the
+same meaning to each error. So the steps are written once, as a generator. It yields a step that a client has to perform
+(:mod:`frelay.client.steps`) and is sent the result. The shell, one in each client, adds only sockets and a clock:
 
-1. look up the relay's name (or the proxy's), try each address, CONNECT if there is a proxy;
-2. outer TLS, and JOIN; PINGs are answered until PAIRED comes, or REFUSED;
+1. look up the relay's name (or the proxy's), try each address, send CONNECT if there is a proxy;
+2. do the outer TLS handshake, send JOIN, and answer PINGs until PAIRED or REFUSED comes;
 3. mode ``handoff``: read the outer TLS to the relay's close_notify and answer it; then the connection is raw. The
    relay sends no raw byte before it has read our close_notify (docs/protocol.md, section 4), so our BIO can hold
    nothing of the inner TLS. We check that all the same, because a byte there would be lost.
-   Mode ``ticket``: bring the ticket on a second connection, and wait for the relay to end the first one.
-   Mode ``tunnel``: stay, and let the inner TLS travel in the outer one;
-4. inner TLS, and who the other function is.
+   Mode ``ticket``: send the ticket on a second connection, and wait until the relay ends the first one.
+   Mode ``tunnel``: keep the outer TLS, and run the inner TLS inside it;
+4. do the inner TLS handshake, and compare the names in the peer's certificate with ``peer=``.
 
-Every step runs under the one deadline of ``wait``, and under a time limit of its own besides: a SYN that nobody answers
-would hold a function for two minutes, and a relay that lost its power for ever. A shell that is cancelled in between
-asks :meth:`Joining.final_bytes` what can still be said, and closes.
+Each step ends at the deadline of ``wait``, and has a time limit of its own as well. Without that limit an unanswered
+SYN would hold a function for two minutes, and a relay that lost its power would hold it for ever. A cancelled shell
+sends what :meth:`Joining.final_bytes` gives, and closes.
 """
 
 from __future__ import annotations
@@ -64,15 +64,15 @@ from frelay.protocol.session import PartySession, State
 
 __all__ = ["Joined", "Joining"]
 
-# For reaching the relay, for its next word and for the inner handshake where the caller set no limit at all.
+# For each stage by itself: reaching the relay, waiting for its next message, the inner handshake.
 _STEP_TIMEOUT: Final = 30.0
-# One address of several that does not answer must not use up the time of the next.
+# With several addresses, each gets a share of the time, and at least this much.
 _SHORTEST_TRY: Final = 2.0
-# What a relay may announce as the wait at most: poll(2) counts milliseconds in an int, which is 24 days.
+# We wait at most this long for a relay, whatever it announces: poll(2) takes an int of milliseconds, 24 days at most.
 _LONGEST_SILENCE: Final = 20 * 86400.0
-# The wait for a last word that nobody insists on: an alert, or the relay's close_notify to a ticket's first connection.
-_SHORT: Final = 2.0
-# The alerts with which a relay turns a certificate away, and the protocol's codes for them.
+# For sending an alert before we close. It is a courtesy and must not delay our own error for long.
+_ALERT_TIMEOUT: Final = 2.0
+# The protocol's codes for the alerts by which a relay refuses a certificate; "not-authorised" for all others.
 _CODES: Final = {
     "CERTIFICATE_EXPIRED": "certificate-expired",
     "CERTIFICATE_REVOKED": "revoked",
@@ -81,23 +81,23 @@ _CODES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """A route joined, and the other function looked at."""
+    """The result: a pairing whose peer has been checked."""
 
     paired: Paired
     connection: Connection
     """The connection that the inner TLS is on."""
     engine: Engine | None
-    """The inner TLS; None where the shell met the peer on a socket of its own."""
+    """The inner TLS; None if the shell did the inner handshake on a socket."""
 
 
 class Joining:
-    """One call of ``connect``: :meth:`steps` is its generator."""
+    """One call of ``connect``; :meth:`steps` is the generator that a shell drives."""
 
     def __init__(self, plan: JoinPlan, clock: Callable[[], float], *, inner_tls_on_socket: bool = False) -> None:
         self._plan: Final = plan
         self._inner_tls_on_socket: Final = inner_tls_on_socket
         self._deadline: Final = Deadline(plan.wait, clock)
-        # A retry with the same attempt replaces its own stale leg in the relay, if that has not noticed its end yet.
+        # By this id the relay recognises a retry, and drops the leg of the earlier try if it still keeps one.
         self._attempt = str(uuid.uuid4())
         self._session: PartySession | None = None
         self._outer: Engine | None = None
@@ -114,11 +114,11 @@ class Joining:
                 outer.send_eof()
                 return outer.take()
             except ssl.SSLError:
-                return b""  # its TLS is broken, and there is nothing to say it in
+                return b""  # the outer TLS is broken, so no LEAVE can be sent
         return b""
 
     def steps(self) -> Steps[Joined]:
-        """Join, again and again where the plan says so, and meet the other function."""
+        """Join, retry as the plan says, and do the inner handshake with the other function."""
         retry = self._plan.retry
         tries = failures = 0
         while True:
@@ -129,7 +129,7 @@ class Joining:
             except FrelayError as error:
                 failures = 0 if self._was_accepted else failures
                 pause = None if retry is None else retry.pause_after(error, tries, failures)
-                if pause is None or self._deadline.cuts(pause):
+                if pause is None or self._deadline.is_within(pause):
                     raise
             yield Close("raw")
             yield Close("outer", self.final_bytes("outer"))
@@ -141,13 +141,13 @@ class Joining:
             yield from self._reach("outer")
             tls = yield from self._outer_tls()
             paired = yield from self._join(tls)
-            self._attempt = str(uuid.uuid4())  # that try has met somebody; the next one is another
+            self._attempt = str(uuid.uuid4())  # this attempt is paired; a later try is a new one
             connection: Connection = "outer"
             tunnel = None
             if paired.mode == "handoff":
                 yield from self._hand_off(tls)
             elif paired.mode == "ticket":
-                connection = yield from self._bring_ticket(tls, paired)
+                connection = yield from self._send_ticket(tls, paired)
             else:
                 tunnel = tls
         except OutOfTime:
@@ -200,7 +200,7 @@ class Joining:
         except (OSError, Truncated) as error:
             raise RelayUnreachable(f"no TLS with {self._relay_address}: {_text(error)}") from error
         if agreed_protocol(tls.tls) != ALPN:
-            # A relay always does; what else might be there would only be puzzled by a JOIN, or silent.
+            # A relay always agrees on it. Another server would not understand JOIN, and might never answer.
             raise NoRelay(f"{self._relay_address} is not a relay: it speaks TLS, but not {ALPN}")
         return tls
 
@@ -217,17 +217,17 @@ class Joining:
             yield Send(connection, data, time_left())
 
     def _send_alert(self, connection: Connection, tls: Engine, tunnel: Engine | None = None) -> Steps[None]:
-        """The alert that says what was wrong with the other side's certificate, if it can still be sent."""
+        """Send the TLS alert that tells the other side what is wrong with its certificate, if that still works."""
         try:
             data = tls.take()
             if tunnel is not None:
-                # In good order, or the relay takes it for a cut and passes that on before the alert.
+                # Send close_notify to the relay after the alert. Otherwise it sees a cut, and passes that on first.
                 tunnel.send_eof()
                 data += tunnel.take()
             if data:
-                yield Send(connection, data, _SHORT)
+                yield Send(connection, data, _ALERT_TIMEOUT)
         except OSError:
-            pass  # it is gone; and our own error is the one that counts
+            pass  # the other side is gone; the caller needs our own error
 
     # --- waiting -----------------------------------------------------------------------------------------------
 
@@ -242,11 +242,11 @@ class Joining:
             modes=(plan.mode,),
             traceparent=plan.traceparent,
         )
-        yield from self._tell(tls, session.send(join))
+        yield from self._send_frame(tls, session.send(join))
         silence = _STEP_TIMEOUT
         while True:
-            # Not a byte more than the frame: in a tunnel the other function's bytes may follow PAIRED at once.
-            data = yield from self._hear(tls, session.missing, silence)
+            # Read no byte behind the frame: in a tunnel the other function's bytes may follow PAIRED at once.
+            data = yield from self._receive(tls, session.missing, silence)
             try:
                 received = session.receive(data)
             except RemoteProtocolError as error:
@@ -256,10 +256,10 @@ class Joining:
                     raise Refused(message.code, message.reason, message.retry_after)
                 if isinstance(message, Waiting):
                     self._was_accepted = True
-                    # The relay may have nothing to say until then, and then it says wait-timeout.
+                    # The relay may be silent until this deadline, and then sends wait-timeout.
                     silence = min(message.deadline, _LONGEST_SILENCE) + _STEP_TIMEOUT
                 if isinstance(message, Ping):
-                    yield from self._tell(tls, session.send(Pong(message.n)))
+                    yield from self._send_frame(tls, session.send(Pong(message.n)))
                 if isinstance(message, Waiting | Ping | Paired):
                     yield Status(message)
                 if isinstance(message, Paired):
@@ -268,26 +268,26 @@ class Joining:
                         raise HandOffFailed(f"the relay chose mode {message.mode}, where {plan.mode} was asked for")
                     return message
 
-    def _tell(self, tls: Engine, data: bytes) -> Steps[None]:
+    def _send_frame(self, tls: Engine, data: bytes) -> Steps[None]:
         try:
             tls.write(data)
             yield from self._flush("outer", tls, self._deadline.stage(_STEP_TIMEOUT))
         except OSError as error:
-            self._lost(error, _STEP_TIMEOUT)
+            self._raise_lost(error, _STEP_TIMEOUT)
 
-    def _hear(self, tls: Engine, size: int, silence: float) -> Steps[bytes]:
-        """What comes next from the relay, which may be silent for at most ``silence`` seconds."""
+    def _receive(self, tls: Engine, size: int, silence: float) -> Steps[bytes]:
+        """The next bytes from the relay, which may be silent for at most ``silence`` seconds."""
         try:
             while (data := tls.read(size)) is None:
                 tls.feed((yield Receive("outer", self._deadline.bound(silence))))
         except (OSError, Truncated) as error:
-            self._lost(error, silence)
+            self._raise_lost(error, silence)
         if not data:
             raise RelayUnreachable("the relay ended the connection without an answer")
         return data
 
-    def _lost(self, error: OSError | Truncated, silence: float) -> NoReturn:
-        """Say what it means that the relay could not be told or heard: our own time was up, or something about it."""
+    def _raise_lost(self, error: OSError | Truncated, silence: float) -> NoReturn:
+        """Raise what a failure to send to the relay or read from it means: our time is over, or the relay is lost."""
         if not _is_our_timeout(error):
             alert = certificate_alert(error)
             if alert is not None:
@@ -301,7 +301,7 @@ class Joining:
     # --- leaving the outer TLS ---------------------------------------------------------------------------------
 
     def _hand_off(self, tls: Engine) -> Steps[None]:
-        """Read to the relay's close_notify and answer it; ``outer`` is a raw connection then."""
+        """Read up to the relay's close_notify and answer it; then ``outer`` is a raw connection."""
         time_left = self._deadline.stage(_STEP_TIMEOUT)
         try:
             while (data := tls.read(1)) is None:
@@ -318,8 +318,8 @@ class Joining:
             raise HandOffFailed(f"the outer TLS broke instead of ending: {_text(error)}") from error
         self._outer = None
 
-    def _bring_ticket(self, tls: Engine, paired: Paired) -> Steps[Connection]:
-        """Bring the ticket on a second connection, which is raw then; the relay ends the first when it has it."""
+    def _send_ticket(self, tls: Engine, paired: Paired) -> Steps[Connection]:
+        """Send the ticket on a second connection, which is raw from then on."""
         if paired.ticket is None or not paired.ticket.isascii():
             raise HandOffFailed("the relay paired us by ticket and gave none")
         time_left = self._deadline.stage(_STEP_TIMEOUT)
@@ -335,7 +335,7 @@ class Joining:
         return "raw"
 
     def _wait_for_end_of_outer(self, tls: Engine) -> Steps[None]:
-        """Wait for the relay to end the connection on which it gave the ticket, which it does once it has that back."""
+        """Wait until the relay ends the first connection, which it does when it has received the ticket."""
         time_left = self._deadline.stage(_STEP_TIMEOUT)
         try:
             while (data := tls.read(1)) is None:
@@ -346,8 +346,8 @@ class Joining:
         except (OSError, Truncated, OutOfTime) as error:
             if isinstance(error, OutOfTime) or _is_our_timeout(error):
                 raise HandOffFailed("the relay did not take its own ticket in time") from None
-            # The ticket is on its way, and the relay waits for it whatever becomes of this connection. If it has gone
-            # altogether the raw connection tells.
+            # The ticket is sent, and the relay waits for it also when this connection breaks. If the relay itself is
+            # gone, the raw connection fails too.
             yield Close("outer")
             return
         yield Close("outer", tls.take())
@@ -383,17 +383,17 @@ class Joining:
             raise PeerGone(f"{paired.peer} went away before its TLS was up: {text}") from error
         check_peer(self._plan.expected, names)
         if protocol not in (None, *self._plan.alpn):
-            # Newer versions of OpenSSL find this themselves.
+            # Newer versions of OpenSSL check this themselves.
             raise RemoteProtocolError("the other function chose an application protocol that was not offered")
         self._session = self._outer = None
         return Joined(paired, connection, inner)
 
 
 def _is_our_timeout(error: Exception) -> bool:
-    """Whether a step's timeout passed; with a number it is the kernel that has given the connection up."""
+    """Whether a step's own timeout passed. A TimeoutError with an errno is the kernel's: the connection is dead."""
     return isinstance(error, TimeoutError) and error.errno is None
 
 
 def _text(error: Exception) -> str:
-    """What an error says; never nothing."""
+    """The text of an error; never empty."""
     return str(error) or ("timed out" if isinstance(error, TimeoutError) else type(error).__name__)

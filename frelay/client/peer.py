@@ -1,4 +1,4 @@
-"""Who the other function must be, and who its certificate says it is. Standard library only."""
+"""The names that the other function must have, and those that its certificate shows. Standard library only."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["agreed_protocol", "check_peer", "names_of_peer", "read_peer", "read_
 
 
 def read_selectors(peer: str | Sequence[str]) -> tuple[Selector, ...]:
-    """The selectors of a ``peer=`` argument: one, or several of which any will do; raises ValueError."""
+    """The selectors of a ``peer=`` argument; the peer must match one of them. Raises ValueError."""
     texts = [peer] if isinstance(peer, str) else list(peer)
     if not texts:
         raise ValueError("peer= names nobody: write for example peer='dns:func2.acme'")
@@ -30,12 +30,12 @@ def read_selectors(peer: str | Sequence[str]) -> tuple[Selector, ...]:
 
 
 def without_root(name: str) -> str:
-    """``name`` without the dot at its end that makes it absolute: certificates and SNI never have it."""
+    """``name`` without the final dot of an absolute name: certificates and SNI never have it."""
     return name[:-1] if name.endswith(".") and not name.endswith("..") else name
 
 
 def agreed_protocol(tls: ssl.SSLObject | ssl.SSLSocket) -> str | None:
-    """The ALPN protocol that both sides agreed on; what is no text reads as ``""``, which nobody can have asked for."""
+    """The ALPN protocol that both sides agreed on. Bytes that are no text give ``""``, which is never offered."""
     try:
         return tls.selected_alpn_protocol()
     except UnicodeDecodeError:
@@ -43,19 +43,21 @@ def agreed_protocol(tls: ssl.SSLObject | ssl.SSLSocket) -> str | None:
 
 
 def names_of_peer(tls: ssl.SSLObject | ssl.SSLSocket) -> list[Name]:
-    """The names in the peer's certificate, which TLS has verified; none where the ssl module cannot read it.
+    """The names in the peer's certificate, which TLS has verified; none if the ssl module cannot parse it.
 
-    None of them then, not even the key pin, as at the relay: another parser may have understood the rest differently.
+    Then the key pin does not count either, as at the relay: another parser may read such a certificate differently.
     """
     try:
         return read_peer(tls.getpeercert(), tls.getpeercert(True))
     except Exception:
-        # The ssl module decodes every field: UnicodeDecodeError, ssl.SSLError, or what its next version raises.
+        # The ssl module decodes every field. It raises UnicodeDecodeError, ssl.SSLError, or in future something else.
         return []
 
 
 def read_peer(certificate: Any, der: bytes | None) -> list[Name]:
-    """The names in a verified certificate, given as ``getpeercert()`` and ``getpeercert(True)``; odd ones are left out.
+    """The names in a verified certificate, given as ``getpeercert()`` and ``getpeercert(True)``.
+
+    Malformed names are left out.
 
     The same rules as the relay's (``frelay.tls.identity``).
     """
@@ -77,7 +79,7 @@ def read_peer(certificate: Any, der: bytes | None) -> list[Name]:
 
 
 def check_peer(expected: Sequence[Selector], found: Sequence[Name]) -> Name:
-    """The name of the peer that is one of those expected; raises PeerIdentityMismatch."""
+    """The name of the peer that matches an expected selector; raises PeerIdentityMismatch."""
     name = match(expected, found)
     if name is None:
         raise PeerIdentityMismatch(" or ".join(str(item) for item in expected), [str(item) for item in found])

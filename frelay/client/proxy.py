@@ -1,11 +1,11 @@
-"""Through an HTTP proxy: which one, and the CONNECT that opens the way. Standard library only, no I/O.
+"""Going through an HTTP proxy: which proxy, and the CONNECT request. Standard library only, no I/O.
 
-Many networks let functions out through an HTTP proxy only. ``CONNECT host:port`` asks it for a TCP connection, and
-after its ``200`` the bytes are ours; the relay's name is then looked up by the proxy. Which one is used follows what
-curl and Go do with the environment: HTTPS_PROXY or https_proxy, not for the hosts in NO_PROXY, and never for
-this machine itself.
+Many networks let functions out through an HTTP proxy only. ``CONNECT host:port`` asks the proxy for a TCP connection.
+After its ``200`` answer all bytes go to the relay; the proxy looks up the relay's name. We choose the proxy from the
+environment as curl and Go do: HTTPS_PROXY or https_proxy, but not for the hosts in NO_PROXY, and never for this
+machine itself.
 
-The user and password in a proxy's URL are secrets: they are sent to that proxy, and appear in no message and no repr.
+The user and password in a proxy's URL are secrets: we send them to that proxy, and show them in no message and no repr.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from frelay.errors import RelayUnreachable
 
 __all__ = ["Proxy", "choose_proxy", "connect_through", "parse_proxy"]
 
-# The proxies in use answer with a few hundred bytes; what is longer is an error page's problem, not ours.
+# Proxies answer with a few hundred bytes. We refuse a longer head.
 _MAX_ANSWER: Final = 65536
 _STATUS_LINE: Final = re.compile(rb"HTTP/1\.[0-9] ([0-9]{3})(?: (.*))?\Z", re.DOTALL)
-# What a proxy may say in an error message of ours.
+# How many bytes of a proxy's answer our error message repeats.
 _MAX_WORDS: Final = 200
 
 
 @dataclass(frozen=True, slots=True)
 class Proxy:
-    """An HTTP proxy; ``str()`` has no secret in it."""
+    """An HTTP proxy; ``str()`` shows no secret."""
 
     host: str
     port: int
@@ -45,7 +45,10 @@ class Proxy:
 
 
 def parse_proxy(url: str) -> Proxy:
-    """Read ``http://[USER:PASSWORD@]HOST[:PORT]`` (port 8080 if none is given); raises ValueError, without secrets."""
+    """Read ``http://[USER:PASSWORD@]HOST[:PORT]``, where the port is 8080 if left out.
+
+    Raises ValueError with a text that shows no secret.
+    """
     text = url if "://" in url else f"http://{url}"
     try:
         parts = urlsplit(text)
@@ -68,15 +71,15 @@ def parse_proxy(url: str) -> Proxy:
 
 
 def _octets(text: str) -> bytes:
-    """What stands in a URL, as the octets that were meant; those of the environment need not be UTF-8."""
+    """The octets that a part of a URL stands for. A URL from the environment need not be UTF-8."""
     return unquote_to_bytes(text.encode("utf-8", "surrogateescape"))
 
 
 def choose_proxy(proxy: str | None, host: str, port: int, environ: Mapping[str, str] = os.environ) -> Proxy | None:
-    """The proxy for ``host``: ``proxy`` if given (``""`` means none), else what the environment says.
+    """The proxy for ``host``: ``proxy`` if given (``""`` means none), else the one of the environment.
 
-    Raises ValueError for an argument that cannot be used. The environment is not the caller's to write rightly: what
-    cannot be used there is RelayUnreachable, and the text names the variable.
+    Raises ValueError for a bad argument. A bad environment variable is no fault of the call, so it raises
+    RelayUnreachable, and the text names the variable.
     """
     if proxy is not None:
         return parse_proxy(proxy) if proxy else None
@@ -106,7 +109,7 @@ def _is_this_machine(host: str) -> bool:
 def _is_excepted(host: str, port: int, exceptions: str) -> bool:
     for item in exceptions.replace(" ", ",").lower().split(","):
         text, colon, number = item.rpartition(":")
-        # One colon is a port's; with more it is an IPv6 address, which has a port only behind brackets.
+        # A text with one colon ends in a port. With more colons it is an IPv6 address: a port follows only brackets.
         if colon and number.isascii() and number.isdigit() and (":" not in text or text.endswith("]")):
             if number.lstrip("0") != str(port):
                 continue
@@ -129,9 +132,9 @@ def _is_excepted(host: str, port: int, exceptions: str) -> bool:
 def connect_through(
     connection: Connection, proxy: Proxy, host: str, port: int, time_left: Callable[[], float]
 ) -> Steps[None]:
-    """Ask ``proxy``, which ``connection`` is connected to, for a connection to ``host``; raises RelayUnreachable.
+    """Ask the proxy at the other end of ``connection`` for a connection to ``host``; raises RelayUnreachable.
 
-    ``time_left`` gives the seconds that are left for all of it.
+    ``time_left`` returns the seconds that are left for the whole request.
     """
     try:
         name = host if host.isascii() else host.encode("idna").decode("ascii")
@@ -149,7 +152,7 @@ def connect_through(
         searched = max(0, len(answer) - 3)
         data: bytes = yield Receive(connection, time_left())
         answer += data
-        # What begins otherwise need not be waited for to its end, which may never come.
+        # Stop at once if it does not begin like HTTP: its end may never come.
         if not data or len(answer) > _MAX_ANSWER or not b"HTTP/1.".startswith(answer[:7]):
             raise no_http
     status = _STATUS_LINE.match(bytes(answer[:end]).split(b"\r\n", 1)[0])
@@ -158,8 +161,8 @@ def connect_through(
     code, words = int(status[1]), (status[2] or b"")[:_MAX_WORDS].decode("utf-8", "replace")
     if not 200 <= code < 300:
         hint = ": give user and password in its URL" if code == 407 else ""
-        raise RelayUnreachable(f"the proxy {proxy} opens no way to {place}: {code} {words}{hint}".rstrip())
+        raise RelayUnreachable(f"the proxy {proxy} refused a connection to {place}: {code} {words}{hint}".rstrip())
     rest = len(answer) - end - 4
     if rest:
-        # Whoever speaks first on a connection where we have to is not the relay.
+        # These bytes are not the relay's: it sends nothing before our ClientHello.
         raise RelayUnreachable(f"the proxy {proxy} sent {rest} bytes that nobody had asked for")

@@ -1,4 +1,4 @@
-"""When to try again, and when not: back-off with jitter, and no try that cannot help. Standard library only."""
+"""When to join again after a failure, and when not: back-off with jitter. Standard library only."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from frelay.errors import CertificateRefused, FrelayError, HandOffFailed, PeerGo
 
 __all__ = ["NoRelay", "Retry", "read_retry"]
 
-# A relay may name any number; one that says "in a million years" is asked again all the same.
+# A relay may send any number. We never wait longer than a day because of it.
 _LONGEST_RETRY_AFTER: Final = 86400.0
 
 
 class NoRelay(RelayUnreachable):
-    """What answers is not to be trusted, or no relay: another try would meet the same."""
+    """The server is not trusted, or is no relay: another try would find the same, so there is none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """How often and how patiently to join again after a failure that may pass.
+    """How often to join again after a failure that may pass, and how long to pause before.
 
-    ``tries`` is how many times at most after the first, None for no limit but ``wait``. The pause is drawn from the
-    upper half of ``first``, twice that, and so on up to ``longest`` seconds, so that a thousand functions that lost
-    one relay do not come back in one moment; it is never shorter than the relay's ``retry_after``, or a day where
-    that is longer. A join that had got as far as WAITING starts over with ``first``.
+    ``tries`` limits the tries after the first one; with None only ``wait`` limits them. The pause is ``first`` seconds,
+    then twice that, and so on up to ``longest``. We wait a random part of it, at least half, so that a thousand
+    functions that lost one relay do not come back at the same moment. The relay's ``retry_after``, up to one day, is
+    added. After a join that reached WAITING the pauses begin again with ``first``.
     """
 
     tries: int | None = None
@@ -34,14 +34,14 @@ class Retry:
 
     def __post_init__(self) -> None:
         if self.tries is not None and self.tries < 0:
-            raise ValueError("retry: the number of tries is 0 or more")
+            raise ValueError("retry: the number of tries must be 0 or more")
         if not 0 < self.first <= self.longest:
-            raise ValueError("retry: the first pause is more than 0 and at most the longest")
+            raise ValueError("retry: the first pause must be more than 0 and at most the longest")
 
     def pause_after(self, error: FrelayError, tries: int, failures: int) -> float | None:
-        """Seconds to wait after ``error``, None where no other try is to be made.
+        """Seconds to wait after ``error``; None if there must be no other try.
 
-        ``tries`` is how many were made again already, ``failures`` how many in a row got no WAITING.
+        ``tries`` is how many tries followed the first, ``failures`` how many in a row did not reach WAITING.
         """
         if self.tries is not None and tries >= self.tries:
             return None
@@ -54,7 +54,7 @@ class Retry:
             at_least = min(error.retry_after or 0.0, _LONGEST_RETRY_AFTER)
         if not may_pass:
             return None
-        # 2.0**1024 would be an OverflowError, after three weeks of trying.
+        # Without min(), 2.0**1024 would be an OverflowError after weeks of tries.
         ceiling = min(self.longest, self.first * 2.0 ** min(failures, 64))
         return at_least + random.uniform(ceiling / 2, ceiling)  # noqa: S311  not a secret
 

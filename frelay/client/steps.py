@@ -1,9 +1,9 @@
-"""What the core asks of a shell: one frozen dataclass a step, and the two loops that perform them.
+"""The steps of a joining, each a frozen dataclass, and the two loops that perform them. Standard library only.
 
-The core (:mod:`frelay.client.joining`) is a generator. It yields a step, a shell performs it with whatever I/O it has
-and sends the answer back; an OSError is thrown back instead, so that the core alone says what it means. A step that may
-take time has ``timeout`` in seconds, after which the shell raises TimeoutError (without an errno: with one it would be
-the kernel that has given up). Standard library only.
+The generator in :mod:`frelay.client.joining` yields a step. A shell performs it with its own kind of I/O, and the loop
+sends the answer back. The loop throws an OSError into the generator instead, so only the generator decides what an
+error means. A step that may take time has ``timeout`` in seconds. When it passes, the shell raises TimeoutError without
+an errno; one with an errno is the kernel's.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ __all__ = [
 ]
 
 Connection = Literal["outer", "raw"]
-"""A TCP connection: the one with the outer TLS, or the second one that a ticket is brought on."""
+"""The name of a TCP connection: the one with the outer TLS, or the second one, which carries the ticket."""
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One address to connect to, as getaddrinfo gives it."""
+    """One address to connect to, as getaddrinfo returns it."""
 
     family: socket.AddressFamily
     sockaddr: Any
@@ -52,7 +52,7 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Resolve:
-    """Look a name up; the answer is a list of Endpoint."""
+    """Look up a name; the answer is a list of Endpoint."""
 
     host: str
     port: int
@@ -61,7 +61,7 @@ class Resolve:
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """Connect to an endpoint; the connection is ``connection`` from then on."""
+    """Connect to an endpoint; later steps name the socket by ``connection``."""
 
     connection: Connection
     endpoint: Endpoint
@@ -87,7 +87,7 @@ class Receive:
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """Send ``final_bytes`` if that can be done at once, and close; a connection that is not open is no error."""
+    """Send ``final_bytes`` if the kernel takes them at once, and close. A connection that is not open is no error."""
 
     connection: Connection
     final_bytes: bytes = field(default=b"", repr=False)
@@ -95,7 +95,7 @@ class Close:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """Tell the caller's ``on_status``."""
+    """Call the caller's ``on_status``."""
 
     message: Message
 
@@ -111,8 +111,8 @@ class Pause:
 class InnerHandshake:
     """Do the inner handshake on an SSLSocket over ``connection`` (in ``tunnel``, if there is one).
 
-    Only for a shell that asked for it. The answer is the ALPN protocol agreed on, and the names in the
-    peer's certificate.
+    Only a shell that set ``inner_tls_on_socket`` gets this step. The answer is the agreed ALPN protocol, and the names
+    in the peer's certificate.
     """
 
     connection: Connection
@@ -128,7 +128,7 @@ Steps = Generator[Step, Any, T]
 
 
 def drive(steps: Steps[T], perform: Callable[[Step], Any], on_status: Callable[[Message], None] | None) -> T:
-    """Perform the steps until they are done; gives their result, or raises what they raise."""
+    """Perform the steps until they are done; returns their result, or raises their error."""
     answer: Any = None
     failure: OSError | None = None
     while True:
@@ -139,7 +139,7 @@ def drive(steps: Steps[T], perform: Callable[[Step], Any], on_status: Callable[[
             return result
         answer = failure = None
         if isinstance(step, Status):
-            # Not within the try below: an OSError of the caller's own is none of the connection's.
+            # Outside the try below: an OSError of the caller's own function is no fault of the connection.
             if on_status is not None:
                 on_status(step.message)
             continue

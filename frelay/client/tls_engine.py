@@ -1,16 +1,17 @@
-"""One TLS 1.3 layer without I/O, that can end one direction and go on with the other, and stand on another such layer.
+"""One TLS 1.3 layer without I/O. It can end one direction alone, and can run inside another such layer.
 
-Theory of operation. ``ssl.SSLObject`` works on two memory BIOs, so whoever owns the network decides when bytes move.
-What it does not offer is the half-close of TLS 1.3: ``unwrap()`` writes close_notify and at once goes on to *read* the
-other side's, and a record of application data that it meets there breaks the connection for good. But it looks only at
-what is in its BIO. So :meth:`Engine.send_eof` first decrypts all that is there and keeps it, and ``unwrap()`` finds
-nothing to stumble over.
+Theory of operation. ``ssl.SSLObject`` works on two memory BIOs, so its owner decides when bytes move to and from the
+network. It does not offer the half-close of TLS 1.3: ``unwrap()`` writes close_notify and at once *reads* the other
+side's. If it finds a record of application data there, the connection is broken for good. But ``unwrap()`` reads only
+what is in its BIO. So :meth:`Engine.send_eof` first decrypts everything there and keeps it; then ``unwrap()`` finds no
+such record.
 
-A second layer (the functions' TLS inside the TLS to the relay, mode ``tunnel``) is the same thing once more:
-``below=`` is the layer that its records travel in. The lowest layer gets the bytes of the network, and what
-:meth:`Engine.take` gives is for the network, whatever the number of layers.
+In mode ``tunnel`` the functions' TLS runs inside the TLS to the relay. That is a second Engine, whose ``below=`` is the
+Engine that carries its records. The lowest one takes the bytes of the network. Whatever the number of layers, the
+bytes from :meth:`Engine.take` go to the network.
 
-Memory is bounded by the caller: feed only after :meth:`Engine.read` gave None, and at most one network read is inside.
+The caller bounds the memory: if it feeds only after :meth:`Engine.read` returned None, at most one network read is
+inside.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _RECORD: Final = 16384
 
 
 class Engine:
-    """One end of a TLS connection. Errors of TLS are ssl.SSLError; an end without close_notify is Truncated."""
+    """One end of a TLS connection. It raises ssl.SSLError for TLS faults, Truncated for an end without close_notify."""
 
     def __init__(
         self,
@@ -52,18 +53,18 @@ class Engine:
 
     @property
     def ends_with_fin(self) -> bool:
-        """Whether FIN should follow our close_notify; in a tunnel the relay's TLS goes on in the other direction."""
+        """Whether FIN must follow our close_notify. Not in a tunnel: there the outer TLS needs the connection."""
         return self._below is None
 
     @property
     def unread(self) -> int:
-        """Bytes of the network that were fed and that TLS has not touched."""
+        """How many bytes of the network were fed and not processed by TLS yet."""
         return self._incoming.pending if self._below is None else self._below.unread
 
     # --- the network's side ------------------------------------------------------------------------------------
 
     def feed(self, data: bytes) -> None:
-        """Take in what the network gave; ``b""`` is its FIN."""
+        """Take bytes from the network; ``b""`` is its FIN."""
         if self._below is not None:
             self._below.feed(data)
         elif data:
@@ -72,7 +73,7 @@ class Engine:
             self._incoming.write_eof()
 
     def take(self) -> bytes:
-        """What is to be sent to the network now, taken away from here; maybe nothing. Raises ssl.SSLError."""
+        """Remove and return the bytes to send to the network now, maybe none. Raises ssl.SSLError."""
         data = self._outgoing.read()
         if self._below is None:
             return data
@@ -80,7 +81,7 @@ class Engine:
         return self._below.take()
 
     def _refill(self) -> bool:
-        """Move what the layer below has decrypted into this one; False if there was nothing."""
+        """Move what the layer below has decrypted into this layer; False if there was nothing."""
         if self._below is None:
             return False
         data = self._below.read(_RECORD)
@@ -95,7 +96,7 @@ class Engine:
     # --- the user's side ---------------------------------------------------------------------------------------
 
     def handshake(self) -> bool:
-        """Go on with the handshake; whether it is done. If not: send what :meth:`take` gives, and feed."""
+        """Continue the handshake; True when it is done. If not: send what :meth:`take` returns, then feed."""
         while True:
             try:
                 self.tls.do_handshake()
@@ -115,14 +116,14 @@ class Engine:
                 at += self.tls.write(view[at : at + _RECORD])
 
     def read(self, size: int) -> bytes | None:
-        """Up to ``size`` bytes, ``b""`` once the other side has ended its direction; None: feed first."""
+        """Up to ``size`` bytes; ``b""`` once the other side has ended its direction; None if you must feed first."""
         if self._kept:
             data, self._kept = self._kept[:size], self._kept[size:]
             return data
         return self._read_new(size)
 
     def look_ahead(self) -> bytes | None:
-        """As :meth:`read`, of what has not been looked at yet; :meth:`read` still gives it."""
+        """Read further, like :meth:`read`, but keep the bytes: :meth:`read` still returns them."""
         data = self._read_new(_RECORD)
         self._kept += data or b""
         return data
@@ -148,14 +149,14 @@ class Engine:
             while data := self.tls.read(_RECORD):
                 self._kept += data
         except ssl.SSLError:
-            pass  # nothing more is there; or it is an end or a fault, which the next read finds again
+            pass  # nothing more is there, or an end or a fault, which the next read raises again
         try:
             self.tls.unwrap()
         except ssl.SSLError:
-            pass  # SSLWantReadError: close_notify is written, and the other side's has not come
+            pass  # SSLWantReadError: our close_notify is written, and the other side's is not there yet
         if self._below is not None:
             try:
                 self._below.write(self._outgoing.read())
             except ssl.SSLError:
-                pass  # that layer is broken, and reading tells how
+                pass  # the layer below is broken, and the next read raises how
             self._below.send_eof()

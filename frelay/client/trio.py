@@ -1,8 +1,8 @@
-"""Joining a route from Trio code: :func:`connect` gives a stream.
+"""Joining a route from Trio code: :func:`connect` returns a stream.
 
-A shell of :mod:`frelay.client.joining`. The inner TLS is an :class:`~frelay.client.tls_engine.Engine`, in mode
-``tunnel`` on top of another, so one stream class serves all modes. The only module here that needs more than the
-standard library.
+This is a shell of :mod:`frelay.client.joining`. The inner TLS is an :class:`~frelay.client.tls_engine.Engine`, in mode
+``tunnel`` on top of another one, so one stream class serves all modes. Only this module of the client needs more than
+the standard library.
 """
 
 from __future__ import annotations
@@ -32,29 +32,29 @@ from frelay.protocol.messages import Message, Paired
 __all__ = ["TrioWire", "connect", "join"]
 
 _READ: Final = 65536
-# One chunk is encrypted at a time, so that a large send_all does not hold its ciphertext a second time in memory.
+# send_all encrypts and sends this much at a time, so the ciphertext of a large send is never in memory as a whole.
 _WRITE: Final = 262144
 T = TypeVar("T")
 
 
 @shows_its_options
 async def connect(address: str, **options: Unpack[Options]) -> TrioWire:
-    """Join a route, wait for the other function, and give a stream to it: end-to-end mTLS, ready for use.
+    """Join a route, wait for the other function, and return a stream to it: end-to-end mTLS, ready for use.
 
-    The arguments and errors are those of :func:`frelay.connect`. It may be cancelled at any point: nothing stays open,
-    and a relay that held a place for us is told at once.
+    The arguments and errors are those of :func:`frelay.connect`. You may cancel it at any point: nothing stays open,
+    and the relay is told at once that we no longer wait.
     """
     return await join(JoinPlan.make(address, **options), options.get("on_status"))
 
 
 async def join(plan: JoinPlan, on_status: Callable[[Message], None] | None = None) -> TrioWire:
-    """As :func:`connect`, by a plan that was made before."""
+    """As :func:`connect`, with a plan that was made before."""
     joining = Joining(plan, trio.current_time)
     shell = _Shell()
     try:
         joined = await drive_async(joining.steps(), shell.perform, on_status)
         if joined.engine is None:
-            raise AssertionError("the core met the other function without an engine")
+            raise AssertionError("the inner handshake is done without an engine")
         sock = trio.socket.from_stdlib_socket(shell.connections.take(joined.connection))
         return TrioWire(trio.SocketStream(sock), joined.engine, joined.paired)
     finally:
@@ -131,18 +131,18 @@ async def _look_up(host: str, port: int) -> list[Endpoint]:
 
 
 class _StreamRefused(CertificateRefused, trio.BrokenResourceError):
-    """CertificateRefused for code that was written for any stream."""
+    """CertificateRefused, also for code that catches Trio's own error."""
 
 
 class _StreamCut(ConnectionBroken, trio.BrokenResourceError):
-    """ConnectionBroken for code that was written for any stream."""
+    """ConnectionBroken, also for code that catches Trio's own error."""
 
 
 class TrioWire(trio.abc.HalfCloseableStream):
     """End-to-end mTLS with the other function, as a Trio stream.
 
-    One task may send while another receives. Where the connection breaks, or ends without close_notify, sending and
-    receiving raise :class:`trio.BrokenResourceError`; only the other function's own end reads as ``b""``.
+    One task may send while another receives. If the connection breaks or ends without close_notify, sending and
+    receiving raise :class:`trio.BrokenResourceError`. ``b""`` always means that the other function ended its direction.
     """
 
     def __init__(self, transport: trio.SocketStream, engine: Engine, paired: Paired) -> None:
@@ -150,10 +150,10 @@ class TrioWire(trio.abc.HalfCloseableStream):
         self._engine: Final = engine
         self._is_closed = False
         self._is_broken = False
-        self._has_heard = False
+        self._has_received = False
         self._is_sending = self._is_receiving = False
         self.paired: Final = paired
-        """What the relay said of this pairing."""
+        """The relay's PAIRED message."""
 
     @property
     def ssl_object(self) -> ssl.SSLObject:
@@ -183,15 +183,15 @@ class TrioWire(trio.abc.HalfCloseableStream):
             try:
                 await self._transport.send_all(data)
             except BaseException as error:
-                # Some records may be gone and others not: what follows would not fit.
+                # Some records may be sent and others not, so no further record can follow.
                 self._is_broken = True
                 if isinstance(error, trio.BrokenResourceError):
                     await self._look_for_refusal()
                 raise
 
     async def _look_for_refusal(self) -> None:
-        """Raise CertificateRefused if that is why sending broke: the alert may have come, and nobody has read it."""
-        if self._has_heard or self._is_receiving:
+        """Raise CertificateRefused if an alert that we have not read yet says that this is why sending failed."""
+        if self._has_received or self._is_receiving:
             return
         self._is_receiving = True
         try:
@@ -258,7 +258,7 @@ class TrioWire(trio.abc.HalfCloseableStream):
             while (data := self._read(max_bytes or _READ)) is None:
                 self._engine.feed(await self._receive_encrypted())
                 self._check_open()
-            self._has_heard = self._has_heard or bool(data)
+            self._has_received = self._has_received or bool(data)
             await trio.lowlevel.cancel_shielded_checkpoint()
             return data
         finally:
@@ -268,7 +268,7 @@ class TrioWire(trio.abc.HalfCloseableStream):
         try:
             return await self._transport.receive_some(_READ)
         except trio.BrokenResourceError as error:
-            if self._has_heard or not isinstance(error.__cause__, ConnectionResetError):
+            if self._has_received or not isinstance(error.__cause__, ConnectionResetError):
                 raise
             raise _StreamCut(CUT_BEFORE_FIRST_BYTE) from error.__cause__
 
@@ -289,7 +289,7 @@ class TrioWire(trio.abc.HalfCloseableStream):
         refusal = refusal_of_certificate(error, "server" if self._engine.tls.server_side else "client")
         if refusal is not None:
             return _StreamRefused(refusal)
-        if isinstance(error, Truncated) and not self._has_heard:
+        if isinstance(error, Truncated) and not self._has_received:
             return _StreamCut(CUT_BEFORE_FIRST_BYTE)
         return trio.BrokenResourceError(str(error))
 
@@ -308,9 +308,9 @@ class TrioWire(trio.abc.HalfCloseableStream):
                     await self._linger()
             await trio.lowlevel.checkpoint_if_cancelled()
         except (trio.BrokenResourceError, trio.ClosedResourceError):
-            pass  # the other side has gone first
+            pass  # the other side is gone already
         finally:
-            # Not the stream's aclose: nothing more can be waited for.
+            # Not the stream's aclose: there is nothing left to wait for.
             self._transport.socket.close()
         await trio.lowlevel.checkpoint()
 
@@ -322,8 +322,8 @@ class TrioWire(trio.abc.HalfCloseableStream):
             if engine.ends_with_fin:
                 await transport.send_eof()
         if self._is_receiving:
-            return  # that task has taken what came, and is about to learn that this wire is closed
-        # Closing with bytes unread, or before bytes that still come, sends RST, which destroys what we wrote.
+            return  # the receiving task reads what arrives, and will notice that this wire is closed
+        # Closing with unread bytes, or before the last ones arrive, sends RST, and RST destroys what we wrote.
         quiet = 0.0
         while quiet < LINGER_QUIET or unacknowledged(transport.socket):  # type: ignore[arg-type]  # it has a fileno
             with trio.move_on_after(LINGER_POLL) as pause:
@@ -331,5 +331,5 @@ class TrioWire(trio.abc.HalfCloseableStream):
                     break
             quiet += LINGER_POLL if pause.cancelled_caught else 0.0
         sock: Any = transport.socket  # it has fileno() and getsockopt()
-        while unacknowledged(sock) and not is_dead(sock):  # noqa: ASYNC110  of acknowledgements nothing tells
+        while unacknowledged(sock) and not is_dead(sock):  # noqa: ASYNC110  the kernel reports no acknowledgement
             await trio.sleep(LINGER_POLL)

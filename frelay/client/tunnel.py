@@ -1,13 +1,13 @@
-"""A tunnel for a client that needs a real socket: a thread between one end of a socket pair and the outer TLS.
+"""Mode ``tunnel`` for the blocking client: a thread between one end of a socket pair and the outer TLS.
 
-``ssl.SSLSocket`` works on a descriptor only, so in mode ``tunnel`` the blocking client's inner TLS runs on one end of a
-socket pair, and this thread carries its bytes in the outer TLS to the relay and back. It is small and has no queue: it
-reads from a side only when the other side has taken all of what came before, so back-pressure goes through.
+``ssl.SSLSocket`` needs a descriptor. So in mode ``tunnel`` the blocking client's inner TLS runs on one end of a socket
+pair, and this thread copies its bytes into the outer TLS and back. The thread has no queue: it reads from one side only
+when the other side has taken everything before, so back-pressure passes through.
 
-Each direction ends alone: FIN from the pair becomes close_notify, and close_notify becomes FIN. A cut (FIN without
-close_notify, a reset) becomes the end of everything, which the inner TLS tells from an orderly one by its own
-close_notify. The thread is a daemon: a process that ends without closing its wire is not held up, and the other side
-sees a cut.
+Each direction ends alone: FIN from the pair becomes close_notify, and close_notify becomes FIN. After a cut (FIN
+without close_notify, or a reset) the thread closes both sides. The inner TLS then misses the peer's close_notify, so it
+sees a cut and no clean end. The thread is a daemon: it does not delay a process that ends without closing its wire, and
+the other side then sees a cut.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from frelay.errors import Truncated
 __all__ = ["TunnelPump"]
 
 _READ: Final = 65536
-# How long the other function may take to end its direction once the wire is closed; as Wire.close.
+# How long the other function may take to end its direction once the wire is closed; the same as in Wire.close.
 _LINGER_LIMIT: Final = 2.0
 _LINGER_POLL: Final = 100  # milliseconds
 
 
 class TunnelPump(threading.Thread):
-    """Carries bytes between ``pair`` (plain) and ``outer`` (in ``tunnel``) until both directions have ended."""
+    """Copies bytes between ``pair`` (plain) and ``outer`` (in ``tunnel``) until both directions have ended."""
 
     def __init__(self, pair: socket.socket, outer: socket.socket, tunnel: Engine) -> None:
         super().__init__(name="frelay tunnel", daemon=True)
@@ -41,26 +41,26 @@ class TunnelPump(threading.Thread):
         outer.setblocking(False)
 
     def run(self) -> None:
-        """Thread.run; closes both sockets at the end."""
+        """Run the thread; it closes both sockets at the end."""
         try:
             with self._pair, self._outer:
-                self._carry()
+                self._copy()
         except (OSError, Truncated):
-            pass  # both are closed now, and the inner TLS sees a cut
+            pass  # both sockets are closed now, so the inner TLS sees a cut
 
-    def _carry(self) -> None:
+    def _copy(self) -> None:
         tunnel = self._tunnel
         to_outer, to_pair = memoryview(tunnel.take()), memoryview(b"")
         pair_ended = outer_ended = False
         linger_until: float | None = None
         while to_outer or to_pair or not (pair_ended and outer_ended):
             if linger_until is not None:
-                # The wire is closed: what still comes for it is dropped, not refused, which would be a reset.
+                # The wire is closed. Drop what still arrives for it: to refuse it would be a reset.
                 to_pair = memoryview(b"")
                 if time.monotonic() > linger_until:
                     return
             if not to_pair and not outer_ended:
-                # What has been read already comes first: poll() knows nothing of it.
+                # First take what TLS has already: poll() does not see those bytes.
                 data = tunnel.read(_READ)
                 if data:
                     to_pair = memoryview(data)
@@ -72,8 +72,8 @@ class TunnelPump(threading.Thread):
             poll = select.poll()
             reads = not pair_ended and not to_outer
             if linger_until is None and (reads or to_pair or pair_ended):
-                # Once it has ended without any event, too: POLLHUP says that the wire is closed. Not before: what is
-                # under way to the line then has no limit but the line's, and POLLHUP would make this loop spin.
+                # After the pair has ended, POLLHUP alone is worth waiting for: it says that the wire is closed. Before
+                # that we need another event to wait for. While ``outer`` takes nothing, POLLHUP would make us spin.
                 poll.register(self._pair, (select.POLLIN if reads else 0) | (select.POLLOUT if to_pair else 0))
             reads_outer = not outer_ended and not to_pair
             if reads_outer or to_outer:
@@ -108,18 +108,18 @@ def _send(sock: socket.socket, data: memoryview) -> int:
         return 0
     except BrokenPipeError:
         if sock.family == socket.AF_UNIX:
-            return len(data)  # the wire was closed: dropped
+            return len(data)  # the wire is closed, so the bytes are dropped
         raise
 
 
 def _receive(sock: socket.socket) -> bytes | None:
-    """What is there, ``b""`` at the end, None if there is nothing now."""
+    """The bytes that are there; ``b""`` at the end, None if there are none now."""
     try:
         return sock.recv(_READ)
     except BlockingIOError:
         return None
     except ConnectionResetError:
-        # On a socket pair: closed with bytes unread. An end like any other, as those bytes were dropped on purpose.
+        # On the socket pair: the wire was closed and dropped unread bytes on purpose, so this is a normal end.
         if sock.family == socket.AF_UNIX:
             return b""
         raise

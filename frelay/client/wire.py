@@ -1,17 +1,18 @@
-"""The inner TLS of a function, on the standard library's ``ssl``: its context, its socket, and who is at the other end.
+"""The wire of the blocking client: the inner TLS as an ``ssl.SSLSocket`` that ends in good order.
 
-Python's ``SSLSocket`` leaves things to its user that go wrong for nearly everyone, so :class:`Wire` does them:
+Python's ``SSLSocket`` leaves some things to its user that nearly every user gets wrong. :class:`Wire` does them:
 
-* ``close()`` alone sends no close_notify, and the other side cannot tell the end from a cut. ``Wire.close`` sends it.
-* ``unwrap()`` ends both directions: after its close_notify it goes on to read, and a byte of the other side that is
-  already there is fatal to it ("application data after close notify"). ``Wire.send_eof`` ends only this direction;
-  TLS 1.3 lets reading go on.
-* After ``unwrap()`` and ``shutdown()`` the socket silently leaves TLS, so that whoever owns the network could make up
-  what is read from then on. A ``Wire`` stays in TLS until it is closed.
-* A missing close_notify is swallowed by default and looks like a clean end. Here it is an error (``SSLEOFError``).
-* Closing a socket with unread bytes, or before bytes still to come, sends RST, which destroys what was written and
-  is still under way. ``Wire.close`` takes what comes and waits a moment. For the same reason our TLS server sends no
-  session tickets, which a client that only writes would never read; nobody resumes here.
+* ``close()`` alone sends no close_notify, so the other side cannot tell the end from a cut. ``Wire.close`` sends it.
+* ``unwrap()`` ends both directions: it sends close_notify and then reads. It fails if a byte of the other side is
+  already there ("application data after close notify"). ``Wire.send_eof`` ends only this direction; TLS 1.3 allows
+  reading to go on.
+* After ``unwrap()`` and ``shutdown()`` the socket silently leaves TLS. From then on an attacker in the network could
+  forge what we read. A ``Wire`` stays in TLS until it is closed.
+* By default the ssl module ignores a missing close_notify, which then looks like a clean end. Here it is an error
+  (``SSLEOFError``).
+* Closing a socket with unread bytes, or before the last ones arrive, sends RST, and RST destroys what we wrote but has
+  not arrived yet. ``Wire.close`` reads what arrives and waits a moment. For the same reason our TLS server sends no
+  session tickets: a client that only writes would never read them, and we resume no session anyway.
 """
 
 from __future__ import annotations
@@ -29,26 +30,29 @@ from frelay.net.tcp import is_dead, unacknowledged
 
 __all__ = ["Wire"]
 
-# Seconds that close() waits for the other side's end, and for our own bytes to arrive; see Wire.close.
+# All clients use these. To linger is to wait in close() until the other side has ended or has acknowledged everything.
+# Seconds to wait for the other side's end when it has acknowledged everything.
 LINGER_QUIET: Final = 0.25
+# Seconds to wait at most.
 LINGER_LIMIT: Final = 2.0
-# How often it looks for acknowledgements, of which nothing tells.
+# Seconds between two looks for acknowledgements: the kernel does not report them.
 LINGER_POLL: Final = 0.01
-# How long close() waits for room for its close_notify where the socket has no timeout of its own: a peer that has
-# stopped reading must not hold a function that is done for longer than reaching the relay may take.
+# How long close() waits for room for its close_notify if the socket has no timeout. A peer that has stopped reading
+# must not hold a finished function any longer than reaching the relay may take.
 CLOSE_SEND_TIMEOUT: Final = 30.0
-# What a function can know of a cut before it has heard a byte: a TLS client is up before its server has judged it.
+# All that a function can say about a cut before the first byte: its TLS handshake as a client is done before the server
+# has checked its certificate.
 CUT_BEFORE_FIRST_BYTE: Final = (
     "the connection broke before the other function said anything: "
-    "it may have gone, or expect somebody else than this function (peer= there); its own error tells"
+    "it may be gone, or its peer= may not be this function; the error of the other function says which"
 )
 
 
 class _WireRefused(CertificateRefused, ssl.SSLError):
-    """CertificateRefused for code that was written for sockets, and catches OSError."""
+    """CertificateRefused, also for code that was written for sockets and catches OSError."""
 
     def __str__(self) -> str:
-        # SSLError's own wants a number before the text.
+        # SSLError.__str__ expects a number before the text.
         return str(self.args[0])
 
 
@@ -60,19 +64,19 @@ class Wire(ssl.SSLSocket):
     """
 
     _kept: bytes = b""
-    """Application data, at most one record of it, that was decrypted and not read when this direction ended."""
+    """Application data, at most one record, that was decrypted but not read when this direction ended."""
     _unsent_close_notify: bytes | None = None
-    """What is still to be sent of our close_notify; None before it was made."""
-    _has_heard: bool = False
-    """Whether application data has come."""
+    """The part of our close_notify that is not sent yet; None before we have made it."""
+    _has_received: bool = False
+    """Whether application data has arrived."""
     pump: threading.Thread | None = None
-    """What carries the bytes of a wire in a tunnel; its end means that all of them are in the kernel's hands."""
+    """In a tunnel, the thread that copies the bytes of the wire. When it ends, the kernel has all of them."""
 
     def send_eof(self) -> None:
         """End this direction with close_notify, and FIN; reading goes on.
 
-        It waits for room as sending does: raises TimeoutError, or SSLWantWriteError where the socket does not block,
-        and may then be called again. That the other side is gone is no error here: whoever reads next learns it.
+        Like sending, it may have to wait for room. Then it raises TimeoutError, or SSLWantWriteError on a non-blocking
+        socket, and may be called again. It is no error here that the other side is gone: the next read raises it.
         """
         tls = getattr(self, "_sslobj", None)
         if tls is None:
@@ -81,7 +85,7 @@ class Wire(ssl.SSLSocket):
             self._unsent_close_notify = self._make_close_notify(tls)
         try:
             while self._unsent_close_notify:
-                # Not SSLSocket.send: the record is TLS already.
+                # Not SSLSocket.send: this record is encrypted already.
                 sent = socket.socket.send(self, self._unsent_close_notify)
                 self._unsent_close_notify = self._unsent_close_notify[sent:]
             socket.socket.shutdown(self, socket.SHUT_WR)
@@ -93,11 +97,11 @@ class Wire(ssl.SSLSocket):
             pass  # the other side is gone
 
     def _make_close_notify(self, tls: Any) -> bytes:
-        """The record of our close_notify; ``b""`` if TLS can write nothing any more.
+        """The record of our close_notify; ``b""`` if TLS cannot write any more.
 
-        The ssl module calls SSL_shutdown twice: the first call writes close_notify, the second reads, and is the one
-        that breaks the other direction. So for this moment the descriptor is an empty socket pair: there is nothing
-        to read, and always room for what is written.
+        The ssl module calls SSL_shutdown twice. The first call writes close_notify; the second one reads, and breaks
+        the other direction. So for this moment we put an empty socket pair under the descriptor: there is nothing to
+        read, and always room to write.
         """
         while size := super().pending():
             self._kept += super().read(size)
@@ -113,9 +117,9 @@ class Wire(ssl.SSLSocket):
                 try:
                     tls.shutdown()
                 except ssl.SSLWantWriteError:
-                    raise  # not for want of room: an earlier send was given up in mid-record, and that is a cut
+                    raise  # there is room, so an earlier send stopped within a record, and the wire is cut
                 except ssl.SSLError:
-                    pass  # SSLWantReadError: it has written, and looked in vain for the other side's
+                    pass  # SSLWantReadError: it wrote our close_notify, and found none of the other side
                 finally:
                     os.dup2(saved, descriptor, inheritable=False)
                     self.settimeout(timeout)
@@ -127,23 +131,23 @@ class Wire(ssl.SSLSocket):
             os.close(saved)
 
     def shutdown(self, how: int) -> None:
-        """As for any socket; ``SHUT_WR`` says so in TLS, too, and leaves reading possible."""
+        """As for any socket; ``SHUT_WR`` also sends close_notify, and reading goes on."""
         if how != socket.SHUT_RD:
             self.send_eof()
         if how != socket.SHUT_WR:
             socket.socket.shutdown(self, how)
 
     def read(self, len: int = 1024, buffer: Any = None) -> Any:
-        """As ``SSLSocket.read``; the peer's close_notify is an end after ``send_eof``, too, not an exception."""
+        """As ``SSLSocket.read``, but the peer's close_notify reads as an end also after ``send_eof``."""
         if self._kept:
             return self._read_kept(len, buffer)
         try:
             data = super().read(len, buffer)
         except ssl.SSLZeroReturnError:
-            # OpenSSL says the same thing in both cases; the ssl module only reads it as an end before ours is sent.
+            # The peer's close_notify. The ssl module reports it as an end only until we have sent our own.
             return b"" if buffer is None else 0
         except (ssl.SSLEOFError, ConnectionResetError) as error:
-            if not self._has_heard:
+            if not self._has_received:
                 error.strerror = CUT_BEFORE_FIRST_BYTE
             raise
         except ssl.SSLError as error:
@@ -151,20 +155,20 @@ class Wire(ssl.SSLSocket):
             if text is None:
                 raise
             raise _WireRefused(text) from error
-        self._has_heard = self._has_heard or bool(data)
+        self._has_received = self._has_received or bool(data)
         return data
 
     def send(self, data: Any, flags: int = 0) -> int:
-        """As ``SSLSocket.send``; where it breaks because our certificate was refused, CertificateRefused says so."""
+        """As ``SSLSocket.send``; raises CertificateRefused if it fails because the peer refused our certificate."""
         try:
             return super().send(data, flags)
         except (BrokenPipeError, ConnectionResetError, ssl.SSLEOFError):
-            if not self._has_heard and not self._kept:
+            if not self._has_received and not self._kept:
                 self._look_for_refusal()
             raise
 
     def _look_for_refusal(self) -> None:
-        """Raise CertificateRefused if its alert has come, and nobody has read it."""
+        """Raise CertificateRefused if its alert has arrived and is not read yet."""
         timeout = self.gettimeout()
         self.settimeout(0)
         try:
@@ -179,7 +183,7 @@ class Wire(ssl.SSLSocket):
             self.settimeout(timeout)
 
     def _read_kept(self, size: int, buffer: Any) -> Any:
-        self._has_heard = True
+        self._has_received = True
         if buffer is None:
             data, self._kept = self._kept[:size], self._kept[size:]
             return data
@@ -193,9 +197,9 @@ class Wire(ssl.SSLSocket):
         return len(self._kept) + super().pending()
 
     def see_alert_off(self) -> None:
-        """Let the alert arrive with which TLS has refused the other side's certificate; a quarter of a second at most.
+        """Wait until our alert about the other side's certificate can arrive; a quarter of a second at most.
 
-        Closing while bytes come in sends RST, which overtakes it.
+        Closing while bytes arrive sends RST, which can overtake the alert.
         """
         try:
             socket.socket.shutdown(self, socket.SHUT_WR)
@@ -204,23 +208,23 @@ class Wire(ssl.SSLSocket):
             while socket.socket.recv(self, 65536) and time.monotonic() < end:
                 pass
         except OSError:
-            pass  # nothing comes, or it is gone
+            pass  # nothing arrives, or the other side is gone
 
     def abandon(self) -> None:
-        """Close without close_notify: the other side sees a cut, and can take it for nothing else."""
+        """Close without close_notify, so that the other side sees a cut."""
         self._sslobj: Any = None
         self.close()
 
     def close(self) -> None:
-        """Send close_notify if it was not sent, let what was written arrive, and close.
+        """Send close_notify if it was not sent, wait until what was written arrives, and close.
 
-        What still comes in is dropped. The wait is for the other side's end, or until all that was written has been
-        acknowledged and a moment has passed; two seconds at most. A socket that does not block is closed at once.
+        It drops what still arrives. It waits for the other side's end, or until everything written is acknowledged and
+        a moment has passed; two seconds at most. A non-blocking socket is closed at once.
         """
         super().close()
 
     def _real_close(self) -> None:
-        # Not in close(): that only counts down where makefile() has made a second owner.
+        # Not in close(): after makefile(), close() only counts down, and this method is the real end.
         if getattr(self, "_sslobj", None) is not None and self.fileno() != -1:
             try:
                 if self._unsent_close_notify is None and self.gettimeout() is None:
@@ -228,10 +232,10 @@ class Wire(ssl.SSLSocket):
                 self.send_eof()
                 self._linger()
             except OSError:
-                pass  # the other side sees a cut, which is the truth
+                pass  # no close_notify could be sent, so the other side sees a cut
         super()._real_close()  # type: ignore[misc]  # not in typeshed
         if self.pump is not None:
-            # A daemon: at the end of the process it would take with it what it has not sent yet.
+            # It is a daemon thread: if the process ended now, its unsent bytes would be lost.
             self.pump.join(LINGER_LIMIT)
 
     def _linger(self) -> None:

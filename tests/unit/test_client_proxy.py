@@ -170,7 +170,7 @@ def test_the_words_of_a_proxy_are_shown_on_one_line_and_not_all() -> None:
         asked(b"HTTP/1.1 403 no\x1b[2J\nfrelay: all is well \xff\xe2\x80\xae" + b"x" * 60_000 + b"\r\n\r\n")
     text = str(caught.value)
     assert text.isprintable()
-    assert "opens no way to relay.acme:9001: 403 no" in text
+    assert "refused a connection to relay.acme:9001: 403 no" in text
     assert len(text) < 1000
 
 
