@@ -1,6 +1,6 @@
 """Writes docs/cli.md from the commands themselves: ``python docs/make_cli.py``.
 
-A test runs it with ``--check``, so that the page cannot say anything that the commands do not.
+A test runs it with ``--check``, so the page says exactly what the commands say.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ PAGE: Final = Path(__file__).with_name("cli.md")
 HEADING: Final = """\
 # The commands
 
-Made from the commands themselves by `python docs/make_cli.py`; each says the same with `--help`.
+`python docs/make_cli.py` makes this page from the commands themselves. Each command says the same with `--help`.
 
 Data goes to stdout, messages to stderr. Exit codes: 0 done, 1 failed or an invalid configuration, 2 wrong usage;
-`frelay connect` has two more, below. `NO_COLOR` is honoured. Every option with a variable behind it can be set by that
-variable instead. `frelay --show-completion bash` (or zsh, fish) prints the completion script of that shell, and
+`frelay connect` has two more, below. With `NO_COLOR` the output has no colours. An option with a variable in its line can be
+set by that variable instead. `frelay --show-completion bash` (or zsh, fish) prints the completion script of that shell, and
 `--install-completion` installs it.
 """
 
 
 def commands(command: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Every command below ``command`` with its full name, groups before what is in them."""
+    """Every command below ``command`` with its full name, each group before its commands."""
     for name, child in getattr(command, "commands", {}).items():
         if child.hidden:
             continue
@@ -84,6 +84,6 @@ def page() -> str:
 if __name__ == "__main__":
     if "--check" in sys.argv[1:]:
         sys.exit(
-            0 if PAGE.read_text() == page() else f"{PAGE} is not what the commands say: run python docs/make_cli.py"
+            0 if PAGE.read_text() == page() else f"{PAGE} differs from what the commands say: run python docs/make_cli.py"
         )
     PAGE.write_text(page())
