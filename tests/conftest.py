@@ -1,4 +1,4 @@
-"""Fixtures for all tests; what they give is described in ``rig.py`` and ``certs.py``."""
+"""Fixtures for all tests; ``support/site.py`` and ``support/certs.py`` describe what they give."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import frelay.tls  # noqa: F401  before anything else loads OpenSSL: see there
-from rig import Site
+from support.site import Site
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts its background jobs so, CI among them, and the processes that the tests start would inherit it.

@@ -40,13 +40,14 @@ from frelay.pairing.stepping import PolledSocket
 from frelay.pairing.stream_pump import StreamPump
 from frelay.protocol.outcome import Outcome, Side
 from frelay.tls.stream import TlsStream
-from rig import Site, open_descriptors, opened_since
-from rounds import CountedRounds, nothing_is_ready
-from streams import SocketMaker, client_context, server_context, tcp_pair, tls_over, unix_pair
+from support.descriptors import open_descriptors, opened_since
+from support.rounds import CountedRounds, nothing_is_ready
+from support.site import Site
+from support.streams import SocketMaker, client_context, server_context, tcp_pair, tls_over, unix_pair
 
 T = TypeVar("T")
 
-PATIENCE: Final = 20.0
+TIMEOUT: Final = 20.0
 CONTENT: Final = random.Random(0).randbytes(1 << 20)
 """What is sent, over and over; the two directions begin at different places, so that nothing can be mistaken."""
 OTHER_START: Final = 333_333
@@ -80,7 +81,7 @@ class Trio:
         self._ready = threading.Event()
         self._thread = threading.Thread(target=trio.run, args=(self._main,))
         self._thread.start()
-        assert self._ready.wait(PATIENCE)
+        assert self._ready.wait(TIMEOUT)
 
     async def _main(self) -> None:
         async with trio.open_nursery() as self.nursery:
@@ -91,14 +92,14 @@ class Trio:
 
     def __call__(self, function: Callable[..., Awaitable[T]], *args: Any) -> T:
         async def call() -> T:
-            with trio.fail_after(PATIENCE):
+            with trio.fail_after(TIMEOUT):
                 return await function(*args)
 
         return trio.from_thread.run(call, trio_token=self._token)
 
     def end(self) -> None:
         trio.from_thread.run_sync(self._done.set, trio_token=self._token)
-        self._thread.join(PATIENCE)
+        self._thread.join(TIMEOUT)
         assert not self._thread.is_alive()
 
 
@@ -449,7 +450,7 @@ class HalfClose(RuleBasedStateMachine):
 
     def _bring_to_an_end(self) -> None:
         assert self.trio is not None
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT
         while not self.middle.is_over.is_set() or not all(
             queue.end_was_seen or queue.receiver.is_lost for queue in self.queues
         ):

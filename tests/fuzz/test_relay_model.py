@@ -41,7 +41,6 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from ends import End, block
 from frelay.config.load import load
 from frelay.errors import ConfigError
 from frelay.joining import listener
@@ -51,7 +50,11 @@ from frelay.journal import Entry, HandshakeDone
 from frelay.protocol.messages import Mode, PartyName
 from frelay.relay.control import RelayControl
 from frelay.relay.relay import Relay
-from rig import PATIENCE, Party, Site, open_descriptors, opened_since
+from support.descriptors import open_descriptors, opened_since
+from support.ends import End, block
+from support.party import Party
+from support.site import Site
+from support.waiting import TIMEOUT
 
 EXAMPLES: Final = int(os.environ.get("FRELAY_EXAMPLES", "50"))
 STEPS: Final = 40
@@ -265,7 +268,7 @@ class World:
             self.relay.stop_now()
             for guest in tuple(self.guests):
                 self.hang_up(guest)
-            with trio.fail_after(PATIENCE):
+            with trio.fail_after(TIMEOUT):
                 await self._over.wait()
         finally:
             self._patches.close()
@@ -350,7 +353,7 @@ class World:
 
     async def agree(self) -> None:
         """Wait until the relay has got as far as the model; a failure shows both."""
-        deadline = trio.current_time() + PATIENCE
+        deadline = trio.current_time() + TIMEOUT
         while (found := self.as_it_is()) != (wanted := self.as_it_should_be()):
             self.look_for_faults()
             if trio.current_time() > deadline:
@@ -533,7 +536,7 @@ class World:
         there = {side: [*before[side], *(guest for guest in came if guest.side == side)] for side in SIDES}
         expected = len(route.meetings) + min(len(guests) for guests in there.values())
         live = self.relay.routes[route.name]
-        deadline = trio.current_time() + PATIENCE
+        deadline = trio.current_time() + TIMEOUT
         while len(live.pairings) < expected:
             assert trio.current_time() < deadline, f"{len(live.pairings)} pairings where {expected} should be"
             await trio.sleep(0.001)
@@ -785,7 +788,7 @@ class RelayMachine(RuleBasedStateMachine):
 
     def do(self, action: Callable[..., Awaitable[None]], *args: Any) -> None:
         async def patiently() -> None:
-            with trio.fail_after(PATIENCE):
+            with trio.fail_after(TIMEOUT):
                 await action(*args)
 
         trio.from_thread.run(patiently)

@@ -18,8 +18,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from certs import Credential, der, san_der
-from fake_relay import PAIRED, WAITING, FakeRelay, join, make_plan, peer
 from frelay.client.contexts import inner_context
 from frelay.client.joining import Joined
 from frelay.client.options import JoinPlan
@@ -30,7 +28,9 @@ from frelay.client.steps import Open, Receive, Send, Step
 from frelay.client.tls_engine import Engine
 from frelay.errors import FrelayError, PeerIdentityMismatch, Refused, Truncated
 from frelay.protocol.messages import Join, Message, Mode, Role
-from rig import Site
+from support.certs import Credential, der, san_der
+from support.fake_relay import PAIRED, WAITING, FakeRelay, join, make_plan, peer
+from support.site import Site
 
 # Each conversation has its handshakes, and a machine under load takes its time for them.
 UNHURRIED: Final = settings(deadline=None, max_examples=100)

@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 import trio
 
-from ends import OPEN, churn
-from rig import RelayProcess, Site, open_descriptors
+from support.descriptors import open_descriptors
+from support.ends import OPEN, churn
+from support.relay import RelayProcess
+from support.site import Site
 
 COUNT = int(os.environ.get("FRELAY_CHURN", "300"))
 WARM_UP = 99

@@ -18,14 +18,15 @@ from typing import Any, Final
 import httpx
 import trio
 
-from rig import PATIENCE, Site
+from support.site import Site
+from support.waiting import TIMEOUT
 
 __all__ = ["ADMIN", "ROUTE", "Events", "admin", "events", "forwarded", "keys", "route_body"]
 
 ADMIN: Final = '[admin]\nlisten = "unix:a.sock"\n'
 
 ROUTE: Final = {"listen": "127.0.0.1:0", "func1": "dns:func1.demo", "func2": ["dns:func2.demo"]}
-"""A route as the API takes it; the same parties as rig.DEMO's."""
+"""A route as the API takes it; the same parties as site.DEMO's."""
 
 
 def route_body(**changes: Any) -> dict[str, Any]:
@@ -38,7 +39,7 @@ async def admin(site: Site, **options: Any) -> AsyncIterator[httpx.AsyncClient]:
     """A client on the Unix socket of :data:`ADMIN`."""
     transport = httpx.AsyncHTTPTransport(uds=str(site.directory / "a.sock"))
     async with httpx.AsyncClient(
-        transport=transport, base_url="http://localhost", timeout=PATIENCE, **options
+        transport=transport, base_url="http://localhost", timeout=TIMEOUT, **options
     ) as client:
         yield client
 
@@ -68,7 +69,7 @@ class Events:
 
     async def wait(self, kind: str, count: int = 1) -> dict[str, Any]:
         """The data of the ``count``-th event of this kind, now or to come."""
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             async with self._more:
                 while len(self.of(kind)) < count:
                     await self._more.wait()

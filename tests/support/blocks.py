@@ -24,8 +24,8 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
-from commands import PATIENCE, Said
-from tools import needs_root, tool
+from support.commands import COMMAND_TIMEOUT, Said
+from support.tools import needs_root, tool
 
 __all__ = ["PAGES", "Block", "Command", "Machine", "Running", "blocks", "find", "machine"]
 
@@ -97,7 +97,7 @@ class Running:
         """Wait until ``text`` was printed so many times; gives the line that had it last."""
         with self._more:
             come = self._more.wait_for(
-                lambda: self.output.count(text) >= count or not self._reader.is_alive(), PATIENCE
+                lambda: self.output.count(text) >= count or not self._reader.is_alive(), COMMAND_TIMEOUT
             )
         assert come, f"{text!r} was not said:\n{self.output}"
         assert self.output.count(text) >= count, f"it ended without {text!r}:\n{self.output}"
@@ -115,8 +115,8 @@ class Running:
         """Close its input, and wait for its end; gives the exit code."""
         assert self.process.stdin is not None
         self.process.stdin.close()
-        code = self.process.wait(PATIENCE)
-        self._reader.join(PATIENCE)
+        code = self.process.wait(COMMAND_TIMEOUT)
+        self._reader.join(COMMAND_TIMEOUT)
         return code
 
     def stop(self) -> None:
@@ -124,11 +124,11 @@ class Running:
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGTERM)
             try:
-                self.process.wait(PATIENCE)
+                self.process.wait(COMMAND_TIMEOUT)
             except subprocess.TimeoutExpired:
                 os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait(PATIENCE)
-        self._reader.join(PATIENCE)
+                self.process.wait(COMMAND_TIMEOUT)
+        self._reader.join(COMMAND_TIMEOUT)
         for stream in (self.process.stdin, self.process.stdout):
             assert stream is not None
             stream.close()
@@ -161,7 +161,7 @@ class Machine:
             input=stdin,
             capture_output=True,
             text=True,
-            timeout=PATIENCE,
+            timeout=COMMAND_TIMEOUT,
             check=False,
         )
         return Said(done.returncode, done.stdout, done.stderr)
@@ -206,5 +206,5 @@ def machine(directory: Path, *names: str) -> Iterator[Machine]:
         yield Machine(directory, holder.pid)
     finally:
         holder.stdin.close()
-        holder.wait(PATIENCE)
+        holder.wait(COMMAND_TIMEOUT)
         holder.stdout.close()

@@ -25,7 +25,7 @@ import trio
 from playwright.sync_api import Browser as Chrome
 from playwright.sync_api import ConsoleMessage, Page, sync_playwright
 
-from tools import tool
+from support.tools import tool
 
 __all__ = ["Browser", "Forwarded", "View", "browser", "forwarded"]
 

@@ -4,7 +4,7 @@ Keys are P-256 unless a test says otherwise, so a whole set costs a few millisec
 between tests. Good certificates come from :mod:`frelay.pki` as users get them, odd ones straight from ``cryptography``,
 down to the DER of the subjectAltName where ``cryptography`` would refuse to write it::
 
-    from certs import TestAuthority, self_signed
+    from support.certs import TestAuthority, self_signed
 
     async def test_something(tmp_path: Path) -> None:
         ca = TestAuthority()

@@ -22,7 +22,8 @@ import frelay
 import frelay.client.asyncio
 import frelay.client.trio
 from frelay.client.options import Options
-from rig import PATIENCE, Site
+from support.site import Site
+from support.waiting import TIMEOUT
 
 __all__ = ["CLIENTS", "PAIRS_OF_CLIENTS", "Client", "Part", "answer", "ask", "meet", "options", "run_function"]
 
@@ -51,7 +52,7 @@ def options(site: Site, me: str, other: str, **more: Any) -> Options:
     """The arguments of ``connect`` for ``me``, who expects ``other``."""
     cert, key = site.paths[me]
     given = Options(
-        cert=cert, key=key, ca=site.ca_path, peer=f"dns:{other}.demo", server_name="localhost", wait=PATIENCE
+        cert=cert, key=key, ca=site.ca_path, peer=f"dns:{other}.demo", server_name="localhost", wait=TIMEOUT
     )
     given.update(more)  # type: ignore[typeddict-item]
     return given
@@ -65,7 +66,7 @@ def _blocking(address: str, part: Part, given: Options) -> bytes:
         return b"".join(parts)
 
     with frelay.connect(address, **given) as wire:
-        wire.settimeout(PATIENCE)
+        wire.settimeout(TIMEOUT)
         heard = b"" if part.speaks_first else receive()
         wire.sendall(part.says)
         wire.send_eof()
@@ -98,7 +99,7 @@ async def _asyncio(address: str, part: Part, given: Options) -> bytes:
 
 async def run_function(client: Client, address: str, part: Part, given: Options) -> bytes:
     """Join, play the part, and give what was received."""
-    with trio.fail_after(PATIENCE * 2):
+    with trio.fail_after(TIMEOUT * 2):
         if client == "trio":
             return await _trio(address, part, given)
         call: Callable[[], bytes] = partial(_blocking, address, part, given)

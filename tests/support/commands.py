@@ -1,23 +1,44 @@
-"""The ``frelay`` command as a person runs it: a process, what it says on both streams, and its exit code."""
+"""The ``frelay`` command as a person runs it: a process, what it says on both streams, and its exit code.
+
+:func:`frelay_command` and :func:`ask` run any command to its end; :func:`command` is ``frelay connect`` while it runs.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import trio
 
-__all__ = ["FRELAY", "Said", "ask", "frelay_command", "session_processes"]
+from support.ports import reserved_port
+from support.relay import FRELAY_RUN
+from support.site import DEMO, Site
+from support.tools import answers, running
+from support.waiting import TIMEOUT
+
+__all__ = [
+    "FRELAY",
+    "Command",
+    "Said",
+    "arguments",
+    "ask",
+    "command",
+    "frelay_command",
+    "relay_logging_to",
+    "session_processes",
+]
 
 FRELAY: Final = (sys.executable, "-m", "frelay")
 # A command that fails does so within a second or two; a machine may be fifty times as slow.
-PATIENCE: Final = 60.0
+COMMAND_TIMEOUT: Final = 60.0
 
 
 @dataclass(frozen=True)
@@ -36,7 +57,10 @@ class Said:
 
 
 def frelay_command(
-    *arguments: str | Path, cwd: Path | None = None, env: Mapping[str, str] | None = None, patience: float = PATIENCE
+    *arguments: str | Path,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    timeout: float = COMMAND_TIMEOUT,
 ) -> Said:
     """Run ``frelay ARGUMENTS`` to its end. Colours are off, as for any stream that is no terminal."""
     done = subprocess.run(
@@ -46,7 +70,7 @@ def frelay_command(
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=patience,
+        timeout=timeout,
         check=False,
     )
     return Said(done.returncode, done.stdout, done.stderr)
@@ -55,6 +79,109 @@ def frelay_command(
 async def ask(*arguments: str | Path, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Said:
     """As :func:`frelay_command`, for a test whose own parties must go on answering meanwhile."""
     return await trio.to_thread.run_sync(partial(frelay_command, *arguments, cwd=cwd, env=env))
+
+
+# --- frelay connect, while it runs ---------------------------------------------------------------------------------
+
+
+def arguments(site: Site, address: str, me: str, other: str, *more: str) -> list[str]:
+    """The command line of ``frelay connect`` for ``me``, who expects ``other``."""
+    cert, key = site.paths[me]
+    line = [sys.executable, "-m", "frelay", "connect", address, "--server-name", "localhost"]
+    line += ["--cert", str(cert), "--key", str(key), "--ca", str(site.ca_path), "--peer", f"dns:{other}.demo"]
+    return [*line, *more]
+
+
+class Command:
+    """A running ``frelay connect --json``; ``stdin`` and ``stdout`` are pipes."""
+
+    def __init__(self, process: trio.Process) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self.process = process
+        self.stdin = process.stdin
+        self.stdout = process.stdout
+        self.events: list[dict[str, Any]] = []
+        self.stderr = ""
+        self._more = trio.Event()
+
+    async def _read(self) -> None:
+        assert self.process.stderr is not None
+        rest = b""
+        async for chunk in self.process.stderr:
+            self.stderr += chunk.decode("utf-8", "replace")
+            *lines, rest = (rest + bytes(chunk)).split(b"\n")
+            self.events += [json.loads(line) for line in lines if line.startswith(b"{")]
+            self._more.set()
+            self._more = trio.Event()
+        self._more.set()
+
+    def said(self, event: str) -> list[dict[str, Any]]:
+        return [entry for entry in self.events if entry["event"] == event]
+
+    async def say(self, event: str, count: int = 1) -> dict[str, Any]:
+        """The ``count``-th status line of this name, now or to come."""
+        with trio.move_on_after(TIMEOUT):
+            while len(self.said(event)) < count:
+                await self._more.wait()
+        assert len(self.said(event)) >= count, f"no {event!r} ({count}); stderr:\n{self.stderr}"
+        return self.said(event)[count - 1]
+
+    async def output(self) -> bytes:
+        """Standard output to its end."""
+        with trio.fail_after(TIMEOUT):
+            return b"".join([bytes(data) async for data in self.stdout])
+
+    async def exit_code(self) -> int:
+        with trio.fail_after(TIMEOUT):
+            return await self.process.wait()
+
+
+@asynccontextmanager
+async def command(line: list[str], env: Mapping[str, str] | None = None) -> AsyncIterator[Command]:
+    """Run a command line with ``--json`` added; killed at the end if it still runs."""
+    async with trio.open_nursery() as nursery:
+        process: trio.Process = await nursery.start(
+            partial(
+                trio.run_process,
+                [*line, "--json"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                check=False,
+                env={**os.environ, **(env or {})},
+            )
+        )
+        running = Command(process)
+        nursery.start_soon(running._read)
+        try:
+            yield running
+        finally:
+            await trio.aclose_forcefully(running.stdin)
+            await trio.aclose_forcefully(running.stdout)
+            if process.returncode is None:
+                process.kill()
+
+
+# --- frelay run, by what the operating system shows of it -----------------------------------------------------------
+
+
+@asynccontextmanager
+async def relay_logging_to(
+    site: Site, stderr: int, *options: str, shell: str | None = None
+) -> AsyncIterator[tuple[trio.Process, int]]:
+    """A ``frelay run`` that is known by its port only, since its log goes to this descriptor; with that port.
+
+    ``shell`` are redirections, for what a descriptor cannot say.
+    """
+    with reserved_port() as port:
+        config = site.write(DEMO.replace("127.0.0.1:0", f"127.0.0.1:{port}"))
+        line = [*FRELAY_RUN, "-c", str(config), "--log-level", "debug", *options]
+        if shell is not None:
+            line = ["/bin/sh", "-c", f'exec "$@" {shell}', "sh", *line]
+        async with running(line, stderr=stderr) as process:
+            await answers(port)
+            yield process, port
 
 
 def session_processes(session: int) -> list[str]:

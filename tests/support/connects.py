@@ -16,9 +16,11 @@ from typing import Final
 
 import trio
 
-from command import Command, arguments, command
 from frelay.client.options import split_address
-from rig import PATIENCE, RelayInProcess, RelayProcess, Site
+from support.commands import Command, arguments, command
+from support.relay import RelayInProcess, RelayProcess
+from support.site import Site
+from support.waiting import TIMEOUT
 
 __all__ = ["dial", "ends_by_reset", "offering", "port_here", "reset", "still_echoes"]
 
@@ -50,7 +52,7 @@ async def port_here(
 
 async def dial(place: str) -> trio.SocketStream:
     """A connection to ``HOST:PORT`` or ``unix:PATH``."""
-    with trio.fail_after(PATIENCE):
+    with trio.fail_after(TIMEOUT):
         if place.startswith("unix:"):
             return await trio.open_unix_socket(os.fspath(place.removeprefix("unix:")))
         return await trio.open_tcp_stream(*split_address(place))
@@ -58,7 +60,7 @@ async def dial(place: str) -> trio.SocketStream:
 
 async def still_echoes(stream: trio.SocketStream, text: bytes = b"as before") -> None:
     """What is sent comes back, and nothing else."""
-    with trio.fail_after(PATIENCE):
+    with trio.fail_after(TIMEOUT):
         await stream.send_all(text)
         heard = b""
         while len(heard) < len(text):
@@ -76,7 +78,7 @@ def reset(stream: trio.SocketStream) -> None:
 
 async def ends_by_reset(stream: trio.SocketStream) -> bool:
     """Whether it ends by RST, and not by an end that looks as if all had come."""
-    with trio.fail_after(PATIENCE):
+    with trio.fail_after(TIMEOUT):
         try:
             while await stream.receive_some(65536):
                 pass

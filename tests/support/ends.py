@@ -1,6 +1,6 @@
 """Two ends of a pairing that look the same whatever their mode, and bulk traffic between them.
 
-A test about bytes should not care how a leg carries them. So an :class:`End` is a :class:`~rig.Party` once it is
+A test about bytes should not care how a leg carries them. So an :class:`End` is a ``Party`` once it is
 paired, with one face for all modes::
 
     one, two = await join_ends(site, relay, "raw", "bare")       # any of MODES, or "plain" on a plain route
@@ -27,7 +27,10 @@ from typing import Final, Literal
 
 import trio
 
-from rig import DEMO, PATIENCE, Party, RelayInProcess, RelayProcess, Site, eventually, pair
+from support.party import Party, pair
+from support.relay import RelayInProcess, RelayProcess
+from support.site import DEMO, Site
+from support.waiting import TIMEOUT, eventually
 
 __all__ = [
     "MODES",
@@ -131,7 +134,7 @@ class End:
 
     async def ended(self) -> str:
         """How the connection ended: "eof", "reset", or "truncated"; bytes before are dropped."""
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             try:
                 while await self.receive():
                     pass
@@ -348,8 +351,8 @@ def thread_socket(end: End) -> socket.socket:
 def _wait(sock: socket.socket, *, to_write: bool) -> int:
     poll = select.poll()
     poll.register(sock, select.POLLIN | (select.POLLOUT if to_write else 0))
-    ready = poll.poll(PATIENCE * 1000)
-    assert ready, f"nothing moved for {PATIENCE} s"
+    ready = poll.poll(TIMEOUT * 1000)
+    assert ready, f"nothing moved for {TIMEOUT} s"
     return ready[0][1]
 
 
@@ -425,7 +428,7 @@ def _receive(sock: socket.socket, channel: Channel | None, limit: int) -> bytes:
 
 def _end_and_read_end(sock: socket.socket, channel: Channel | None) -> None:
     sock.setblocking(True)
-    sock.settimeout(PATIENCE)
+    sock.settimeout(TIMEOUT)
     if channel is None:
         sock.shutdown(socket.SHUT_WR)
         assert sock.recv(1) == b"", "more bytes than were sent"

@@ -21,7 +21,7 @@ from frelay.client.steps import Close, Endpoint, Open, Pause, Receive, Resolve, 
 from frelay.client.tls_engine import Engine
 from frelay.protocol.messages import Join, Message, Paired, Waiting
 from frelay.protocol.session import RelaySession
-from rig import Site
+from support.site import Site
 
 __all__ = ["PAIRED", "WAITING", "FakeRelay", "join", "make_plan", "pair_at_once", "peer"]
 

@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from records import RecordForge, log_keys
-from rig import Party, RelayInProcess, RelayProcess, Site
-from rounds import settled
+from support.party import Party
+from support.records import RecordForge, log_keys
+from support.relay import RelayInProcess, RelayProcess
+from support.rounds import settled
+from support.site import Site
 
 __all__ = ["TcpInfo", "client_hello", "corked", "forging_party", "is_silent", "met", "relay_has_read", "tcp_info"]
 

@@ -14,7 +14,9 @@ from dataclasses import dataclass, replace
 
 import trio
 
-from rig import RelayInProcess, eventually, open_descriptors, opened_since
+from support.descriptors import open_descriptors, opened_since
+from support.relay import RelayInProcess
+from support.waiting import eventually
 
 __all__ = ["Holdings", "as_before", "holdings"]
 

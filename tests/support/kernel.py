@@ -14,9 +14,10 @@ from typing import Final
 
 import trio
 
-from ends import End, block
 from frelay.net.tcp import unacknowledged
-from rig import PATIENCE, RelayProcess, eventually
+from support.ends import End, block
+from support.relay import RelayProcess
+from support.waiting import TIMEOUT, eventually
 
 __all__ = ["Queues", "fill", "has_arrived", "relays_queues", "resident", "rests"]
 
@@ -76,7 +77,7 @@ async def has_arrived(end: End) -> None:
 async def rests(relay: RelayProcess) -> None:
     """Wait until the relay has nothing to do: it is found asleep again and again, and has not been awake between."""
     looks, found = 0, None
-    with trio.fail_after(PATIENCE):
+    with trio.fail_after(TIMEOUT):
         while looks < _LOOKS:
             now = _sleep_of(relay)
             looks, found = (looks + 1 if now == found is not None else 0), now

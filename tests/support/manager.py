@@ -15,7 +15,7 @@ from typing import Final
 
 import trio
 
-from rig import PATIENCE
+from support.waiting import TIMEOUT
 
 __all__ = ["Manager", "activated", "listening"]
 
@@ -75,7 +75,7 @@ class Manager:
 
     async def hear(self, *, watchdog: bool = False) -> str:
         """The next word; those of the watchdog are passed over unless they are what is waited for."""
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             while True:
                 await trio.lowlevel.wait_readable(self.socket)
                 word = self.socket.recv(65536).decode("ascii")

@@ -8,7 +8,7 @@ The relay lives in one namespace, and each place where functions are in another 
             net.cut("func1", to=True, back=False)                 # nothing arrives there any more, and nobody is told
             net.mend("func1")
 
-A :class:`Network` is a :class:`~rig.Site` whose parties dial from there. Nothing leaves the machine, and nothing of it
+A :class:`Network` is a ``Site`` whose parties dial from there. Nothing leaves the machine, and nothing of it
 is seen outside of the namespaces, which are gone at the end.
 """
 
@@ -24,8 +24,9 @@ from typing import Final
 import pytest
 import trio
 
-from rig import RelayInProcess, RelayProcess, Site
-from tools import needs_root, tool
+from support.relay import RelayInProcess, RelayProcess
+from support.site import Site
+from support.tools import needs_root, tool
 
 __all__ = ["Network", "network"]
 

@@ -1,6 +1,6 @@
 """TLS 1.3 records made by hand: what no TLS library sends, and what the relay must survive all the same.
 
-A :class:`RecordForge` takes over the sending half of a :class:`~rig.Party` whose handshake is done, with the traffic
+A :class:`RecordForge` takes over the sending half of a ``Party`` whose handshake is done, with the traffic
 secret that the standard library logs, and from then on every record that goes to the relay is made here: KeyUpdates by
 the thousand, empty records, alerts in the clear. The party's own ``send`` and ``close_notify`` must not be used any
 more, because its TLS counts records, too. The layouts are those of RFC 8446, sections 5 and 7.

@@ -38,9 +38,9 @@ from typing import Any, Final, TypeVar
 import pytest
 import structlog
 import trio
-
 from certs import Credential, TestAuthority
 from faults import FaultyNetwork, Weather, a_network, descriptors_of_networks
+
 from frelay.config.load import load
 from frelay.pairing.pipes import PipePool
 from frelay.relay.relay import Relay
@@ -87,7 +87,7 @@ Or a range of seeds, such as ``1-200``: then each test gets one of them, always 
 direct: Final = pytest.mark.skipif(THROUGH_FAULTS != "", reason="about the one connection between party and relay")
 """Marks a test that is about what waits in the kernel between the two, or that has a network of its own."""
 
-PATIENCE: Final = 20.0
+TIMEOUT: Final = 20.0
 """Seconds after which a wait for an event is a failure; on an idle machine all of them take milliseconds."""
 
 FRELAY_RUN: Final = (sys.executable, "-m", "frelay", "run")
@@ -219,7 +219,7 @@ class Party:
 
     async def expect(self, name: str, *, pong: bool = True) -> dict[str, Any]:
         """The payload of the next frame, which must be ``name``; PINGs before it are answered."""
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             while True:
                 found = await self.next_frame()
                 assert found is not None, f"{name} expected, the relay ended the stream"
@@ -235,7 +235,7 @@ class Party:
     async def refusal(self) -> dict[str, Any]:
         """The payload of REFUSED, which must be the relay's last word before an orderly end of its TLS stream."""
         payload = await self.expect("REFUSED")
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             assert await self.next_frame() is None
         return payload
 
@@ -244,7 +244,7 @@ class Party:
 
         A TLS 1.3 client may see it in its handshake or, where its certificate was judged, only after that.
         """
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             try:
                 await self.handshake()
                 found: object = await self.receive()
@@ -258,7 +258,7 @@ class Party:
 
     async def read_to_close_notify(self) -> None:
         """Read the outer TLS to the relay's close_notify; keeps raw bytes behind it in ``leftover``."""
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             assert await self.receive() == b""
         assert self._frames == b""
         self.leftover = self.incoming.read()
@@ -303,7 +303,7 @@ class Party:
 
     async def ended(self) -> str:
         """How the connection ended: "eof" or "reset"; bytes before are dropped."""
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             try:
                 while await self.receive_raw():
                     pass
@@ -324,7 +324,7 @@ async def pair(one: Party, two: Party, **fields: Any) -> tuple[dict[str, Any], d
 # --- waiting and counting ------------------------------------------------------------------------------------------
 
 
-async def eventually(condition: Callable[[], bool], what: str = "the condition", patience: float = PATIENCE) -> None:
+async def eventually(condition: Callable[[], bool], what: str = "the condition", patience: float = TIMEOUT) -> None:
     """Wait until ``condition`` holds, looking often; a failure after ``patience`` seconds."""
     deadline = trio.current_time() + patience
     while not condition():
@@ -507,7 +507,7 @@ class RelayProcess:
 
     async def log(self, event: str, *, count: int = 1, **fields: Any) -> dict[str, Any]:
         """The ``count``-th log entry of this name with these fields, now or to come."""
-        with trio.move_on_after(PATIENCE):
+        with trio.move_on_after(TIMEOUT):
             while len(self.logged(event, **fields)) < count:
                 if self.process.returncode is not None:
                     break
@@ -534,7 +534,7 @@ class RelayProcess:
         return int(self.logged("worker started", worker=number)[-1]["pid"])
 
     async def exit_code(self) -> int:
-        with trio.fail_after(PATIENCE * 3):
+        with trio.fail_after(TIMEOUT * 3):
             return await self.process.wait()
 
 
@@ -712,6 +712,6 @@ client_ca = "{self.client_ca.name}"
     ) -> Party:
         """A party whose outer handshake is done (on its side; the relay may yet refuse it)."""
         party = await self.connect(relay, name, route=route, alpn=alpn, server_hostname=server_hostname)
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             await party.handshake()
         return party

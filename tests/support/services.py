@@ -20,9 +20,12 @@ from typing import Final, Literal
 
 import trio
 
-from ends import End
 from frelay.net.sockets import format_address
-from rig import Party, RelayInProcess, Site, eventually
+from support.ends import End
+from support.party import Party
+from support.relay import RelayInProcess
+from support.site import Site
+from support.waiting import eventually
 
 __all__ = [
     "CALLERS",

@@ -18,7 +18,7 @@ from OpenSSL import SSL
 from frelay.config.load import load
 from frelay.tls.loading import load_outer_tls
 from frelay.tls.stream import TlsStream
-from rig import Site
+from support.site import Site
 
 __all__ = [
     "ClientStream",

@@ -26,7 +26,10 @@ import trio
 
 import frelay
 from frelay.client.wire import Wire
-from rig import PATIENCE, RelayInProcess, RelayProcess, Site, frame
+from support.party import frame
+from support.relay import RelayInProcess, RelayProcess
+from support.site import Site
+from support.waiting import TIMEOUT
 
 __all__ = ["PAIRED", "WAITING", "connect", "fake_relay", "in_thread", "meet", "options", "read_frame", "read_to_end"]
 
@@ -58,16 +61,16 @@ def options(site: Site, name: str, **changes: Any) -> dict[str, Any]:
     """The arguments of ``connect`` for the function ``name``, which expects the other of func1 and func2."""
     cert, key = site.paths[name]
     other = "func2" if name == "func1" else "func1"
-    return {"cert": cert, "key": key, "ca": site.ca_path, "peer": f"dns:{other}.demo", "wait": PATIENCE, **changes}
+    return {"cert": cert, "key": key, "ca": site.ca_path, "peer": f"dns:{other}.demo", "wait": TIMEOUT, **changes}
 
 
 async def connect(
     site: Site, relay: RelayInProcess | RelayProcess | int, name: str, *, route: str | None = None, **changes: Any
 ) -> Wire:
-    """``frelay.connect`` as the function ``name``, in a thread. Its wire gives up after PATIENCE, too."""
+    """``frelay.connect`` as the function ``name``, in a thread. Its wire gives up after TIMEOUT, too."""
     port = relay if isinstance(relay, int) else relay.port(route or "demo")
     wire = await in_thread(frelay.connect, f"127.0.0.1:{port}", **options(site, name, route=route, **changes))
-    wire.settimeout(PATIENCE)
+    wire.settimeout(TIMEOUT)
     return wire
 
 
@@ -134,7 +137,7 @@ def fake_relay(
     def serve(listener: socket.socket) -> None:
         try:
             sock, _ = listener.accept()
-            sock.settimeout(PATIENCE)
+            sock.settimeout(TIMEOUT)
             # What a script has sent must be out, even if the next thing it does is to cut the connection.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with (
@@ -147,7 +150,7 @@ def fake_relay(
             failures.append(error)
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.settimeout(PATIENCE)
+        listener.settimeout(TIMEOUT)
         if listeners is not None:
             listeners.append(listener)
         thread = threading.Thread(target=serve, args=(listener,), daemon=True)
@@ -155,6 +158,6 @@ def fake_relay(
         try:
             yield f"127.0.0.1:{listener.getsockname()[1]}"
         finally:
-            thread.join(PATIENCE)
+            thread.join(TIMEOUT)
     assert not thread.is_alive()
     assert not failures, failures

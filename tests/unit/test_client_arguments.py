@@ -10,10 +10,10 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 
 import frelay
-from certs import TestAuthority
 from frelay.client.options import JoinPlan
 from frelay.errors import CertificateError
 from frelay.protocol.identity import dns_name
+from support.certs import TestAuthority
 
 # Nobody listens on port 1 of loopback; and nobody should have been asked.
 NOWHERE: Final = "127.0.0.1:1"

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from fake_relay import PAIRED, WAITING, FakeRelay, join, make_plan, pair_at_once, peer
 from frelay.client.contexts import inner_context
 from frelay.client.joining import Joining
 from frelay.client.options import JoinPlan
@@ -19,7 +18,8 @@ from frelay.client.tls_engine import Engine
 from frelay.errors import HandOffFailed, PeerGone, Refused, RelayUnreachable
 from frelay.protocol import messages
 from frelay.protocol.messages import Join, Leave, Message, Mode, Pong
-from rig import Site
+from support.fake_relay import PAIRED, WAITING, FakeRelay, join, make_plan, pair_at_once, peer
+from support.site import Site
 
 
 @pytest.fixture

@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 import trio
 
-from certs import TestAuthority
 from frelay.client.contexts import inner_context
 from frelay.client.tls_engine import Engine
 from frelay.client.trio import TrioWire
 from frelay.client.wire import Wire
 from frelay.errors import CertificateRefused
 from frelay.protocol.messages import Paired
-from rig import PATIENCE, Site
+from support.certs import TestAuthority
+from support.site import Site
+from support.waiting import TIMEOUT
 
 MUCH = b"question" * 4_000_000
 
@@ -42,9 +43,9 @@ def connect(site: Site) -> tuple[socket.socket, threading.Thread]:
         two.close()
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        one = socket.create_connection(listener.getsockname(), timeout=PATIENCE)
+        one = socket.create_connection(listener.getsockname(), timeout=TIMEOUT)
         two, _ = listener.accept()
-    two.settimeout(PATIENCE)
+    two.settimeout(TIMEOUT)
     thread = threading.Thread(target=refuse, daemon=True)
     thread.start()
     return one, thread
@@ -54,7 +55,7 @@ def test_a_wire_says_so(site: Site, context: ssl.SSLContext) -> None:
     sock, thread = connect(site)
     wire = context.wrap_socket(sock, suppress_ragged_eofs=False)
     assert isinstance(wire, Wire)
-    thread.join(PATIENCE)
+    thread.join(TIMEOUT)
     with pytest.raises(CertificateRefused, match="unknown ca") as caught:
         wire.sendall(MUCH)
     assert isinstance(caught.value, ssl.SSLError)
@@ -68,7 +69,7 @@ async def test_a_trio_stream_says_so(site: Site, context: ssl.SSLContext) -> Non
         sock.sendall(engine.take())
         engine.feed(sock.recv(65536))
     sock.sendall(engine.take())
-    thread.join(PATIENCE)
+    thread.join(TIMEOUT)
     sock.setblocking(False)
     wire = TrioWire(
         trio.SocketStream(trio.socket.from_stdlib_socket(sock)),

@@ -13,8 +13,8 @@ from frelay.client.contexts import inner_context
 from frelay.client.tls_engine import Engine
 from frelay.client.trio import TrioWire
 from frelay.protocol.messages import Paired
-from rig import Site
-from streams import clog, unix_pair
+from support.site import Site
+from support.streams import clog, unix_pair
 
 PAIRED = Paired("0", "demo", "dns:other.demo", "client", "handoff")
 

@@ -18,13 +18,13 @@ from typing import Any, Final
 
 import pytest
 
-from certs import TestAuthority
 from frelay.client.contexts import inner_context
 from frelay.client.peer import check_peer, read_peer, read_selectors
 from frelay.client.wire import Wire
 from frelay.errors import PeerIdentityMismatch
+from support.certs import TestAuthority
 
-PATIENCE: Final = 20.0
+TIMEOUT: Final = 20.0
 
 
 class Pair:
@@ -58,9 +58,9 @@ class Pair:
 
 def _tcp_pair() -> tuple[socket.socket, socket.socket]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        one = socket.create_connection(listener.getsockname(), timeout=PATIENCE)
+        one = socket.create_connection(listener.getsockname(), timeout=TIMEOUT)
         two, _ = listener.accept()
-    two.settimeout(PATIENCE)
+    two.settimeout(TIMEOUT)
     return one, two
 
 
@@ -82,20 +82,20 @@ def running(function: Callable[[], Any]) -> Iterator[list[Any]]:
     thread = threading.Thread(target=lambda: results.append(function()), daemon=True)
     thread.start()
     yield results
-    thread.join(PATIENCE)
+    thread.join(TIMEOUT)
     assert not thread.is_alive()
 
 
 def duplicate(sock: socket.socket) -> socket.socket:
     """The same connection past TLS."""
     raw = socket.socket(fileno=socket.dup(sock.fileno()))
-    raw.settimeout(PATIENCE)
+    raw.settimeout(TIMEOUT)
     return raw
 
 
 def wait_readable(sock: socket.socket, count: int) -> None:
     """Wait until the kernel has ``count`` bytes or more to read, and leave them there."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     with duplicate(sock) as raw:
         while len(raw.recv(count, socket.MSG_PEEK)) < count:
             assert time.monotonic() < deadline
@@ -177,7 +177,7 @@ def test_a_record_that_came_in_half_survives_the_half_close(tmp_path: Path) -> N
         wait_readable(pair.client, 10)
         with pytest.raises(ssl.SSLWantReadError):
             pair.client.recv(100)
-        pair.client.settimeout(PATIENCE)
+        pair.client.settimeout(TIMEOUT)
         pair.client.send_eof()
         relayed.let_go()
         assert pair.client.recv(100) == b"half of this is late"
@@ -207,7 +207,7 @@ class _Relayed:
 
     def __exit__(self, *_: object) -> None:
         for thread in self._threads:
-            thread.join(PATIENCE)
+            thread.join(TIMEOUT)
         self._one.close()
         self._two.close()
 
@@ -286,7 +286,7 @@ def test_the_end_waits_for_room(pair: Pair) -> None:
     pair.client.settimeout(0.05)
     with pytest.raises(TimeoutError):
         pair.client.send_eof()
-    pair.client.settimeout(PATIENCE)
+    pair.client.settimeout(TIMEOUT)
     with duplicate(pair.server) as raw:
         with running(lambda: b"".join(iter(lambda: raw.recv(65536), b""))) as received:
             pair.client.send_eof()
@@ -422,8 +422,8 @@ def test_closing_does_not_wait_long_for_a_peer_that_stays(pair: Pair) -> None:
 
 def test_closing_does_not_wait_for_a_peer_that_is_gone(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a dead connection has not acknowledged it never will."""
-    monkeypatch.setattr("frelay.client.wire.LINGER_QUIET", PATIENCE * 10)
-    monkeypatch.setattr("frelay.client.wire.LINGER_LIMIT", PATIENCE * 10)
+    monkeypatch.setattr("frelay.client.wire.LINGER_QUIET", TIMEOUT * 10)
+    monkeypatch.setattr("frelay.client.wire.LINGER_LIMIT", TIMEOUT * 10)
     pair.server.abandon()
     with running(pair.client.close):
         pass

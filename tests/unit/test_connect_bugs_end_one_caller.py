@@ -16,7 +16,8 @@ from frelay.cli.connect.service import Service
 from frelay.client.options import Options
 from frelay.errors import Refused
 from frelay.protocol.messages import Message, Paired, Waiting
-from rig import PATIENCE, Site
+from support.site import Site
+from support.waiting import TIMEOUT
 
 WAITING = Waiting("demo", "func2", "dns:func2.demo", 60.0, None)
 PAIRED = Paired("1", "demo", "dns:func1.demo", "server", "handoff")
@@ -52,7 +53,7 @@ async def test_a_caller(capsys: pytest.CaptureFixture[str], tmp_path: Any) -> No
     port = Port(f"unix:{tmp_path}/port", joiner, None, Report(as_json=True, is_quiet=False))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(port.serve)
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             while not (tmp_path / "port").exists():  # noqa: ASYNC110
                 await trio.sleep(0.001)
             for _ in range(3):

@@ -10,7 +10,7 @@ import trio
 
 from frelay.cli.connect import hangup
 from frelay.cli.connect.hangup import hung_up
-from rig import PATIENCE
+from support.waiting import TIMEOUT
 
 Pair = tuple[socket.socket, trio.socket.SocketType]
 
@@ -28,7 +28,7 @@ def pair() -> Iterator[Pair]:
 
 async def is_found_gone(sock: trio.socket.SocketType) -> bool:
     """Whether it is seen within a few looks; True as soon as it is."""
-    with trio.move_on_after(PATIENCE) as limit:
+    with trio.move_on_after(TIMEOUT) as limit:
         await hung_up(sock)
     return not limit.cancelled_caught
 

@@ -15,7 +15,6 @@ from cryptography.x509.oid import NameOID
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from certs import ODD_DNS, ODD_SPIFFE, SPIFFE_ID, Credential, TestAuthority, der, san_der
 from frelay.protocol.identity import (
     Kind,
     Name,
@@ -26,6 +25,7 @@ from frelay.protocol.identity import (
     spki_of_certificate,
 )
 from frelay.tls.identity import MOST_NAMES, PeerIdentity, describe_unverified, distinguished_name, identities
+from support.certs import ODD_DNS, ODD_SPIFFE, SPIFFE_ID, Credential, TestAuthority, der, san_der
 
 FUNC1 = [parse_selector("dns:func1.demo")]
 JOB1 = [parse_selector(f"uri:{SPIFFE_ID}")]

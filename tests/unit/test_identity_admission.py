@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from certs import SPIFFE_ID, Credential, TestAuthority, self_signed
+from support.certs import SPIFFE_ID, Credential, TestAuthority, self_signed
 
 FUNC1 = ["func1.demo"]
 

@@ -15,7 +15,6 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
-from certs import TestAuthority
 from frelay.pki.authority import Authority
 from frelay.protocol.identity import (
     Kind,
@@ -30,6 +29,7 @@ from frelay.protocol.identity import (
     uri_names,
 )
 from frelay.protocol.selector_set import SelectorSet
+from support.certs import TestAuthority
 
 # The machine may be busy with other tests: how long one example takes says nothing here.
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

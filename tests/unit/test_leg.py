@@ -19,8 +19,10 @@ from frelay.pairing.leg import LegGone
 from frelay.protocol.messages import Mode, Paired, Refused, Waiting
 from frelay.tls.context import Credential, VerifiedPeer
 from frelay.tls.stream import TlsStream
-from rig import PATIENCE, TLS_HEADER, Party, Site, frame
-from streams import server_context, tcp_pair
+from support.party import TLS_HEADER, Party, frame
+from support.site import Site
+from support.streams import server_context, tcp_pair
+from support.waiting import TIMEOUT
 
 PAIRED = Paired("1", "demo", "dns:func2.demo", "client", "tunnel")
 
@@ -56,7 +58,7 @@ async def waiting_leg(site: Site, mode: Mode = "tunnel") -> AsyncIterator[tuple[
     leg = FramedLeg(stream, nobody(), "127.0.0.1:1")
     leg.mode = mode
     try:
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(stream.do_handshake)
                 nursery.start_soon(party.handshake)
@@ -80,7 +82,7 @@ async def test_a_ping_that_was_never_written_is_not_waited_for(site: Site) -> No
     async with waiting_leg(site) as (leg, stream, party):
         with trio.CancelScope() as scope:
             stream.scope = scope
-            await leg.attend(ping_interval=0.01, pong_timeout=PATIENCE)
+            await leg.attend(ping_interval=0.01, pong_timeout=TIMEOUT)
         assert scope.cancelled_caught
         stream.scope = None
         await leg.begin(PAIRED)
@@ -120,7 +122,7 @@ async def test_a_leg_that_went_as_it_was_paired_is_not_handed_off(
             await party.send_raw(party.close_notify())
         else:
             await party.send(last_words)
-        await leg.attend(ping_interval=PATIENCE, pong_timeout=PATIENCE)
+        await leg.attend(ping_interval=TIMEOUT, pong_timeout=TIMEOUT)
         with pytest.raises(error) as caught:
             await leg.begin(PAIRED)
         # The detail of the pairing's record, for whoever asks why it came to nothing.
@@ -144,7 +146,7 @@ async def test_who_does_not_take_its_refusal_is_closed_without_it(site: Site) ->
         sock = leg.sock
         async with trio.open_nursery() as nursery:
             nursery.start_soon(leg.refuse, Refused("limit", "there is no room"))
-            with trio.fail_after(PATIENCE):
+            with trio.fail_after(TIMEOUT):
                 with pytest.raises(ssl.SSLEOFError):
                     await party.receive()
                 party.close()
@@ -158,7 +160,7 @@ async def test_a_clogged_connection_does_not_hold_up_the_one_that_brought_the_ti
         leg.slot, leg.ticket_issuer = Slot.for_dialled(admission), TicketIssuer(registry, ["here"], 40.0)
         old = leg.sock
         brought, other = tcp_pair()
-        with brought, other, trio.fail_after(PATIENCE):
+        with brought, other, trio.fail_after(TIMEOUT):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(leg.begin, replace(PAIRED, mode="ticket"))
                 ticket = (await party.expect("PAIRED"))["ticket"]

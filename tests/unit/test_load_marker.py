@@ -14,13 +14,13 @@ from typing import Final
 
 import pytest
 
-from rig import open_descriptors, opened_since
+from support.descriptors import open_descriptors, opened_since
 
 TESTS: Final = Path(__file__).parents[1]
 
 COUNTS_OR_CLOCKS: Final = frozenset(
     {
-        # tests/support/rig.py and tests/support/holdings.py
+        # tests/support/descriptors.py, holdings.py and waiting.py
         *("open_descriptors", "opened_since", "holdings", "as_before", "at_any_pace", "while_it_lasts"),
         # Trio and the standard library
         *("tasks_living", "current_time", "monotonic", "perf_counter", "process_time", "get_objects"),

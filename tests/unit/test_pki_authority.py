@@ -14,11 +14,11 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from certs import ODD_DNS, ODD_SPIFFE, SPIFFE_ID, TestAuthority
 from frelay.errors import CertificateError
 from frelay.pki.authority import Authority
 from frelay.pki.files import crl_number
 from frelay.tls.identity import identities
+from support.certs import ODD_DNS, ODD_SPIFFE, SPIFFE_ID, TestAuthority
 
 needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command")
 

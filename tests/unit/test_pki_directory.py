@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from certs import TestAuthority
 from frelay.errors import CertificateError
 from frelay.pki.authority import Authority
 from frelay.pki.directory import AuthorityDirectory
 from frelay.pki.files import crl_file, crl_number, read_certificates, read_crl, write_together
+from support.certs import TestAuthority
 
 
 @pytest.fixture

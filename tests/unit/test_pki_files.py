@@ -12,7 +12,6 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, PrivateFormat
 
-from certs import TestAuthority
 from frelay.errors import CertificateError
 from frelay.pki.authority import Authority
 from frelay.pki.files import (
@@ -24,6 +23,7 @@ from frelay.pki.files import (
     write_crl,
     write_together,
 )
+from support.certs import TestAuthority
 
 
 @pytest.fixture

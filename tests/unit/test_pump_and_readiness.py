@@ -31,11 +31,12 @@ from frelay.pairing.readiness import ReadinessSet
 from frelay.pairing.stepping import Interest, PolledSocket
 from frelay.pairing.stream_pump import StreamPump
 from frelay.protocol.outcome import Outcome, Side
-from rig import eventually, open_descriptors, opened_since
-from rounds import CountedRounds, nothing_is_ready, settled
-from streams import SocketMaker, tcp_pair, unix_pair
+from support.descriptors import open_descriptors, opened_since
+from support.rounds import CountedRounds, nothing_is_ready, settled
+from support.streams import SocketMaker, tcp_pair, unix_pair
+from support.waiting import eventually
 
-PATIENCE = 20.0
+TIMEOUT = 20.0
 FORTH: tuple[Side, Side] = ("func1", "func2")
 BACK: tuple[Side, Side] = ("func2", "func1")
 
@@ -126,7 +127,7 @@ class Bench:
 
 @asynccontextmanager
 async def bench() -> AsyncIterator[Bench]:
-    with trio.fail_after(PATIENCE):
+    with trio.fail_after(TIMEOUT):
         async with trio.open_nursery() as root:
             found = Bench()
             root.start_soon(found.readiness.run)
@@ -524,7 +525,7 @@ async def test_when_all_is_cancelled_at_once_the_pumps_still_leave_nothing() -> 
     before = open_descriptors()
     readiness, pipes = ReadinessSet(), PipePool()
     joined = Joined(readiness, pipes, SPLICE, tcp_pair)
-    with trio.fail_after(PATIENCE):
+    with trio.fail_after(TIMEOUT):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(readiness.run)
             nursery.start_soon(joined.carry, joined.forth)
@@ -603,7 +604,7 @@ async def test_a_stream_pump_keeps_nothing_while_it_waits(sink_of: type[RawStrea
     await send(one, bytes(50_000))
     tracemalloc.start()
     try:
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(readiness.run)
                 nursery.start_soon(pump.run)

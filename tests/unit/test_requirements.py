@@ -18,7 +18,7 @@ from cryptography.hazmat.backends.openssl.backend import backend
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from rig import Site
+from support.site import Site
 
 ROOT: Final = Path(__file__).parents[2]
 LISTS: Final = ("ci.txt", "run.txt")

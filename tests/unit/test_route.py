@@ -20,7 +20,7 @@ from frelay.pairing.pairing import Pairing
 from frelay.protocol.messages import PartyName, Refused
 from frelay.protocol.outcome import Outcome
 from frelay.tls.context import EXPIRED, OuterTls, Rejection, VerifiedPeer
-from streams import tcp_pair
+from support.streams import tcp_pair
 
 
 class Guest(Leg):

@@ -19,7 +19,7 @@ from frelay.config.model import Address, parse_address
 from frelay.net.binding import addresses_of
 from frelay.net.passed_sockets import PassedSockets
 from frelay.relay.service_manager import ServiceManager
-from manager import Manager, activated, listening
+from support.manager import Manager, activated, listening
 
 VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES")
 

@@ -18,8 +18,9 @@ from frelay.pairing.pipes import PipePool
 from frelay.pairing.raw_pump import RawPump
 from frelay.pairing.readiness import ReadinessSet
 from frelay.pairing.stepping import PolledSocket
-from rig import PATIENCE, Site, eventually
-from streams import tcp_pair
+from support.site import Site
+from support.streams import tcp_pair
+from support.waiting import TIMEOUT, eventually
 
 
 @asynccontextmanager
@@ -45,7 +46,7 @@ async def joined(readiness: ReadinessSet) -> AsyncIterator[tuple[socket.socket, 
 @asynccontextmanager
 async def running(readiness: ReadinessSet) -> AsyncIterator[trio.Nursery]:
     """``readiness`` runs, in the nursery that this gives, until the end of the block, which must come in good time."""
-    with trio.fail_after(PATIENCE):
+    with trio.fail_after(TIMEOUT):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(readiness.run)
             yield nursery
@@ -135,7 +136,7 @@ async def test_a_signal_is_heard_while_it_sleeps() -> None:
 async def test_two_sets_in_one_run_both_move_their_bytes() -> None:
     """Two that sleep for one Trio would not hear each other's sockets; the second has a task sleep instead."""
     first, second = ReadinessSet(), ReadinessSet()
-    with trio.fail_after(PATIENCE):
+    with trio.fail_after(TIMEOUT):
         # The second begins after the first and outlives it.
         async with trio.open_nursery() as outer:
             async with running(first), joined(first) as (one, two):

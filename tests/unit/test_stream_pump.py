@@ -22,11 +22,13 @@ from frelay.pairing.pump import Cut
 from frelay.pairing.stream_pump import StreamPump
 from frelay.protocol.outcome import Outcome, Side
 from frelay.tls.stream import TlsStream
-from rig import Party, Site, eventually
-from rounds import CountedRounds, nothing_is_ready
-from streams import server_context, tcp_pair
+from support.party import Party
+from support.rounds import CountedRounds, nothing_is_ready
+from support.site import Site
+from support.streams import server_context, tcp_pair
+from support.waiting import eventually
 
-PATIENCE = 20.0
+TIMEOUT = 20.0
 FORTH: tuple[Side, Side] = ("func1", "func2")
 
 
@@ -81,7 +83,7 @@ async def tunnel(
     readiness = readiness or CountedRounds()
     found = Tunnel(readiness, party, far, StreamPump(server, sink_of(inner), sides=FORTH, readiness=readiness))
     try:
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             async with trio.open_nursery() as root:
                 if own:
                     root.start_soon(readiness.run)
@@ -174,7 +176,7 @@ async def test_what_one_direction_has_met_the_other_calls_by_the_same_name(site:
     server = TlsStream(one, server_context(site))
     party = Party(trio.SocketStream(trio.socket.from_stdlib_socket(near)), site.context("func1"), "localhost")
     try:
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(server.do_handshake)
                 nursery.start_soon(party.handshake)

@@ -14,10 +14,10 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 
-from certs import TestAuthority, san_der
 from frelay.errors import CertificateError
 from frelay.pki.files import key_pem
 from frelay.tls.facts import CertificateFacts, CrlFacts, KeyFacts, OtherFacts, certificate_facts, read_facts
+from support.certs import TestAuthority, san_der
 
 NOW = datetime.now(UTC)
 

@@ -13,11 +13,11 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from certs import Credential, TestAuthority, content, der, elements, pem, san_der
 from frelay.config.load import load
 from frelay.errors import ConfigError
 from frelay.tls.loading import load_outer_tls
-from rig import Site
+from support.certs import Credential, TestAuthority, content, der, elements, pem, san_der
+from support.site import Site
 
 Edit = Callable[[list[bytes]], None]
 

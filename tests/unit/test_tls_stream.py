@@ -1,6 +1,6 @@
 """Both streams of a leg keep Trio's contract, and the TLS one can be left without losing a byte of what follows.
 
-The other side is :class:`~rig.Party` where a test decides about single records, and :class:`~streams.ClientStream`, our
+The other side is ``Party`` where a test decides about single records, and ``ClientStream``, our
 own stream with the client's part, where Trio's generic checks want the same kind at both ends.
 """
 
@@ -28,11 +28,13 @@ from frelay.errors import ConnectionBroken, LocalProtocolError, RemoteProtocolEr
 from frelay.net.streams import RawStream
 from frelay.pki.authority import Authority
 from frelay.tls.stream import TlsStream
-from records import ALERT, CLOSE_NOTIFY, HANDSHAKE, PLAIN_CLOSE_NOTIFY, RecordForge, log_keys
-from rig import Party, Site, eventually
-from streams import SocketMaker, client_context, clog, server_context, tcp_pair, tls_over, unix_pair
+from support.party import Party
+from support.records import ALERT, CLOSE_NOTIFY, HANDSHAKE, PLAIN_CLOSE_NOTIFY, RecordForge, log_keys
+from support.site import Site
+from support.streams import SocketMaker, client_context, clog, server_context, tcp_pair, tls_over, unix_pair
+from support.waiting import eventually
 
-PATIENCE = 20.0
+TIMEOUT = 20.0
 
 # --- makers --------------------------------------------------------------------------------------------------------
 
@@ -57,13 +59,13 @@ async def raw_pair(sockets: SocketMaker, *, clogged: bool = False) -> tuple[RawS
 async def server_and_party(
     site: Site, *, keylog: Path | None = None, buffer: int | None = None
 ) -> AsyncIterator[tuple[TlsStream, Party]]:
-    """Our stream and a :class:`~rig.Party`, the handshake done; both closed at the end."""
+    """Our stream and a ``Party``, the handshake done; both closed at the end."""
     one, other = tcp_pair(buffer)
     server = TlsStream(one, server_context(site))
     context = site.context("func1") if keylog is None else log_keys(site.context("func1"), keylog)
     party = Party(trio.SocketStream(trio.socket.from_stdlib_socket(other)), context, "localhost")
     try:
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(server.do_handshake)
                 nursery.start_soon(party.handshake)
@@ -82,7 +84,7 @@ async def read_to_end(receive: Callable[[], Awaitable[bytes]]) -> None:
 
 
 async def test_the_tls_stream_keeps_trios_contract(site: Site) -> None:
-    with trio.fail_after(4 * PATIENCE):
+    with trio.fail_after(4 * TIMEOUT):
         await trio.testing.check_half_closeable_stream(partial(tls_pair, site, tcp_pair), None)
         await trio.testing.check_half_closeable_stream(
             partial(tls_pair, site, unix_pair), partial(tls_pair, site, unix_pair, clogged=True)
@@ -90,7 +92,7 @@ async def test_the_tls_stream_keeps_trios_contract(site: Site) -> None:
 
 
 async def test_the_raw_stream_keeps_trios_contract() -> None:
-    with trio.fail_after(4 * PATIENCE):
+    with trio.fail_after(4 * TIMEOUT):
         await trio.testing.check_half_closeable_stream(partial(raw_pair, tcp_pair), None)
         await trio.testing.check_half_closeable_stream(
             partial(raw_pair, unix_pair), partial(raw_pair, unix_pair, clogged=True)
@@ -386,7 +388,7 @@ async def test_a_key_update_that_cannot_be_answered_disturbs_nobody(site: Site, 
     async def read() -> None:
         got.append(await server.receive_some())
 
-    with trio.fail_after(PATIENCE):
+    with trio.fail_after(TIMEOUT):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(server.do_handshake)
             nursery.start_soon(party.handshake)

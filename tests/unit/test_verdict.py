@@ -18,12 +18,12 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import x25519
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from certs import Credential, TestAuthority, san_der
 from frelay.config.load import load
 from frelay.joining.explain import Verdict, examine
 from frelay.relay.prepare import prepare
 from frelay.tls.context import ListDates
-from rig import DEMO, Site
+from support.certs import Credential, TestAuthority, san_der
+from support.site import DEMO, Site
 
 PLAIN = """
 [[route]]

@@ -11,8 +11,8 @@ from frelay.net.sockets import close_with_reset
 from frelay.net.tcp import is_dead, unacknowledged
 from frelay.pairing.pump import Pump
 from frelay.pairing.watch import Sample
-from rig import eventually
-from streams import tcp_pair
+from support.streams import tcp_pair
+from support.waiting import eventually
 
 
 class Idle:

@@ -9,7 +9,9 @@ from typing import Any, Final
 import pytest
 import trio
 
-from rig import PATIENCE, RelayInProcess, Site, eventually
+from support.relay import RelayInProcess
+from support.site import Site
+from support.waiting import TIMEOUT, eventually
 
 ADMIN: Final = '[admin]\nlisten = "unix:frelay.sock"\n'
 ROUTE: Final = '[[route]]\nname = "demo"\nlisten = "127.0.0.1:0"\nfunc1 = "dns:func1.demo"\nfunc2 = "dns:func2.demo"\n'
@@ -20,7 +22,7 @@ async def get(site: Site, path: str, headers: Mapping[str, str] | None = None) -
     """The status and the body of one answer."""
     lines = [f"GET {path} HTTP/1.1", "host: localhost", "connection: close"]
     lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
-    with trio.fail_after(PATIENCE):
+    with trio.fail_after(TIMEOUT):
         async with await trio.open_unix_socket(str(site.directory / "frelay.sock")) as stream:
             await stream.send_all("\r\n".join([*lines, "", ""]).encode())
             answer = b"".join([bytes(data) async for data in stream])
@@ -34,7 +36,7 @@ async def events(site: Site, query: str, count: int, headers: Mapping[str, str] 
     lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
     found: list[dict[str, Any]] = []
     rest = b""
-    with trio.fail_after(PATIENCE):
+    with trio.fail_after(TIMEOUT):
         async with await trio.open_unix_socket(str(site.directory / "frelay.sock")) as stream:
             await stream.send_all("\r\n".join([*lines, "", ""]).encode())
             async for data in stream:

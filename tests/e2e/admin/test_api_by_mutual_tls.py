@@ -10,9 +10,12 @@ import httpx
 import pytest
 import trio
 
-from admin import route_body
-from certs import TestAuthority, self_signed
-from rig import DEMO, PATIENCE, Party, RelayInProcess, Site
+from support.admin import route_body
+from support.certs import TestAuthority, self_signed
+from support.party import Party
+from support.relay import RelayInProcess
+from support.site import DEMO, Site
+from support.waiting import TIMEOUT
 
 DOOR = '[admin]\nlisten = "127.0.0.1:0"\nallow = ["dns:operator.demo"]\n'
 
@@ -24,7 +27,7 @@ async def caller(site: Site, relay: RelayInProcess, name: str | None = "operator
     if name is not None:
         context.load_cert_chain(*site.paths[name])
     port = relay.relay.served["admin"][0].rpartition(":")[2]
-    async with httpx.AsyncClient(verify=context, base_url=f"https://localhost:{port}", timeout=PATIENCE) as client:
+    async with httpx.AsyncClient(verify=context, base_url=f"https://localhost:{port}", timeout=TIMEOUT) as client:
         yield client
 
 

@@ -12,8 +12,9 @@ from typing import Final
 import pytest
 import trio
 
-from admin import ADMIN, admin, forwarded
-from rig import DEMO, Site, open_descriptors
+from support.admin import ADMIN, admin, forwarded
+from support.descriptors import open_descriptors
+from support.site import DEMO, Site
 
 EXAMPLES: Final = int(os.environ.get("FRELAY_EXAMPLES", "12"))
 

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator
 import pytest
 import trio
 
-from admin import ADMIN, admin, forwarded, keys, route_body
-from rig import DEMO, Site
+from support.admin import ADMIN, admin, forwarded, keys, route_body
+from support.site import DEMO, Site
 
 CHANGES = (
     ("PUT", "/v1/routes/two", route_body()),

@@ -9,8 +9,9 @@ from contextlib import suppress
 import pytest
 import trio
 
-from admin import ADMIN, admin, can_bind, route_body
-from rig import DEMO, Site, reserved_port
+from support.admin import ADMIN, admin, can_bind, route_body
+from support.ports import reserved_port
+from support.site import DEMO, Site
 
 
 @pytest.mark.parametrize("call", ["fsync", "rename"])

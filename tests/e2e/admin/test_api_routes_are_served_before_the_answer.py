@@ -8,9 +8,11 @@ import tomllib
 import pytest
 import trio
 
-from admin import ADMIN, admin, can_bind, keys, route_body
-from ends import OPEN, block, join_ends
-from rig import DEMO, Site, pair, reserved_port
+from support.admin import ADMIN, admin, can_bind, keys, route_body
+from support.ends import OPEN, block, join_ends
+from support.party import pair
+from support.ports import reserved_port
+from support.site import DEMO, Site
 
 
 async def test_a_route_is_served_before_the_answer_is_read(site: Site) -> None:

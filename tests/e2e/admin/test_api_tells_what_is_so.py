@@ -6,10 +6,12 @@ import signal
 
 import trio
 
-from admin import ADMIN, admin, events, route_body
-from ends import OPEN, block, join_ends
 from frelay.journal import LegRefused
-from rig import DEMO, Site, address_seen, eventually
+from support.admin import ADMIN, admin, events, route_body
+from support.ends import OPEN, block, join_ends
+from support.relay import address_seen
+from support.site import DEMO, Site
+from support.waiting import eventually
 
 
 async def test_a_waiting_leg_is_shown_with_its_identity_and_since_when(site: Site) -> None:

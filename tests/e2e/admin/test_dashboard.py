@@ -19,9 +19,11 @@ import pytest
 import trio
 from playwright.sync_api import Page, Route, expect
 
-from browser import Browser, Forwarded, View, browser, forwarded
 from frelay.errors import ConfigError
-from rig import TLS_HEADER, Party, RelayInProcess, Site, pair
+from support.browser import Browser, Forwarded, View, browser, forwarded
+from support.party import TLS_HEADER, Party, pair
+from support.relay import RelayInProcess
+from support.site import Site
 
 ADMIN: Final = '[relay]\nname = "relay-1"\n[admin]\nlisten = "unix:frelay.sock"\n'
 

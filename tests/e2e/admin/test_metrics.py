@@ -22,13 +22,17 @@ import prometheus_client.parser as text
 import pytest
 import trio
 
-from ends import OPEN, block, end_by_reset, end_in_order, join_ends
 from frelay.errors import ConfigError
 from frelay.protocol.messages import REFUSAL_CODES
 from frelay.protocol.outcome import Outcome
 from frelay.relay.relay import Relay
-from rig import DEMO, PATIENCE, RelayInProcess, Site, eventually, pair, reserved_port
-from tools import tool
+from support.ends import OPEN, block, end_by_reset, end_in_order, join_ends
+from support.party import pair
+from support.ports import reserved_port
+from support.relay import RelayInProcess
+from support.site import DEMO, Site
+from support.tools import tool
+from support.waiting import TIMEOUT, eventually
 
 METRICS: Final = '[metrics]\nlisten = "127.0.0.1:0"\n'
 
@@ -87,7 +91,7 @@ class Scraper:
 
     async def becomes(self, value: float | None, name: str, *labels: str) -> None:
         """Wait until a sample has this value: what a party sees may be a moment before its relay has noted it."""
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             while (found := await self.value(name, *labels)) != value:
                 assert found is None or value is None or found < value or not name.endswith("_total"), found
                 await trio.sleep(0.01)
@@ -101,7 +105,7 @@ class Scraper:
 async def scraper(relay: RelayInProcess | Relay) -> AsyncIterator[Scraper]:
     running = relay.relay if isinstance(relay, RelayInProcess) else relay
     (place,) = running.served["metrics"]
-    async with httpx.AsyncClient(base_url=f"http://{place}", timeout=PATIENCE) as http:
+    async with httpx.AsyncClient(base_url=f"http://{place}", timeout=TIMEOUT) as http:
         yield Scraper(http)
 
 
@@ -322,7 +326,7 @@ async def test_times_are_measured(site: Site) -> None:
         assert await scrape.value("frelay_wait_seconds_bucket", "0.1") == 0
         waited = await scrape.value("frelay_wait_seconds_sum")
         assert waited is not None
-        assert 0.1 <= waited < PATIENCE
+        assert 0.1 <= waited < TIMEOUT
         assert await scrape.value("frelay_pairing_seconds_count") == 0
         one.reset()
         await scrape.becomes(1, "frelay_pairing_seconds_count")
@@ -488,7 +492,7 @@ async def test_a_loop_that_stands_still_shows(site: Site) -> None:
         time.sleep(0.8)
 
     async with scraped(site) as (_, scrape):
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             while not (await scrape.value("frelay_loop_lag_seconds") or 0) > 0.4:
                 await trio.sleep(0.05)
                 stand_still()
@@ -508,7 +512,7 @@ def test_nothing_of_it_is_there_without_the_section(site: Site) -> None:
         "trio.run(main)\n"
         "assert 'prometheus_client' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=PATIENCE)
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=TIMEOUT)
 
 
 # --- deploy/ ---------------------------------------------------------------------------------------------------------
@@ -535,7 +539,7 @@ def panels() -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("command", [["check", "rules", ALERTS.name], ["test", "rules", "prometheus-alerts_test.yml"]])
 def test_promtool_accepts_the_alerts(command: list[str]) -> None:
-    done = subprocess.run([tool("promtool"), *command], cwd=DEPLOY, capture_output=True, text=True, timeout=PATIENCE)
+    done = subprocess.run([tool("promtool"), *command], cwd=DEPLOY, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

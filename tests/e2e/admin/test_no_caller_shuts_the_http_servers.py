@@ -14,10 +14,12 @@ import httpx
 import pytest
 import trio
 
-from admin import ADMIN, admin, events
 from frelay.relay.control import RelayControl
 from frelay.tls.context import OuterTls
-from rig import DEMO, PATIENCE, RelayInProcess, Site, eventually
+from support.admin import ADMIN, admin, events
+from support.relay import RelayInProcess
+from support.site import DEMO, Site
+from support.waiting import TIMEOUT, eventually
 
 METRICS: Final = '[metrics]\nlisten = "127.0.0.1:0"\n'
 DOOR: Final = '[admin]\nlisten = "127.0.0.1:0"\nallow = ["dns:operator.demo"]\n'
@@ -38,7 +40,7 @@ def few_places(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def is_healthy(relay: RelayInProcess) -> None:
-    async with httpx.AsyncClient(timeout=PATIENCE) as http:
+    async with httpx.AsyncClient(timeout=TIMEOUT) as http:
         answer = await http.get(f"http://127.0.0.1:{port_of(relay, 'metrics')}/healthz")
     assert answer.text == "ok\n"
 
@@ -48,7 +50,7 @@ async def caller(site: Site, relay: RelayInProcess, name: str = "operator") -> A
     context = ssl.create_default_context(cafile=str(site.ca_path))
     context.load_cert_chain(*site.paths[name])
     url = f"https://localhost:{port_of(relay, 'admin')}"
-    async with httpx.AsyncClient(verify=context, base_url=url, timeout=PATIENCE) as client:
+    async with httpx.AsyncClient(verify=context, base_url=url, timeout=TIMEOUT) as client:
         yield client
 
 
@@ -184,7 +186,7 @@ async def test_event_streams_are_bounded_and_shut_nobody_out(site: Site) -> None
             api = await all_.enter_async_context(admin(site))
             return (await all_.enter_async_context(api.stream("GET", "/v1/events"))).status_code
 
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             while await again() != 200:
                 await trio.lowlevel.checkpoint()
 
@@ -240,7 +242,7 @@ async def test_a_scrape_that_nobody_waits_for_is_dropped(site: Site, looks: Look
 
 
 async def test_all_who_scrape_at_a_time_share_one(site: Site, looks: Looks) -> None:
-    async with site.relay(sections=METRICS) as relay, httpx.AsyncClient(timeout=PATIENCE) as http:
+    async with site.relay(sections=METRICS) as relay, httpx.AsyncClient(timeout=TIMEOUT) as http:
         answers = []
 
         async def scrape() -> None:
@@ -264,7 +266,7 @@ async def said(relay: RelayInProcess, data: bytes, server: str = "metrics") -> b
     """All that is answered to ``data``, until the server ends the connection."""
     stream = await trio.open_tcp_stream("127.0.0.1", port_of(relay, server))
     answer = b""
-    with trio.fail_after(PATIENCE):
+    with trio.fail_after(TIMEOUT):
         async with stream:
             await stream.send_all(data)
             while piece := await stream.receive_some():
@@ -382,7 +384,7 @@ async def test_policy_is_judged_for_each_request(
             assert answer.headers["connection"] == "close"
             with pytest.raises(httpx.TransportError):
                 await api.get("/v1/status")
-            with trio.fail_after(PATIENCE):
+            with trio.fail_after(TIMEOUT):
                 assert [line async for line in lines if line] == []
         assert list(relay.relay.routes) == ["demo"]
         assert relay.logged("admin refused")
@@ -401,7 +403,7 @@ async def test_policy_is_judged_when_the_request_is_whole(site: Site) -> None:
         await relay.log("admin connected")
         await revoke(site, relay)
         await party.send(body[10:])
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             assert b" 403 " in await party.receive()
         assert list(relay.relay.routes) == ["demo"]
 

@@ -14,10 +14,11 @@ import pytest
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from certs import TestAuthority
-from commands import Said, frelay_command
 from frelay.pki.files import certificates_pem
-from rig import DEMO, Site, pair
+from support.certs import TestAuthority
+from support.commands import Said, frelay_command
+from support.party import pair
+from support.site import DEMO, Site
 
 DELTA: Final = x509.DeltaCRLIndicator(1)
 

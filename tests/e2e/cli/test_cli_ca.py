@@ -11,11 +11,11 @@ import pytest
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from certs import TestAuthority
-from commands import frelay_command
 from frelay.pki.files import crl_number, read_certificates, read_crl
-from rig import DEMO, Site
-from tools import tool
+from support.certs import TestAuthority
+from support.commands import frelay_command
+from support.site import DEMO, Site
+from support.tools import tool
 
 
 def run(tmp_path: Path, *arguments: str) -> str:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from cryptography import x509
 
-from commands import frelay_command
-from rig import DEMO, Site
+from support.commands import frelay_command
+from support.site import DEMO, Site
 
 
 def test_a_good_file_is_summed_up_in_a_line(site: Site) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from commands import frelay_command
+from support.commands import frelay_command
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

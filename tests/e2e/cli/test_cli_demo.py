@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from commands import FRELAY, PATIENCE, session_processes
+from support.commands import COMMAND_TIMEOUT, FRELAY, session_processes
 
 
 class Demo:
@@ -43,9 +43,9 @@ class Demo:
 
     def finish(self) -> tuple[int, str]:
         """Wait for the end; the exit code and what was said on stderr. Nothing may be left."""
-        rest, stderr = self.process.communicate(timeout=PATIENCE)
+        rest, stderr = self.process.communicate(timeout=COMMAND_TIMEOUT)
         self.stdout += rest
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + COMMAND_TIMEOUT
         while left := session_processes(self.process.pid):
             assert time.monotonic() < deadline, left
             time.sleep(0.02)
@@ -131,8 +131,8 @@ def test_a_demo_whose_output_nobody_reads_leaves_nothing(tmp_path: Path) -> None
         assert running.process.stderr is not None
         with running.process.stderr:
             stderr = running.process.stderr.read()
-        running.process.wait(PATIENCE)
-        deadline = time.monotonic() + PATIENCE
+        running.process.wait(COMMAND_TIMEOUT)
+        deadline = time.monotonic() + COMMAND_TIMEOUT
         while session_processes(running.process.pid):
             assert time.monotonic() < deadline
             time.sleep(0.02)

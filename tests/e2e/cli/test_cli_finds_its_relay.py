@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from admin import ADMIN
-from commands import ask, frelay_command
-from rig import DEMO, Site
+from support.admin import ADMIN
+from support.commands import ask, frelay_command
+from support.site import DEMO, Site
 
 COMMANDS = {
     "status": ("status",),

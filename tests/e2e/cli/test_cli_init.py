@@ -11,10 +11,10 @@ from pathlib import Path
 import trio
 
 import frelay
-from commands import FRELAY, frelay_command
-from rig import RelayProcess
-from tools import tool
-from wires import in_thread, read_to_end
+from support.commands import FRELAY, frelay_command
+from support.relay import RelayProcess
+from support.tools import tool
+from support.wires import in_thread, read_to_end
 
 FILES = {
     *("certs/ca.pem", "certs/ca.key", "certs/crl.pem", "certs/relay.pem", "certs/relay.key"),

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from certs import TestAuthority
-from command import free_port
-from commands import Said, ask, frelay_command
-from rig import DEMO, Site
+from support.certs import TestAuthority
+from support.commands import Said, ask, frelay_command
+from support.ports import free_port
+from support.site import DEMO, Site
 
 
 @pytest.fixture

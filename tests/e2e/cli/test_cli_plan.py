@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from admin import ADMIN
-from commands import Said, ask, frelay_command
-from rig import DEMO, Site, pair, reserved_port
+from support.admin import ADMIN
+from support.commands import Said, ask, frelay_command
+from support.party import pair
+from support.ports import reserved_port
+from support.site import DEMO, Site
 
 TWO = DEMO.replace('"demo"', '"two"')
 BY_API = ("--listen", "127.0.0.1:0", "--func1", "dns:a.acme", "--func2", "dns:b.acme")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import tomllib
 
-from admin import ADMIN
-from commands import Said, ask
-from rig import DEMO, Site, pair, reserved_port
+from support.admin import ADMIN
+from support.commands import Said, ask
+from support.party import pair
+from support.ports import reserved_port
+from support.site import DEMO, Site
 
 PARTIES = ("--func1", "dns:func1.demo", "--func2", "dns:func2.demo")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 
-from rig import Site, pair
+from support.party import pair
+from support.site import Site
 
 
 async def test_an_idle_relay_ends_at_once(site: Site) -> None:

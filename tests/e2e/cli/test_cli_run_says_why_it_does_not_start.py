@@ -15,12 +15,12 @@ import structlog
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from admin import ADMIN
-from certs import TestAuthority
-from commands import Said, ask, frelay_command
 from frelay.cli.app import main
 from frelay.relay import privileges
-from rig import DEMO, Site
+from support.admin import ADMIN
+from support.certs import TestAuthority
+from support.commands import Said, ask, frelay_command
+from support.site import DEMO, Site
 
 
 def run(config: Path) -> Said:

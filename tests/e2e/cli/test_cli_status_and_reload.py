@@ -6,10 +6,10 @@ import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from admin import ADMIN
-from certs import TestAuthority
-from commands import ask
-from rig import DEMO, Site
+from support.admin import ADMIN
+from support.certs import TestAuthority
+from support.commands import ask
+from support.site import DEMO, Site
 
 TWO = DEMO.replace('"demo"', '"two"')
 

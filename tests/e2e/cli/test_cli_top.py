@@ -15,10 +15,13 @@ from typing import Final
 import pytest
 import trio
 
-from admin import ADMIN
-from commands import FRELAY, ask
-from rig import DEMO, PATIENCE, TLS_HEADER, Site, pair, reserved_port
-from tools import tool
+from support.admin import ADMIN
+from support.commands import FRELAY, ask
+from support.party import TLS_HEADER, pair
+from support.ports import reserved_port
+from support.site import DEMO, Site
+from support.tools import tool
+from support.waiting import TIMEOUT
 
 OPTIONS: Final = ("--interval", "0.2")
 
@@ -56,7 +59,7 @@ class Terminal:
 
         A screen is drawn in pieces: what is to be seen at one time belongs into one condition.
         """
-        deadline = trio.current_time() + PATIENCE
+        deadline = trio.current_time() + TIMEOUT
         while True:
             lines = await self.screen()
             if condition("\n".join(lines)):
@@ -315,7 +318,7 @@ async def test_a_relay_that_goes_is_told_in_each_form(site: Site, options: tuple
         )
         assert process.stdout is not None
         seen = b""
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             async for chunk in process.stdout:
                 seen += chunk
                 if relay.process.returncode is None and b"relay-1" in seen:

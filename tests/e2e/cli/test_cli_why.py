@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from certs import san_der
-from commands import Said, frelay_command
-from rig import DEMO, Site
+from support.certs import san_der
+from support.commands import Said, frelay_command
+from support.site import DEMO, Site
 
 
 def why(site: Site, name: str, *options: str | Path, routes: str = DEMO) -> Said:

@@ -8,10 +8,12 @@ import socket
 import pytest
 import trio
 
-from clients import ask, options, run_function
-from command import arguments, command
-from ends import block
-from rig import DEMO, PATIENCE, Site, eventually, reserved_port
+from support.clients import ask, options, run_function
+from support.commands import arguments, command
+from support.ends import block
+from support.ports import reserved_port
+from support.site import DEMO, Site
+from support.waiting import TIMEOUT, eventually
 
 TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 QUESTION, REPLY = block(3_000_000, 1), block(2_000_000, 2)
@@ -118,7 +120,7 @@ async def test_a_local_port_here_is_a_local_service_there(site: Site) -> None:
         ):
             await there.say("waiting")
             local = (await here.say("listening"))["address"]
-            with trio.fail_after(PATIENCE):
+            with trio.fail_after(TIMEOUT):
                 await call(local, b"one")
                 await call(local, QUESTION)
                 async with trio.open_nursery() as calls:
@@ -154,7 +156,7 @@ async def test_a_cut_is_passed_on_as_a_cut(site: Site) -> None:
         ):
             local = (await here.say("listening"))["address"]
             async with await trio.open_tcp_stream(*address_of(local)) as stream:
-                with trio.fail_after(PATIENCE):
+                with trio.fail_after(TIMEOUT):
                     assert await stream.receive_some(100) == b"half of it"
                     await stream.send_all(b"x")
                     with pytest.raises(trio.BrokenResourceError):
@@ -191,7 +193,7 @@ async def test_exit_codes_say_what_happened(site: Site) -> None:
                 (arguments(site, place, "func1", "func2", "--to", "h:1", "--listen", "h:2"), 2, "only one of"),
             ]
             for line, code, text in cases:
-                with trio.fail_after(PATIENCE):
+                with trio.fail_after(TIMEOUT):
                     done = await trio.run_process(line, capture_stderr=True, capture_stdout=True, check=False)
                 assert (done.returncode, done.stdout) == (code, b""), done.stderr
                 assert text in done.stderr.decode(), line

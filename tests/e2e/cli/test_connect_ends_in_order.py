@@ -15,9 +15,11 @@ import pytest
 import trio
 
 import frelay
-from ends import block
-from rig import PATIENCE, RelayProcess, Site, eventually
-from wires import connect, in_thread, meet, options, read_to_end
+from support.ends import block
+from support.relay import RelayProcess
+from support.site import Site
+from support.waiting import TIMEOUT, eventually
+from support.wires import connect, in_thread, meet, options, read_to_end
 
 # Who has closed first cannot take the other's last close_notify any more, if that comes late: nothing is lost by it.
 IN_ORDER: Final = {"closed", "hung-up"}
@@ -175,13 +177,13 @@ async def test_the_with_statement_ends_in_order(site: Site) -> None:
 
         def one() -> bytes:
             with frelay.connect(address, **options(site, "func1")) as wire:
-                wire.settimeout(PATIENCE)
+                wire.settimeout(TIMEOUT)
                 wire.sendall(b"hello")
                 return read_to_end(wire)
 
         def two() -> bytes:
             with frelay.connect(address, **options(site, "func2")) as wire:
-                wire.settimeout(PATIENCE)
+                wire.settimeout(TIMEOUT)
                 return wire.recv(5)
 
         came: dict[str, bytes] = {}

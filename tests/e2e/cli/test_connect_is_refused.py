@@ -9,10 +9,12 @@ import pytest
 import trio
 
 import frelay
-from certs import Credential, TestAuthority
 from frelay.client.wire import Wire
-from rig import DEMO, RelayInProcess, Site, eventually
-from wires import connect, in_thread, meet
+from support.certs import Credential, TestAuthority
+from support.relay import RelayInProcess
+from support.site import DEMO, Site
+from support.waiting import eventually
+from support.wires import connect, in_thread, meet
 
 
 async def refused(site: Site, relay: RelayInProcess, name: str = "func1", **changes: Any) -> frelay.Refused:

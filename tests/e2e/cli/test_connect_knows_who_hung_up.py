@@ -7,9 +7,10 @@ import socket
 import pytest
 import trio
 
-from connects import dial, offering, port_here, reset
-from rig import PATIENCE, Site, eventually
-from services import serving
+from support.connects import dial, offering, port_here, reset
+from support.services import serving
+from support.site import Site
+from support.waiting import TIMEOUT, eventually
 
 
 async def banner(stream: trio.SocketStream) -> None:
@@ -56,7 +57,7 @@ async def test_who_ends_its_direction_early_is_served(site: Site, at: str, says:
         await caller.send_eof()
         await here.say("waiting")
         async with serving(banner) as service, offering(site, relay, service.address):
-            with trio.fail_after(PATIENCE):
+            with trio.fail_after(TIMEOUT):
                 assert b"".join([bytes(data) async for data in caller]) == b"hello " + says
         assert not here.said("hung-up")
 

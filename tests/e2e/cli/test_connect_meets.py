@@ -11,11 +11,14 @@ import trio
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 import frelay
-from ends import block
 from frelay.client.wire import Wire
 from frelay.protocol.messages import Message, Paired, Ping, Waiting
-from rig import DEMO, PATIENCE, RelayInProcess, Site, eventually, reserved_port
-from wires import connect, in_thread, meet, options, read_to_end
+from support.ends import block
+from support.ports import reserved_port
+from support.relay import RelayInProcess
+from support.site import DEMO, Site
+from support.waiting import TIMEOUT, eventually
+from support.wires import connect, in_thread, meet, options, read_to_end
 
 SIZE = 4 * 1024 * 1024 + 1
 
@@ -34,7 +37,7 @@ async def exchange(one: Wire, two: Wire) -> None:
                 digest.update(chunk)
                 left -= len(chunk)
 
-        with trio.fail_after(PATIENCE * 2):
+        with trio.fail_after(TIMEOUT * 2):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(in_thread, sender.sendall, data)
                 nursery.start_soon(in_thread, receive)
@@ -76,12 +79,12 @@ async def test_two_functions_meet_whoever_comes_first(site: Site, first: str) ->
 async def test_the_wire_blocks_without_a_limit_of_its_own(site: Site) -> None:
     """``wait`` is for joining; afterwards the socket is like any other."""
     async with site.relay() as relay, meet(site, relay) as (one, _):
-        assert one.gettimeout() == PATIENCE, "set by the rig"
+        assert one.gettimeout() == TIMEOUT, "set by meet"
         wires: list[Wire] = []
 
         async def join(name: str) -> None:
             wires.append(
-                await in_thread(frelay.connect, f"127.0.0.1:{relay.port()}", **options(site, name, wait=PATIENCE))
+                await in_thread(frelay.connect, f"127.0.0.1:{relay.port()}", **options(site, name, wait=TIMEOUT))
             )
 
         async with trio.open_nursery() as nursery:
@@ -108,7 +111,7 @@ async def test_the_caller_is_told_each_step(site: Site) -> None:
     waiting, *pings, paired = told["func1"]
     assert isinstance(waiting, Waiting)
     assert (waiting.route, waiting.party, waiting.identity) == ("demo", "func1", "dns:func1.demo")
-    assert 0 < waiting.deadline <= PATIENCE
+    assert 0 < waiting.deadline <= TIMEOUT
     assert len(pings) >= 2
     assert all(isinstance(ping, Ping) for ping in pings)
     assert isinstance(paired, Paired)
@@ -255,7 +258,7 @@ async def test_the_relays_certificate_may_have_another_name_than_its_address(sit
 
 
 async def test_a_function_with_connect_meets_one_without(site: Site) -> None:
-    """The other side is written from the protocol, byte by byte (``rig.Party``); its TLS is the test's."""
+    """The other side is written from the protocol, byte by byte (``party.Party``); its TLS is the test's."""
     wires: list[Wire] = []
     async with site.relay() as relay:
         other = await site.party(relay, "func2")
@@ -275,10 +278,10 @@ async def test_a_function_with_connect_meets_one_without(site: Site) -> None:
             context.load_verify_locations(site.ca_path)
             context.verify_mode = ssl.CERT_REQUIRED
             inner = trio.SSLStream(other.stream, context, server_side=True, https_compatible=False)
-            with trio.fail_after(PATIENCE):
+            with trio.fail_after(TIMEOUT):
                 await inner.do_handshake()
         await inner.send_all(b"hello")
         assert await in_thread(wires[0].recv, 5) == b"hello"
         await in_thread(wires[0].close)
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             assert await inner.receive_some() == b"", "a clean end of TLS"

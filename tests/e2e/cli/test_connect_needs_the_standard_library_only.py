@@ -12,8 +12,10 @@ import pytest
 import trio
 
 import frelay
-from rig import PATIENCE, RelayProcess, Site
-from wires import options
+from support.relay import RelayProcess
+from support.site import Site
+from support.waiting import TIMEOUT
+from support.wires import options
 
 FUNCTION: Final = Path(__file__).parents[2] / "support/parties" / "frelay_function.py"
 SIZE: Final = 4 * 1024 * 1024
@@ -46,7 +48,7 @@ async def test_two_functions_without_dependencies_meet(site: Site, package: Path
         stories[name] = json.loads(done.stdout)
 
     async with site.process() as relay:
-        with trio.fail_after(PATIENCE * 2):
+        with trio.fail_after(TIMEOUT * 2):
             async with trio.open_nursery() as nursery:
                 for name in ("func1", "func2"):
                     nursery.start_soon(run, relay, name)

@@ -10,10 +10,12 @@ from typing import Final
 import pytest
 import trio
 
-from command import arguments, command
-from connects import dial, ends_by_reset, offering, port_here, reset, still_echoes
-from rig import DEMO, Site, eventually, reserved_port
-from services import echo, nobody, serving
+from support.commands import arguments, command
+from support.connects import dial, ends_by_reset, offering, port_here, reset, still_echoes
+from support.ports import reserved_port
+from support.services import echo, nobody, serving
+from support.site import DEMO, Site
+from support.waiting import eventually
 
 
 async def moody(stream: trio.SocketStream) -> None:

@@ -14,10 +14,13 @@ from typing import Final
 
 import trio
 
-from command import answers, arguments, command, free_port, running
-from ends import block
-from rig import PATIENCE, RelayInProcess, Site, eventually
-from tools import tool
+from support.commands import arguments, command
+from support.ends import block
+from support.ports import free_port
+from support.relay import RelayInProcess
+from support.site import Site
+from support.tools import answers, running, tool
+from support.waiting import TIMEOUT, eventually
 
 SIZE: Final = 100 * 1024 * 1024
 _BLOCK: Final = block(1024 * 1024, 7)
@@ -86,7 +89,7 @@ async def bridged(site: Site, port: int) -> AsyncIterator[tuple[int, RelayInProc
             yield int(local.rpartition(":")[2]), relay
 
 
-async def run(line: list[str], patience: float = PATIENCE * 3) -> bytes:
+async def run(line: list[str], patience: float = TIMEOUT * 3) -> bytes:
     with trio.fail_after(patience):
         done = await trio.run_process(line, capture_stdout=True, capture_stderr=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
@@ -135,7 +138,7 @@ async def test_redis_answers(site: Site) -> None:
             assert await run([*line, "-r", "500", "incr", "n"]) == b"".join(b"%d\n" % n for n in range(1, 501))
             value = site.directory / "value"
             value.write_bytes(b"v" * 1_000_000)
-            with trio.fail_after(PATIENCE * 3), value.open("rb") as file:
+            with trio.fail_after(TIMEOUT * 3), value.open("rb") as file:
                 await trio.run_process([*line, "-x", "set", "big"], stdin=file, capture_stdout=True)
             assert await run([*line, "strlen", "big"]) == b"1000000\n"
 
@@ -168,7 +171,7 @@ async def test_ssh_goes_by_proxy_command(site: Site) -> None:
                 line = [ssh, "-F", "none", "-i", f"{directory}/user", "-o", f"UserKnownHostsFile={directory}/known"]
                 line += ["-o", "BatchMode=yes", "-o", f"ProxyCommand={proxy}", f"{getpass.getuser()}@behind-frelay"]
                 data = block(3_000_000, 3)
-                with trio.fail_after(PATIENCE * 3):
+                with trio.fail_after(TIMEOUT * 3):
                     done = await trio.run_process(
                         [*line, "sha256sum; exit 7"], stdin=data, capture_stdout=True, capture_stderr=True, check=False
                     )

@@ -12,11 +12,12 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 
-from command import arguments
-from connects import dial, offering, still_echoes
 from frelay.net.sockets import format_address
-from rig import PATIENCE, Site
-from services import echo, nobody, serving
+from support.commands import arguments
+from support.connects import dial, offering, still_echoes
+from support.services import echo, nobody, serving
+from support.site import Site
+from support.waiting import TIMEOUT
 
 
 class Screen:
@@ -39,7 +40,7 @@ class Screen:
 
     async def shows(self, text: str) -> str:
         """Wait for ``text``; gives what stands behind it on its line."""
-        with trio.move_on_after(PATIENCE):
+        with trio.move_on_after(TIMEOUT):
             while text not in self.text or "\n" not in self.text.partition(text)[2]:
                 await self._more.wait()
         assert text in self.text, self.text
@@ -88,7 +89,7 @@ async def test_quiet(site: Site) -> None:
         place = f"127.0.0.1:{relay.port()}"
         line = arguments(site, place, "func1", "func2", "--wait", "1.5", "--quiet")
         async with on_a_terminal(line) as (screen, process):
-            with trio.fail_after(PATIENCE):
+            with trio.fail_after(TIMEOUT):
                 assert await process.wait() == 4
             await screen.shows("nobody came within ")
             assert screen.text.count("\n") == 1
@@ -96,7 +97,7 @@ async def test_quiet(site: Site) -> None:
 
 async def failure(line: list[str], code: int = 1) -> str:
     """The one line that a command says which fails."""
-    with trio.fail_after(PATIENCE):
+    with trio.fail_after(TIMEOUT):
         done = await trio.run_process(line, capture_stderr=True, check=False)
     text = done.stderr.decode()
     assert done.returncode == code, text

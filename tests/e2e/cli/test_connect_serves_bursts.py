@@ -9,15 +9,16 @@ import pytest
 import trio
 import trio.lowlevel
 
-from command import answers, free_port, running
-from connects import dial, offering, port_here, still_echoes
-from rig import DEMO, PATIENCE, Site, eventually
-from services import echo, serving
-from tools import tool
+from support.connects import dial, offering, port_here, still_echoes
+from support.ports import free_port
+from support.services import echo, serving
+from support.site import DEMO, Site
+from support.tools import answers, running, tool
+from support.waiting import TIMEOUT, eventually
 
 
 async def run(line: list[str]) -> str:
-    with trio.fail_after(PATIENCE * 5):
+    with trio.fail_after(TIMEOUT * 5):
         done = await trio.run_process(line, capture_stdout=True, capture_stderr=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
     return done.stdout.decode()
@@ -103,11 +104,11 @@ async def test_legs_grow_with_callers_and_go_again(site: Site) -> None:
         nursery.start_soon(watch)
         for _ in range(40):
             nursery.start_soon(call)
-        await eventually(lambda: len(served) == 40, "all are served at once", PATIENCE * 2)
+        await eventually(lambda: len(served) == 40, "all are served at once", TIMEOUT * 2)
         assert most[0] <= 8
         assert 1 < most[1] <= 8
         over.set()
-        await eventually(lambda: relay.waiting() == (0, 1), "one leg waits for the next caller", PATIENCE * 2)
+        await eventually(lambda: relay.waiting() == (0, 1), "one leg waits for the next caller", TIMEOUT * 2)
         assert there.process.returncode is None
         assert not there.said("failed")
         nursery.cancel_scope.cancel()
@@ -138,7 +139,7 @@ async def test_concurrency_is_kept(site: Site, concurrency: int) -> None:
         offering(site, relay, service.address, "--concurrency", str(concurrency)),
         port_here(site, relay) as (_, place),
     ):
-        with trio.fail_after(PATIENCE * 2):
+        with trio.fail_after(TIMEOUT * 2):
             async with trio.open_nursery() as calls:
                 for _ in range(12):
                     calls.start_soon(call)
@@ -166,7 +167,7 @@ async def test_what_passes_by_itself_is_tried_again(site: Site, limit: str) -> N
         if limit.startswith("wait"):
             await eventually(lambda: len(relay.logged("refused", code="wait-timeout")) >= 4, "the relay has given up")
         async with offering(site, relay, service.address):
-            await eventually(lambda: len(served) == 4, "all are served", PATIENCE * 5)
+            await eventually(lambda: len(served) == 4, "all are served", TIMEOUT * 5)
             assert not here.said("failed")
 
 
@@ -177,6 +178,6 @@ async def test_it_ends_with_the_wait(site: Site) -> None:
         port_here(site, relay, "--wait", "2") as (here, place),
     ):
         async with await dial(place) as caller:
-            with trio.fail_after(PATIENCE), pytest.raises(trio.BrokenResourceError):
+            with trio.fail_after(TIMEOUT), pytest.raises(trio.BrokenResourceError):
                 await caller.receive_some(1)
         assert (await here.say("failed"))["reason"] == "wait-timeout: nobody came within 2 s"

@@ -9,14 +9,15 @@ import subprocess
 import pytest
 import trio
 
-from command import arguments, command
-from ends import block
-from rig import PATIENCE, Site
+from support.commands import arguments, command
+from support.ends import block
+from support.site import Site
+from support.waiting import TIMEOUT
 
 
 async def by_shell(line: list[str], redirections: str) -> subprocess.CompletedProcess[bytes]:
     """Run a command line with redirections of the shell."""
-    with trio.fail_after(PATIENCE * 2):
+    with trio.fail_after(TIMEOUT * 2):
         return await trio.run_process(
             ["/bin/sh", "-c", f"{shlex.join(line)} {redirections}"],
             capture_stdout=True,
@@ -96,7 +97,7 @@ async def test_descriptors_that_do_not_block(site: Site) -> None:
                     await pipe.send_all(data)
 
             nursery.start_soon(put)
-            with trio.fail_after(PATIENCE):
+            with trio.fail_after(TIMEOUT):
                 async with trio.lowlevel.FdStream(ends["stdout"][0]) as pipe:
                     assert b"".join([bytes(part) async for part in pipe]) == data
                 assert await process.wait() == 0

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from command import arguments, command
-from connects import dial, port_here, still_echoes
-from rig import Site
-from services import echo, serving
+from support.commands import arguments, command
+from support.connects import dial, port_here, still_echoes
+from support.services import echo, serving
+from support.site import Site
 
 
 @pytest.mark.parametrize("mode", ["handoff", "ticket", "tunnel"])

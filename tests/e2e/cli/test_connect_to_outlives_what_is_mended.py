@@ -8,11 +8,13 @@ from typing import Final
 import pytest
 import trio
 
-from certs import TestAuthority
-from command import arguments, command
-from connects import dial, port_here, still_echoes
-from rig import DEMO, PATIENCE, Site, eventually, reserved_port
-from services import echo, serving
+from support.certs import TestAuthority
+from support.commands import arguments, command
+from support.connects import dial, port_here, still_echoes
+from support.ports import reserved_port
+from support.services import echo, serving
+from support.site import DEMO, Site
+from support.waiting import TIMEOUT, eventually
 
 OTHER: Final = TestAuthority("other CA")
 
@@ -189,7 +191,7 @@ async def test_without_always_a_refusal_is_the_end(site: Site) -> None:
 async def test_the_line_for_a_person_says_what_comes(site: Site) -> None:
     with reserved_port() as port:
         line = arguments(site, f"127.0.0.1:{port}", "func2", "func1", "--to", "127.0.0.1:9", "--retry", "1")
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             done = await trio.run_process(line, capture_stderr=True, check=False)
         assert done.returncode == 1
         first, last = done.stderr.decode().splitlines()

@@ -17,13 +17,15 @@ from typing import Any, Final
 import pytest
 
 import frelay
-from certs import TestAuthority
 from frelay.client import blocking, joining
 from frelay.client.contexts import inner_context
 from frelay.client.steps import Send, Step
 from frelay.protocol.messages import Message, Paired, Ping, Waiting
-from rig import PATIENCE, Site, frame
-from wires import PAIRED, WAITING, fake_relay, options, read_frame, read_to_end
+from support.certs import TestAuthority
+from support.party import frame
+from support.site import Site
+from support.waiting import TIMEOUT
+from support.wires import PAIRED, WAITING, fake_relay, options, read_frame, read_to_end
 
 
 def connect(address: str, site: Site, **changes: Any) -> ssl.SSLSocket:
@@ -37,7 +39,7 @@ def plain_server(site: Site, script: Callable[[socket.socket], None]) -> Iterato
     def serve(listener: socket.socket) -> None:
         sock, _ = listener.accept()
         with sock:
-            sock.settimeout(PATIENCE)
+            sock.settimeout(TIMEOUT)
             try:
                 script(sock)
             except OSError:
@@ -47,7 +49,7 @@ def plain_server(site: Site, script: Callable[[socket.socket], None]) -> Iterato
         thread = threading.Thread(target=serve, args=(listener,), daemon=True)
         thread.start()
         yield f"127.0.0.1:{listener.getsockname()[1]}"
-        thread.join(PATIENCE)
+        thread.join(TIMEOUT)
     assert not thread.is_alive()
 
 
@@ -80,11 +82,11 @@ def test_a_server_that_hangs_up_at_once(site: Site) -> None:
 @pytest.mark.load
 def test_a_server_that_is_silent_from_the_start(site: Site) -> None:
     done = threading.Event()
-    with plain_server(site, lambda sock: (sock.recv(1), done.wait(PATIENCE), None)[-1]) as address:
+    with plain_server(site, lambda sock: (sock.recv(1), done.wait(TIMEOUT), None)[-1]) as address:
         began = time.monotonic()
         with pytest.raises(frelay.RelayUnreachable, match=r"no TLS with .*timed out"):
             connect(address, site, wait=0.3)
-        assert 0.25 < time.monotonic() - began < PATIENCE
+        assert 0.25 < time.monotonic() - began < TIMEOUT
         done.set()
 
 
@@ -193,7 +195,7 @@ def test_a_relay_that_falls_silent_does_not_hold_us_for_ever(
     def script(tls: ssl.SSLSocket) -> None:
         read_frame(tls)
         tls.sendall(said)
-        done.wait(PATIENCE)
+        done.wait(TIMEOUT)
 
     with fake_relay(site, script) as address:
         with pytest.raises(frelay.RelayUnreachable, match=r"the relay was silent for 0\.5 s"):
@@ -209,13 +211,13 @@ def test_the_callers_wait_ends_before_the_relays(site: Site) -> None:
         _, join = read_frame(tls)
         assert 0 < join["wait"] <= 0.4
         tls.sendall(WAITING)
-        done.wait(PATIENCE)
+        done.wait(TIMEOUT)
 
     with fake_relay(site, script) as address:
         began = time.monotonic()
         with pytest.raises(frelay.Refused, match=r"nobody came within 0\.4 s") as caught:
             connect(address, site, wait=0.4)
-        assert 0.35 < time.monotonic() - began < PATIENCE
+        assert 0.35 < time.monotonic() - began < TIMEOUT
         assert (caught.value.code, caught.value.retry_after) == ("wait-timeout", 0.0)
         done.set()
 
@@ -230,7 +232,7 @@ def test_an_absurd_deadline_of_a_relay_is_no_error_of_ours(site: Site) -> None:
         read_frame(tls)
         tls.sendall(frame("WAITING", absurd))
         # In one breath with WAITING the end would be found without any more waiting.
-        assert told.wait(PATIENCE)
+        assert told.wait(TIMEOUT)
         tls.unwrap()
 
     with fake_relay(site, script) as address, pytest.raises(frelay.RelayUnreachable, match="without an answer"):
@@ -293,7 +295,7 @@ def test_no_clean_end_after_paired_is_a_failed_hand_off(
 
 def test_a_close_notify_that_does_not_come(site: Site) -> None:
     done = threading.Event()
-    with fake_relay(site, _after_paired(then=lambda tls: done.wait(PATIENCE))) as address:
+    with fake_relay(site, _after_paired(then=lambda tls: done.wait(TIMEOUT))) as address:
         with pytest.raises(frelay.HandOffFailed, match="close_notify did not come"):
             connect(address, site, wait=0.4)
         done.set()
@@ -363,7 +365,7 @@ def test_a_peer_that_is_gone_before_its_tls_is_up(site: Site, then: Callable[[so
 
 def test_a_peer_that_is_silent_is_waited_for_within_the_callers_time(site: Site) -> None:
     done = threading.Event()
-    with fake_relay(site, _handed_off(lambda raw: done.wait(PATIENCE))) as address:
+    with fake_relay(site, _handed_off(lambda raw: done.wait(TIMEOUT))) as address:
         with pytest.raises(frelay.PeerGone, match="timed out"):
             connect(address, site, wait=0.5)
         done.set()
@@ -380,7 +382,7 @@ def test_the_callers_time_may_run_out_between_the_hand_off_and_the_inner_tls(
     def slowly(shell: blocking._Shell, step: Step) -> Any:
         result = perform(shell, step)
         if is_paired.is_set() and isinstance(step, Send):
-            now[0] += PATIENCE * 2  # our close_notify, the last that is said in the outer TLS
+            now[0] += TIMEOUT * 2  # our close_notify, the last that is said in the outer TLS
         return result
 
     monkeypatch.setattr(blocking._Shell, "perform", slowly)

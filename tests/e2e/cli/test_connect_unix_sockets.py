@@ -11,10 +11,11 @@ from pathlib import Path
 
 import trio
 
-from connects import dial, offering, port_here, still_echoes
-from ends import block
-from rig import PATIENCE, Site, eventually
-from services import Handler, echo, serving
+from support.connects import dial, offering, port_here, still_echoes
+from support.ends import block
+from support.services import Handler, echo, serving
+from support.site import Site
+from support.waiting import TIMEOUT, eventually
 
 DATA = block(3_000_000, 1)
 
@@ -52,7 +53,7 @@ async def test_both_sides_and_both_ends(site: Site) -> None:
                 await caller.send_eof()
 
             nursery.start_soon(put)
-            with trio.fail_after(PATIENCE):
+            with trio.fail_after(TIMEOUT):
                 assert b"".join([bytes(data) async for data in caller]) == DATA[::-1]
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from contextlib import AsyncExitStack
 from typing import Final
 
-from connects import dial, offering, port_here, still_echoes
-from rig import Site
-from services import echo, serving
+from support.connects import dial, offering, port_here, still_echoes
+from support.services import echo, serving
+from support.site import Site
 
 MORE_THAN_JOIN_AT_ONCE: Final = 10
 

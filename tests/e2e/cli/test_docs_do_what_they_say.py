@@ -17,8 +17,8 @@ from typing import Final
 
 import pytest
 
-from blocks import PAGES, Block, Machine, Running, blocks, find, machine
-from tools import tool
+from support.blocks import PAGES, Block, Machine, Running, blocks, find, machine
+from support.tools import tool
 
 RUN: Final[dict[str, tuple[str, ...]]] = {
     "README.md": (

@@ -14,8 +14,8 @@ from typing import Final
 
 import pytest
 
-from blocks import PAGES, ROOT, Machine, blocks, find, machine
-from tools import tool
+from support.blocks import PAGES, ROOT, Machine, blocks, find, machine
+from support.tools import tool
 
 RUN: Final = {
     "examples/go/README.md": ("wire, err := frelay.Connect", "go build -o frelay-party"),

@@ -25,9 +25,6 @@ from cryptography.hazmat.primitives.serialization import (
 from pydantic import BaseModel
 
 import frelay
-from admin import ADMIN, ROUTE, admin
-from clients import options
-from commands import frelay_command
 from frelay.cli.check import as_json_object
 from frelay.client.options import JoinPlan, Options
 from frelay.config.document import ARRAYS, SECTIONS
@@ -35,7 +32,10 @@ from frelay.config.load import load
 from frelay.errors import CertificateError, ConfigError
 from frelay.pki.authority import Authority
 from frelay.relay.prepare import prepare
-from rig import DEMO, Site
+from support.admin import ADMIN, ROUTE, admin
+from support.clients import options
+from support.commands import frelay_command
+from support.site import DEMO, Site
 
 # Of what is secret, nobody may be told as much as this in one piece: 24 characters of base64 are 18 bytes.
 _PIECE: Final = 24

@@ -21,13 +21,14 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from certs import ODD_DNS, ODD_SPIFFE, SPIFFE_ID, Credential, TestAuthority, san_der, self_signed
 from frelay.config.load import load
 from frelay.joining.explain import Verdict, examine
 from frelay.pki.authority import Authority
 from frelay.pki.files import certificates_pem, key_pem, read_certificates
 from frelay.relay.prepare import prepare
-from rig import DEMO, Site, reserved_port
+from support.certs import ODD_DNS, ODD_SPIFFE, SPIFFE_ID, Credential, TestAuthority, san_der, self_signed
+from support.ports import reserved_port
+from support.site import DEMO, Site
 
 FUNC1: Final = ["func1.demo"]
 

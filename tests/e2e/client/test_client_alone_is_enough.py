@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from clients import options
-from rig import Site
+from support.clients import options
+from support.site import Site
 
 ROOT = Path(__file__).resolve().parents[3]
 

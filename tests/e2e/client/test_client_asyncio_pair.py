@@ -11,10 +11,11 @@ import trio
 
 import frelay.client.asyncio
 import frelay.client.trio
-from clients import options
 from frelay.client.options import Options
 from frelay.client.trio import TrioWire
-from rig import PATIENCE, Site
+from support.clients import options
+from support.site import Site
+from support.waiting import TIMEOUT
 
 Pair = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -28,12 +29,12 @@ async def against_trio(
     """Run ``here`` on asyncio's pair in a thread, and ``there`` on the other end."""
 
     async def run_here(address: str, given: Options) -> None:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             await here(await frelay.client.asyncio.connect(address, **given))
 
     async with site.relay() as relay:
         address = f"127.0.0.1:{relay.port()}"
-        with trio.fail_after(PATIENCE * 2):
+        with trio.fail_after(TIMEOUT * 2):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(
                     trio.to_thread.run_sync,
@@ -57,7 +58,7 @@ async def test_drain_waits_for_a_reader_that_does_not_read(site: Site, mode: str
             total += len(chunk)
             assert writer.transport.get_write_buffer_size() < 4 * len(chunk)
             try:
-                async with asyncio.timeout(0.5 if not told else PATIENCE):
+                async with asyncio.timeout(0.5 if not told else TIMEOUT):
                     await writer.drain()
             except TimeoutError:
                 told = True

@@ -12,8 +12,11 @@ import pytest
 import trio
 
 import frelay
-from clients import CLIENTS, Client, answer, ask, meet, options, run_function
-from rig import Site, eventually, open_descriptors, opened_since, reserved_port
+from support.clients import CLIENTS, Client, answer, ask, meet, options, run_function
+from support.descriptors import open_descriptors, opened_since
+from support.ports import reserved_port
+from support.site import Site
+from support.waiting import eventually
 
 # Generous, and far from the 30 s and more that each of these would take by itself.
 LATE = 10.0

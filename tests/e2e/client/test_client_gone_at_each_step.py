@@ -21,9 +21,10 @@ import pytest
 import trio
 
 import frelay
-from clients import CLIENTS, PAIRS_OF_CLIENTS, Client, ask, options, run_function
 from frelay.client.options import Options
-from rig import DEMO, PATIENCE, Site, at_any_pace, eventually
+from support.clients import CLIENTS, PAIRS_OF_CLIENTS, Client, ask, options, run_function
+from support.site import DEMO, Site
+from support.waiting import TIMEOUT, at_any_pace, eventually
 
 STEPS: Final = ("waiting", "paired", "hand-off", "inner")
 ROOT: Final = Path(__file__).resolve().parents[3]
@@ -35,7 +36,7 @@ SOON: Final = 5.0
 async def stopped_at(client: Client, step: str, address: str, given: Options) -> AsyncIterator[trio.Process]:
     """A function in its own process, which has come to ``step`` and stays there."""
     settings = {"client": client, "stop_at": step, "address": address, "options": given}
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests/support")])}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     async with trio.open_nursery() as nursery:
         process: trio.Process = await nursery.start(
             partial(
@@ -58,7 +59,7 @@ async def stopped_at(client: Client, step: str, address: str, given: Options) ->
 async def has_stopped(process: trio.Process) -> None:
     assert process.stdout is not None
     said = b""
-    with trio.fail_after(PATIENCE):
+    with trio.fail_after(TIMEOUT):
         while not said.endswith(b"\n"):
             data = await process.stdout.receive_some(100)
             assert data, f"it ended before it got there, and said {said!r}"

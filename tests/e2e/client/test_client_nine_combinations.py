@@ -7,10 +7,11 @@ import hashlib
 import pytest
 import trio
 
-from clients import PAIRS_OF_CLIENTS, Client, answer, ask, meet, options
-from ends import block
 from frelay.protocol.messages import Mode
-from rig import DEMO, Site, eventually
+from support.clients import PAIRS_OF_CLIENTS, Client, answer, ask, meet, options
+from support.ends import block
+from support.site import DEMO, Site
+from support.waiting import eventually
 
 # Each mode on each side, and beside another one.
 MODES: tuple[tuple[Mode, Mode], ...] = (

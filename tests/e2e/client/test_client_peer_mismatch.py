@@ -6,9 +6,10 @@ import pytest
 import trio
 
 import frelay
-from clients import CLIENTS, Client, ask, options, run_function
 from frelay.protocol.messages import Mode
-from rig import PATIENCE, Site, eventually
+from support.clients import CLIENTS, Client, ask, options, run_function
+from support.site import Site
+from support.waiting import TIMEOUT, eventually
 
 SECRET = b"for somebody else" * 1000
 
@@ -41,7 +42,7 @@ async def test_nothing_is_sent_to_a_peer_that_was_not_expected(site: Site, clien
         assert heard in ([], [b""])
         record = await relay.outcome()
         assert record["bytes_func1_to_func2"] < len(SECRET)
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             await eventually(lambda: relay.legs == 0, "nothing is held")
 
 

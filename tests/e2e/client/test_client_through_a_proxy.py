@@ -11,11 +11,13 @@ import pytest
 import trio
 
 import frelay
-from clients import CLIENTS, Client, answer, ask, meet, options, run_function
-from command import answers, arguments, command, free_port, running
 from frelay.protocol.messages import Mode
-from rig import PATIENCE, Site, eventually
-from tools import tool
+from support.clients import CLIENTS, Client, answer, ask, meet, options, run_function
+from support.commands import arguments, command
+from support.ports import free_port
+from support.site import Site
+from support.tools import answers, running, tool
+from support.waiting import TIMEOUT, eventually
 
 
 class SmallProxy:
@@ -182,7 +184,7 @@ async def test_tinyproxy_carries_raw_legs(site: Site, mode: str) -> None:
             command(arguments(site, place, "func2", "func1", "--mode", mode, "--proxy", way)) as two,
         ):
             got = b""
-            with trio.fail_after(PATIENCE):
+            with trio.fail_after(TIMEOUT):
                 await two.stdin.send_all(b"there and back")
                 while len(got) < 14:
                     got += await two.stdout.receive_some()

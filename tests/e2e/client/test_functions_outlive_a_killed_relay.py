@@ -12,11 +12,13 @@ import pytest
 import trio
 
 import frelay.client.trio
-from clients import options
 from frelay.client.options import Options
 from frelay.client.retry import Retry
 from frelay.errors import FrelayError
-from rig import DEMO, RelayProcess, Site, reserved_port
+from support.clients import options
+from support.ports import reserved_port
+from support.relay import RelayProcess
+from support.site import DEMO, Site
 
 PAIRS: Final = int(os.environ.get("FRELAY_KILLED_PAIRS", "100"))
 PROMISED: Final = 10.0

@@ -15,11 +15,13 @@ import pytest
 import trio
 
 import frelay
-from certs import san_der
-from clients import CLIENTS, Client, ask, options, run_function
 from frelay.protocol.messages import Mode
-from rig import PATIENCE, Party, Site, eventually, frame
-from wires import PAIRED, WAITING, fake_relay, read_frame
+from support.certs import san_der
+from support.clients import CLIENTS, Client, ask, options, run_function
+from support.party import Party, frame
+from support.site import Site
+from support.waiting import TIMEOUT, eventually
+from support.wires import PAIRED, WAITING, fake_relay, read_frame
 
 # --- the relay --------------------------------------------------------------------------------------------------------
 
@@ -93,7 +95,7 @@ def test_a_flood_of_pings_leaves_other_tasks_their_turn(site: Site) -> None:
         statuses: list[object] = []
         given = options(site, "func1", "func2", on_status=statuses.append, wait=None)
         task = asyncio.create_task(frelay.client.asyncio.connect(address, **given))
-        async with asyncio.timeout(PATIENCE * 2):
+        async with asyncio.timeout(TIMEOUT * 2):
             while len(statuses) < 100:
                 assert not task.done()
                 await asyncio.sleep(0)
@@ -146,7 +148,7 @@ async def test_a_certificate_that_ssl_cannot_decode_names_nobody(
             with pytest.raises(frelay.PeerIdentityMismatch, match="no usable name"):
                 await run_function(client, address, ask(b""), options(site, me, other, mode=mode))
         await party.stream.aclose()
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             await eventually(lambda: relay.legs == 0, "nothing is held")
 
 

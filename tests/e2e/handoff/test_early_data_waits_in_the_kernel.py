@@ -11,10 +11,13 @@ import tracemalloc
 import pytest
 import trio
 
-from ends import OPEN, PLAIN, End, Mode, block, join_ends
 from frelay.pairing.leg import Leg
-from rig import PATIENCE, Party, RelayInProcess, Site, eventually
-from rounds import settled
+from support.ends import OPEN, PLAIN, End, Mode, block, join_ends
+from support.party import Party
+from support.relay import RelayInProcess
+from support.rounds import settled
+from support.site import Site
+from support.waiting import TIMEOUT, eventually
 
 MIB = 1024 * 1024
 ONE_RECORD = 16384
@@ -133,7 +136,7 @@ async def test_more_early_data_than_the_kernel_holds(site: Site, early: Mode, la
             finally:
                 tracemalloc.stop()
             two = await partner(site, relay, late)
-            with trio.fail_after(PATIENCE):
+            with trio.fail_after(TIMEOUT):
                 assert await two.receive_to_end() == data
 
 

@@ -13,10 +13,13 @@ from pathlib import Path
 import pytest
 import trio
 
-from ends import join_ends
-from handoffs import client_hello, forging_party, relay_has_read
-from records import ALERT, CLOSE_NOTIFY, HANDSHAKE, RecordForge
-from rig import DEMO, PATIENCE, Party, RelayInProcess, Site, frame
+from support.ends import join_ends
+from support.handoffs import client_hello, forging_party, relay_has_read
+from support.party import Party, frame
+from support.records import ALERT, CLOSE_NOTIFY, HANDSHAKE, RecordForge
+from support.relay import RelayInProcess
+from support.site import DEMO, Site
+from support.waiting import TIMEOUT
 
 JOIN = frame("JOIN", {"attempt": "0f8fad5b-d9cb-469f-a165-70867728950e"})
 TUNNEL = frame("JOIN", {"attempt": "0f8fad5b-d9cb-469f-a165-70867728950e", "modes": ["tunnel"]})
@@ -149,7 +152,7 @@ async def test_a_flood_of_key_updates_keeps_nobody_waiting(site: Site, tmp_path:
         if when != "while waiting":
             await meet(one, two)
         flood = b"".join(forge.key_update() for _ in range(5000))
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(one.send_raw, flood)
                 for _ in range(50):

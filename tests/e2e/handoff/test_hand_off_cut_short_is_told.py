@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from handoffs import client_hello, forging_party, is_silent, met
-from rig import Party, Site, frame
+from support.handoffs import client_hello, forging_party, is_silent, met
+from support.party import Party, frame
+from support.site import Site
 
 
 async def fin(party: Party) -> None:

@@ -10,8 +10,10 @@ import ssl
 import pytest
 import trio
 
-from handoffs import client_hello, corked, met, relay_has_read, tcp_info
-from rig import PATIENCE, TLS_HEADER, Party, Site
+from support.handoffs import client_hello, corked, met, relay_has_read, tcp_info
+from support.party import TLS_HEADER, Party
+from support.site import Site
+from support.waiting import TIMEOUT
 
 CLOSE_NOTIFY = 24
 """Bytes of a close_notify record in TLS 1.3: header, alert, content type, tag."""
@@ -151,7 +153,7 @@ async def test_the_first_flight_of_inner_mtls_rides_with_close_notify(site: Site
             await stream.do_handshake()
             names.append(stream.getpeercert()["subjectAltName"])
 
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(be_client)
                 nursery.start_soon(be_server)

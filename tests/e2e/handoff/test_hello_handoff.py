@@ -8,7 +8,9 @@ from __future__ import annotations
 import pytest
 import trio
 
-from rig import DEMO, TLS_HEADER, Party, RelayInProcess, Site
+from support.party import TLS_HEADER, Party
+from support.relay import RelayInProcess
+from support.site import DEMO, Site
 
 HELLO = DEMO + 'handoff = "hello"\nhello_settle = 0.05\n'
 

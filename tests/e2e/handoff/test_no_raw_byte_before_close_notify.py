@@ -9,8 +9,9 @@ from __future__ import annotations
 import pytest
 import trio
 
-from handoffs import is_silent, met, tcp_info
-from rig import TLS_HEADER, Party, Site
+from support.handoffs import is_silent, met, tcp_info
+from support.party import TLS_HEADER, Party
+from support.site import Site
 
 HELLO = TLS_HEADER + b"hello"
 

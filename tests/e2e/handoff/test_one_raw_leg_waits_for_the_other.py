@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import trio
 
-from handoffs import met
-from rig import TLS_HEADER, Party, RelayProcess, Site
-from rounds import settled
+from support.handoffs import met
+from support.party import TLS_HEADER, Party
+from support.relay import RelayProcess
+from support.rounds import settled
+from support.site import Site
 
 PATIENT = "[limits]\nhandoff_timeout = 60\n"
 COUNT = 12

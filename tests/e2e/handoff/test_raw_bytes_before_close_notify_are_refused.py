@@ -9,9 +9,11 @@ from __future__ import annotations
 import pytest
 import trio
 
-from handoffs import client_hello, met, relay_has_read
-from records import PLAIN_CLOSE_NOTIFY
-from rig import Party, RelayInProcess, Site, frame
+from support.handoffs import client_hello, met, relay_has_read
+from support.party import Party, frame
+from support.records import PLAIN_CLOSE_NOTIFY
+from support.relay import RelayInProcess
+from support.site import Site
 
 FORGED = {
     "raw bytes": b"\x16\x03\x01\x00\x05hello",

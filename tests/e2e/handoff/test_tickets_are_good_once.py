@@ -9,7 +9,10 @@ import pytest
 import trio
 
 from frelay.joining.legs import FramedLeg
-from rig import DEMO, TLS_HEADER, Party, RelayInProcess, Site, eventually
+from support.party import TLS_HEADER, Party
+from support.relay import RelayInProcess
+from support.site import DEMO, Site
+from support.waiting import eventually
 
 TWO = DEMO + DEMO.replace('"demo"', '"other"')
 

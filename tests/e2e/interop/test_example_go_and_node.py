@@ -26,13 +26,16 @@ import trio
 from cryptography.hazmat.primitives.serialization import Encoding
 
 import frelay
-from certs import TestAuthority
-from ends import block
 from frelay.pki.files import certificates_pem
 from frelay.protocol.identity import spki_of_certificate
-from rig import DEMO, PATIENCE, RelayInProcess, Site, frame
-from tools import tool
-from wires import fake_relay, read_frame
+from support.certs import TestAuthority
+from support.ends import block
+from support.party import frame
+from support.relay import RelayInProcess
+from support.site import DEMO, Site
+from support.tools import tool
+from support.waiting import TIMEOUT
+from support.wires import fake_relay, read_frame
 
 # The first build may have to compile Go's standard library.
 pytestmark = pytest.mark.timeout(300)
@@ -148,7 +151,7 @@ async def meet(
     async def run(name: str, runtime: Runtime, hand_off: HandOff) -> None:
         ended[name] = await functions.run(runtime, relay, name, sent[name], hand_off=hand_off)
 
-    with trio.fail_after(PATIENCE * 3):
+    with trio.fail_after(TIMEOUT * 3):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(run, "func1", *one)
             nursery.start_soon(run, "func2", *two)
@@ -220,7 +223,7 @@ with frelay.connect(address, cert=cert, key=key, ca=ca, peer=peer, wait=60) as w
     async with site.relay() as relay:
         cert, key = site.paths["func2"]
         arguments = [f"localhost:{relay.port()}", str(cert), str(key), str(site.ca_path), "dns:func1.demo"]
-        with trio.fail_after(PATIENCE * 3):
+        with trio.fail_after(TIMEOUT * 3):
             async with trio.open_nursery() as nursery:
                 command = [sys.executable, "-c", script, *arguments]
                 nursery.start_soon(
@@ -240,7 +243,7 @@ async def test_somebody_else_gets_nothing(functions: Functions, one: Runtime, tw
         async def run(name: str, runtime: Runtime, peer: str) -> None:
             ended[name] = await functions.run(runtime, relay, name, b"for func3 alone", peer=peer, wait=600)
 
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(run, "func1", one, "dns:func3.demo")
                 nursery.start_soon(run, "func2", two, "dns:func1.demo")
@@ -263,7 +266,7 @@ async def test_a_certificate_of_another_kind_is_not_the_name(functions: Function
         async def run(name: str) -> None:
             ended[name] = await functions.run(runtime, relay, name, b"secret", wait=600)
 
-        with trio.fail_after(PATIENCE * 3):
+        with trio.fail_after(TIMEOUT * 3):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(run, "func1")
                 nursery.start_soon(run, "func2")
@@ -287,7 +290,7 @@ async def test_a_peer_with_a_spiffe_id_is_known_by_it(functions: Functions, runt
                 runtime, relay, name, name.encode(), peer=f"uri:spiffe://acme/jobs/{other}"
             )
 
-        with trio.fail_after(PATIENCE * 3):
+        with trio.fail_after(TIMEOUT * 3):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(run, "func1", "func2")
                 nursery.start_soon(run, "func2", "func1")
@@ -299,7 +302,7 @@ async def test_a_peer_with_a_spiffe_id_is_known_by_it(functions: Functions, runt
 async def test_a_refusal_says_why(functions: Functions, runtime: Runtime) -> None:
     functions.site.add("func3", functions.site.ca.party(dns=["func3.demo"]))
     async with functions.site.relay() as relay:
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             ended = await functions.run(runtime, relay, "func3")
         assert (ended.returncode, b"not-authorised" in ended.stderr) == (3, True), ended.stderr
 
@@ -319,7 +322,7 @@ async def test_what_a_relay_says_steers_no_terminal(functions: Functions, runtim
             read_frame(tls)
             tls.sendall(frames)
 
-        with fake_relay(functions.site, script) as address, trio.fail_after(PATIENCE):
+        with fake_relay(functions.site, script) as address, trio.fail_after(TIMEOUT):
             command = functions.command(runtime, int(address.split(":")[1]), "func1", "dns:func2.demo", "handoff", 20)
             ended = await trio.run_process(command, capture_stderr=True, check=False)
         assert ended.returncode == 3 if what == "text" else ended.returncode in (1, 3)
@@ -341,7 +344,7 @@ async def test_it_is_told_that_its_own_certificate_was_refused(functions: Functi
         async def run() -> None:
             ended.append(await functions.run(runtime, relay, me, b"question"))
 
-        with trio.fail_after(PATIENCE * 2):
+        with trio.fail_after(TIMEOUT * 2):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(run)
                 cert, key = site.paths[other]
@@ -373,7 +376,7 @@ async def test_the_first_connection_of_a_ticket_may_break(functions: Functions, 
         paired = {"pairing": "1", "route": "demo", "peer": "dns:func2.demo", "role": "client", "mode": "ticket"}
         tls.sendall(frame("PAIRED", {**paired, "ticket": ticket, "limits": {}}))
         raw, _ = listeners[0].accept()
-        raw.settimeout(PATIENCE)
+        raw.settimeout(TIMEOUT)
         line = b""
         while not line.endswith(b"\n"):
             line += raw.recv(1)
@@ -386,7 +389,7 @@ async def test_the_first_connection_of_a_ticket_may_break(functions: Functions, 
             wire.unwrap()
 
     listeners: list[socket.socket] = []
-    with fake_relay(site, script, listeners=listeners) as address, trio.fail_after(PATIENCE):
+    with fake_relay(site, script, listeners=listeners) as address, trio.fail_after(TIMEOUT):
         command = functions.command(runtime, int(address.split(":")[1]), "func1", "dns:func2.demo", "ticket", 20)
         ended = await trio.run_process(
             command, stdin=b"question", capture_stdout=True, capture_stderr=True, check=False
@@ -400,7 +403,7 @@ async def test_the_first_connection_of_a_ticket_may_break(functions: Functions, 
 async def test_its_own_limit_ends_the_waiting(functions: Functions, runtime: Runtime) -> None:
     async with functions.site.relay() as relay:
         began = time.monotonic()
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             ended = await functions.run(runtime, relay, "func1", wait=1)
         assert ended.returncode == 1
         assert b"waiting" in ended.stderr
@@ -413,7 +416,7 @@ async def test_a_stranger_is_told_by_the_alert(functions: Functions, runtime: Ru
     site = functions.site
     site.add("stranger", type(site.ca)("other CA").party(dns=["func1.demo"]))
     async with site.relay() as relay:
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             ended = await functions.run(runtime, relay, "stranger")
         assert ended.returncode == 1
         assert b"unknown" in ended.stderr.lower(), ended.stderr
@@ -429,7 +432,7 @@ async def test_pings_are_answered_while_it_waits(functions: Functions, runtime: 
         async def run(name: str) -> None:
             ended[name] = await functions.run(runtime, relay, name, name.encode())
 
-        with trio.fail_after(PATIENCE * 2):
+        with trio.fail_after(TIMEOUT * 2):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(run, "func1")
                 await relay.log("waiting", party="func1")
@@ -482,7 +485,7 @@ async def test_what_follows_the_end_of_the_outer_tls_is_not_swallowed_in_node(si
     command = [tool("node"), str(EXAMPLES / "node/party.mjs")]
     for option, value in options.items():
         command += [f"--{option}", str(value)]
-    with trio.fail_after(PATIENCE):
+    with trio.fail_after(TIMEOUT):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(partial(trio.run_process, command, stdin=b"all is here", check=False))
             async with listeners[0] as listener:
@@ -520,7 +523,7 @@ async def test_a_record_may_come_in_any_pieces_in_node() -> None:
           }}
         }}
     """
-    with trio.fail_after(PATIENCE):
+    with trio.fail_after(TIMEOUT):
         await trio.run_process([tool("node"), "--input-type=module", "-e", script])
 
 

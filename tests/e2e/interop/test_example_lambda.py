@@ -16,7 +16,9 @@ from typing import Final
 import pytest
 import trio
 
-from rig import DEMO, PATIENCE, RelayProcess, Site
+from support.relay import RelayProcess
+from support.site import DEMO, Site
+from support.waiting import TIMEOUT
 
 ROOT: Final = Path(__file__).parents[3]
 EXAMPLE: Final = ROOT / "examples/lambda"
@@ -77,7 +79,7 @@ def environment(site: Site, relay: RelayProcess, *, line_end: str = "\n", **more
 
 async def invoke(env: dict[str, str], *, seconds: float = 60) -> subprocess.CompletedProcess[bytes]:
     command = [sys.executable, "-c", PLATFORM, str(seconds)]
-    with trio.fail_after(PATIENCE + seconds):
+    with trio.fail_after(TIMEOUT + seconds):
         return await trio.run_process(command, env=env, capture_stdout=True, capture_stderr=True, check=False)
 
 

@@ -15,11 +15,14 @@ from typing import Final
 import pytest
 import trio
 
-from certs import TestAuthority
-from ends import OPEN, block
 from frelay.client.contexts import inner_context
-from rig import DEMO, PATIENCE, RelayInProcess, Site, eventually, reserved_port
-from tools import tool
+from support.certs import TestAuthority
+from support.ends import OPEN, block
+from support.ports import reserved_port
+from support.relay import RelayInProcess
+from support.site import DEMO, Site
+from support.tools import tool
+from support.waiting import TIMEOUT, eventually
 
 SCRIPTS: Final = Path(__file__).parents[3] / "examples/socat-stunnel-openssl"
 ANY_SIZE: Final = 1024 * 1024 + 7
@@ -49,7 +52,7 @@ def script(name: str) -> str:
 
 async def run(name: str, env: dict[str, str], data: bytes) -> subprocess.CompletedProcess[bytes]:
     """Run a script with ``data`` on its standard input, to its end."""
-    with trio.fail_after(PATIENCE * 2):
+    with trio.fail_after(TIMEOUT * 2):
         return await trio.run_process(
             [script(name)], stdin=data, env=env, capture_stdout=True, capture_stderr=True, check=False
         )
@@ -81,7 +84,7 @@ async def test_bytes_cross_both_ways(site: Site, one: str, two: str) -> None:
                     all_is_there.set()
 
     async with site.relay() as relay:
-        with trio.fail_after(PATIENCE * 2):
+        with trio.fail_after(TIMEOUT * 2):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(party, "func1", one)
                 nursery.start_soon(party, "func2", two)
@@ -126,7 +129,7 @@ async def test_the_relay_is_dialled_as_the_usage_says(site: Site, program: str, 
             assert process.stdout is not None
             await relay.log("waiting", party="func1")
             nursery.start_soon(run, "socat", env2, b"hello")
-            with trio.fail_after(PATIENCE):
+            with trio.fail_after(TIMEOUT):
                 received = b""
                 while len(received) < 5:
                     received += await process.stdout.receive_some(5)
@@ -173,7 +176,7 @@ async def test_a_cut_is_an_exit_code(site: Site, program: str) -> None:
         await other.expect("PAIRED")
         assert process.stdout is not None
         other.reset()
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             assert await process.stdout.receive_some(1) == b""
             assert await process.wait() != 0
 
@@ -189,7 +192,7 @@ async def test_stunnel_ends_with_its_script(site: Site) -> None:
         )
         await relay.log("waiting", party="func1")
         process.terminate()
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             assert await process.wait() != 0
         await eventually(lambda: relay.legs == 0, "stunnel has gone too")
         assert list((site.directory / "tmp").iterdir()) == []
@@ -211,7 +214,7 @@ async def test_a_relay_of_another_name_is_not_trusted(site: Site, program: str) 
         assert other.stdin is not None
         assert other.stdout is not None
         await other.stdin.aclose()
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             assert await other.stdout.receive_some(1) == b""
         assert not any(record["bytes_func1_to_func2"] for record in relay.logged("pairing ended"))
 
@@ -251,7 +254,7 @@ async def service(site: Site, relay: RelayInProcess, program: str, name: str) ->
             finally:
                 # The script is the program, so that whoever started it can end it.
                 process.send_signal(signal.SIGTERM)
-                with trio.move_on_after(PATIENCE) as scope:
+                with trio.move_on_after(TIMEOUT) as scope:
                     await process.wait()
                 if scope.cancelled_caught:
                     process.kill()
@@ -275,7 +278,7 @@ async def test_tls_of_the_programs_behind_goes_through_end_to_end(site: Site, on
 
     def ask(port: int) -> None:
         with (
-            socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as sock,
+            socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT) as sock,
             client.wrap_socket(sock, suppress_ragged_eofs=False) as wire,
         ):
             wire.sendall(data)
@@ -284,7 +287,7 @@ async def test_tls_of_the_programs_behind_goes_through_end_to_end(site: Site, on
 
     def answer(port: int) -> None:
         with (
-            socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as sock,
+            socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT) as sock,
             server.wrap_socket(sock, server_side=True, suppress_ragged_eofs=False) as wire,
         ):
             received.append(wire.makefile("rb").read())
@@ -295,7 +298,7 @@ async def test_tls_of_the_programs_behind_goes_through_end_to_end(site: Site, on
         service(site, relay, one, "func1") as port1,
         service(site, relay, two, "func2") as port2,
     ):
-        with trio.fail_after(PATIENCE * 2):
+        with trio.fail_after(TIMEOUT * 2):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(trio.to_thread.run_sync, ask, port1)
                 nursery.start_soon(trio.to_thread.run_sync, answer, port2)

@@ -17,8 +17,10 @@ from typing import Final
 import pytest
 import trio
 
-from rig import PATIENCE, RelayProcess, Site
-from tools import tool
+from support.relay import RelayProcess
+from support.site import Site
+from support.tools import tool
+from support.waiting import TIMEOUT
 
 # The first build may have to compile Go's standard library.
 pytestmark = pytest.mark.timeout(300)
@@ -72,7 +74,7 @@ async def meet(
         ended[name] = await trio.run_process(command, capture_stdout=True, capture_stderr=True, check=False)
 
     first, second = order
-    with trio.fail_after(PATIENCE + (gap or 0)):
+    with trio.fail_after(TIMEOUT + (gap or 0)):
         async with trio.open_nursery() as nursery:
             waiting = len(relay.logged("waiting", route=route, party=first))
             nursery.start_soon(run, first)
@@ -135,7 +137,7 @@ async def test_one_that_gives_up_leaves_its_place(site: Site, hello: Path) -> No
     async with site.process(routes(1)) as relay:
         files = [str(path) for path in (*site.paths["func1"], site.ca_path)]
         command = [str(hello), f"127.0.0.1:{relay.port('hello0')}", *files, "client"]
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             async with trio.open_nursery() as nursery:
                 start = partial(trio.run_process, command, check=False)
                 process: trio.Process = await nursery.start(start)

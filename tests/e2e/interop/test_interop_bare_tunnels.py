@@ -18,10 +18,12 @@ from typing import Final
 import pytest
 import trio
 
-from ends import OPEN, End, Mode, block
 from frelay.client.contexts import inner_context
-from rig import DEMO, PATIENCE, RelayInProcess, Site
-from tools import KINDS, BareTunnel, Kind, Program, bare_tunnel, installed
+from support.bare_tunnels import KINDS, BareTunnel, Kind, Program, bare_tunnel, installed
+from support.ends import OPEN, End, Mode, block
+from support.relay import RelayInProcess
+from support.site import DEMO, Site
+from support.waiting import TIMEOUT
 
 FRAMED: Final[tuple[Mode, ...]] = ("raw", "tunnel")
 ANY_SIZE: Final = 256 * 1024 + 7
@@ -81,7 +83,7 @@ async def cross(one: BareTunnel | End, two: BareTunnel | End) -> None:
     async def receive(end: BareTunnel | End, key: str) -> None:
         came[key] = await end.receive_exactly(ANY_SIZE)
 
-    with trio.fail_after(PATIENCE * 2):
+    with trio.fail_after(TIMEOUT * 2):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(one.send, forth)
             nursery.start_soon(two.send, back)
@@ -105,7 +107,7 @@ async def test_bytes_cross_both_ways_with_a_framed_function(site: Site, kind: Ki
             "handoff" if mode == "raw" else "tunnel",
         )
         await cross(tunnel, function)
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             await function.send_eof()
             assert await tunnel.receive_to_end() == b""
             if tunnel.can_half_close:
@@ -140,7 +142,7 @@ async def test_a_program_ends_first_and_still_gets_its_reply(site: Site, kind: K
     async with site.relay(OPEN) as relay, waiting(site, relay, kind, "func2") as tunnel:
         function = await framed(site, relay, "func1", mode)
         reply = block(ANY_SIZE, 3)
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             await tunnel.send(b"question")
             await tunnel.send_eof()
             assert await function.receive_to_end() == b"question"
@@ -160,7 +162,7 @@ async def test_a_program_replies_after_the_functions_end(site: Site, kind: Kind,
     async with site.relay(OPEN) as relay, waiting(site, relay, kind, "func2") as tunnel:
         function = await framed(site, relay, "func1", mode)
         reply = block(ANY_SIZE, 4)
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             await function.send(b"question")
             await function.send_eof()
             assert await tunnel.receive_to_end() == b"question"
@@ -193,7 +195,7 @@ async def test_early_data_is_kept_by_the_kernel_and_delivered_whole(site: Site, 
             await relay.log("waiting", party="func1")
             function = await framed(site, relay, "func2", mode)
             assert not sent.is_set(), "the test is too small to show that anything was held back"
-            with trio.fail_after(PATIENCE * 2):
+            with trio.fail_after(TIMEOUT * 2):
                 received = await function.receive_exactly(len(early))
         assert hashlib.sha256(received).digest() == hashlib.sha256(early).digest()
 
@@ -206,7 +208,7 @@ async def test_a_certificate_that_fits_no_party_gets_an_orderly_close(site: Site
     """The program sees a clean end of TLS, and the log the reason."""
     site.add("func3", site.ca.party(dns=["func3.demo"]))
     async with site.relay() as relay, bare_tunnel(kind, site, relay.port(), "func3") as tunnel:
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             assert await tunnel.receive_to_end() == b""
             if tunnel.can_half_close:
                 await tunnel.send_eof()
@@ -220,7 +222,7 @@ async def test_a_certificate_that_fits_no_party_gets_an_orderly_close(site: Site
 async def test_nobody_came_is_an_orderly_close(site: Site, kind: Kind) -> None:
     """TESTPLAN 32: without frames the limit is the route's alone, and the close is all that the program gets."""
     async with site.relay(DEMO + "wait_timeout = 0.3\n") as relay, waiting(site, relay, kind, "func1") as tunnel:
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             assert await tunnel.receive_to_end() == b""
             if tunnel.can_half_close:
                 await tunnel.send_eof()
@@ -236,7 +238,7 @@ async def test_a_stranger_among_the_programs_is_turned_away_by_an_alert(site: Si
     site.add("stranger", type(site.ca)("other CA").party(dns=["func1.demo"]))
     async with site.relay() as relay, bare_tunnel(kind, site, relay.port(), "stranger") as tunnel:
         assert isinstance(tunnel, Program)
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             try:
                 assert await tunnel.receive_to_end() == b""
             except trio.BrokenResourceError:
@@ -257,7 +259,7 @@ async def test_a_stranger_among_the_programs_is_turned_away_by_an_alert(site: Si
 def _question(sock: socket.socket, context: ssl.SSLContext, name: str) -> bytes:
     """Inner TLS client: ask, end, give all that comes back."""
     with context.wrap_socket(sock, suppress_ragged_eofs=False) as wire:
-        wire.settimeout(PATIENCE)
+        wire.settimeout(TIMEOUT)
         wire.sendall(f"question of {name}".encode())
         wire.shutdown(socket.SHUT_WR)
         return b"".join(iter(partial(wire.recv, 65536), b""))
@@ -266,7 +268,7 @@ def _question(sock: socket.socket, context: ssl.SSLContext, name: str) -> bytes:
 def _answer(sock: socket.socket, context: ssl.SSLContext, answer: bytes) -> bytes:
     """Inner TLS server: take all that comes, answer, end."""
     with context.wrap_socket(sock, server_side=True, suppress_ragged_eofs=False) as wire:
-        wire.settimeout(PATIENCE)
+        wire.settimeout(TIMEOUT)
         question = b"".join(iter(partial(wire.recv, 65536), b""))
         wire.sendall(answer)
         return question
@@ -281,7 +283,7 @@ async def _converse(site: Site, one: socket.socket, two: socket.socket) -> None:
     async def in_thread(key: str, function: partial[bytes]) -> None:
         came[key] = await trio.to_thread.run_sync(function)
 
-    with trio.fail_after(PATIENCE * 2):
+    with trio.fail_after(TIMEOUT * 2):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(in_thread, "answer", partial(_question, one, client, "func1"))
             nursery.start_soon(in_thread, "question", partial(_answer, two, server, answer))
@@ -296,7 +298,7 @@ async def test_inner_tls_runs_between_a_handed_off_function_and_a_program(site: 
         function = await framed(site, relay, "func1", "raw")
         raw = function.party.socket.dup()
         with socket.socket(fileno=raw.detach()) as one, tunnel.thread_socket() as two:
-            one.settimeout(PATIENCE)
+            one.settimeout(TIMEOUT)
             site.hang_up()
             await tunnel.local.aclose()
             await _converse(site, one, two)

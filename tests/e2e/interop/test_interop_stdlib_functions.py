@@ -15,7 +15,9 @@ from typing import Any, Final
 import pytest
 import trio
 
-from rig import PATIENCE, RelayProcess, Site
+from support.relay import RelayProcess
+from support.site import Site
+from support.waiting import TIMEOUT
 
 FUNCTION: Final = Path(__file__).parents[2] / "support/parties" / "stdlib_function.py"
 SIZE: Final = 8 * 1024 * 1024 + 3
@@ -46,7 +48,7 @@ async def test_two_stdlib_functions_meet(site: Site, first: str) -> None:
     second = "func2" if first == "func1" else "func1"
     stories: dict[str, dict[str, Any]] = {}
     async with site.process() as relay:
-        with trio.fail_after(PATIENCE * 2):
+        with trio.fail_after(TIMEOUT * 2):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(partial(run_function, site, relay, first, stories))
                 await relay.log("waiting", party=first)

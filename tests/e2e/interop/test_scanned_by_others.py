@@ -11,8 +11,10 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 import trio
 
-from rig import PATIENCE, RelayProcess, Site
-from tools import tool
+from support.relay import RelayProcess
+from support.site import Site
+from support.tools import tool
+from support.waiting import TIMEOUT
 
 # It makes a connection for each thing that it asks, many at once.
 LIMITS = "[limits]\nmax_pre_auth_per_ip = 256\n"
@@ -23,7 +25,7 @@ STRONG = 128
 async def scan(site: Site, relay: RelayProcess, *options: str) -> ElementTree.Element:
     report = site.directory / "scan.xml"
     command = [tool("sslscan"), f"--xml={report}", "--sni-name=localhost", *options, f"127.0.0.1:{relay.port()}"]
-    with trio.fail_after(3 * PATIENCE):
+    with trio.fail_after(3 * TIMEOUT):
         await trio.run_process(command, capture_stdout=True, capture_stderr=True)
     found = ElementTree.parse(report).getroot().find("ssltest")
     assert found is not None

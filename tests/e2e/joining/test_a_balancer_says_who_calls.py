@@ -16,8 +16,12 @@ import pytest
 import trio
 import trio.lowlevel
 
-from rig import DEMO, PATIENCE, TLS_HEADER, Party, RelayInProcess, Site, eventually, reserved_port
-from tools import tool
+from support.party import TLS_HEADER, Party
+from support.ports import reserved_port
+from support.relay import RelayInProcess
+from support.site import DEMO, Site
+from support.tools import tool
+from support.waiting import TIMEOUT, eventually
 
 BALANCED: Final = DEMO + 'proxy_protocol = ["127.0.0.1/32"]\n'
 PLAIN: Final = """
@@ -56,7 +60,7 @@ async def comes(site: Site, relay: RelayInProcess, name: str, before: bytes, *, 
 
 async def ends(stream: trio.SocketStream) -> bytes:
     found = b""
-    with trio.fail_after(PATIENCE):
+    with trio.fail_after(TIMEOUT):
         try:
             while data := await stream.receive_some(4096):
                 found += data
@@ -214,7 +218,7 @@ async def test_behind_haproxy(site: Site, how: str) -> None:
     async with site.relay(BALANCED) as relay, haproxy(site.directory, relay.own_port(), how) as port:
         parties = []
         for name, source in (("func1", "127.0.0.5"), ("func2", "127.0.0.6")):
-            with trio.fail_after(PATIENCE):
+            with trio.fail_after(TIMEOUT):
                 while True:
                     try:
                         stream = await trio.open_tcp_stream("127.0.0.1", port, local_address=source)

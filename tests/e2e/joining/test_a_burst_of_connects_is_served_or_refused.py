@@ -14,7 +14,10 @@ from collections import Counter
 import pytest
 import trio
 
-from rig import DEMO, PATIENCE, Party, RelayProcess, Site, eventually, pair
+from support.party import Party, pair
+from support.relay import RelayProcess
+from support.site import DEMO, Site
+from support.waiting import TIMEOUT, eventually
 
 COUNT = int(os.environ.get("FRELAY_BURST", "300"))
 # From several addresses, as most bursts do.
@@ -73,7 +76,7 @@ async def test_a_burst(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
                 waiting = [number % 2 for number, word in told.items() if word == "WAITING"]
                 return len(told) == COUNT and len(set(waiting)) <= 1 and len(nursery.child_tasks) == len(waiting)
 
-            await eventually(all_is_said, "all have their answer", PATIENCE + COUNT)
+            await eventually(all_is_said, "all have their answer", TIMEOUT + COUNT)
             nursery.cancel_scope.cancel()
         seconds = trio.current_time() - began
         words = Counter(told.values())

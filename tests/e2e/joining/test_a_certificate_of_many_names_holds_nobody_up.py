@@ -10,7 +10,10 @@ import time
 
 import pytest
 
-from rig import Site, eventually, pair, reserved_port
+from support.party import pair
+from support.ports import reserved_port
+from support.site import Site
+from support.waiting import eventually
 
 ROUTES = 200
 STRANGER = {"code": "not-authorised", "reason": "this certificate is not admitted here", "retry_after": None}

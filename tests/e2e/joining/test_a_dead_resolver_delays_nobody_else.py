@@ -16,11 +16,14 @@ from typing import Any, Final
 import pytest
 import trio
 
-from admin import ADMIN, admin, route_body
-from ends import OPEN, End, join_ends
-from rig import DEMO, PATIENCE, Party, RelayInProcess, RelayProcess, Site, eventually, pair
-from services import Service, call, dialling, echo, serving
-from tools import needs_root, tool
+from support.admin import ADMIN, admin, route_body
+from support.ends import OPEN, End, join_ends
+from support.party import Party, pair
+from support.relay import RelayInProcess, RelayProcess
+from support.services import Service, call, dialling, echo, serving
+from support.site import DEMO, Site
+from support.tools import needs_root, tool
+from support.waiting import TIMEOUT, eventually
 
 DEAD: Final = "dead.example"
 # More than Trio has threads for everything in a process.
@@ -90,7 +93,7 @@ async def test_reloads_and_other_services_do_not_wait_with_its_callers(site: Sit
         routes = TO_THE_DEAD + dialling(named, more="require_inner_tls = false")
         async with site.relay(routes, sections=LIMITS) as relay:
             callers = await crowd(site, relay, held)
-            with trio.fail_after(PATIENCE):
+            with trio.fail_after(TIMEOUT):
                 await relay.relay.reload()
                 end = await call(site, relay)
                 await end.send(b"question")
@@ -126,7 +129,7 @@ async def test_a_listener_by_name_stops_no_bytes(site: Site, held: HeldLookUps) 
         site.write(OPEN + DEMO.replace('"demo"', '"new"').replace("127.0.0.1:0", f"{DEAD}:9001"))
         relay.relay.request_reload()
         await eventually(lambda: held.under_way == 1, "the reload asks for the name")
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             await talk(one, two)
         assert not relay.logged("reload refused, the old configuration stays")
         held.release()
@@ -174,7 +177,7 @@ async def test_with_a_name_server_that_is_deaf(site: Site) -> None:
             caller = await site.party(relay, "func1", route="dead")
             await caller.join()
             await caller.expect("WAITING")
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             assert b"\x04dead\x07example" in await server.recv(512)
         relay.signal(signal.SIGHUP)
         await relay.log("reloaded")

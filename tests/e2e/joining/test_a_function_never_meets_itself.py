@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 import trio
 
-from certs import SPIFFE_ID
-from rig import Party, RelayInProcess, Site, eventually, frame, pair
+from support.certs import SPIFFE_ID
+from support.party import Party, frame, pair
+from support.relay import RelayInProcess
+from support.site import Site
+from support.waiting import eventually
 
 BOTH = """
 [[route]]

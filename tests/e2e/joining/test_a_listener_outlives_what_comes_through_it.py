@@ -14,7 +14,9 @@ import trio
 
 import frelay.joining.listener
 import frelay.net.sockets
-from rig import DEMO, Site, eventually, pair
+from support.party import pair
+from support.site import DEMO, Site
+from support.waiting import eventually
 
 
 def call(port: int) -> socket.socket:

@@ -14,10 +14,11 @@ import pytest
 import trio
 
 import frelay
-from certs import Credential, TestAuthority
-from clients import CLIENTS, Client, ask, options, run_function
 from frelay.protocol.messages import Mode, Role
-from rig import PATIENCE, Site, eventually
+from support.certs import Credential, TestAuthority
+from support.clients import CLIENTS, Client, ask, options, run_function
+from support.site import Site
+from support.waiting import TIMEOUT, eventually
 
 # What the stream of each client raises where a connection breaks.
 BROKEN: Final[dict[Client, type[Exception]]] = {
@@ -60,7 +61,7 @@ async def is_told(site: Site, me: Client, role: Role, other: Client, mode: Mode,
         assert isinstance(caught.value, frelay.PeerGone)
         assert isinstance(caught.value, BROKEN[me]) is (role == "client")
         assert refusals
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             await eventually(lambda: relay.legs == 0, "nothing is held")
 
 

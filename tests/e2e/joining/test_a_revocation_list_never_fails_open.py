@@ -15,14 +15,17 @@ from typing import Final
 import pytest
 import trio
 
-from certs import Credential, TestAuthority
 from frelay.config.load import load
 from frelay.errors import ConfigError
 from frelay.pki.files import certificates_pem
 from frelay.relay.relay import Relay
 from frelay.tls.loading import load_outer_tls
-from handoffs import relay_has_read
-from rig import Party, RelayInProcess, Site, eventually, pair, while_it_lasts
+from support.certs import Credential, TestAuthority
+from support.handoffs import relay_has_read
+from support.party import Party, pair
+from support.relay import RelayInProcess
+from support.site import Site
+from support.waiting import eventually, while_it_lasts
 
 NO_LIST: Final = b"-----BEGIN X509 CRL-----\nAAAA\n-----END X509 CRL-----\n"
 

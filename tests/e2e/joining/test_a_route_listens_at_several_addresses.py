@@ -15,13 +15,16 @@ from typing import Any
 import pytest
 import trio
 
-from admin import ADMIN, admin
-from commands import ask
 from frelay.config.load import load
 from frelay.errors import ConfigError
 from frelay.joining.listener import Listener
 from frelay.net import binding
-from rig import TLS_HEADER, Party, RelayInProcess, RelayProcess, Site, eventually, pair
+from support.admin import ADMIN, admin
+from support.commands import ask
+from support.party import TLS_HEADER, Party, pair
+from support.relay import RelayInProcess, RelayProcess
+from support.site import Site
+from support.waiting import eventually
 
 BOTH = '["127.0.0.1:0", "[::1]:0"]'
 

@@ -17,15 +17,18 @@ import pytest
 import trio
 
 import frelay.joining.dial
-from admin import ADMIN, admin
-from commands import ask
-from ends import block
 from frelay.config.load import load
 from frelay.errors import ConfigError
 from frelay.pairing.raw_pump import RawPump
 from frelay.pairing.stream_pump import StreamPump
-from rig import PATIENCE, TLS_HEADER, Party, RelayInProcess, Site, eventually
-from services import CALLERS, Caller, call, dialling, echo
+from support.admin import ADMIN, admin
+from support.commands import ask
+from support.ends import block
+from support.party import TLS_HEADER, Party
+from support.relay import RelayInProcess
+from support.services import CALLERS, Caller, call, dialling, echo
+from support.site import Site
+from support.waiting import TIMEOUT, eventually
 
 OPEN = "require_inner_tls = false"
 Handler = Callable[[trio.SocketStream], Awaitable[None]]
@@ -211,7 +214,7 @@ async def test_what_the_service_sees_of_a_cut(site: Site, tmp_path: Path, leaves
             await eventually(lambda: pairing._pumps["func2"].is_blocked, "the relay cannot go on")
             await eventually(lambda: _unread(pairing.legs["func2"].sock) > 0, "there is more")
         end.party.reset()
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             await over.wait()
     if leaves_input:
         assert seen[0] == b"1"

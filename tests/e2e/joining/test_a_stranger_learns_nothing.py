@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from rig import RelayInProcess, Site, reserved_port
+from support.ports import reserved_port
+from support.relay import RelayInProcess
+from support.site import Site
 
 ASKS: dict[str, dict[str, Any]] = {
     "nothing": {},

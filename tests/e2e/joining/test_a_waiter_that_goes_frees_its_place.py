@@ -10,7 +10,10 @@ from collections.abc import Awaitable, Callable
 import pytest
 import trio
 
-from rig import Party, RelayInProcess, Site, eventually, frame
+from support.party import Party, frame
+from support.relay import RelayInProcess
+from support.site import Site
+from support.waiting import eventually
 
 ONE_PLACE = """
 [limits]

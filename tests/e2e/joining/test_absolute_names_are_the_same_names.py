@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import trio
 
-from clients import CLIENTS, Client, answer, ask, meet, options
-from command import arguments, command
-from rig import DEMO, Site
+from support.clients import CLIENTS, Client, answer, ask, meet, options
+from support.commands import arguments, command
+from support.site import DEMO, Site
 
 
 @pytest.mark.parametrize("client", CLIENTS)

@@ -16,16 +16,19 @@ import trio
 import trio.testing
 from cryptography import x509
 
-from certs import Credential, TestAuthority
-from clients import CLIENTS, Client, answer, ask, options
-from clients import meet as clients_meet
-from commands import frelay_command
-from ends import MODES, OPEN, End, join_ends
 from frelay.config.load import load
 from frelay.errors import ConfigError
 from frelay.pki.files import certificates_pem
 from frelay.relay.prepare import prepare
-from rig import PATIENCE, RelayInProcess, Site, eventually, pair
+from support.certs import Credential, TestAuthority
+from support.clients import CLIENTS, Client, answer, ask, options
+from support.clients import meet as clients_meet
+from support.commands import frelay_command
+from support.ends import MODES, OPEN, End, join_ends
+from support.party import pair
+from support.relay import RelayInProcess
+from support.site import Site
+from support.waiting import TIMEOUT, eventually
 
 NAMES: Final = ("func1", "func2")
 
@@ -72,7 +75,7 @@ async def refusal(pki: Pki, relay: RelayInProcess, name: str = "func1") -> str:
 
 
 async def talk(one: End, two: End) -> None:
-    with trio.fail_after(PATIENCE):
+    with trio.fail_after(TIMEOUT):
         for source, sink in ((one, two), (two, one)):
             await source.send(b"still here")
             assert await sink.receive_exactly(10) == b"still here"

@@ -11,16 +11,19 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from admin import ADMIN, ROUTE, admin
-from certs import TestAuthority
-from commands import frelay_command
 from frelay.config.load import load
 from frelay.errors import ConfigError
 from frelay.pki.files import certificates_pem
 from frelay.relay.prepare import prepare
 from frelay.tls.context import OuterTls
-from rig import PATIENCE, RelayInProcess, Site, eventually, pair
-from tools import cannot_be_looked_at
+from support.admin import ADMIN, ROUTE, admin
+from support.certs import TestAuthority
+from support.commands import frelay_command
+from support.party import pair
+from support.relay import RelayInProcess
+from support.site import Site
+from support.tools import cannot_be_looked_at
+from support.waiting import TIMEOUT, eventually
 
 HOUR: Final = timedelta(hours=1)
 BUNDLE: Final = Path("/etc/ssl/certs/ca-certificates.crt")
@@ -54,7 +57,7 @@ SECTIONS: Final = ADMIN + '[metrics]\nlisten = "127.0.0.1:0"\n'
 
 async def readyz(relay: RelayInProcess) -> int:
     (place,) = relay.relay.served["metrics"]
-    async with httpx.AsyncClient(timeout=PATIENCE) as http:
+    async with httpx.AsyncClient(timeout=TIMEOUT) as http:
         return (await http.get(f"http://{place}/readyz")).status_code
 
 

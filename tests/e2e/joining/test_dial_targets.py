@@ -11,33 +11,16 @@ from typing import Any
 import pytest
 import trio
 
-from certs import TestAuthority
-from rig import (
-    DEMO,
-    TLS_HEADER,
-    Party,
-    RelayInProcess,
-    Site,
-    eventually,
-    open_descriptors,
-    opened_since,
-    pair,
-    reserved_port,
-)
-from rounds import settled
-from services import (
-    CALLERS,
-    Caller,
-    EndStream,
-    black_hole,
-    call,
-    dialling,
-    echo,
-    nobody,
-    serving,
-    tls_echo,
-)
-from tools import cannot_be_looked_at
+from support.certs import TestAuthority
+from support.descriptors import open_descriptors, opened_since
+from support.party import TLS_HEADER, Party, pair
+from support.ports import reserved_port
+from support.relay import RelayInProcess
+from support.rounds import settled
+from support.services import CALLERS, Caller, EndStream, black_hole, call, dialling, echo, nobody, serving, tls_echo
+from support.site import DEMO, Site
+from support.tools import cannot_be_looked_at
+from support.waiting import eventually
 
 OPEN = "require_inner_tls = false"
 SOON = ", connect_timeout = 0.4"

@@ -14,11 +14,14 @@ from typing import Any, Final
 import pytest
 import trio
 
-from certs import Credential, TestAuthority, san_der, self_signed
 from frelay.pki.authority import Authority
 from frelay.protocol.messages import REFUSAL_CODES
-from handoffs import relay_has_read
-from rig import DEMO, Party, RelayInProcess, Site, address_seen, eventually, frame, pair, while_it_lasts
+from support.certs import Credential, TestAuthority, san_der, self_signed
+from support.handoffs import relay_has_read
+from support.party import Party, frame, pair
+from support.relay import RelayInProcess, address_seen
+from support.site import DEMO, Site
+from support.waiting import eventually, while_it_lasts
 
 OTHER: Final = DEMO.replace('"demo"', '"other"')
 

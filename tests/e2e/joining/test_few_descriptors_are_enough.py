@@ -17,8 +17,13 @@ import trio
 
 import frelay.joining.listener
 import frelay.net.sockets
-from admin import ADMIN, admin
-from rig import PATIENCE, RelayProcess, Site, eventually, open_descriptors, pair, reserved_port
+from support.admin import ADMIN, admin
+from support.descriptors import open_descriptors
+from support.party import pair
+from support.ports import reserved_port
+from support.relay import RelayProcess
+from support.site import Site
+from support.waiting import TIMEOUT, eventually
 
 FEW: Final = ("/bin/sh", "-c", 'ulimit -n 64 && exec "$@"', "sh")
 SOFT: Final = ("/bin/sh", "-c", 'ulimit -Sn 60 && ulimit -Hn 500 && exec "$@"', "sh")
@@ -37,14 +42,14 @@ async def connections(port: int, count: int) -> AsyncIterator[list[trio.SocketSt
 
 
 async def pairs_up(site: Site, relay: RelayProcess) -> None:
-    with trio.fail_after(PATIENCE):
+    with trio.fail_after(TIMEOUT):
         await pair(await site.party(relay, "func1"), await site.party(relay, "func2"))
     site.hang_up()
 
 
 async def pairs_up_in_time(site: Site, relay: RelayProcess) -> None:
     """After a flood, whose refusals are not yet all read when it has gone."""
-    with trio.fail_after(PATIENCE):
+    with trio.fail_after(TIMEOUT):
         while True:
             try:
                 await pairs_up(site, relay)

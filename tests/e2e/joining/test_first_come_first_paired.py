@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from rig import Party, RelayInProcess, Site, eventually
+from support.party import Party
+from support.relay import RelayInProcess
+from support.site import Site
+from support.waiting import eventually
 
 
 async def queue_up(site: Site, relay: RelayInProcess, name: str, count: int) -> list[Party]:

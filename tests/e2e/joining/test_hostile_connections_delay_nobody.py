@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import trio
 
-from hostile import strangers
-from rig import PATIENCE, RelayProcess, Site, eventually, pair
+from support.hostile import strangers
+from support.party import pair
+from support.relay import RelayProcess
+from support.site import Site
+from support.waiting import TIMEOUT, eventually
 
 PROMPT = 1.0
 """Seconds in which two rightful functions are paired, from their first segment on; on a machine that is idle."""
@@ -55,7 +58,7 @@ async def test_a_rightful_pair_joins_at_once(site: Site, kinds: dict[str, int]) 
                     sum(e.get("count", 1) for e in relay.logged("refused") if reason in (None, e["reason"])) >= wanted
                 ),
                 "the flood is on",
-                3 * PATIENCE,
+                3 * TIMEOUT,
             )
             assert await slowest_join(site, relay, JOINS) < max(PROMPT, 10 * usual)
 
@@ -63,7 +66,7 @@ async def test_a_rightful_pair_joins_at_once(site: Site, kinds: dict[str, int]) 
 async def waits_by(site: Site, relay: RelayProcess, patience: float) -> None:
     """A function comes, and has WAITING in so many seconds."""
     began = trio.current_time()
-    with trio.fail_after(patience + PATIENCE):
+    with trio.fail_after(patience + TIMEOUT):
         party = await site.party(relay, "func1")
         await party.join()
         await party.expect("WAITING")
@@ -108,14 +111,14 @@ async def test_all_are_gone_at_the_deadline(site: Site) -> None:
     """TESTPLAN 31, 34: 120 connections, and in the end not one of them, nor a slot that it held."""
     async with site.relay(sections="[limits]\nhandshake_timeout = 0.5\n") as relay:
         async with strangers(relay.own_port(), silent=40, garbage=40, slow=40):
-            await eventually(lambda: relay.legs >= 80, "those who wait have come", 3 * PATIENCE)
+            await eventually(lambda: relay.legs >= 80, "those who wait have come", 3 * TIMEOUT)
             await eventually(
                 lambda: (
                     sum(e.get("count", 1) for e in relay.logged("refused", reason="no TLS handshake within 0.5 s"))
                     >= 160
                 ),
                 "each was sent away, and again",
-                3 * PATIENCE,
+                3 * TIMEOUT,
             )
             assert relay.legs <= 120 + 40  # those whose alert lingers
         # Those that the kernel still had queued are accepted and found to be gone.

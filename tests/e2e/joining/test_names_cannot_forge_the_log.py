@@ -18,11 +18,12 @@ import pytest
 import trio
 from cryptography import x509
 
-from certs import TestAuthority, der, san_der
-from command import relay_logging_to
 from frelay.pki.authority import Authority
 from frelay.relay.logging import LogFormat
-from rig import PATIENCE, Site
+from support.certs import TestAuthority, der, san_der
+from support.commands import relay_logging_to
+from support.site import Site
+from support.waiting import TIMEOUT
 
 FORGED: Final = "2026-11-24T20:00:00Z [info     ] forged"
 HOSTILE: Final = f"x\n{FORGED}\r\x1b[2J\x07\x7f\u202eabc\u2028"
@@ -35,7 +36,7 @@ async def _call(site: Site, port: int, name: str, server_name: str | None, alpn:
     context = site.context(name, alpn=alpn)
     context.check_hostname = False  # it would give up before the relay has its say
     party = await site.connect(port, name, server_hostname=server_name, context=context)
-    with trio.fail_after(PATIENCE):
+    with trio.fail_after(TIMEOUT):
         try:
             await party.handshake()
             if alpn == ["frelay/1"]:

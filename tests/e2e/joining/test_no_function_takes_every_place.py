@@ -12,8 +12,11 @@ import resource
 import pytest
 import trio
 
-from rig import PATIENCE, Party, RelayInProcess, Site, eventually
-from services import CALLERS, Caller, call, dialling, echo, serving
+from support.party import Party
+from support.relay import RelayInProcess
+from support.services import CALLERS, Caller, call, dialling, echo, serving
+from support.site import Site
+from support.waiting import TIMEOUT, eventually
 
 MOST = 8
 BOTH = '["dns:greedy.demo", "dns:polite.demo"]'
@@ -99,7 +102,7 @@ async def test_on_a_route_that_dials(site: Site, caller: Caller) -> None:
             assert service.connections == MOST - 1, "the service was troubled for nothing"
             end = await call(site, relay, caller, name="polite")
             await end.send(b"at last")
-            with trio.fail_after(PATIENCE):
+            with trio.fail_after(TIMEOUT):
                 assert await end.receive_exactly(7) == b"at last"
             assert not relay.logged("pairing ended")
 
@@ -115,7 +118,7 @@ async def test_callers_of_one_moment_get_no_more(site: Site) -> None:
             told = []
             for caller in callers:
                 await caller.expect("WAITING")
-                with trio.fail_after(PATIENCE):
+                with trio.fail_after(TIMEOUT):
                     found = await caller.next_frame()
                 assert found is not None
                 told.append(found[1].get("code", found[0]))
@@ -295,7 +298,7 @@ async def takes_all_it_gets(site: Site, relay: RelayInProcess, name: str, expect
     for number in range(2 * BUDGET):
         party = await site.party(relay, name)
         await party.join(modes=["tunnel"])
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             found = await party.next_frame()
             while found is not None and found[0] == "WAITING" and expected == "PAIRED":
                 found = await party.next_frame()
@@ -346,7 +349,7 @@ async def test_paired_legs_leave_descriptors_for_others(site: Site) -> None:
             assert relay.relay.admission.charged.held("dns:greedy.demo") == 2 * taken
             end = await call(site, relay, "tunnel", name="polite")
             await end.send(b"at last")
-            with trio.fail_after(PATIENCE):
+            with trio.fail_after(TIMEOUT):
                 assert await end.receive_exactly(7) == b"at last"
             assert await meet(site, relay, "func1", "func2", "other")
 
@@ -371,7 +374,7 @@ async def test_a_ticket_connection_is_charged_like_the_leg_that_it_continues(sit
         async with site.relay(text) as relay:
             end = await call(site, relay, "ticket", name="greedy")
             await end.send(b"on")
-            with trio.fail_after(PATIENCE):
+            with trio.fail_after(TIMEOUT):
                 assert await end.receive_exactly(2) == b"on"
             assert relay.relay.admission.charged.held("dns:greedy.demo") == 2
             assert relay.legs == 2

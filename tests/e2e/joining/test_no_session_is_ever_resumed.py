@@ -16,7 +16,10 @@ from typing import Any
 import pytest
 import trio
 
-from rig import Party, RelayInProcess, Site, eventually, frame
+from support.party import Party, frame
+from support.relay import RelayInProcess
+from support.site import Site
+from support.waiting import eventually
 
 NEW_SESSION_TICKET = 4
 

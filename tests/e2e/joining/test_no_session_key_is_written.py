@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from clients import CLIENTS, Client, answer, ask, options, run_function
-from command import arguments, command
-from rig import DEMO, Site
+from support.clients import CLIENTS, Client, answer, ask, options, run_function
+from support.commands import arguments, command
+from support.site import DEMO, Site
 
 
 def test_the_variable_does_something_where_it_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

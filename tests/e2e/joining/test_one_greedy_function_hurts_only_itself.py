@@ -12,8 +12,11 @@ import trio
 import trio.testing
 
 import frelay.net.sockets
-from rig import DEMO, PATIENCE, Party, RelayInProcess, Site, eventually, pair
-from streams import tcp_pair
+from support.party import Party, pair
+from support.relay import RelayInProcess
+from support.site import DEMO, Site
+from support.streams import tcp_pair
+from support.waiting import TIMEOUT, eventually
 
 PLACES = 4
 WORKERS = DEMO.replace('"dns:func1.demo"', '"dns:*.workers.demo"')
@@ -29,7 +32,7 @@ async def answer(site: Site, relay: RelayInProcess, name: str, **fields: Any) ->
     """Join as ``name``; gives the party, and WAITING or the code of its refusal."""
     party = await site.party(relay, name)
     await party.join(**fields)
-    with trio.fail_after(PATIENCE):
+    with trio.fail_after(TIMEOUT):
         found = await party.next_frame()
     assert found is not None
     return party, found[1].get("code", found[0])

@@ -9,8 +9,10 @@ from __future__ import annotations
 import pytest
 import trio
 
-from rig import PATIENCE, RelayInProcess, Site, eventually
-from services import CALLERS, black_hole, dialling, echo, nobody, serving
+from support.relay import RelayInProcess
+from support.services import CALLERS, black_hole, dialling, echo, nobody, serving
+from support.site import Site
+from support.waiting import TIMEOUT, eventually
 
 
 def counted(relay: RelayInProcess) -> dict[str, int]:
@@ -82,7 +84,7 @@ async def test_a_service_that_refuses_has_failed(site: Site, caller: str, wait: 
                 party = await site.party(relay, "func1", alpn=())
                 if caller == "hello":
                     await party.send(b"Hello\n")
-                with trio.fail_after(PATIENCE):
+                with trio.fail_after(TIMEOUT):
                     assert await party.receive() == b""
             else:
                 party = await site.party(relay, "func1")

@@ -15,10 +15,13 @@ import trio
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from certs import ODD_DNS, ODD_SPIFFE, SPIFFE_ID, Credential, TestAuthority, san_der, self_signed
 from frelay.pki.authority import Authority
 from frelay.protocol.identity import spki_of_certificate
-from rig import DEMO, Party, RelayInProcess, Site, eventually, pair
+from support.certs import ODD_DNS, ODD_SPIFFE, SPIFFE_ID, Credential, TestAuthority, san_der, self_signed
+from support.party import Party, pair
+from support.relay import RelayInProcess
+from support.site import DEMO, Site
+from support.waiting import eventually
 
 FUNC1: Final = ["func1.demo"]
 STRANGER: Final = {

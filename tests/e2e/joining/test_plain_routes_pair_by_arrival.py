@@ -8,7 +8,10 @@ import struct
 import pytest
 import trio
 
-from rig import TLS_HEADER, RelayInProcess, Site, eventually
+from support.party import TLS_HEADER
+from support.relay import RelayInProcess
+from support.site import Site
+from support.waiting import eventually
 
 
 def plain(*networks: str, more: str = "", listen: str = "127.0.0.1:0") -> str:

@@ -16,8 +16,11 @@ from collections.abc import Callable
 import pytest
 import trio
 
-from handoffs import client_hello, met
-from rig import PATIENCE, TYPES, Party, RelayInProcess, Site, eventually, frame
+from support.handoffs import client_hello, met
+from support.party import TYPES, Party, frame
+from support.relay import RelayInProcess
+from support.site import Site
+from support.waiting import TIMEOUT, eventually
 
 ATTEMPT = "0f8fad5b-d9cb-469f-a165-70867728950e"
 SHORT = "[limits]\njoin_timeout = 0.2\nwait_timeout = 0.2\nping_interval = 0.05\npong_timeout = 0.1\n"
@@ -64,7 +67,7 @@ def any_frame(random_: random.Random) -> bytes:
 async def last_words(party: Party) -> list[str]:
     """The names of the frames that the relay sends until it ends the connection."""
     names = []
-    with trio.fail_after(PATIENCE):
+    with trio.fail_after(TIMEOUT):
         try:
             while (found := await party.next_frame()) is not None:
                 names.append(found[0])

@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
-from rig import Party, RelayInProcess, Site, reserved_port
+from support.party import Party
+from support.ports import reserved_port
+from support.relay import RelayInProcess
+from support.site import Site
 
 ROUTES = ("demo", "Other", "a", "a.b")
 

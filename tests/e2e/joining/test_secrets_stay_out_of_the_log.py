@@ -10,8 +10,10 @@ from typing import Final
 import pytest
 import trio
 
-from command import relay_logging_to
-from rig import PATIENCE, TLS_HEADER, Site
+from support.commands import relay_logging_to
+from support.party import TLS_HEADER
+from support.site import Site
+from support.waiting import TIMEOUT
 
 _WRONG: Final = "5ec2e7" * 10 + "0000"
 
@@ -36,7 +38,7 @@ async def test_a_ticket_pairing_at_debug_level(site: Site, tmp_path: Path, forma
             assert len(bytes.fromhex(used)) == len(bytes.fromhex(unused)) == 32
             raw = await _bring(port, used, TLS_HEADER)
             for ticket in (_WRONG, used):  # one that never was, and one that was good once
-                with trio.fail_after(PATIENCE):
+                with trio.fail_after(TIMEOUT):
                     try:
                         assert await (await _bring(port, ticket)).receive_some(1) == b""
                     except trio.BrokenResourceError:
@@ -44,7 +46,7 @@ async def test_a_ticket_pairing_at_debug_level(site: Site, tmp_path: Path, forma
             await raw.aclose()
             process.send_signal(signal.SIGHUP)
             process.send_signal(signal.SIGTERM)
-            with trio.fail_after(PATIENCE * 2):
+            with trio.fail_after(TIMEOUT * 2):
                 for party in (one, two):
                     party.close()
                 await process.wait()

@@ -16,13 +16,16 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from certs import ODD_URIS, Credential, TestAuthority, content, der, elements, pem, san_der
 from frelay.config.load import load
 from frelay.pki.authority import Authority
 from frelay.pki.files import certificates_pem
 from frelay.tls.context import Credential as Judged
 from frelay.tls.loading import load_outer_tls
-from rig import Party, RelayInProcess, Site, eventually
+from support.certs import ODD_URIS, Credential, TestAuthority, content, der, elements, pem, san_der
+from support.party import Party
+from support.relay import RelayInProcess
+from support.site import Site
+from support.waiting import eventually
 
 FUNC1: Final = [x509.DNSName("func1.demo")]
 UNHEARD_OF: Final = x509.UnrecognizedExtension(x509.ObjectIdentifier("1.3.6.1.4.1.99999.1"), b"\x05\0")

@@ -11,7 +11,10 @@ import pytest
 import trio
 import trio.testing
 
-from rig import PATIENCE, Party, RelayInProcess, Site, eventually, pair
+from support.party import Party, pair
+from support.relay import RelayInProcess
+from support.site import Site
+from support.waiting import TIMEOUT, eventually
 
 
 @asynccontextmanager
@@ -28,7 +31,7 @@ async def silent(
 
 
 async def is_closed(stream: trio.SocketStream) -> bool:
-    with trio.fail_after(PATIENCE):
+    with trio.fail_after(TIMEOUT):
         try:
             return await stream.receive_some(1) == b""
         except trio.BrokenResourceError:
@@ -102,7 +105,7 @@ async def test_beyond_the_limit_newcomers_are_held_back(
                 await joining.wait()
             assert pause.cancelled_caught
             strangers.pop().close()
-            with trio.fail_after(PATIENCE):
+            with trio.fail_after(TIMEOUT):
                 await joining.wait()
         assert not relay.logged("refused", code="limit")
 
@@ -160,7 +163,7 @@ async def test_a_handshake_that_lets_others_wait_gives_way(site: Site) -> None:
 
 
 async def ended_by_relay(party: Party) -> None:
-    with trio.fail_after(PATIENCE):
+    with trio.fail_after(TIMEOUT):
         try:
             while await party.pull():
                 pass

@@ -8,8 +8,9 @@ from typing import Final
 import pytest
 import trio
 
-from clients import CLIENTS, Client, answer, ask, options, run_function
-from rig import Site, pair
+from support.clients import CLIENTS, Client, answer, ask, options, run_function
+from support.party import pair
+from support.site import Site
 
 ONE: Final = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 TWO: Final = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00"

@@ -7,7 +7,9 @@ import re
 import pytest
 import trio
 
-from rig import Site, eventually, pair
+from support.party import pair
+from support.site import Site
+from support.waiting import eventually
 
 ROUTE = """
 [[route]]

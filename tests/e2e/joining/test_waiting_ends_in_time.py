@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import trio
 
-from rig import Site, eventually
+from support.site import Site
+from support.waiting import eventually
 
 ROUTES = """
 [[route]]

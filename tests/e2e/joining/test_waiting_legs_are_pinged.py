@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import trio
 
-from rig import TLS_HEADER, Party, RelayInProcess, Site, eventually, frame
+from support.party import TLS_HEADER, Party, frame
+from support.relay import RelayInProcess
+from support.site import Site
+from support.waiting import eventually
 
 PINGS = """
 [limits]

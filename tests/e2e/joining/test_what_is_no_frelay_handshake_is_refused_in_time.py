@@ -17,7 +17,10 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
-from rig import Party, RelayInProcess, Site, eventually, pair
+from support.party import Party, pair
+from support.relay import RelayInProcess
+from support.site import Site
+from support.waiting import eventually
 
 PATIENT: Final = "[limits]\nhandshake_timeout = 60\njoin_timeout = 60\n"
 

@@ -8,9 +8,11 @@ from collections import Counter
 import pytest
 import trio
 
-from ends import OPEN, PAIRS_OF_MODES, PLAIN, End, block, join_ends
-from holdings import as_before, holdings
-from rig import RelayInProcess, Site, address_seen, eventually
+from support.ends import OPEN, PAIRS_OF_MODES, PLAIN, End, block, join_ends
+from support.holdings import as_before, holdings
+from support.relay import RelayInProcess, address_seen
+from support.site import Site
+from support.waiting import eventually
 
 RESETS = 1000
 LIMITS = f"[limits]\nmax_pre_auth_per_ip = {3 * RESETS}\nmax_pairings = {2 * RESETS}\n"

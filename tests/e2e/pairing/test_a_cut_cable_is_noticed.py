@@ -13,9 +13,14 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 
-from ends import OPEN, End, Mode, block, join_ends, pause_reading
-from netns import Network, network
-from rig import PATIENCE, Party, RelayProcess, Site, direct, eventually, open_descriptors
+from support.descriptors import open_descriptors
+from support.ends import OPEN, End, Mode, block, join_ends, pause_reading
+from support.netns import Network, network
+from support.party import Party
+from support.relay import RelayProcess
+from support.site import Site
+from support.through_faults import direct
+from support.waiting import TIMEOUT, eventually
 
 ROUTES = OPEN + OPEN.replace('"demo"', '"lobby"')
 SHORT = """
@@ -27,7 +32,7 @@ stall_timeout = 3
 keepalive = [1, 1, 2]
 user_timeout = 3
 """
-"""By default it takes minutes: longer than PATIENCE, so that a relay that does not heed these fails."""
+"""By default it takes minutes: longer than TIMEOUT, so that a relay that does not heed these fails."""
 
 CUTS = {"both ways": (True, True), "to func1 only": (True, False), "from func1 only": (False, True)}
 DATA = block(1 << 18)
@@ -138,7 +143,7 @@ async def test_a_cut_that_is_mended_in_time_costs_no_byte(site: Site) -> None:
             nursery.start_soon(two.send, DATA)
             await eventually(lambda: retransmissions(one) >= 3, "func1 has tried again, three times")
             net.mend("func1")
-            with trio.fail_after(PATIENCE):
+            with trio.fail_after(TIMEOUT):
                 assert await two.receive_exactly(len(DATA)) == DATA
                 assert await one.receive_exactly(len(DATA)) == DATA
         other = await waits(net, relay, "func2")

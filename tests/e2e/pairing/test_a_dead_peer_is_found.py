@@ -12,10 +12,13 @@ from collections.abc import Callable
 import pytest
 import trio
 
-from ends import OPEN, PLAIN, Mode, join_ends
 from frelay.joining.frameless_legs import BareLeg
 from frelay.joining.legs import FramedLeg
-from rig import DEMO, Party, Site, address_seen, eventually
+from support.ends import OPEN, PLAIN, Mode, join_ends
+from support.party import Party
+from support.relay import address_seen
+from support.site import DEMO, Site
+from support.waiting import eventually
 
 TCP = '[tcp]\nkeepalive = [11, 7, 2]\nuser_timeout = 130\ncongestion_control = "reno"\n'
 

@@ -21,9 +21,12 @@ import frelay.joining.route
 import frelay.pairing.pairing
 import frelay.pairing.raw_pump
 import frelay.tls.context
-from certs import Credential, TestAuthority, self_signed
-from ends import join_ends
-from rig import Party, RelayInProcess, Site, eventually, pair
+from support.certs import Credential, TestAuthority, self_signed
+from support.ends import join_ends
+from support.party import Party, pair
+from support.relay import RelayInProcess
+from support.site import Site
+from support.waiting import eventually
 
 
 class Fault(Exception):

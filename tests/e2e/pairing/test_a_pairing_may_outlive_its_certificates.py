@@ -11,9 +11,10 @@ from typing import Final
 import trio
 import trio.testing
 
-from certs import Credential
-from ends import OPEN, End, join_ends
-from rig import PATIENCE, Site, eventually
+from support.certs import Credential
+from support.ends import OPEN, End, join_ends
+from support.site import Site
+from support.waiting import TIMEOUT, eventually
 
 GRACE: Final = "certificate_grace = 3600\n"
 LIFE: Final = 3.0
@@ -37,7 +38,7 @@ async def talk(one: End, two: End) -> None:
 
 
 async def are_cut(*ends: End) -> None:
-    with trio.fail_after(PATIENCE):
+    with trio.fail_after(TIMEOUT):
         for end in ends:
             assert await end.ended() in ("reset", "truncated")
 

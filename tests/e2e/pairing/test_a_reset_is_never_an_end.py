@@ -9,8 +9,10 @@ from __future__ import annotations
 import pytest
 import trio
 
-from ends import OPEN, PAIRS_OF_MODES, End, Mode, block, join_ends
-from rig import RelayInProcess, Site, eventually
+from support.ends import OPEN, PAIRS_OF_MODES, End, Mode, block, join_ends
+from support.relay import RelayInProcess
+from support.site import Site
+from support.waiting import eventually
 
 DATA = block(1 << 18)
 ROUNDS = 5

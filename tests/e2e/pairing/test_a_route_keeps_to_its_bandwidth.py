@@ -10,11 +10,14 @@ from __future__ import annotations
 import pytest
 import trio
 
-from ends import OPEN, PAIRS_OF_MODES, PLAIN, End, Mode, block, join_all, join_ends
 from frelay.pairing.bandwidth import Bandwidth
 from frelay.pairing.stream_pump import StreamPump
 from frelay.protocol.messages import PartyName
-from rig import RelayInProcess, Site, at_any_pace, direct, eventually
+from support.ends import OPEN, PAIRS_OF_MODES, PLAIN, End, Mode, block, join_all, join_ends
+from support.relay import RelayInProcess
+from support.site import Site
+from support.through_faults import direct
+from support.waiting import at_any_pace, eventually
 
 RATE = 200_000
 MODERATE = f"max_bytes_per_second = {RATE}\n"

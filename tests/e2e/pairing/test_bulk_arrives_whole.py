@@ -8,8 +8,9 @@ from functools import partial
 import pytest
 import trio
 
-from ends import OPEN, PLAIN, Channel, Digests, Mode, exchange, join_ends, thread_socket
-from rig import DEMO, RelayProcess, Site
+from support.ends import OPEN, PLAIN, Channel, Digests, Mode, exchange, join_ends, thread_socket
+from support.relay import RelayProcess
+from support.site import DEMO, Site
 
 SIZE = 64 * 1024 * 1024
 

@@ -10,14 +10,17 @@ import pytest
 import structlog
 import trio
 
-from ends import OPEN, End, block, join_ends, pause_reading
 from frelay.config.load import load
 from frelay.pairing.pipes import PipePool
 from frelay.pairing.raw_pump import RawPump
 from frelay.protocol.outcome import Outcome
 from frelay.relay.relay import Relay
-from rig import DEMO, PATIENCE, RelayInProcess, Site, eventually, open_descriptors, opened_since
-from rounds import settled
+from support.descriptors import open_descriptors, opened_since
+from support.ends import OPEN, End, block, join_ends, pause_reading
+from support.relay import RelayInProcess
+from support.rounds import settled
+from support.site import DEMO, Site
+from support.waiting import TIMEOUT, eventually
 
 MIB = 1024 * 1024
 
@@ -45,7 +48,7 @@ async def clog(relay: RelayInProcess, one: End, two: End) -> None:
         while True:
             await one.send(b"SECRET--" * 8192)
 
-    with trio.fail_after(PATIENCE):
+    with trio.fail_after(TIMEOUT):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(flood)
             await settled(0.01)

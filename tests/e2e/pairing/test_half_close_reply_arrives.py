@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import trio
 
-from ends import OPEN, PAIRS_OF_MODES, End, Mode, block, join_ends
-from rig import Site
+from support.ends import OPEN, PAIRS_OF_MODES, End, Mode, block, join_ends
+from support.site import Site
 
 QUESTION = block(100_003, 1)
 REPLY = block(1_000_003, 2)

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 import trio
 
-from ends import OPEN, PAIRS_OF_MODES, End, join_all, join_ends
-from rig import RelayInProcess, Site, at_any_pace, eventually, open_descriptors, opened_since
+from support.descriptors import open_descriptors, opened_since
+from support.ends import OPEN, PAIRS_OF_MODES, End, join_all, join_ends
+from support.relay import RelayInProcess
+from support.site import Site
+from support.waiting import at_any_pace, eventually
 
 LIMIT = 0.8
 LIMITS = f"[limits]\nhalf_close_timeout = {LIMIT}\n"

@@ -12,9 +12,9 @@ import os
 import pytest
 import trio
 
-from ends import OPEN, churn, join_ends
-from kernel import resident
-from rig import Site
+from support.ends import OPEN, churn, join_ends
+from support.kernel import resident
+from support.site import Site
 
 COUNT = int(os.environ.get("FRELAY_IDLE", "200"))
 # KiB. The goal is 16, and FRELAY_IDLE=500 measures it; the few pairings of a usual run share less of what is paid once.

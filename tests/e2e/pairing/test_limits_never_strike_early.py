@@ -11,8 +11,12 @@ from datetime import datetime
 import pytest
 import trio
 
-from ends import OPEN, PAIRS_OF_MODES, End, block, join_all, join_ends, pause_reading
-from rig import TLS_HEADER, RelayInProcess, Site, at_any_pace, direct, eventually, pair, while_it_lasts
+from support.ends import OPEN, PAIRS_OF_MODES, End, block, join_all, join_ends, pause_reading
+from support.party import TLS_HEADER, pair
+from support.relay import RelayInProcess
+from support.site import Site
+from support.through_faults import direct
+from support.waiting import at_any_pace, eventually, while_it_lasts
 
 ALL = len(PAIRS_OF_MODES)
 

@@ -8,13 +8,14 @@ import pytest
 import trio
 import trio.testing
 
-from ends import OPEN, PAIRS_OF_MODES, churn, end_by_reset, end_in_order, join_ends
 from frelay.pairing.leg import Leg
 from frelay.pairing.pairing import Pairing
 from frelay.pairing.raw_pump import RawPump
 from frelay.pairing.stream_pump import StreamPump
-from holdings import as_before, holdings
-from rig import Site, eventually
+from support.ends import OPEN, PAIRS_OF_MODES, churn, end_by_reset, end_in_order, join_ends
+from support.holdings import as_before, holdings
+from support.site import Site
+from support.waiting import eventually
 
 CHURN = 300
 

@@ -7,8 +7,8 @@ from itertools import chain
 import pytest
 import trio
 
-from ends import MODES, OPEN, PAIRS_OF_MODES, End, Mode, block, join_ends
-from rig import Site
+from support.ends import MODES, OPEN, PAIRS_OF_MODES, End, Mode, block, join_ends
+from support.site import Site
 
 # Around every border on the way: TLS records (16384), the pump's buffer, pages, a pipe's slots.
 PRIMES = (2, 3, 5, 7, 11, 101, 1009, 4093, 4099, 16381, 16411, 65521, 65537, 300007)

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import trio
 
-from ends import OPEN, PAIRS_OF_MODES, End, Mode, block, join_all, join_ends
-from rig import DEMO, TLS_HEADER, Site, eventually, pair
+from support.ends import OPEN, PAIRS_OF_MODES, End, Mode, block, join_all, join_ends
+from support.party import TLS_HEADER, pair
+from support.site import DEMO, Site
+from support.waiting import eventually
 
 FORTH, BACK = 123_457, 65_537
 

@@ -12,10 +12,13 @@ from typing import Literal
 import pytest
 import trio
 
-from ends import OPEN, PLAIN, Mode, block, join_ends, pause_reading
 from frelay.net.tcp import is_dead, unacknowledged
-from rig import PATIENCE, TLS_HEADER, Site, direct, eventually, pair
-from rounds import settled
+from support.ends import OPEN, PLAIN, Mode, block, join_ends, pause_reading
+from support.party import TLS_HEADER, pair
+from support.rounds import settled
+from support.site import Site
+from support.through_faults import direct
+from support.waiting import TIMEOUT, eventually
 
 
 async def test_the_tail_arrives_although_the_sender_has_closed_with_input_unread(site: Site) -> None:
@@ -64,7 +67,7 @@ async def test_all_of_it_arrives_although_the_relay_still_held_some(
     site: Site, modes: tuple[Mode, Mode], then: Literal["nothing", "words", "the end"]
 ) -> None:
     """The reset comes while the relay waits for a reader that is slow; whichever pump hears of it, the bytes go on."""
-    with trio.fail_after(PATIENCE):
+    with trio.fail_after(TIMEOUT):
         async with site.relay(PLAIN if modes[0] == "plain" else OPEN) as relay:
             one, two = await join_ends(site, relay, *modes)
             pause_reading(two)

@@ -7,8 +7,11 @@ import hashlib
 import pytest
 import trio
 
-from ends import OPEN, PAIRS_OF_MODES, End, Mode, block, join_all, join_ends, pause_reading
-from rig import RelayInProcess, Site, at_any_pace, direct, eventually
+from support.ends import OPEN, PAIRS_OF_MODES, End, Mode, block, join_all, join_ends, pause_reading
+from support.relay import RelayInProcess
+from support.site import Site
+from support.through_faults import direct
+from support.waiting import at_any_pace, eventually
 
 MIB = 1024 * 1024
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 import pytest
 import trio
 
-from ends import Mode, join_ends
-from handoffs import client_hello, is_silent, met, relay_has_read
-from rig import DEMO, TLS_HEADER, RelayInProcess, Site
+from support.ends import Mode, join_ends
+from support.handoffs import client_hello, is_silent, met, relay_has_read
+from support.party import TLS_HEADER
+from support.relay import RelayInProcess
+from support.site import DEMO, Site
 
 OPEN = DEMO + "require_inner_tls = false\n"
 ALWAYS = DEMO + 'require_inner_tls = "always"\n'

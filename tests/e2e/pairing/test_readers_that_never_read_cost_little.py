@@ -13,9 +13,9 @@ import socket
 import pytest
 import trio
 
-from ends import OPEN, End, block, churn, join_all, join_ends, pause_reading
-from kernel import resident
-from rig import Site
+from support.ends import OPEN, End, block, churn, join_all, join_ends, pause_reading
+from support.kernel import resident
+from support.site import Site
 
 COUNT = int(os.environ.get("FRELAY_STALLED", "60"))
 IDLE = 16

@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 import trio
 
-from handoffs import client_hello, forging_party, met, relay_has_read
-from records import PLAIN_CLOSE_NOTIFY, RecordForge
-from rig import DEMO, Party, RelayInProcess, Site, eventually, frame, pair
+from support.handoffs import client_hello, forging_party, met, relay_has_read
+from support.party import Party, frame, pair
+from support.records import PLAIN_CLOSE_NOTIFY, RecordForge
+from support.relay import RelayInProcess
+from support.site import DEMO, Site
+from support.waiting import eventually
 
 JOIN = frame("JOIN", {"attempt": "0f8fad5b-d9cb-469f-a165-70867728950e"})
 TUNNEL = frame("JOIN", {"attempt": "0f8fad5b-d9cb-469f-a165-70867728950e", "modes": ["tunnel"]})

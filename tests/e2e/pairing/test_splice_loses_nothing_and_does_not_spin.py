@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import trio
 
-from ends import OPEN, End, Mode, block, join_ends, pause_reading
-from kernel import fill, has_arrived, rests
-from rig import RelayInProcess, RelayProcess, Site, eventually
+from support.ends import OPEN, End, Mode, block, join_ends, pause_reading
+from support.kernel import fill, has_arrived, rests
+from support.relay import RelayInProcess, RelayProcess
+from support.site import Site
+from support.waiting import eventually
 
 MIB = 1024 * 1024
 IDLE_SHARE = 0.05

@@ -17,9 +17,12 @@ import pytest
 import trio
 from cryptography import x509
 
-from ends import MODES, OPEN, End, join_ends
-from rig import PATIENCE, Party, RelayProcess, Site, while_it_lasts
-from tools import library
+from support.ends import MODES, OPEN, End, join_ends
+from support.party import Party
+from support.relay import RelayProcess
+from support.site import Site
+from support.tools import library
+from support.waiting import TIMEOUT, while_it_lasts
 
 HOUR: Final = 3600
 DAY: Final = 24 * HOUR
@@ -76,7 +79,7 @@ async def is_asked(party: Party) -> None:
 
 
 async def talk(*pairs: tuple[End, End]) -> None:
-    with trio.fail_after(PATIENCE):
+    with trio.fail_after(TIMEOUT):
         for ends in pairs:
             for source, sink in (ends, reversed(ends)):
                 await source.send(b"still here")
@@ -192,7 +195,7 @@ async def test_back_again_before_it_expires(site: Site, monkeypatch: pytest.Monk
         now = time.time
         monkeypatch.setattr(time, "time", lambda: now() - DAY)
         await relay.log("the clock was set")
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             while all("identity" in entry for entry in relay.logged("refused", code="certificate-expired")):
                 # One with an identity is about a leg that was in.
                 newcomer = await site.connect(relay, "short")

@@ -18,10 +18,13 @@ from dataclasses import dataclass, field
 import pytest
 import trio
 
-from clients import CLIENTS, answer, ask, meet, options
-from ends import OPEN, PAIRS_OF_MODES, End, Mode, block
-from faults import Fault, Weather, a_network
-from rig import PATIENCE, Party, RelayInProcess, Site, eventually
+from support.clients import CLIENTS, answer, ask, meet, options
+from support.ends import OPEN, PAIRS_OF_MODES, End, Mode, block
+from support.faults import Fault, Weather, a_network
+from support.party import Party
+from support.relay import RelayInProcess
+from support.site import Site
+from support.waiting import TIMEOUT, eventually
 
 SEEDS = range(int(os.environ.get("FRELAY_FAULT_SEEDS", "9")))
 # Every limit that ends a leg which the network has silenced. Where nothing is silenced they are far away.
@@ -145,7 +148,7 @@ async def test_bytes_arrive_through_any_weather(site: Site, seed: int) -> None:
     one, two = cast(seed)
     async with a_network(Weather(seed)) as network, site.relay(OPEN) as relay:
         relay.network = network
-        with trio.fail_after(3 * PATIENCE):
+        with trio.fail_after(3 * TIMEOUT):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(one.play, site, relay)
                 nursery.start_soon(two.play, site, relay)
@@ -170,7 +173,7 @@ async def test_what_the_network_breaks_ends_for_both(site: Site, seed: int, faul
     limits = SHORT if fault == "silence" else PINGS
     async with a_network(Weather(seed, fault=fault)) as network, site.relay(OPEN, sections=limits) as relay:
         relay.network = network
-        with trio.fail_after(3 * PATIENCE):
+        with trio.fail_after(3 * TIMEOUT):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(one.play, site, relay)
                 nursery.start_soon(two.play, site, relay)

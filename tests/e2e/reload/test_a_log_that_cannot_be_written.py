@@ -13,8 +13,10 @@ from typing import Any, Final
 import pytest
 import trio
 
-from command import relay_logging_to
-from rig import PATIENCE, TLS_HEADER, Site, pair
+from support.commands import relay_logging_to
+from support.party import TLS_HEADER, pair
+from support.site import Site
+from support.waiting import TIMEOUT
 
 BYTES: Final = TLS_HEADER + bytes(100_000)
 
@@ -27,7 +29,7 @@ async def meet(site: Site, port: int) -> None:
     await two.hand_off()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(one.send_raw, BYTES)
-        with trio.fail_after(PATIENCE):
+        with trio.fail_after(TIMEOUT):
             assert await two.receive_exactly(len(BYTES)) == BYTES
     one.close()
     two.close()
@@ -39,7 +41,7 @@ async def check_that_it_serves_and_ends(site: Site, process: trio.Process, port:
     process.send_signal(signal.SIGHUP)
     await meet(site, port)
     process.send_signal(signal.SIGTERM)
-    with trio.fail_after(PATIENCE):
+    with trio.fail_after(TIMEOUT):
         assert await process.wait() == 0
 
 
@@ -85,7 +87,7 @@ async def test_with_a_reader_that_never_reads(site: Site) -> None:
         async with relay_logging_to(site, writing, "--log-format", "json") as (process, port):
             began = time.monotonic()
             await check_that_it_serves_and_ends(site, process, port, meetings=10)
-            assert time.monotonic() - began < PATIENCE / 2
+            assert time.monotonic() - began < TIMEOUT / 2
     finally:
         os.close(reading)
         os.close(writing)
@@ -101,7 +103,7 @@ async def test_with_a_reader_that_comes_late_no_line_is_lost(site: Site) -> None
                 await meet(site, port)
             process.send_signal(signal.SIGTERM)
             events = await trio.to_thread.run_sync(_read_events, reading)
-            with trio.fail_after(PATIENCE):
+            with trio.fail_after(TIMEOUT):
                 assert await process.wait() == 0
         names = [event["event"] for event in events]
         assert names[0] == "listening"
@@ -131,7 +133,7 @@ async def test_what_was_lost_is_counted_afterwards(site: Site, tmp_path: Path) -
     try:
         async with relay_logging_to(site, writing, "--log-format", "json") as (process, port):
             # Who can be dialled has not written its first line yet: a thread does that.
-            with trio.fail_after(PATIENCE):
+            with trio.fail_after(TIMEOUT):
                 await trio.lowlevel.wait_readable(first)
             os.close(first)
             for _ in range(3):
@@ -141,7 +143,7 @@ async def test_what_was_lost_is_counted_afterwards(site: Site, tmp_path: Path) -
             process.send_signal(signal.SIGTERM)
             events = await trio.to_thread.run_sync(_read_events, second)
             os.close(second)
-            with trio.fail_after(PATIENCE):
+            with trio.fail_after(TIMEOUT):
                 assert await process.wait() == 0
         names = [event["event"] for event in events]
         place = names.index("log lines dropped")

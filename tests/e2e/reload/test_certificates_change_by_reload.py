@@ -10,10 +10,13 @@ import pytest
 import trio
 from cryptography import x509
 
-from certs import Credential
-from ends import OPEN, End, join_all, join_ends
 from frelay.errors import ConfigError
-from rig import Party, RelayInProcess, Site, eventually, pair
+from support.certs import Credential
+from support.ends import OPEN, End, join_all, join_ends
+from support.party import Party, pair
+from support.relay import RelayInProcess
+from support.site import Site
+from support.waiting import eventually
 
 
 def shown_by(party: Party) -> str:

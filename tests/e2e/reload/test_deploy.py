@@ -14,11 +14,14 @@ from typing import Final
 import pytest
 import trio
 
-from admin import ADMIN, ROUTE, admin
 from frelay.config.load import load
-from manager import Manager
-from rig import DEMO, FRELAY_RUN, PATIENCE, TLS_HEADER, Site, pair
-from tools import tool
+from support.admin import ADMIN, ROUTE, admin
+from support.manager import Manager
+from support.party import TLS_HEADER, pair
+from support.relay import FRELAY_RUN
+from support.site import DEMO, Site
+from support.tools import tool
+from support.waiting import TIMEOUT
 
 ROOT: Final = Path(__file__).parents[3]
 DEPLOY: Final = ROOT / "deploy"
@@ -37,7 +40,7 @@ os.execv(sys.argv[1], sys.argv[1:])
 
 def analyze(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [tool("systemd-analyze"), *map(str, arguments)], capture_output=True, text=True, timeout=PATIENCE, check=False
+        [tool("systemd-analyze"), *map(str, arguments)], capture_output=True, text=True, timeout=TIMEOUT, check=False
     )
 
 
@@ -178,7 +181,7 @@ def test_why_memory_may_be_writable_and_executable(site: Site) -> None:
         [sys.executable, "-c", _DENY_WRITE_EXECUTE, *FRELAY_RUN, "-c", site.write()],
         capture_output=True,
         text=True,
-        timeout=PATIENCE,
+        timeout=TIMEOUT,
         check=False,
     )
     assert done.returncode == 1

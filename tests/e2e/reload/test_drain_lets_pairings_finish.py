@@ -15,8 +15,10 @@ from functools import partial
 import pytest
 import trio
 
-from ends import OPEN, PAIRS_OF_MODES, End, Mode, block, join_all, join_ends
-from rig import TLS_HEADER, RelayProcess, Site, pair
+from support.ends import OPEN, PAIRS_OF_MODES, End, Mode, block, join_all, join_ends
+from support.party import TLS_HEADER, pair
+from support.relay import RelayProcess
+from support.site import Site
 
 MIB = 1024 * 1024
 TRANSFERS: list[tuple[Mode, Mode]] = [

@@ -16,10 +16,13 @@ from pathlib import Path
 import pytest
 import trio
 
-from ends import join_ends
 from frelay.config.load import load
 from frelay.relay.relay import Relay
-from rig import DEMO, TLS_HEADER, RelayInProcess, Site, eventually
+from support.ends import join_ends
+from support.party import TLS_HEADER
+from support.relay import RelayInProcess
+from support.site import DEMO, Site
+from support.waiting import eventually
 
 REFUSED = "reload refused, the old configuration stays"
 

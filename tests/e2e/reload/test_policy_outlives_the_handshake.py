@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 import trio
 
-from certs import Credential, TestAuthority
-from ends import MODES, OPEN, PLAIN, End, Mode, join_ends
 from frelay.pki.files import certificates_pem
-from rig import DEMO, Party, RelayInProcess, Site, eventually
+from support.certs import Credential, TestAuthority
+from support.ends import MODES, OPEN, PLAIN, End, Mode, join_ends
+from support.party import Party
+from support.relay import RelayInProcess
+from support.site import DEMO, Site
+from support.waiting import eventually
 
 LENIENT = "[relay]\npolicy_ends_pairings = false\ndrain_timeout = 0.2\n"
 SOON = 10.0

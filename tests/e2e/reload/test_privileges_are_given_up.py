@@ -22,11 +22,14 @@ from typing import Final
 
 import pytest
 
-from admin import ADMIN, ROUTE, admin
 from frelay.config.load import load
 from frelay.errors import ConfigError
 from frelay.relay.prepare import prepare
-from rig import DEMO, FRELAY_RUN, PATIENCE, Site, pair
+from support.admin import ADMIN, ROUTE, admin
+from support.party import pair
+from support.relay import FRELAY_RUN
+from support.site import DEMO, Site
+from support.waiting import TIMEOUT
 
 NOBODY: Final = pwd.getpwnam("nobody")
 USER: Final = '[relay]\nuser = "nobody"\n'
@@ -214,7 +217,7 @@ def failed_start(site: Site, *before: str) -> str:
         [*launcher(), *before, *FRELAY_RUN, "-c", site.config],
         capture_output=True,
         text=True,
-        timeout=PATIENCE * 3,
+        timeout=TIMEOUT * 3,
         check=False,
     )
     assert (done.returncode, done.stdout) == (1, ""), done.stderr
@@ -247,7 +250,7 @@ def test_a_program_that_it_cannot_read_is_named(site: Site) -> None:
         pytest.skip("everybody can read this Python")
     site.write(sections=USER)
     done = subprocess.run(
-        [*FRELAY_RUN, "-c", site.config], capture_output=True, text=True, timeout=PATIENCE * 3, check=False
+        [*FRELAY_RUN, "-c", site.config], capture_output=True, text=True, timeout=TIMEOUT * 3, check=False
     )
     assert done.returncode == 1
     assert "a part of this program, cannot be read by nobody: install it elsewhere" in done.stderr

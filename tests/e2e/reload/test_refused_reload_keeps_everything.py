@@ -13,9 +13,13 @@ from pathlib import Path
 import pytest
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from certs import TestAuthority
-from ends import join_ends
-from rig import DEMO, TLS_HEADER, RelayInProcess, Site, eventually, open_descriptors, opened_since
+from support.certs import TestAuthority
+from support.descriptors import open_descriptors, opened_since
+from support.ends import join_ends
+from support.party import TLS_HEADER
+from support.relay import RelayInProcess
+from support.site import DEMO, Site
+from support.waiting import eventually
 
 # A change that is good by itself stands beside every bad one: none of it may be taken over.
 GOOD = DEMO.replace('"demo"', '"good"')
@@ -269,7 +273,7 @@ async def test_a_fault_in_loading_is_a_refused_reload_and_no_more(site: Site, mo
         await works(site, relay)
         relay.relay.request_reload()
         await relay.log("reloaded")
-        # The rig takes every bug that was logged for a failure; this one was asked for.
+        # The site fails a test for every bug that was logged; this one was caused on purpose.
         relay.events[:] = [entry for entry in relay.events if entry["event"] != event]
 
 

@@ -8,8 +8,11 @@ import time
 
 import pytest
 
-from ends import End, join_ends
-from rig import DEMO, RelayInProcess, Site, eventually, reserved_port
+from support.ends import End, join_ends
+from support.ports import reserved_port
+from support.relay import RelayInProcess
+from support.site import DEMO, Site
+from support.waiting import eventually
 
 DRAIN = "[relay]\ndrain_timeout = {}\n"
 

@@ -10,8 +10,8 @@ import time
 import pytest
 import trio
 
-from ends import OPEN, End, Mode, block, join_ends
-from rig import Site
+from support.ends import OPEN, End, Mode, block, join_ends
+from support.site import Site
 
 STORM = 1000
 PAIRS: list[tuple[Mode, Mode]] = [("raw", "raw"), ("raw", "tunnel"), ("bare", "bare")]

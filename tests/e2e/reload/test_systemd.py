@@ -13,8 +13,12 @@ from typing import Any, Final
 import pytest
 import trio
 
-from manager import Manager, activated, listening
-from rig import DEMO, FRELAY_RUN, PATIENCE, RelayProcess, Site, pair, reserved_port
+from support.manager import Manager, activated, listening
+from support.party import pair
+from support.ports import reserved_port
+from support.relay import FRELAY_RUN, RelayProcess
+from support.site import DEMO, Site
+from support.waiting import TIMEOUT
 
 TWO: Final = DEMO + DEMO.replace('"demo"', '"other"')
 
@@ -186,7 +190,7 @@ async def test_who_dials_during_a_restart_waits(site: Site) -> None:
             assert await relay.exit_code() == 0
         early = await site.connect(port, "func1")
         async with site.process(route(port), launcher=launcher, pass_fds=descriptors):
-            with trio.fail_after(PATIENCE):
+            with trio.fail_after(TIMEOUT):
                 await early.handshake()
             await early.join()
             await early.expect("WAITING")
@@ -238,7 +242,7 @@ async def test_the_two_http_servers_take_their_sockets_by_name(site: Site, tmp_p
             for stream in (await trio.open_unix_socket(str(path)), await trio.open_tcp_stream("127.0.0.1", port)):
                 async with stream:
                     await stream.send_all(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-                    with trio.fail_after(PATIENCE):
+                    with trio.fail_after(TIMEOUT):
                         assert (await stream.receive_some(9)) == b"HTTP/1.1 "
 
 
@@ -251,7 +255,7 @@ def test_an_api_without_certificates_never_comes_to_a_network(site: Site) -> Non
             pass_fds=descriptors,
             capture_output=True,
             text=True,
-            timeout=PATIENCE,
+            timeout=TIMEOUT,
             check=False,
         )
     assert done.returncode == 1
@@ -267,7 +271,7 @@ def test_a_socket_that_is_bound_elsewhere_is_an_error_that_names_both(site: Site
             pass_fds=descriptors,
             capture_output=True,
             text=True,
-            timeout=PATIENCE,
+            timeout=TIMEOUT,
             check=False,
         )
         port = sock.getsockname()[1]

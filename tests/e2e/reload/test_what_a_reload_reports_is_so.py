@@ -18,8 +18,6 @@ import httpx
 import pytest
 import trio
 
-from admin import ADMIN, admin
-from certs import TestAuthority
 from frelay.config.model import (
     AdminSection,
     Config,
@@ -34,7 +32,13 @@ from frelay.config.model import (
 )
 from frelay.config.plan import _TIMINGS, _WIRING, plan, without_restart
 from frelay.errors import ConfigError
-from rig import DEMO, PATIENCE, TLS_HEADER, Party, RelayInProcess, Site, eventually, pair, reserved_port
+from support.admin import ADMIN, admin
+from support.certs import TestAuthority
+from support.party import TLS_HEADER, Party, pair
+from support.ports import reserved_port
+from support.relay import RelayInProcess
+from support.site import DEMO, Site
+from support.waiting import TIMEOUT, eventually
 
 SECTIONS: Final[Mapping[str, type[Section]]] = {
     "relay": RelaySection,
@@ -79,7 +83,7 @@ async def refused(site: Site, relay: RelayInProcess, *, code: str) -> None:
     party = await site.party(relay, "func1")
     await party.join()
     await party.expect("WAITING")
-    with trio.fail_after(PATIENCE):
+    with trio.fail_after(TIMEOUT):
         while (found := await party.next_frame()) is not None:
             if found[0] == "REFUSED":
                 assert found[1]["code"] == code
@@ -126,7 +130,7 @@ async def bytes_are_held_back(site: Site, relay: RelayInProcess) -> None:
     await two.hand_off()
     began = trio.current_time()
     await one.send_raw(TLS_HEADER + bytes(40_000))
-    with trio.fail_after(PATIENCE):
+    with trio.fail_after(TIMEOUT):
         await two.receive_exactly(40_003)
     assert trio.current_time() - began > 0.5
 
@@ -223,7 +227,7 @@ async def caller(site: Site, relay: RelayInProcess, name: str) -> AsyncIterator[
     context = ssl.create_default_context(cafile=str(site.ca_path))
     context.load_cert_chain(*site.paths[name])
     port = relay.relay.served["admin"][0].rpartition(":")[2]
-    async with httpx.AsyncClient(verify=context, base_url=f"https://localhost:{port}", timeout=PATIENCE) as client:
+    async with httpx.AsyncClient(verify=context, base_url=f"https://localhost:{port}", timeout=TIMEOUT) as client:
         yield client
 
 
@@ -242,7 +246,7 @@ async def is_in_the_plan_alone(site: Site, relay: RelayInProcess) -> None:
         assert status["name"] == "relay-1"
         assert status["last_reload"]["restart_only"]
     (place,) = relay.relay.served["metrics"]
-    async with httpx.AsyncClient(timeout=PATIENCE) as http:
+    async with httpx.AsyncClient(timeout=TIMEOUT) as http:
         assert (await http.get(f"http://{place}/healthz")).status_code == 200
 
 

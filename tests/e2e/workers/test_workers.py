@@ -15,9 +15,13 @@ import prometheus_client.parser as text
 import pytest
 import trio
 
-from admin import ADMIN, admin, can_bind, events, route_body
-from ends import block, end_in_order, join_ends
-from rig import PATIENCE, RelayProcess, Site, eventually, open_descriptors, pair
+from support.admin import ADMIN, admin, can_bind, events, route_body
+from support.descriptors import open_descriptors
+from support.ends import block, end_in_order, join_ends
+from support.party import pair
+from support.relay import RelayProcess
+from support.site import Site
+from support.waiting import TIMEOUT, eventually
 
 # As many as fall to two workers by turns: one and three to the first, two and four to the second.
 NAMES: Final = ("one", "two", "three", "four")
@@ -62,7 +66,7 @@ async def kill(pid: int) -> None:
 async def metrics(relay: RelayProcess) -> dict[str, float]:
     """The sum of all series of each name."""
     place = relay.logged("serving")[-1]["metrics"]
-    async with httpx.AsyncClient(timeout=PATIENCE) as http:
+    async with httpx.AsyncClient(timeout=TIMEOUT) as http:
         answer = await http.get(f"http://{place}/metrics")
     assert answer.status_code == 200
     found: dict[str, float] = {}
@@ -74,7 +78,7 @@ async def metrics(relay: RelayProcess) -> dict[str, float]:
 
 async def becomes(relay: RelayProcess, value: float, name: str) -> dict[str, float]:
     """Wait until a metric has this value: what a party sees may be a moment before its relay has noted it."""
-    with trio.fail_after(PATIENCE):
+    with trio.fail_after(TIMEOUT):
         while True:
             found = await metrics(relay)
             if found.get(name) == value:
