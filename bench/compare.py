@@ -34,20 +34,20 @@ from typing import Final
 # Run as a script, Python would look in bench/ alone; and the relay measured shall be the one beside this file.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.bars import write_pictures
-from bench.cases import Makers, run_stage, stages
-from bench.flags import duration, output_directory, output_file, round_count, some_of
-from bench.forwarders import HAProxy, HAProxyAccept, HAProxyFront, HAProxyTunnel, Nginx, Socat
-from bench.install import in_venv, install
-from bench.load import BenchError, CompiledGenerator
-from bench.meetings import Strelaysrv, TransitRelay
-from bench.own_network import enter_own_network
-from bench.pages import write_section
-from bench.parties import Frelay
-from bench.record import QUICK, Record, Sizes, about_machine, now, read_record
-from bench.script import parser_of, progress, run
-from bench.subjects import Direct, Subject, checkout_root
-from bench.tables import as_markdown, as_summary, as_text
+from bench.comparison.bars import write_pictures
+from bench.comparison.cases import Makers, run_stage, stages
+from bench.comparison.install import in_venv, install
+from bench.comparison.meetings import Strelaysrv, TransitRelay
+from bench.comparison.own_network import enter_own_network
+from bench.comparison.pages import write_section
+from bench.comparison.record import QUICK, Record, Sizes, about_machine, now, read_record
+from bench.comparison.tables import as_markdown, as_summary, as_text
+from bench.measuring.flags import duration, output_directory, output_file, round_count, some_of
+from bench.measuring.forwarders import HAProxy, HAProxyAccept, HAProxyFront, HAProxyTunnel, Nginx, Socat
+from bench.measuring.load import BenchError, CompiledGenerator
+from bench.measuring.parties import Frelay
+from bench.measuring.script import parser_of, progress, run
+from bench.measuring.subjects import Direct, Subject, checkout_root
 
 _STAGES: Final = ("plain", "tunnel", "admission", "memory", "idle", "routes")
 _README: Final = checkout_root() / "README.md"

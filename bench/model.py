@@ -25,16 +25,16 @@ from typing import Final
 # Run as a script, Python would look in bench/ alone; and the relay measured shall be the one beside this file.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.flags import duration, number, round_count, whole
-from bench.load import CompiledGenerator, Load, UsageError
-from bench.measure import Figures, measure_load
-from bench.own_network import congestion_control, enter_own_network
-from bench.pages import write_section
-from bench.parties import Frelay
-from bench.record import Key, Record, read_record
-from bench.script import parser_of, run
-from bench.subjects import checkout_root
-from bench.tables import as_rows
+from bench.comparison.own_network import congestion_control, enter_own_network
+from bench.comparison.pages import write_section
+from bench.comparison.record import Key, Record, read_record
+from bench.comparison.tables import as_rows
+from bench.measuring.flags import duration, number, round_count, whole
+from bench.measuring.load import CompiledGenerator, Load, UsageError
+from bench.measuring.measure import Figures, measure_load
+from bench.measuring.parties import Frelay
+from bench.measuring.script import parser_of, run
+from bench.measuring.subjects import checkout_root
 
 __all__ = ["Costs", "Machine", "Work", "carried", "costs_of", "needed"]
 

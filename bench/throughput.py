@@ -27,14 +27,14 @@ from typing import Final, Literal
 # Run as a script, Python would look in bench/ alone; and the relay measured shall be the one beside this file.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.flags import duration, round_count, some_of, whole
-from bench.forwarders import HAProxy
-from bench.load import BenchError, CompiledGenerator, Generator, Load, NoCompiler, PythonGenerator
-from bench.measure import Case, Plan, run_rounds
-from bench.parties import Frelay
-from bench.report import Run, as_json, as_table
-from bench.script import parser_of, progress, run
-from bench.subjects import Direct, Subject
+from bench.measuring.flags import duration, round_count, some_of, whole
+from bench.measuring.forwarders import HAProxy
+from bench.measuring.load import BenchError, CompiledGenerator, Generator, Load, NoCompiler, PythonGenerator
+from bench.measuring.measure import Case, Plan, run_rounds
+from bench.measuring.parties import Frelay
+from bench.measuring.report import Run, as_json, as_table
+from bench.measuring.script import parser_of, progress, run
+from bench.measuring.subjects import Direct, Subject
 
 MODES: Final = ("direct", "handoff", "tunnel", "direct-tls")
 LOADS: Final[tuple[Load, ...]] = ("bulk", "pingpong")

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from bench import strelay
-from bench.bars import write_pictures
-from bench.claims import Claim, Verdict, claims, judge
 from bench.compare import main
-from bench.cpu import read_cpu, read_memory
-from bench.flags import output_directory, output_file
-from bench.load import BenchError
-from bench.pages import with_section
-from bench.record import QUICK, AboutMachine, Key, Record, Sizes, Spread, read_record
-from bench.tables import as_markdown, as_summary, as_text
+from bench.comparison import strelay
+from bench.comparison.bars import write_pictures
+from bench.comparison.claims import Claim, Verdict, claims, judge
+from bench.comparison.pages import with_section
+from bench.comparison.record import QUICK, AboutMachine, Key, Record, Sizes, Spread, read_record
+from bench.comparison.tables import as_markdown, as_summary, as_text
+from bench.measuring.cpu import read_cpu, read_memory
+from bench.measuring.flags import output_directory, output_file
+from bench.measuring.load import BenchError
 
 MACHINE: AboutMachine = {
     "cpu": "a CPU",
@@ -163,7 +163,7 @@ def test_a_readme_without_its_markers_is_left_alone(text: str) -> None:
 
 
 def test_wrong_flags_and_files_have_their_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench.script.raise_on_signals", lambda: None)
+    monkeypatch.setattr("bench.measuring.script.raise_on_signals", lambda: None)
     with pytest.raises(SystemExit) as ended:
         main(["--cases", "nonsense"])
     assert ended.value.code == 2

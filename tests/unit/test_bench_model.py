@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.load import BenchError
+from bench.comparison.record import AboutMachine, Key, Record, Sizes
+from bench.measuring.load import BenchError
 from bench.model import Costs, Machine, Work, carried, costs_of, main, needed, predict
-from bench.record import AboutMachine, Key, Record, Sizes
 
 COSTS = Costs(
     join_us=2000, message_us=10, gigabyte_ms=250, rest_us=1, pairing_kib=12, waiting_kib=60, relay_mib=64
@@ -86,7 +86,7 @@ def test_the_generator_takes_its_share_of_the_cores() -> None:
 
 def test_the_page_is_computed_from_a_saved_record(tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    monkeypatch.setattr("bench.script.raise_on_signals", lambda: None)
+    monkeypatch.setattr("bench.measuring.script.raise_on_signals", lambda: None)
     saved = tmp_path / "all.json"
     saved.write_text(json.dumps(a_record().as_json()))
     assert main([str(saved), "--cores", "8", "--memory", "16"]) == 0
@@ -110,7 +110,7 @@ def test_the_page_is_computed_from_a_saved_record(tmp_path: Path, capsys: pytest
 )
 def test_a_file_that_is_no_good_is_named_with_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch, flags: list[str], content: bytes | None, wrong: str) -> None:  # fmt: skip
-    monkeypatch.setattr("bench.script.raise_on_signals", lambda: None)
+    monkeypatch.setattr("bench.measuring.script.raise_on_signals", lambda: None)
     given = tmp_path / "all.json"
     if content is not None:
         given.write_bytes(content)
@@ -125,7 +125,7 @@ def test_a_file_that_is_no_good_is_named_with_what_to_do(tmp_path: Path, capsys:
 
 def test_a_check_needs_figures_of_the_generator_and_says_so_first(tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    monkeypatch.setattr("bench.script.raise_on_signals", lambda: None)
+    monkeypatch.setattr("bench.measuring.script.raise_on_signals", lambda: None)
     monkeypatch.setattr("bench.model.CompiledGenerator", lambda directory: pytest.fail("it began to measure"))
     saved = tmp_path / "all.json"
     saved.write_text(json.dumps(a_record().as_json()))

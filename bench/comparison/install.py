@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from bench.load import BenchError
+from bench.measuring.load import BenchError
 
 __all__ = ["in_venv", "install"]
 

@@ -25,9 +25,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from bench.cpu import read_memory
-from bench.interrupt import deferred
-from bench.load import BenchError, SocketPair
+from bench.measuring.cpu import read_memory
+from bench.measuring.interrupt import deferred
+from bench.measuring.load import BenchError, SocketPair
 from frelay.errors import FrelayError
 from frelay.pki.init import initialise
 
@@ -49,7 +49,7 @@ def _signal_group(group: int, number: signal.Signals) -> None:
 
 def checkout_root() -> Path:
     """The checkout that this file belongs to."""
-    return Path(__file__).resolve().parent.parent
+    return Path(__file__).resolve().parents[2]
 
 
 class Subject(abc.ABC):

@@ -8,9 +8,9 @@ from typing import Final, get_args
 import trio
 
 import frelay.client.trio
-from bench.churn.ground import Ground
-from bench.churn.streams import BLOCK, TLS_HEADER, carry, expect, expect_end, flood, is_cut, reset
 from frelay.protocol.messages import Mode
+from soak.churn.ground import Ground
+from soak.churn.streams import BLOCK, TLS_HEADER, carry, expect, expect_end, flood, is_cut, reset
 
 __all__ = ["Functions"]
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Final
 
-from bench.cpu import CpuReading, read_cpu
-from bench.load import BenchError, Generator, Load
-from bench.subjects import Subject
+from bench.measuring.cpu import CpuReading, read_cpu
+from bench.measuring.load import BenchError, Generator, Load
+from bench.measuring.subjects import Subject
 
 __all__ = ["Case", "Figures", "Plan", "measure_load", "median_figures", "ratio", "ratios", "run_rounds"]
 

@@ -29,7 +29,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Final, Literal, NamedTuple, Protocol
 
-from bench.interrupt import deferred
+from bench.measuring.interrupt import deferred
 
 __all__ = [
     "BenchError",

@@ -17,10 +17,10 @@ from frelay.pki.files import crl_file, write_together
 from frelay.pki.init import initialise
 from frelay.protocol.messages import Mode
 
-__all__ = ["CONSTANT", "PATIENCE", "Ground", "Trouble", "ask"]
+__all__ = ["CONSTANT", "TIMEOUT", "Ground", "Trouble", "ask"]
 
 # For a whole scene. On an idle machine the longest takes seconds; on a busy one a ping-pong has taken half a minute.
-PATIENCE: Final = 120.0
+TIMEOUT: Final = 120.0
 
 CONSTANT: Final = 3
 """How many routes each of the three kinds of functions' meetings has to itself."""
@@ -129,7 +129,7 @@ class Ground:
             ca=certs / "ca.pem",
             peer=f"dns:{other}.demo",
             server_name="localhost",
-            wait=PATIENCE,
+            wait=TIMEOUT,
             mode=mode,
         )
 

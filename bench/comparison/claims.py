@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from bench.record import Key, Record, Sizes, Spread
+from bench.comparison.record import Key, Record, Sizes, Spread
 
 __all__ = ["Claim", "Verdict", "claims", "judge"]
 

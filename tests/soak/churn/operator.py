@@ -9,7 +9,7 @@ from typing import Final
 
 import trio
 
-from bench.churn.ground import Ground, Trouble, ask
+from soak.churn.ground import Ground, Trouble, ask
 
 __all__ = ["Operator"]
 

@@ -19,9 +19,9 @@ from typing import Any, Final, NamedTuple
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # typing's own is too little for pydantic before Python 3.12
 
-from bench.load import UsageError
-from bench.measure import ratios
-from bench.own_network import congestion_control
+from bench.comparison.own_network import congestion_control
+from bench.measuring.load import UsageError
+from bench.measuring.measure import ratios
 
 __all__ = ["QUICK", "AboutMachine", "Key", "Record", "Round", "Sizes", "Spread", "about_machine", "now", "read_record"]
 

@@ -19,8 +19,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
-from bench.load import BenchError, SocketPair
-from bench.strelay import (
+from bench.comparison.strelay import (
     ALPN,
     ALREADY_CONNECTED,
     CONNECT,
@@ -36,7 +35,8 @@ from bench.strelay import (
     response_of,
     session_key_of,
 )
-from bench.subjects import START, Subject, await_listener, dial, listener
+from bench.measuring.load import BenchError, SocketPair
+from bench.measuring.subjects import START, Subject, await_listener, dial, listener
 from frelay.pki.init import initialise
 
 __all__ = ["Strelaysrv", "TransitRelay"]

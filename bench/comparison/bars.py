@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from bench.record import Key, Record, Spread
-from bench.svg import WIDTH, drawing, text_of
+from bench.comparison.record import Key, Record, Spread
+from bench.measuring.svg import WIDTH, drawing, text_of
 
 __all__ = ["Bar", "Group", "as_bars", "write_pictures"]
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from bench.load import Generator
-from bench.measure import Case, Figures, Plan, median_figures, ratio
-from bench.subjects import Subject
+from bench.measuring.load import Generator
+from bench.measuring.measure import Case, Figures, Plan, median_figures, ratio
+from bench.measuring.subjects import Subject
 
 __all__ = ["Run", "as_json", "as_table", "grid"]
 

@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 from typing import Final
 
-from bench.load import BenchError, SocketPair
-from bench.subjects import START, STEP, Forwarder, dial
+from bench.measuring.load import BenchError, SocketPair
+from bench.measuring.subjects import START, STEP, Forwarder, dial
 from frelay.pki.init import initialise
 
 __all__ = ["HAProxy", "HAProxyAccept", "HAProxyFront", "HAProxyTunnel", "Nginx", "Socat"]

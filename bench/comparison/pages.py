@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench.load import BenchError
+from bench.measuring.load import BenchError
 
 __all__ = ["with_section", "write_section"]
 

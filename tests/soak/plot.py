@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from bench.svg import WIDTH, drawing, text_of
+from bench.measuring.svg import WIDTH, drawing, text_of
 
 __all__ = ["Curve", "Panel", "as_svg"]
 

@@ -8,8 +8,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from bench.flat import Finding, Gauge
-from bench.plot import Curve, Panel, as_svg
+from soak.flat import Finding, Gauge
+from soak.plot import Curve, Panel, as_svg
 
 __all__ = ["GAUGES", "Result", "Sample", "as_json", "as_picture", "as_table"]
 

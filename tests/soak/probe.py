@@ -1,4 +1,4 @@
-"""How late is a relay's event loop? ``python bench/probe.py PORT``, with a plain route at that port.
+"""How late is a relay's event loop? ``python tests/soak/probe.py PORT``, with a plain route at that port.
 
 One byte at a time goes through a pairing, from one socket of this process to another, and waits for nothing but the
 relay's loop and the machine. Each second prints a line of JSON: the median and the longest way in it, in milliseconds.

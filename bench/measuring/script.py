@@ -10,8 +10,8 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from bench.interrupt import Interrupted, raise_on_signals
-from bench.load import BenchError, UsageError
+from bench.measuring.interrupt import Interrupted, raise_on_signals
+from bench.measuring.load import BenchError, UsageError
 
 __all__ = ["parser_of", "progress", "run"]
 

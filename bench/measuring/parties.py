@@ -20,8 +20,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final, Literal
 
-from bench.load import BenchError, SocketPair
-from bench.subjects import START, STEP, Subject, checkout_root, dial
+from bench.measuring.load import BenchError, SocketPair
+from bench.measuring.subjects import START, STEP, Subject, checkout_root, dial
 from frelay.pki.init import initialise
 from frelay.protocol import messages
 from frelay.protocol.messages import Message

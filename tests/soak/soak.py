@@ -1,13 +1,12 @@
-"""Does it stay as it is? ``python bench/soak.py --seconds 1800``
+"""Does a relay stay as it is? ``python tests/soak/soak.py --seconds 1800``
 
-A real ``frelay run`` is given everything at once, good and hostile (bench/churn says what), and looked at each
-second: open descriptors, memory, tasks, and how late its event loop is. After a warm-up none of them may rise
-(bench/flat.py says how that is judged), and once all traffic has stopped the relay must hold exactly the sockets and
-tasks that it held before: what leaks by the drop shows in the second, what is kept on purpose and for ever in the
-first.
+A real ``frelay run`` gets good and hostile traffic of every kind at once (tests/soak/churn). Each second we read its
+open descriptors, memory, tasks, and the lag of its event loop. After a warm-up none of them may rise; flat.py judges
+that. When all traffic has stopped, the relay must hold exactly the sockets and tasks that it held before. The curves
+show a leak that grows slowly; the count at the end shows what was never given back.
 
-    python bench/soak.py --seconds 60                                  # what CI does
-    nice python bench/soak.py --seconds 1800 --json soak.json --plot docs/soak.svg
+    python tests/soak/soak.py --seconds 60                             # what CI does
+    nice python tests/soak/soak.py --seconds 1800 --json soak.json --plot docs/soak.svg
 
 The table goes to stdout, progress to stderr if that is a terminal. Exit codes: 0 flat and no trouble, 1 not, 2 usage,
 130 or 143 interrupted.
@@ -31,15 +30,16 @@ from typing import Final
 
 import trio
 
-# Run as a script, Python would look in bench/ alone; and the relay measured shall be the one beside this file.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+# As a script, this file would find only its own directory. It needs bench/ and the frelay of this checkout, and tests/.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bench.churn import Actor, Ground, actors, ask
-from bench.flags import output_file
-from bench.flat import judge, warm_up
-from bench.script import progress
-from bench.soaked import GAUGES, Result, Sample, as_json, as_picture, as_table
-from bench.subjects import checkout_root
+from bench.measuring.flags import output_file
+from bench.measuring.script import progress
+from bench.measuring.subjects import checkout_root
+from soak.churn import Actor, Ground, actors, ask
+from soak.flat import judge, warm_up
+from soak.result import GAUGES, Result, Sample, as_json, as_picture, as_table
 
 _START: Final = 60.0
 _REST: Final = 40.0
@@ -173,7 +173,7 @@ async def _kill(process: trio.Process) -> None:
 
 
 async def _probe(ground: Ground, found: list[tuple[float, float]]) -> None:
-    command = [sys.executable, str(checkout_root() / "bench" / "probe.py"), str(ground.ports["probe"])]
+    command = [sys.executable, str(Path(__file__).with_name("probe.py")), str(ground.ports["probe"])]
     async with trio.open_nursery() as nursery:
         process: trio.Process = await nursery.start(
             partial(trio.run_process, command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, check=False)

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import trio
 
-from bench.churn.functions import Functions
-from bench.churn.ground import CONSTANT, PATIENCE, Ground, Trouble, ask
-from bench.churn.operator import Operator
-from bench.churn.strangers import Strangers
+from soak.churn.functions import Functions
+from soak.churn.ground import CONSTANT, TIMEOUT, Ground, Trouble, ask
+from soak.churn.operator import Operator
+from soak.churn.strangers import Strangers
 
 __all__ = ["CONSTANT", "Actor", "Ground", "Trouble", "actors", "ask"]
 
@@ -36,7 +36,7 @@ class Actor:
         """Play until ``over``, and to the end of the scene: one that is cut off would leave connections behind."""
         while not over.is_set():
             try:
-                with trio.fail_after(PATIENCE):
+                with trio.fail_after(TIMEOUT):
                     await self.play()
             except Exception as error:
                 troubles[f"{self.name}: {_told(error)}"] += 1

@@ -12,10 +12,10 @@ import time
 from multiprocessing.connection import Connection, wait
 from typing import Final
 
-from bench.cpu import CpuReading, read_cpu
-from bench.interrupt import deferred
-from bench.load import BenchError
-from bench.subjects import Subject
+from bench.measuring.cpu import CpuReading, read_cpu
+from bench.measuring.interrupt import deferred
+from bench.measuring.load import BenchError
+from bench.measuring.subjects import Subject
 from frelay.errors import FrelayError
 
 __all__ = ["measure_admission"]

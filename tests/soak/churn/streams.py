@@ -9,7 +9,7 @@ from typing import Final
 
 import trio
 
-from bench.churn.ground import Trouble
+from soak.churn.ground import Trouble
 
 __all__ = ["BLOCK", "TLS_HEADER", "carry", "expect", "expect_end", "flood", "is_cut", "reset"]
 

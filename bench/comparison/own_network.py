@@ -13,8 +13,8 @@ import subprocess
 from pathlib import Path
 from typing import Final
 
-from bench.install import install
-from bench.load import BenchError, UsageError
+from bench.comparison.install import install
+from bench.measuring.load import BenchError, UsageError
 
 __all__ = ["congestion_control", "enter_own_network"]
 

@@ -12,11 +12,11 @@ from typing import Any, Final
 
 import trio
 
-from bench.churn.ground import Ground, Trouble
-from bench.churn.streams import TLS_HEADER, expect, is_cut, reset
 from frelay.protocol import messages
 from frelay.protocol.messages import Message, Mode
 from frelay.protocol.session import PartySession
+from soak.churn.ground import Ground, Trouble
+from soak.churn.streams import TLS_HEADER, expect, is_cut, reset
 
 __all__ = ["Strangers"]
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
-from bench.claims import Verdict, judge
-from bench.record import Key, Record, Spread
-from bench.report import grid
+from bench.comparison.claims import Verdict, judge
+from bench.comparison.record import Key, Record, Spread
+from bench.measuring.report import grid
 
 __all__ = ["as_markdown", "as_rows", "as_summary", "as_text"]
 

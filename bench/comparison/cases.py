@@ -16,14 +16,14 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Final
 
-from bench.admission import measure_admission
-from bench.cpu import read_cpu
-from bench.load import BenchError, Generator, Load, PythonGenerator
-from bench.measure import measure_load
-from bench.meetings import TransitRelay
-from bench.parties import Frelay
-from bench.record import Key, Record, Round, Sizes
-from bench.subjects import Subject
+from bench.comparison.admission import measure_admission
+from bench.comparison.meetings import TransitRelay
+from bench.comparison.record import Key, Record, Round, Sizes
+from bench.measuring.cpu import read_cpu
+from bench.measuring.load import BenchError, Generator, Load, PythonGenerator
+from bench.measuring.measure import measure_load
+from bench.measuring.parties import Frelay
+from bench.measuring.subjects import Subject
 
 __all__ = ["Case", "Stage", "run_stage", "stages"]
 

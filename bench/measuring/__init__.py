@@ -1,0 +1,1 @@
+"""What every script here measures with: load, subjects, rounds, CPU time, and how a script runs and reports."""
