@@ -1,19 +1,19 @@
-"""How fast a route may go: one budget of bytes a second, shared by its pairings.
+"""The bandwidth of a route: one budget of bytes a second, which its pairings share.
 
-Every byte that the relay carries costs it one in and one out, whichever way it goes. So the budget is the route's as a
-whole: all its pairings, both directions together.
+The relay receives and sends each byte once, in either direction. So there is one budget for the whole route: for all
+its pairings, and for both directions together.
 
-It is a token bucket, kept as the one number that such a bucket needs: the moment from which on the next bytes may go.
-A turn is paid for when it is taken, and not when it is asked for. So a pairing that ends while it waits leaves nothing
-behind that others would have to wait for.
+It is a token bucket, kept as the one number that such a bucket needs: the time from which the next bytes may go. A turn
+is paid for when it is taken, not when it is requested. So when a pairing ends while it waits, nobody has to wait for
+the bytes that it did not send.
 
-Who takes the next turn is decided by fair queueing. A turn that is asked for gets a number: the bytes that its pairing
-has sent, itself included, counted from where the turns stand when it asks. The lowest number goes first. So those who
-have much to send take turns, and ten bytes go before the next kilobyte of anybody.
+Fair queueing decides whose turn is next. Each requested turn gets a number: the bytes that its pairing has sent,
+including this turn, counted from the number that the queue has reached when it asks. The lowest number goes first. So
+pairings with much to send take turns, and ten bytes go before the next kilobyte of any other pairing.
 
-A pump asks for a small portion at a time, and does not read on before that is delivered; so the sender's kernel holds
-the rest back. And a pairing asks for one portion at a time (:class:`Share`), so one that is busy both ways gets no more
-than one that is busy one way.
+A pump requests a small portion at a time, and reads nothing more until that is delivered, so the rest stays in the
+sender's kernel. A pairing requests one portion at a time (:class:`Share`), so a pairing that is busy both ways gets no
+more than one that is busy one way.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ import trio
 
 __all__ = ["Bandwidth", "Share"]
 
-# A turn is this long, in seconds, where the portion's bounds allow it: short enough that many who take turns all seem
-# to flow, long enough that fifty wake-ups a second do for a route.
+# How long a turn is, in seconds, if the limits of a portion permit: short enough that all pairings that take turns seem
+# to flow, and long enough that fifty wake-ups a second are enough for a route.
 _TURN: Final = 0.02
-# Less than this is not worth a wake-up and, in a tunnel, a TLS record; more than this no pump reads at once.
+# Fewer bytes are not worth a wake-up and, in a tunnel, a TLS record. No pump reads more at once.
 _LEAST_PORTION: Final = 1024
 _LARGEST_PORTION: Final = 64 * 1024
-# But no turn is longer than this, in seconds, however low the rate: somebody else's few bytes may be next.
+# No turn is longer than this, in seconds, however low the rate: a few bytes of another pairing may be next.
 _LONGEST_TURN: Final = 0.2
-# How much unspent time may be made up for, in seconds. Timers are late, and what is lost each time would add up; and
-# what comes of it is a burst after silence, which over 5 s is still within 5 % of the rate.
+# How much unspent time counts for later bytes, in seconds. Timers are late, and without this lost time would add up. It
+# also permits a burst after silence, which over 5 s is within 5 % of the rate.
 _SAVED: Final = 0.25
 
 
 class _Turn:
-    """A portion that a pairing waits for."""
+    """A portion of bytes that a pairing waits to send."""
 
     __slots__ = ("is_over", "number", "order", "woken")
 
@@ -51,7 +51,7 @@ class _Turn:
         self.order: Final = order
         self.woken = trio.Event()
         self.is_over = False
-        """Whether it was taken, or its pump has gone."""
+        """Whether the turn was taken, or its pump was cancelled."""
 
     def __lt__(self, other: _Turn) -> bool:
         return (self.number, self.order) < (other.number, other.order)
@@ -63,16 +63,16 @@ class Bandwidth:
     def __init__(self, rate: int) -> None:
         self._rate: int | None = rate
         self._next_at = 0.0
-        """The moment from which on the next portion may go (Trio's clock)."""
+        """The time from which the next portion may go (Trio's clock)."""
         self._stands_at = 0
-        """Where the turn began that was taken last: its number less its own bytes. It never falls."""
+        """Where the last turn taken began: its number minus its own bytes. It never falls."""
         self._waiting: Final[list[_Turn]] = []
-        """A heap; it also holds turns that are over, until they come to its top."""
+        """A heap. A turn that is over stays in it until it comes to the top."""
         self._orders: Final[Iterator[int]] = itertools.count()
 
     @property
     def rate(self) -> int | None:
-        """Bytes a second; None for no bound. May be changed at any time, and counts at once."""
+        """Bytes a second; None if there is no limit. It may change at any time, with effect at once."""
         return self._rate
 
     @rate.setter
@@ -80,7 +80,7 @@ class Bandwidth:
         if rate is None or self._rate is None:
             self._next_at = 0.0
         else:
-            # The bytes that went last are paid for at the new price.
+            # What is still to wait for the last bytes is scaled to the new rate.
             left = max(0.0, self._next_at - trio.current_time())
             self._next_at += left * (self._rate / rate - 1)
         self._rate = rate
@@ -88,7 +88,7 @@ class Bandwidth:
 
     @property
     def portion(self) -> int:
-        """How many bytes a pump should ask for at most."""
+        """How many bytes a pump should request at most."""
         rate = self._rate
         if rate is None:
             return _LARGEST_PORTION
@@ -98,7 +98,7 @@ class Bandwidth:
     async def take(self, after: int, count: int) -> int:
         """Wait until ``count`` more bytes may go, for a pairing whose last turn had the number ``after``.
 
-        Gives the number of this turn. A caller that is cancelled has taken none.
+        Returns the number of this turn. A caller that is cancelled has taken no turn.
         """
         if self.rate is None:
             return after
@@ -106,7 +106,7 @@ class Bandwidth:
         first = self._next()
         heappush(self._waiting, turn)
         if first is not None and turn < first:
-            first.woken.set()  # it is not the next any more
+            first.woken.set()  # it was next, and is not any more
         try:
             while not self._may_go(turn):
                 turn.woken = trio.Event()
@@ -131,13 +131,13 @@ class Bandwidth:
         return waiting[0] if waiting else None
 
     def _wake_next(self) -> None:
-        """Have the next one look at the clock again."""
+        """Have the next turn check the clock again."""
         if (turn := self._next()) is not None:
             turn.woken.set()
 
 
 class Share:
-    """One pairing's part of a route's budget, whatever that comes to; both of its pumps draw on it."""
+    """One pairing's share of its route's budget, which both of its pumps spend."""
 
     __slots__ = ("_bandwidth", "_last", "_one_at_a_time")
 
@@ -148,14 +148,14 @@ class Share:
 
     @property
     def portion(self) -> int:
-        """How many bytes to ask for at most."""
+        """How many bytes to request at most."""
         return self._bandwidth.portion
 
     async def spend(self, count: int) -> None:
-        """Wait until ``count`` more bytes may go, behind those that the other direction has asked for."""
+        """Wait until ``count`` more bytes may go, after those that the other direction has requested."""
         async with self._one_at_a_time:
             while count > 0:
-                # They may have been read when the rate, and with it the portion, was a higher one.
+                # The rate, and with it the portion, may have fallen since these bytes were read.
                 portion = min(count, self.portion)
                 self._last = await self._bandwidth.take(self._last, portion)
                 count -= portion

@@ -4,7 +4,8 @@ The pairing's task owns both legs. It brings each leg through its hand-off, and 
 pumps and nothing else. Then it watches them (:mod:`frelay.pairing.watch`): all timers of a pairing are in this task. A
 pump reports its end by returning, or by raising :class:`~frelay.pairing.pump.Cut`. The first reason to end stays
 (:class:`~frelay.protocol.outcome.Ending`) and says how the legs are closed: in order after a clean end, and by RST
-after any other end, so that no function can take a cut for the end of its peer's data."""
+after any other end, so that no function can take a cut for the end of its peer's data.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +69,6 @@ class Pairing:
     __slots__ = (
         "_certificates_end",
         "_ending",
-        "_event",
         "_expiry_scope",
         "_fixed_end",
         "_forwarding",
@@ -77,6 +77,7 @@ class Pairing:
         "_pumps_done",
         "_released",
         "_share",
+        "_wake_watch",
         "id",
         "legs",
         "record",
@@ -101,8 +102,8 @@ class Pairing:
         self._forwarding: Final = forwarding
         self._share: Final = None if terms.bandwidth is None else Share(terms.bandwidth)
         self._ending: Final = Ending()
-        self._event = trio.Event()
-        """Wakes the watch: a pump has ended, or the expiry has changed."""
+        self._wake_watch = trio.Event()
+        """Set when the watch must check at once: a pump has ended, or the expiry has changed."""
         self._pumps: dict[PartyName, Pump] = {}
         """By the party whose bytes they carry."""
         self._pumps_done: frozenset[PartyName] = frozenset()
@@ -155,7 +156,7 @@ class Pairing:
             self._apply_expiry()
 
     def release(self) -> None:
-        """The task that attended the waiting leg does not use it any more: the pairing may."""
+        """The task that attended the waiting leg calls this when it does not use the leg any more."""
         if self._released is not None:
             self._released.set()
 
@@ -180,7 +181,7 @@ class Pairing:
     def _apply_expiry(self) -> None:
         if self._expiry_scope is not None:
             self._expiry_scope.deadline = self._expiry.when
-        self._event.set()
+        self._wake_watch.set()
 
     # --- its life ----------------------------------------------------------------------------------------------
 
@@ -328,7 +329,7 @@ class Pairing:
                 self._ending.decide(Outcome.HUNG_UP, party, self._hang_up)
             elif len(self._pumps_done) == len(self._pumps):
                 self._ending.decide(Outcome.CLOSED, "both")
-        self._event.set()
+        self._wake_watch.set()
 
     # --- the watch ---------------------------------------------------------------------------------------------
 
@@ -347,6 +348,6 @@ class Pairing:
             watch.check(now, is_half_closed=bool(self._pumps_done))
             if ending.outcome is not None:
                 return
-            self._event = trio.Event()
+            self._wake_watch = trio.Event()
             with trio.move_on_at(min(watch.next_check(now), self._expiry.when)):
-                await self._event.wait()
+                await self._wake_watch.wait()

@@ -1,7 +1,7 @@
 """The pump between two streams, whose bytes pass through the process: receive, send, repeat.
 
-At least one of the two is in TLS, or the route has a budget of bytes a second (:mod:`frelay.pairing.bandwidth`), which
-what goes through the kernel alone could not be held to.
+At least one of the two is in TLS, or the route has a budget of bytes a second (:mod:`frelay.pairing.bandwidth`): bytes
+that stay in the kernel cannot be held to a budget.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from frelay.protocol.outcome import Outcome, Side
 
 __all__ = ["Budget", "Stream", "StreamPump"]
 
-# What one receive of a stream pump asks for.
+# How many bytes one receive requests, at most, where the pump's task receives.
 _STREAM_CHUNK: Final = 64 * 1024
-# Eight whole TLS records, at two segments of 64 KiB each way: with less, a wake-up costs more than its bytes do.
+# How many bytes a step receives at most: eight whole TLS records, or two segments of 64 KiB. With less, a wake-up costs
+# more than its bytes.
 _ROOM: Final = 128 * 1024
 
 _room: Final = memoryview(bytearray(_ROOM))
 
 
 class Stream(Protocol):
-    """What a :class:`StreamPump` needs of either end."""
+    """What a :class:`StreamPump` needs from its source and its sink."""
 
     @property
     def sock(self) -> socket.socket:
@@ -39,10 +40,10 @@ class Stream(Protocol):
 
     @property
     def has_met_more(self) -> bool:
-        """Whether :meth:`receive_now` has met more than bytes: :meth:`receive_some` knows what, the socket does not."""
+        """Whether :meth:`receive_now` has met more than bytes. :meth:`receive_some` tells what; the socket does not."""
 
     def receive_now(self, room: memoryview) -> int:
-        """Bytes received into ``room``; 0 if the socket must become readable first; -1: ask :meth:`receive_some`."""
+        """How many bytes came into ``room``; 0: wait until the socket is readable; -1: :meth:`receive_some` is next."""
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """Up to ``max_bytes`` bytes; ``b""`` at the end."""
@@ -51,7 +52,7 @@ class Stream(Protocol):
         """How many bytes of ``data`` the kernel took without waiting."""
 
     async def send_rest(self, data: bytes) -> None:
-        """Send what :meth:`send_now` has left."""
+        """Send what :meth:`send_now` did not."""
 
     async def send_eof(self) -> None:
         """End this direction."""
@@ -59,9 +60,9 @@ class Stream(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What a pump needs to keep to its route's budget: its pairing's part of it, and the two connections.
+    """What a pump needs to keep to its route's budget: the share of its pairing, and both sockets.
 
-    Both pumps of a pairing have the same two wires. With them the pump is told of a reset while it waits for a turn.
+    Both pumps of a pairing have the same two sockets. They tell a pump of a reset while it waits for its turn.
     """
 
     share: Share
@@ -72,17 +73,17 @@ class Budget:
 class StreamPump:
     """Carries bytes from one stream to another through the process.
 
-    As long as there is nothing to it but bytes, it is stepped by the readiness set: what is there goes through one
-    buffer that all such pumps share, and between the receiving and the sending no other gets a turn. (So one thread a
-    process may run such pumps, as in a relay.) All else is done by its task, which the step wakes for it: a sink
-    without room, the end, TLS that wants to write before it reads, the first bytes that must be TLS, a budget.
+    As long as only bytes come, the readiness set steps it. A step carries the bytes through one buffer that all such
+    pumps share; no other code runs between its receiving and its sending. (So only one thread of a process may run such
+    pumps.) The pump's task does all else, and a step wakes it for that: a sink without room, the end, TLS that must
+    write before it reads, first bytes that must be TLS, a budget.
     """
 
     __slots__ = (
         "_budget",
         "_failure",
         "_held",
-        "_patience",
+        "_portion_scope",
         "_probe",
         "_readiness",
         "_sides",
@@ -112,10 +113,10 @@ class StreamPump:
         self._readiness = readiness
         self._probe = probe
         self._budget = budget
-        self._patience: trio.CancelScope | None = None
-        """With a budget, what a portion waits in: for its turn, and for room at the sink."""
+        self._portion_scope: trio.CancelScope | None = None
+        """With a budget, the scope in which a portion waits for its turn and for room at the sink."""
         self._source_has_ended = False
-        """Whether the source's FIN was seen in the kernel: a reset that comes later takes nothing away."""
+        """Whether the kernel has the source's FIN: a reset after it loses nothing."""
         self._held = b""
         self._stopped = trio.Event()
         self._failure: Exception | None = None
@@ -139,7 +140,7 @@ class StreamPump:
                 if await self._pass_on_some():
                     return
         finally:
-            # The pairing may outlive this direction.
+            # The pairing may go on in the other direction.
             self.is_blocked = self.is_held_back = False
             if budget is not None:
                 budget.source.reader = budget.sink.writer = None
@@ -152,13 +153,13 @@ class StreamPump:
     # --- stepped -------------------------------------------------------------------------------------------------
 
     async def _flow(self) -> None:
-        """Carry what comes as long as it is but bytes; then something is held, or the source is to be asked."""
+        """Have steps carry what comes, until one holds bytes, or the source has more to tell than bytes."""
         polled = PolledSocket(self._source.sock)
         polled.reader = self
         self._stopped = trio.Event()
         self.interest = Interest.SOURCE_READABLE
         try:
-            # TLS may have taken something out of the kernel already, and no epoll tells of that.
+            # TLS may have read from the kernel already, and epoll does not report what TLS holds.
             self.step()
             if not self._stopped.is_set():
                 self._readiness.refresh(polled)
@@ -171,7 +172,7 @@ class StreamPump:
             raise self._failure
 
     def step(self) -> None:
-        """Carry what is there: one buffer of it at most, which takes the ciphers a fifth of a millisecond and more."""
+        """Carry what has come: at most one buffer, which costs a fifth of a millisecond or more for the ciphers."""
         try:
             count = self._source.receive_now(_room)
         except (ConnectionBroken, RemoteProtocolError) as error:
@@ -194,15 +195,15 @@ class StreamPump:
         return None
 
     def _stop(self) -> None:
-        """Have the task go on. Its first deed is to take the source out of the set, so that need not be done here."""
+        """Wake the task. It takes the source out of the set first, so there is no refresh here."""
         self.interest = Interest.NOTHING
         self._readiness.wake(self._stopped)
 
     def fail(self, error: Exception) -> None:
         """Have the task raise ``error``, unless it is awake already."""
-        if self._patience is not None:
+        if self._portion_scope is not None:
             self._failure = error
-            self._readiness.cancel(self._patience)
+            self._readiness.cancel(self._portion_scope)
         elif not self._stopped.is_set():
             self._failure = error
             self._stop()
@@ -210,9 +211,9 @@ class StreamPump:
     # --- by its task ---------------------------------------------------------------------------------------------
 
     async def _deliver(self) -> None:
-        """Send what a step has left."""
+        """Send what a step could not."""
         rest, self._held = self._held, b""
-        # A sink that has room again each time must not keep the others waiting.
+        # Without this checkpoint, a sink that has room again each time would keep all other tasks waiting.
         await trio.lowlevel.checkpoint()
         try:
             await self._sink.send_rest(rest)
@@ -222,7 +223,7 @@ class StreamPump:
         self.moved += len(rest)
 
     async def _pass_on_some(self) -> bool:
-        """Carry one portion, or the end; whether the direction has ended."""
+        """Carry one portion, or the end; True if the direction has ended."""
         held, budget = b"", self._budget
         while True:
             try:
@@ -260,36 +261,36 @@ class StreamPump:
     # --- with a budget -------------------------------------------------------------------------------------------
 
     async def _send_in_turn(self, data: bytes, budget: Budget) -> None:
-        """Send ``data`` once it may go; raises Cut as soon as either connection breaks meanwhile."""
+        """Send ``data`` when the budget allows it; raises Cut as soon as one of the connections breaks meanwhile."""
         self._source_has_ended = self._source_has_ended or has_sent_end(self._source.sock)
-        with trio.CancelScope() as self._patience:
+        with trio.CancelScope() as self._portion_scope:
             try:
-                # For nothing but trouble, of which epoll tells unasked.
+                # With no interest set: epoll reports ERR and HUP all the same.
                 self._refresh(budget)
                 self.is_held_back = True
                 await budget.share.spend(len(data))
                 self.is_held_back = False
                 await self._send(data)
             finally:
-                self._patience = None
+                self._portion_scope = None
         if self._failure is not None:
             raise self._failure
 
     def meet_trouble(self, polled: PolledSocket) -> None:
-        """Its source or its sink has broken, or both directions of it have ended, while no pump reads from it.
+        """End this direction if the connection of ``polled`` has broken while bytes wait for the budget.
 
-        The kernel gives what came before a reset first, and at the rate of a budget that may last for minutes. The
-        other party is to know at once.
+        Without this the pump would learn of a reset only after it has read all that came before, which takes minutes at
+        a low rate. The other party should know at once.
         """
-        if self._patience is None or self._failure is not None:
-            return  # it is at work, and finds out by itself
+        if self._portion_scope is None or self._failure is not None:
+            return  # the pump is reading or sending, and finds out by itself
         if self._source.sock is polled.socket:
-            # After its end nothing that it sent is lost, whatever becomes of the connection.
+            # If the source has ended, nothing that it sent is lost, whatever happens to the connection.
             error = None if self._source_has_ended else take_error(polled.socket)
             if error is not None and not is_after_end(error):
                 self.break_off(polled, error)
         elif polled.reader is None and (error := take_error(polled.socket)) is not None:
-            # Where somebody still reads from it, that pump is to be told, for the kernel tells one only.
+            # If a pump still reads from it, leave the error to that pump: the kernel reports it only once.
             self.break_off(polled, error)
 
     def break_off(self, polled: PolledSocket, error: OSError) -> bool:

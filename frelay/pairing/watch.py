@@ -61,6 +61,8 @@ class Sample:
 class Watch:
     """Holds the two pumps of a pairing to its time limits."""
 
+    __slots__ = ("_ending", "_half_closed_at", "_interval", "_limits", "_samples")
+
     def __init__(self, limits: PairingLimits, ending: Ending, samples: dict[PartyName, Sample]) -> None:
         self._limits: Final = limits
         self._ending: Final = ending
