@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from frelay.pairing.raw_pump import PipePool
+from frelay.pairing.pipes import PipePool
 from support.faults import descriptors_of_networks
 
 __all__ = ["open_descriptors", "opened_since"]
