@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final, cast
 
-from frelay.joining.lobby import Lobby, Place
+from frelay.joining.lobby import Lobby, Waiter
 from frelay.pairing.leg import Leg
 from frelay.protocol.messages import PartyName
 
@@ -48,51 +48,51 @@ def _nothing() -> None:
     pass
 
 
-def _enter(lobby: Lobby, identity: str) -> Place:
-    return lobby.enter(cast(Leg, StandIn(identity)), _nothing, reckon_expiry=_nothing)
+def _enter(lobby: Lobby, identity: str) -> Waiter:
+    return lobby.enter(cast(Leg, StandIn(identity)), _nothing, recompute_expiry=_nothing)
 
 
-def _join(lobby: Lobby, leg: Leg) -> Place | None:
-    """What the relay does with a leg that comes: its place, or None if the lobby objects."""
+def _join(lobby: Lobby, leg: Leg) -> Waiter | None:
+    """What the relay does with a leg that comes: its waiter, or None if the lobby objects."""
     if lobby.objection(leg) is not None:
         return None
     lobby.replace_stale(leg)
     if lobby.head("func2") is not None:
         raise AssertionError("somebody to meet in a lobby of one party")
-    return lobby.enter(leg, _nothing, reckon_expiry=_nothing)
+    return lobby.enter(leg, _nothing, recompute_expiry=_nothing)
 
 
-def _in_a_queue_with_room(waiting: int) -> tuple[Lobby, Callable[[], Leg], Callable[[Place | None], None]]:
+def _in_a_queue_with_room(waiting: int) -> tuple[Lobby, Callable[[], Leg], Callable[[Waiter | None], None]]:
     lobby = Lobby(max_waiting=waiting + 1, clock=time.monotonic)
     for number in range(waiting):
         _enter(lobby, f"dns:function{number}.demo")
 
-    def undo(place: Place | None) -> None:
-        assert place is not None
-        lobby.leave(place)
+    def undo(waiter: Waiter | None) -> None:
+        assert waiter is not None
+        lobby.leave(waiter)
 
     return lobby, lambda: cast(Leg, StandIn("dns:newcomer.demo")), undo
 
 
-def _in_a_full_queue(waiting: int) -> tuple[Lobby, Callable[[], Leg], Callable[[Place | None], None]]:
+def _in_a_full_queue(waiting: int) -> tuple[Lobby, Callable[[], Leg], Callable[[Waiter | None], None]]:
     """One function has half of it, and each of the others one place."""
     lobby = Lobby(max_waiting=waiting, clock=time.monotonic)
     for number in range(waiting):
         _enter(lobby, "dns:greedy.demo" if number % 2 else f"dns:function{number}.demo")
 
-    def undo(place: Place | None) -> None:
-        assert place is not None
-        lobby.leave(place)
+    def undo(waiter: Waiter | None) -> None:
+        assert waiter is not None
+        lobby.leave(waiter)
         _enter(lobby, "dns:greedy.demo")
 
     return lobby, lambda: cast(Leg, StandIn("dns:newcomer.demo")), undo
 
 
-def _refused(waiting: int) -> tuple[Lobby, Callable[[], Leg], Callable[[Place | None], None]]:
+def _refused(waiting: int) -> tuple[Lobby, Callable[[], Leg], Callable[[Waiter | None], None]]:
     lobby, _, _ = _in_a_full_queue(waiting)
 
-    def undo(place: Place | None) -> None:
-        assert place is None
+    def undo(waiter: Waiter | None) -> None:
+        assert waiter is None
 
     return lobby, lambda: cast(Leg, StandIn("dns:greedy.demo")), undo
 
@@ -108,9 +108,9 @@ def join_cost(case: str, waiting: int, joins: int = _JOINS) -> float:
     for _ in range(joins):
         leg = newcomer()
         began = time.perf_counter_ns()
-        place = _join(lobby, leg)
+        waiter = _join(lobby, leg)
         costs.append(time.perf_counter_ns() - began)
-        undo(place)
+        undo(waiter)
     return statistics.median(costs) / 1000
 
 

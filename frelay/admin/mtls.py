@@ -21,7 +21,7 @@ from frelay.errors import ConnectionBroken, RemoteProtocolError
 from frelay.net.sockets import close_after_linger, format_address
 from frelay.net.streams import TlsFault
 from frelay.protocol.identity import Selector, match
-from frelay.tls.context import OuterTls, Rejection, VerifiedPeer, verified_peer
+from frelay.tls.context import FailedVerification, OuterTls, VerifiedPeer, verified_peer
 from frelay.tls.stream import TlsStream
 
 __all__ = ["MutualTlsGate"]
@@ -48,9 +48,9 @@ class MutualTlsGate:
             with trio.move_on_after(_HANDSHAKE_TIMEOUT) as timeout:
                 await stream.do_handshake()
         except TlsFault as fault:
-            rejection = stream.connection.get_app_data()
-            if isinstance(rejection, Rejection):
-                log.warning("admin refused", reason=rejection.reason, certificate=rejection.certificate)
+            failure = stream.connection.get_app_data()
+            if isinstance(failure, FailedVerification):
+                log.warning("admin refused", reason=failure.refusal.reason, certificate=failure.certificate)
             else:
                 log.warning("admin refused", reason=f"TLS handshake: {fault}")
             # The TLS alert is written. Closing with unread input would send RST, which could destroy the alert.
@@ -99,9 +99,9 @@ class _VerifiedCaller:
 
     def _check(self) -> str | None:
         trust = self._trust()
-        rejection = trust.judge(self._peer)
-        if rejection is not None:
-            return rejection.reason
+        refusal = trust.judge(self._peer)
+        if refusal is not None:
+            return refusal.reason
         # The files in force now accept it. Until a reload replaces them, only time can change that.
         self._peer = replace(self._peer, trust=trust)
         return "not in admin.allow" if self.name is None else None

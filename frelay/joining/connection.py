@@ -27,9 +27,9 @@ from frelay.joining.dial import bring_service
 from frelay.joining.first_bytes import Opening, take_proxy_header, wait_for_departure, wait_for_opening
 from frelay.joining.frameless_legs import BareLeg, HelloLeg, PlainLeg
 from frelay.joining.legs import LINGER_TIME, FramedLeg, TlsLeg
-from frelay.joining.lobby import Place, Taken, Withdrawn
+from frelay.joining.lobby import Matched, Waiter
 from frelay.joining.route import UNFINISHED, LiveRoute, Service, Unfinished
-from frelay.joining.route_selection import TurnedAway, choose, stranger
+from frelay.joining.route_selection import NotAdmitted, choose, not_authorised
 from frelay.joining.tickets import TICKET_LINE_LENGTH, TicketIssuer, parse_ticket_line
 from frelay.journal import HandshakeDone, LegRefused, LegWaits
 from frelay.net.slots import Slot
@@ -39,8 +39,9 @@ from frelay.net.streams import TlsFault
 from frelay.net.tcp import is_open
 from frelay.pairing.leg import Leg, LegGone
 from frelay.pairing.pairing import Pairing
-from frelay.protocol.messages import Join, Mode, Refused, Waiting
-from frelay.tls.context import ALPN, EXPIRED, Rejection, VerifiedPeer, verified_peer
+from frelay.protocol.messages import Join, Mode, Waiting
+from frelay.protocol.refusal import Refusal
+from frelay.tls.context import ALPN, EXPIRED, FailedVerification, VerifiedPeer, verified_peer
 from frelay.tls.stream import TlsStream
 
 __all__ = ["IncomingConnection", "receive"]
@@ -104,12 +105,12 @@ class IncomingConnection:
             too_many = self._slot.enter(self._place[0], lambda: scope.cancel(reason="it gave way to another"))
             if too_many is not None:
                 # Nothing was spoken yet, and TLS would have to be spoken to say no in it: the close has to do.
-                self._note_refusal("limit", too_many)
+                self._note_refusal(Refusal("limit", too_many))
                 return
             self._stranger = self._slot.stranger
             await self._run_stages()
         if scope.cancelled_caught and self._stranger is not None and self._stranger.evicted_because is not None:
-            self._note_refusal("limit", self._stranger.evicted_because)
+            self._note_refusal(Refusal("limit", self._stranger.evicted_because))
 
     async def _run_stages(self) -> None:
         tune(self._sock, self._settings.tcp)
@@ -129,7 +130,7 @@ class IncomingConnection:
             await self._turn_away(str(error), alert=b"" if missing == "PROXY header" else _ALERT)
             return
         if patience.cancelled_caught:
-            self._note_refusal("protocol-error", f"no {missing} within {limit:g} s")
+            self._note_refusal(Refusal("protocol-error", f"no {missing} within {limit:g} s"))
         elif plain is not None:
             await self._run_plain(plain)
         elif opening is Opening.TICKET:
@@ -141,7 +142,7 @@ class IncomingConnection:
 
     async def _turn_away(self, why: str, *, alert: bytes) -> None:
         """Refuse what is none of the protocols that are spoken here."""
-        self._note_refusal("protocol-error", why)
+        self._note_refusal(Refusal("protocol-error", why))
         self._slot.note_refused()
         with suppress(OSError):
             self._sock.send(alert)
@@ -178,7 +179,7 @@ class IncomingConnection:
             await wait_for_departure(self._sock)
         if stranger.stage is not Stage.RUNNING:
             text = f"held back for {longest:g} s, and no turn came (limits.max_pre_auth, limits.max_pre_auth_per_ip)"
-            self._note_refusal("limit", text)
+            self._note_refusal(Refusal("limit", text))
             return False
         if not is_open(self._sock):
             raise ConnectionBroken("it went while it was held back")
@@ -194,7 +195,7 @@ class IncomingConnection:
             objection = "the PROXY header names no address, so none that is in allow_from"
         if objection is not None:
             self.log = self.log.bind(route=route.name)
-            self._note_refusal("not-authorised", objection)
+            self._note_refusal(Refusal("not-authorised", objection))
             return
         leg = PlainLeg(self._sock, route.party_by_arrival(), self._address)
         await self._stay(leg, route)
@@ -242,7 +243,7 @@ class IncomingConnection:
             text = f"no {what} within {limit:g} s"
         except RemoteProtocolError as error:
             text = str(error)
-        await self._refuse(leg, Refused("protocol-error", text), text)
+        await self._refuse(leg, Refusal("protocol-error", text))
         return None
 
     # --- tickets -----------------------------------------------------------------------------------------------
@@ -254,7 +255,7 @@ class IncomingConnection:
         line = self._sock.recv(TICKET_LINE_LENGTH)
         ticket = parse_ticket_line(line)
         if ticket is None or not self._shared.tickets.redeem(ticket, self._listener, self._sock, self._slot):
-            self._note_refusal("not-authorised", "no such ticket, or no longer")
+            self._note_refusal(Refusal("not-authorised", "no such ticket, or no longer"))
             return
         self._slot.admit()
         self.is_given_away = True
@@ -265,13 +266,13 @@ class IncomingConnection:
             with trio.move_on_at(deadline) as patience:
                 await stream.do_handshake()
         except TlsFault as fault:
-            rejection = stream.connection.get_app_data()
-            if isinstance(rejection, Rejection):
-                self._certificate = rejection.certificate
-                self.log = self.log.bind(certificate=rejection.certificate)
-                self._note_refusal(rejection.code, rejection.reason)
+            failure = stream.connection.get_app_data()
+            if isinstance(failure, FailedVerification):
+                self._certificate = failure.certificate
+                self.log = self.log.bind(certificate=failure.certificate)
+                self._note_refusal(failure.refusal)
             else:
-                self._note_refusal("protocol-error", f"TLS handshake: {fault}")
+                self._note_refusal(Refusal("protocol-error", f"TLS handshake: {fault}"))
             # The alert is written; an RST on unread input would destroy it under way.
             stream.leave_without_close_notify()
             self._slot.note_refused()
@@ -279,7 +280,7 @@ class IncomingConnection:
             return False
         if patience.cancelled_caught:
             limit = self._settings.limits.handshake_timeout
-            self._note_refusal("protocol-error", f"no TLS handshake within {limit:g} s")
+            self._note_refusal(Refusal("protocol-error", f"no TLS handshake within {limit:g} s"))
             return False
         self._shared.journal.note(HandshakeDone(seconds=trio.current_time() - self._accepted_at))
         return True
@@ -295,7 +296,7 @@ class IncomingConnection:
                 raise AssertionError("a leg in outer TLS whose certificate nobody has verified")
             identity = leg.peer.identity
             if identity.objection is not None:
-                raise stranger(identity.objection)
+                raise not_authorised(identity.objection)
             route, fit = choose(self._settings.routes, identity.names, join, server_name)
             leg.admit_as(fit.party, str(fit.name))
             if join is not None:
@@ -304,8 +305,8 @@ class IncomingConnection:
                 timeout = route.config.ticket_timeout
                 listeners = (self._listener, *listener_keys(route.config))
                 leg.ticket_issuer = TicketIssuer(self._shared.tickets, listeners, timeout)
-        except TurnedAway as turned:
-            await self._refuse(leg, turned.refusal, turned.why)
+        except NotAdmitted as error:
+            await self._refuse(leg, error.refusal)
             return
         await self._stay(leg, route)
 
@@ -319,7 +320,7 @@ class IncomingConnection:
         if objection is not None:
             # Still in its stranger's slot: a function that is refused by the thousand must not hold thousands of
             # descriptors while it takes its time to hear it.
-            await self._withdraw(leg, objection)
+            await self._refuse(leg, objection)
             return
         # One that gave way in this very moment is not let in.
         await trio.lowlevel.checkpoint_if_cancelled()
@@ -345,20 +346,20 @@ class IncomingConnection:
         while found is UNFINISHED:
             await trio.lowlevel.checkpoint()
             found = self._match(leg, route)
-        if isinstance(found, Withdrawn):
-            await self._withdraw(leg, found)
+        if isinstance(found, Refusal):
+            await self._refuse(leg, found)
         elif isinstance(found, Pairing):
             self._shared.runner.start(found, route)
         else:
             await self._wait(leg, route, limit)
 
-    def _lack_of_descriptors(self, leg: Leg, route: LiveRoute) -> Withdrawn | None:
+    def _lack_of_descriptors(self, leg: Leg, route: LiveRoute) -> Refusal | None:
         if route.lobby.has_stale(leg):
             return None  # it takes the place of its own
         text = self._shared.admission.objection([route.charges.waiting(leg)])
-        return None if text is None else Withdrawn(Refused("limit", text, retry_after=10.0))
+        return None if text is None else Refusal("limit", text, retry_after=10.0)
 
-    def _match(self, leg: Leg, route: LiveRoute) -> Pairing | Withdrawn | Unfinished | None:
+    def _match(self, leg: Leg, route: LiveRoute) -> Pairing | Refusal | Unfinished | None:
         objection = route.objection(leg)
         if objection is not None:
             return objection
@@ -366,7 +367,7 @@ class IncomingConnection:
         return route.match(leg)
 
     async def _wait(self, leg: Leg, route: LiveRoute, limit: float) -> None:
-        departure: LegGone | None = None
+        end: LegGone | Refusal | None = None
         self.log.info("waiting", seconds=limit, mode=leg.mode)
         self._shared.journal.note(
             LegWaits(route=route.name, party=leg.party, identity=leg.identity, address=leg.address, mode=leg.mode)
@@ -375,54 +376,53 @@ class IncomingConnection:
         patience = math.inf if route.service else trio.current_time() + limit
         with trio.CancelScope() as scope:
 
-            def reckon_expiry() -> None:
+            def recompute_expiry() -> None:
                 scope.deadline = min(patience, leg.expires_at())
 
-            reckon_expiry()
-            seat = route.lobby.enter(
+            recompute_expiry()
+            waiter = route.lobby.enter(
                 leg,
-                lambda: scope.cancel(reason="a verdict about this leg has fallen"),
-                reckon_expiry=reckon_expiry,
+                lambda: scope.cancel(reason="the lobby has decided about this leg"),
+                recompute_expiry=recompute_expiry,
             )
             try:
-                departure = await self._attend(seat, route, limit)
+                end = await self._attend(waiter, route, limit)
             finally:
-                route.lobby.leave(seat)
-                if isinstance(seat.verdict, Taken):
-                    seat.verdict.pairing.release()
-        if isinstance(seat.verdict, Taken):
+                route.lobby.leave(waiter)
+                if isinstance(waiter.verdict, Matched):
+                    waiter.verdict.pairing.release()
+        if isinstance(waiter.verdict, Matched):
             return
-        if isinstance(seat.verdict, Withdrawn):
-            await self._withdraw(leg, seat.verdict)
-        elif departure is None and scope.deadline < patience:
-            await self._refuse(leg, Refused(EXPIRED.code, EXPIRED.reason), EXPIRED.reason)
-        elif departure is None:
-            text = f"nobody came within {limit:g} s"
-            await self._refuse(leg, Refused("wait-timeout", text, retry_after=0.0), text)
-        elif departure.refusal is not None:
-            await self._refuse(leg, departure.refusal, departure.detail)
+        if isinstance(waiter.verdict, Refusal):
+            await self._refuse(leg, waiter.verdict)
+        elif end is None and scope.deadline < patience:
+            await self._refuse(leg, EXPIRED)
+        elif end is None:
+            await self._refuse(leg, Refusal("wait-timeout", f"nobody came within {limit:g} s", retry_after=0.0))
+        elif isinstance(end, Refusal):
+            await self._refuse(leg, end)
         elif route.service is not None:
-            # Counted, or a service that never answers would not show where all its callers are impatient.
-            self._note_refusal("wait-timeout", f"{departure.detail}, before the service answered")
+            # Counted as a refusal: a service that never answers would otherwise not show where all callers give up.
+            self._note_refusal(Refusal("wait-timeout", f"{end.detail}, before the service answered"))
         else:
-            self.log.info("left", reason=departure.detail)
+            self.log.info("left", reason=end.detail)
 
-    async def _attend(self, seat: Place, route: LiveRoute, limit: float) -> LegGone:
+    async def _attend(self, waiter: Waiter, route: LiveRoute, limit: float) -> LegGone | Refusal:
         """Look after the leg while it waits, and dial the service that it waits for, if its route has one."""
         limits, service = self._settings.limits, route.service
-        attend = partial(seat.leg.attend, ping_interval=limits.ping_interval, pong_timeout=limits.pong_timeout)
+        attend = partial(waiter.leg.attend, ping_interval=limits.ping_interval, pong_timeout=limits.pong_timeout)
         if service is None:
             return await attend()
         async with trio.open_nursery() as beside:
-            beside.start_soon(self._call, service, seat, route, limit)
-            departure = await attend()
+            beside.start_soon(self._call, service, waiter, route, limit)
+            end = await attend()
             beside.cancel_scope.cancel(reason="the caller has gone")
-        return departure
+        return end
 
-    async def _call(self, service: Service, seat: Place, route: LiveRoute, limit: float) -> None:
+    async def _call(self, service: Service, waiter: Waiter, route: LiveRoute, limit: float) -> None:
         shared = self._shared
         pairing = await bring_service(
-            seat,
+            waiter,
             route,
             service,
             limit=limit,
@@ -435,18 +435,15 @@ class IncomingConnection:
 
     # --- refusals ----------------------------------------------------------------------------------------------
 
-    async def _withdraw(self, leg: Leg, verdict: Withdrawn) -> None:
-        await self._refuse(leg, verdict.refusal, verdict.refusal.reason, reconnect_in=verdict.reconnect_in)
-
-    async def _refuse(self, leg: Leg, refusal: Refused, why: str, *, reconnect_in: float | None = None) -> None:
-        self._note_refusal(refusal.code, why)
+    async def _refuse(self, leg: Leg, refusal: Refusal) -> None:
+        self._note_refusal(refusal)
         self._slot.note_refused()
-        await leg.refuse(refusal, reconnect_in=reconnect_in)
+        await leg.refuse(refusal)
 
-    def _note_refusal(self, code: str, why: str) -> None:
+    def _note_refusal(self, refusal: Refusal) -> None:
         entry = LegRefused(
-            code=code,
-            reason=why,
+            code=refusal.code,
+            reason=refusal.logged,
             address=self._address,
             route=self._route_name(),
             party=None if self._route is None or self.leg is None else self.leg.party,
@@ -456,7 +453,7 @@ class IncomingConnection:
         if self._certificate is None and self._route is None:
             self._shared.strangers_refused.note(entry)
             return
-        self.log.warning("refused", code=code, reason=why)
+        self.log.warning("refused", code=refusal.code, reason=refusal.logged)
         self._shared.journal.note(entry)
 
     def _note_progress(self) -> None:
@@ -476,4 +473,4 @@ def _choose_mode(join: Join) -> Mode:
         if mode in join.modes:
             return mode
     text = f"none of the modes asked for is known here; this relay has {', '.join(_MODES)}"
-    raise TurnedAway(Refused("protocol-error", text), text)
+    raise NotAdmitted(Refusal("protocol-error", text))

@@ -25,22 +25,20 @@ import trio
 
 from frelay.config.model import Address, TcpSection, UnixAddress
 from frelay.joining.frameless_legs import PlainLeg
-from frelay.joining.lobby import Place, Withdrawn
+from frelay.joining.lobby import Waiter
 from frelay.joining.route import LiveRoute, Service
 from frelay.journal import Journal, PairingEnded
 from frelay.net.slots import Admission, Slot
 from frelay.net.sockets import format_address, tune
 from frelay.net.unix import connect_unix
 from frelay.pairing.pairing import Pairing, log_record, new_pairing_id
-from frelay.protocol.messages import Refused
 from frelay.protocol.outcome import Outcome, Record
+from frelay.protocol.refusal import Refusal
 
 __all__ = ["DialledLeg", "bring_service"]
 
 # Where the service is and what is wrong with it is the operator's to know: the log has it, the caller has not.
-_UNREACHABLE: Final = Withdrawn(
-    Refused("wait-timeout", "the service of this route cannot be reached", retry_after=1.0),
-)
+_UNREACHABLE: Final = Refusal("wait-timeout", "the service of this route cannot be reached", retry_after=1.0)
 
 
 class DialledLeg(PlainLeg):
@@ -61,7 +59,7 @@ class _TooLate(Exception):
 
 
 async def bring_service(
-    place: Place,
+    caller: Waiter,
     route: LiveRoute,
     service: Service,
     *,
@@ -80,12 +78,12 @@ async def bring_service(
     """
     log: Any = structlog.get_logger("frelay.dial").bind(route=route.name, service=service.identity)
     # Asked before the service is troubled, and once more when it is there.
-    if (verdict := route.lack_of_room(place.leg)) is not None:
-        route.lobby.withdraw(place, verdict)
+    if (refusal := route.lack_of_room(caller.leg)) is not None:
+        route.lobby.evict(caller, refusal)
         return None
-    slot = admission.slot_for_dialled(route.charges.in_relay(place.leg))
+    slot = admission.slot_for_dialled(route.charges.in_relay(caller.leg))
     if isinstance(slot, str):
-        route.lobby.withdraw(place, Withdrawn(Refused("limit", slot, retry_after=10.0)))
+        route.lobby.evict(caller, Refusal("limit", slot, retry_after=10.0))
         return None
     began = trio.current_time()
     leg: DialledLeg | None = None
@@ -94,16 +92,16 @@ async def bring_service(
         sock = await _reach(target, limit, tcp, is_callers_limit=limit < route.longest_wait)
         leg = DialledLeg(sock, service, _where(sock, target), slot)
         log.info("dialled", address=leg.address, seconds=round(trio.current_time() - began, 3))
-        return _introduce(leg, place, route)
+        return _match(leg, caller, route)
     except _TooLate:
         text = f"the service did not answer within the {limit:g} s that this function could wait"
-        route.lobby.withdraw(place, Withdrawn(Refused("wait-timeout", text, retry_after=0.0)))
+        route.lobby.evict(caller, Refusal("wait-timeout", text, retry_after=0.0))
         return None
     except _Unreachable as error:
-        record = _record(place, route, service, str(error), trio.current_time() - began)
+        record = _record(caller, route, service, str(error), trio.current_time() - began)
         log_record(record)
         journal.note(PairingEnded(record=record))
-        route.lobby.withdraw(place, _UNREACHABLE)
+        route.lobby.evict(caller, _UNREACHABLE)
         return None
     finally:
         if leg is None:
@@ -113,21 +111,21 @@ async def bring_service(
             slot.release()
 
 
-def _introduce(leg: DialledLeg, place: Place, route: LiveRoute) -> Pairing | None:
+def _match(leg: DialledLeg, caller: Waiter, route: LiveRoute) -> Pairing | None:
     """Pair the service with its caller, if that is still there and both may."""
-    if place.verdict is not None:
-        return None  # it fell in the moment in which the service answered
-    met = route.meet(leg, place)
-    if isinstance(met, Withdrawn):
-        # Said of the one that arrives; but that one only came for the caller, who is to be told.
-        route.lobby.withdraw(place, met)
+    if caller.verdict is not None:
+        return None  # its verdict was decided at the moment when the service answered
+    found = route.match_with(caller, leg)
+    if isinstance(found, Refusal):
+        # The refusal is about the service's leg; but that leg exists only for the caller, so the caller is told.
+        route.lobby.evict(caller, found)
         return None
-    return met
+    return found
 
 
-def _record(place: Place, route: LiveRoute, service: Service, detail: str, duration: float) -> Record:
+def _record(caller: Waiter, route: LiveRoute, service: Service, detail: str, duration: float) -> Record:
     """A call in vain has its record like any pairing: who watches the outcomes sees a service that is down."""
-    identities = {place.leg.party: place.leg.identity, service.party: service.identity}
+    identities = {caller.leg.party: caller.leg.identity, service.party: service.identity}
     return Record(
         pairing=new_pairing_id(),
         route=route.name,

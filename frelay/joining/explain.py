@@ -34,10 +34,11 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from frelay.config.model import Config, Dial, Party, Route
 from frelay.config.plan import ListenerKey, listener_keys
-from frelay.joining.route_selection import Fit, Parties, Table, TurnedAway, choose, stranger
+from frelay.joining.route_selection import Fit, NotAdmitted, Parties, Table, choose, not_authorised
 from frelay.protocol.identity import Kind, Name, OddName, Selector, dns_name
 from frelay.protocol.messages import Join, PartyName
-from frelay.tls.context import OuterTls, Rejection
+from frelay.protocol.refusal import Refusal
+from frelay.tls.context import FailedVerification, OuterTls
 from frelay.tls.dry_run import Rehearsal, rehearse
 from frelay.tls.facts import CertificateFacts, Claim, certificate_facts, iso
 from frelay.tls.identity import MOST_NAMES, identities
@@ -45,7 +46,7 @@ from frelay.tls.identity import MOST_NAMES, identities
 if TYPE_CHECKING:
     from cryptography import x509
 
-__all__ = ["Check", "Refusal", "RouteFit", "Verdict", "examine"]
+__all__ = ["Check", "RouteFit", "SeenRefusal", "Verdict", "examine"]
 
 Result = Literal["ok", "refuses", "not reached"]
 
@@ -86,13 +87,18 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
-    """How the relay says no; ``alert`` or ``told`` is what the function sees of it."""
+class SeenRefusal:
+    """A refusal as the log has it, and ``alert`` or ``told`` as the function sees it."""
 
     code: str
     reason: str
     alert: str | None = None
     told: str | None = None
+
+    @classmethod
+    def by_frame(cls, refusal: Refusal) -> SeenRefusal:
+        """One that the function is told by REFUSED."""
+        return cls(refusal.code, refusal.logged, told=refusal.reason)
 
     def as_json(self) -> dict[str, Any]:
         """See the module."""
@@ -124,7 +130,7 @@ class Verdict:
     fits: tuple[RouteFit, ...]
     routes_checked: int
     plain_routes: tuple[str, ...]
-    refusal: Refusal | None
+    refusal: SeenRefusal | None
     hints: tuple[str, ...]
     warnings: tuple[str, ...] = ()
 
@@ -175,10 +181,9 @@ def examine(
     checks, refusal = _verify(rehearsal, trust, facts, config)
     named, chosen = _names(facts), _route(guarded, found, names, config)
     if refusal is None and identity.objection is not None:
-        turned = stranger(identity.objection)
         remedy = f"issue certificates with at most {MOST_NAMES} names: one for each function, say"
         checks += [Check("names", "refuses", identity.objection, remedy), Check("route", "not reached")]
-        refusal = Refusal(turned.refusal.code, turned.why, told=turned.refusal.reason)
+        refusal = SeenRefusal.by_frame(not_authorised(identity.objection).refusal)
     elif refusal is None:
         checks += [named, chosen[0]]
         refusal = chosen[1]
@@ -187,7 +192,7 @@ def examine(
     hints = [] if found or identity.objection else list(_hints(facts, guarded))
     if facts.authority and not all(certificate_facts(one).authority for one in chain[1:]):
         hints.insert(0, "the file begins with the certificate of an authority; the function's own must be the first")
-    if rehearsal.rejection is not None and rehearsal.rejection.number in _OF_LISTS:
+    if rehearsal.failure is not None and rehearsal.failure.number in _OF_LISTS:
         hints += [warning.message for warning in trust.warnings if warning.key == "tls.crl"]
     warnings = tuple(_inner_warnings(chain, found))
     return Verdict(facts, tuple(checks), found, len(guarded), plain, refusal, tuple(hints[:_HINTS]), warnings)
@@ -222,10 +227,10 @@ def _inner_warnings(chain: Sequence[x509.Certificate], found: Sequence[RouteFit]
 
 def _verify(
     rehearsal: Rehearsal, trust: OuterTls, facts: CertificateFacts, config: Config
-) -> tuple[list[Check], Refusal | None]:
+) -> tuple[list[Check], SeenRefusal | None]:
     """The checks of OpenSSL and of ``OuterTls.judge``, and how the relay says no if one of them refuses."""
-    rejection = rehearsal.rejection
-    if rejection is None:
+    failure = rehearsal.failure
+    if failure is None:
         checks = [Check(name, "ok", _passed(name, rehearsal, trust, facts)) for name, _ in _STAGES]
         if rehearsal.peer is None or (late := trust.judge(rehearsal.peer)) is None:
             return checks, None
@@ -234,15 +239,15 @@ def _verify(
         if late.code != "certificate-expired":
             stage, remedy = ("revocation", "publish a list that is in date")
         checks = [Check(stage, "refuses", late.reason, remedy) if one.name == stage else one for one in checks]
-        return checks, Refusal(late.code, late.reason, told=late.reason)
-    refusal = Refusal(rejection.code, rejection.reason, alert=rehearsal.alert)
-    refusing = next((name for name, errors in _STAGES if rejection.number in errors), None)
+        return checks, SeenRefusal.by_frame(late)
+    refusal = SeenRefusal(failure.refusal.code, failure.refusal.reason, alert=rehearsal.alert)
+    refusing = next((name for name, errors in _STAGES if failure.number in errors), None)
     if rehearsal.unshown is not None:
         refusing = "key"
     if refusing is None:
         # An error that no stage of ours has: how far OpenSSL came before it is not known.
         checks = [Check(name, "not reached") for name, _ in _STAGES]
-        return [*checks, Check("verification", "refuses", rejection.reason, "see OpenSSL's manual")], refusal
+        return [*checks, Check("verification", "refuses", refusal.reason, "see OpenSSL's manual")], refusal
     checks = []
     result: Result = "ok"
     for name, _ in _STAGES:
@@ -251,8 +256,8 @@ def _verify(
                 Check(
                     name,
                     "refuses",
-                    _what_is_wrong(rehearsal, rejection, facts),
-                    _remedy(rejection, rehearsal, trust, facts, config),
+                    _what_is_wrong(rehearsal, failure, facts),
+                    _remedy(failure, rehearsal, trust, facts, config),
                 )
             )
             result = "not reached"
@@ -280,10 +285,11 @@ def _passed(name: str, rehearsal: Rehearsal, trust: OuterTls, facts: Certificate
     return ""
 
 
-def _what_is_wrong(rehearsal: Rehearsal, rejection: Rejection, facts: CertificateFacts) -> str:
+def _what_is_wrong(rehearsal: Rehearsal, failure: FailedVerification, facts: CertificateFacts) -> str:
     if rehearsal.unshown is not None:
         return f"{facts.key}; no function can show this certificate: {rehearsal.unshown}"
-    return rejection.reason if rejection.depth == 0 else f"{rejection.reason}: {_at(rejection.depth, rehearsal)}"
+    reason = failure.refusal.reason
+    return reason if failure.depth == 0 else f"{reason}: {_at(failure.depth, rehearsal)}"
 
 
 def _at(depth: int, rehearsal: Rehearsal) -> str:
@@ -292,23 +298,23 @@ def _at(depth: int, rehearsal: Rehearsal) -> str:
 
 
 def _remedy(
-    rejection: Rejection, rehearsal: Rehearsal, trust: OuterTls, facts: CertificateFacts, config: Config
+    failure: FailedVerification, rehearsal: Rehearsal, trust: OuterTls, facts: CertificateFacts, config: Config
 ) -> str:
     section = config.tls
     client_ca = "tls.client_ca" if section is None else f"tls.client_ca ({section.client_ca})"
     crl = "tls.crl" if section is None else f"tls.crl ({section.crl})"
-    authority = _at(rejection.depth, rehearsal)
-    is_own = rejection.depth == 0
-    match rejection.number:
+    authority = _at(failure.depth, rehearsal)
+    is_own = failure.depth == 0
+    match failure.number:
         case 0:
             return "issue it again, with a key that TLS 1.3 knows, such as P-256 or Ed25519"
-        case 18 if rejection.authority is None:
+        case 18 if failure.authority is None:
             return f"have it issued by an authority of {client_ca}; a certificate cannot vouch for itself"
         case 2 | 19 | 20 | 21 if not facts.names:
             return "its extensions cannot be parsed, so OpenSSL finds no issuer for it: issue it again with others"
-        case 2 | 18 | 19 | 20 | 21 if rejection.authority is not None:
+        case 2 | 18 | 19 | 20 | 21 if failure.authority is not None:
             return (
-                f"{rejection.authority} of {client_ca} has expired, and with it all that it issued: have the "
+                f"{failure.authority} of {client_ca} has expired, and with it all that it issued: have the "
                 "certificate issued by another authority, or put that one's renewed certificate there"
             )
         case 2 | 19 | 20 | 21 if (rehearsal.missing or facts.issuer) in trust.authorities:
@@ -338,10 +344,10 @@ def _remedy(
         case 67 | 68:
             return f"replace {authority}, whose key or signature is too weak to be believed"
         case 3 | 33:
-            issuer = _at(min(rejection.depth + 1, len(rehearsal.path) - 1), rehearsal)
+            issuer = _at(min(failure.depth + 1, len(rehearsal.path) - 1), rehearsal)
             return f"{crl} must hold a list of every authority of the chain; add that of {issuer}"
         case 5 | 8 | 15 | 16 | 35 | 36 | 44 | 54:
-            issuer = _at(min(rejection.depth + 1, len(rehearsal.path) - 1), rehearsal)
+            issuer = _at(min(failure.depth + 1, len(rehearsal.path) - 1), rehearsal)
             return (
                 f"the list of {issuer} in {crl} does not count for it: publish a complete one, signed by that "
                 "authority itself, and about such certificates"
@@ -388,7 +394,7 @@ class _Candidate:
 
 def _route(
     asked: Sequence[Route], found: Sequence[RouteFit], names: tuple[Name, ...], config: Config
-) -> tuple[Check, Refusal | None]:
+) -> tuple[Check, SeenRefusal | None]:
     """Whether any of the routes asked for lets these names in, and if none does, what the relay answers."""
     if found:
         shown = ", ".join(f"{one.route} as {' or '.join(fit.party for fit in one.parties)}" for one in found[:_HINTS])
@@ -399,7 +405,7 @@ def _route(
     join = None if only is None else Join(attempt="", route=only.name)
     try:
         choose(Table({one.name: _Candidate(one) for one in neighbours}), names, join, "")
-    except TurnedAway as turned:
+    except NotAdmitted as error:
         text = f"fits none of {len(asked)} routes" if only is None else f"fits neither party of route {only.name}"
         if only is not None:
             text += "".join(f"; {party} is {_wanted(only, party)}" for party in _PARTIES)
@@ -407,7 +413,7 @@ def _route(
             "issue a certificate with a name that the route wants, or add one of this certificate's names to the "
             f"route{'' if only is None else f' in {only.source}'}"
         )
-        refusal = Refusal(turned.refusal.code, turned.why, told=turned.refusal.reason)
+        refusal = SeenRefusal.by_frame(error.refusal)
         return Check("route", "refuses", text, remedy), refusal
     raise AssertionError("a route chosen for a certificate that fits none")
 

@@ -32,7 +32,8 @@ from frelay.net.sockets import close, close_after_linger
 from frelay.net.streams import RawStream
 from frelay.net.tcp import is_dead, unacknowledged
 from frelay.pairing.leg import Leg, LegGone
-from frelay.protocol.messages import Mode, Paired, PartyName, Refused
+from frelay.protocol.messages import Mode, Paired, PartyName
+from frelay.protocol.refusal import Refusal
 from frelay.tls.context import VerifiedPeer
 from frelay.tls.stream import TlsStream
 
@@ -71,7 +72,7 @@ class BareLeg(TlsLeg):
         # A client that ends in order sends close_notify, and to the kernel that is data like any other.
         return super().is_gone() or self.tls.has_ended()
 
-    async def refuse(self, refusal: Refused, *, reconnect_in: float | None = None) -> None:
+    async def refuse(self, refusal: Refusal) -> None:
         await self.end_in_order(b"")
 
 
@@ -114,7 +115,7 @@ class HelloLeg(TlsLeg):
             await trio.sleep(_LOOK)
         await trio.sleep(self._settle)
 
-    async def refuse(self, refusal: Refused, *, reconnect_in: float | None = None) -> None:
+    async def refuse(self, refusal: Refusal) -> None:
         await self.end_in_order(b"")
 
 
@@ -142,7 +143,7 @@ class PlainLeg(Leg):
     async def attend(self, *, ping_interval: float, pong_timeout: float) -> LegGone:
         return await _attend_silent(self, ping_interval)
 
-    async def refuse(self, refusal: Refused, *, reconnect_in: float | None = None) -> None:
+    async def refuse(self, refusal: Refusal) -> None:
         await close_after_linger(self.sock, LINGER_TIME)
 
     def close(self) -> None:

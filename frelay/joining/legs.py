@@ -36,7 +36,8 @@ from frelay.net.slots import Slot
 from frelay.net.sockets import close_after_linger
 from frelay.net.streams import BrokenStream, RawStream, TruncatedStream
 from frelay.pairing.leg import Leg, LegGone
-from frelay.protocol.messages import Draining, Join, Leave, Paired, PartyName, Refused, Waiting
+from frelay.protocol.messages import Draining, Join, Leave, Paired, PartyName, Waiting
+from frelay.protocol.refusal import Refusal
 from frelay.protocol.session import RelaySession, State
 from frelay.tls.context import VerifiedPeer
 from frelay.tls.stream import TlsStream
@@ -97,13 +98,13 @@ class TlsLeg(Leg):
             stream.close()
         self._stream = self._raw = None
 
-    async def end_in_order(self, last_words: bytes) -> None:
+    async def end_in_order(self, last_frames: bytes) -> None:
         """Send the last frames, if any, and close_notify; linger; close."""
         sock = self.sock
         try:
             with trio.move_on_after(_REFUSAL_TIME):
-                if last_words:
-                    await self.tls.send_last(last_words)
+                if last_frames:
+                    await self.tls.send_last(last_frames)
                 else:
                     await self.tls.send_eof()
             # The TLS state has done its work, and a linger is no reason to keep 50 KiB.
@@ -122,7 +123,7 @@ class FramedLeg(TlsLeg):
         super().__init__(stream, peer, address)
         self._session = RelaySession()
         self._ping_is_out = False
-        self._departure: LegGone | None = None
+        self._end_of_wait: LegGone | Refusal | None = None
         self.ticket_issuer: TicketIssuer | None = None
         """Where it gets its ticket, in mode "ticket"."""
 
@@ -141,12 +142,12 @@ class FramedLeg(TlsLeg):
     async def welcome(self, message: Waiting) -> None:
         await self.tls.send_all(self._session.send(message))
 
-    async def attend(self, *, ping_interval: float, pong_timeout: float) -> LegGone:
-        # Kept, because it may be paired in the very moment in which its task reads that it has gone.
-        self._departure = await self._attend(ping_interval, pong_timeout)
-        return self._departure
+    async def attend(self, *, ping_interval: float, pong_timeout: float) -> LegGone | Refusal:
+        # Kept for begin(): another task may match this leg before our caller has told the lobby.
+        self._end_of_wait = await self._attend(ping_interval, pong_timeout)
+        return self._end_of_wait
 
-    async def _attend(self, ping_interval: float, pong_timeout: float) -> LegGone:
+    async def _attend(self, ping_interval: float, pong_timeout: float) -> LegGone | Refusal:
         session = self._session
         try:
             while True:
@@ -165,7 +166,7 @@ class FramedLeg(TlsLeg):
                     continue
                 if session.pong_due:
                     text = f"no PONG within {pong_timeout:g} s"
-                    return LegGone(text, Refused("pong-timeout", text, retry_after=0.0))
+                    return Refusal("pong-timeout", text, retry_after=0.0)
                 self._ping_is_out = False
                 with trio.move_on_after(pong_timeout) as pause:
                     await self.tls.send_all(session.ping())
@@ -173,16 +174,16 @@ class FramedLeg(TlsLeg):
                 if pause.cancelled_caught:
                     return LegGone(f"took no PING for {pong_timeout:g} s")
         except RemoteProtocolError as error:
-            return LegGone(str(error), Refused("protocol-error", str(error)))
+            return Refusal("protocol-error", str(error))
         except ConnectionBroken as error:
             return LegGone(str(error))
 
     async def begin(self, message: Paired) -> None:
-        gone = self._departure
-        if gone is not None and gone.refusal is not None and gone.refusal.code == "protocol-error":
-            raise RemoteProtocolError(gone.detail)
-        if gone is not None:
-            raise ConnectionBroken(f"as it was paired: {gone.detail}")
+        match self._end_of_wait:
+            case Refusal(code="protocol-error", reason=text):
+                raise RemoteProtocolError(text)
+            case Refusal(reason=text) | LegGone(detail=text):
+                raise ConnectionBroken(f"as it was paired: {text}")
         if self.mode == "ticket":
             await self._begin_by_ticket(message)
             return
@@ -266,11 +267,11 @@ class FramedLeg(TlsLeg):
         if any(isinstance(message, Leave) for message in self._session.receive(data)):
             raise ConnectionBroken("as it was paired: left (LEAVE)")
 
-    async def refuse(self, refusal: Refused, *, reconnect_in: float | None = None) -> None:
+    async def refuse(self, refusal: Refusal) -> None:
         session = self._session
-        words = b""
-        if reconnect_in is not None and session.state is State.WAITING:
-            words += session.send(Draining(reconnect_in))
+        frames = b""
+        if refusal.reconnect_in is not None and session.state is State.WAITING:
+            frames += session.send(Draining(refusal.reconnect_in))
         if session.state in (State.JOINING, State.JOINED, State.WAITING):
-            words += session.send(refusal)
-        await self.end_in_order(words)
+            frames += session.send(refusal.message())
+        await self.end_in_order(frames)

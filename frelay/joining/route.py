@@ -17,7 +17,7 @@ import trio
 from frelay.config.model import Dial, Limits, Route
 from frelay.config.networks import NetworkSet
 from frelay.joining.charges import Charges
-from frelay.joining.lobby import Lobby, Place, Withdrawn, opposite
+from frelay.joining.lobby import Lobby, Waiter, opposite
 from frelay.joining.route_selection import Parties
 from frelay.net.shares import holder_in_words
 from frelay.pairing.bandwidth import Bandwidth
@@ -25,8 +25,9 @@ from frelay.pairing.forwarding import Forwarding, new_pairing_pool
 from frelay.pairing.leg import Leg
 from frelay.pairing.pairing import Pairing
 from frelay.pairing.terms import PairingLimits, PairingTerms
-from frelay.protocol.messages import PartyName, Refused
+from frelay.protocol.messages import PartyName
 from frelay.protocol.outcome import Outcome
+from frelay.protocol.refusal import Refusal
 from frelay.tls.context import OuterTls
 
 __all__ = ["UNFINISHED", "LiveRoute", "Service", "Unfinished"]
@@ -150,45 +151,47 @@ class LiveRoute:
 
     # --- matching ----------------------------------------------------------------------------------------------
 
-    def objection(self, leg: Leg) -> Withdrawn | None:
+    def objection(self, leg: Leg) -> Refusal | None:
         """Why ``leg`` may not be here now: policy, or the lobby's own rules; None if it may."""
         return self._policy(leg) or self.lobby.objection(leg)
 
-    def _policy(self, leg: Leg) -> Withdrawn | None:
-        """The certificate once more: time has passed since the handshake, or a reload has."""
+    def _policy(self, leg: Leg) -> Refusal | None:
+        """Check the certificate again: it may have expired since the handshake, or a reload has brought another CRL."""
         trust = self._trust()
         if leg.peer is None or trust is None:
             return None
-        rejection = trust.judge(leg.peer)
-        return None if rejection is None else Withdrawn(Refused(rejection.code, rejection.reason))
+        return trust.judge(leg.peer)
 
-    def match(self, leg: Leg) -> Pairing | Withdrawn | Unfinished | None:
-        """Pair ``leg`` with whoever has waited longest for it; None if nobody has, Withdrawn if it may not."""
+    def match(self, leg: Leg) -> Pairing | Refusal | Unfinished | None:
+        """Pair ``leg`` with the leg of the other party that has waited longest.
+
+        None if no leg of the other party waits; a refusal if ``leg`` may not be paired now.
+        """
         for _ in range(_SENT_AWAY_AT_ONCE):
-            place = self.lobby.head(opposite(leg.party))
-            if place is None:
+            waiter = self.lobby.head(opposite(leg.party))
+            if waiter is None:
                 return None
-            met = self.meet(leg, place)
-            if met is not None:
-                return met
+            found = self.match_with(waiter, leg)
+            if found is not None:
+                return found
         return UNFINISHED
 
-    def meet(self, leg: Leg, place: Place) -> Pairing | Withdrawn | None:
-        """Pair ``leg`` with the one in ``place``; Withdrawn if it may not now.
+    def match_with(self, waiter: Waiter, leg: Leg) -> Pairing | Refusal | None:
+        """Pair ``leg`` with ``waiter``; a refusal if ``leg`` may not be paired now.
 
-        None if the other one may not be paired any more, or holds too much: it is withdrawn.
+        None if ``waiter`` may not be paired any more, or its function has too many pairings: it was evicted.
         """
-        if (verdict := self.lobby.closed or self.lack_of_room(leg)) is not None:
-            return verdict
-        if place.leg.is_gone():
-            self.lobby.withdraw(place, Withdrawn(Refused("pong-timeout", "the connection has ended")))
-        elif (verdict := self._policy(place.leg) or self.lack_of_room(place.leg)) is not None:
-            self.lobby.withdraw(place, verdict)
+        if (refusal := self.lobby.closed or self.lack_of_room(leg)) is not None:
+            return refusal
+        if waiter.leg.is_gone():
+            self.lobby.evict(waiter, Refusal("pong-timeout", "the connection has ended"))
+        elif (refusal := self._policy(waiter.leg) or self.lack_of_room(waiter.leg)) is not None:
+            self.lobby.evict(waiter, refusal)
         else:
-            return self._pair(leg, place)
+            return self._pair(leg, waiter)
         return None
 
-    def lack_of_room(self, leg: Leg) -> Withdrawn | None:
+    def lack_of_room(self, leg: Leg) -> Refusal | None:
         """Why ``leg`` cannot be paired here now: the route or the relay has no pairing left, or none for its holder."""
         most, most_in_all = self.config.limits.max_pairings, self.limits.max_pairings_in_all
         if self._pool.is_full(most):
@@ -197,9 +200,9 @@ class LiveRoute:
             text = f"this relay already has {most_in_all} pairings"
         else:
             return self._lack_of_share(leg, most, most_in_all)
-        return Withdrawn(Refused("limit", text, retry_after=10.0))
+        return Refusal("limit", text, retry_after=10.0)
 
-    def _lack_of_share(self, leg: Leg, most: int, most_in_all: int) -> Withdrawn | None:
+    def _lack_of_share(self, leg: Leg, most: int, most_in_all: int) -> Refusal | None:
         for holder in self.charges.in_route(leg):
             if not self._pool.may_take(holder, most):
                 return _too_many(holder, self._pool.held(holder), f"{most} pairings of the route (max_pairings)")
@@ -210,16 +213,16 @@ class LiveRoute:
                 return _too_many(holder, pool.held(holder), of_all)
         return None
 
-    def _pair(self, leg: Leg, place: Place) -> Pairing:
-        legs: dict[PartyName, Leg] = {leg.party: leg, place.leg.party: place.leg}
-        waited = trio.current_time() - place.since
+    def _pair(self, leg: Leg, waiter: Waiter) -> Pairing:
+        legs: dict[PartyName, Leg] = {leg.party: leg, waiter.leg.party: waiter.leg}
+        waited = trio.current_time() - waiter.since
         pairing = Pairing(legs, self._pairing_terms, self._forwarding, waited=waited)
-        leg.is_paired = place.leg.is_paired = True
+        leg.is_paired = waiter.leg.is_paired = True
         self.pairings[pairing.id] = pairing
         self._pool.take(pairing.id, self.charges.in_route(*legs.values()))
         self._forwarding.pool.take(pairing.id, self.charges.in_relay(*legs.values()))
         self.lobby.note_seen(leg.party)
-        self.lobby.take(place, pairing)
+        self.lobby.match(waiter, pairing)
         return pairing
 
     def unpair(self, pairing: Pairing) -> None:
@@ -232,16 +235,16 @@ class LiveRoute:
 
     # --- the end -----------------------------------------------------------------------------------------------
 
-    def close(self, verdict: Withdrawn, *, outcome: Outcome, cut_at: float) -> None:
-        """Send the waiting away with ``verdict``, and let the pairings end until ``cut_at`` (Trio's clock)."""
-        self.lobby.close(verdict)
+    def close(self, refusal: Refusal, *, outcome: Outcome, cut_at: float) -> None:
+        """Evict the waiting legs with ``refusal``, and cut at ``cut_at`` (Trio's clock) what pairings still run."""
+        self.lobby.close(refusal)
         for pairing in self.pairings.values():
-            pairing.expire_at(cut_at, outcome, verdict.refusal.reason)
+            pairing.expire_at(cut_at, outcome, refusal.reason)
 
 
-def _too_many(holder: str, held: int, of_all: str) -> Withdrawn:
+def _too_many(holder: str, held: int, of_all: str) -> Refusal:
     text = f"{holder_in_words(holder)} has {held} of the {of_all}, and the rest is kept for others"
-    return Withdrawn(Refused("limit", text, retry_after=10.0))
+    return Refusal("limit", text, retry_after=10.0)
 
 
 def _pairing_limits(route: Route, limits: Limits, policy_ends_pairings: bool) -> PairingLimits:

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from typing import Final, Protocol, TypeVar
 
 from frelay.config.model import Route
+from frelay.errors import FrelayError
 from frelay.protocol.identity import Name
-from frelay.protocol.messages import Join, PartyName, Refused
+from frelay.protocol.messages import Join, PartyName
+from frelay.protocol.refusal import Refusal
 from frelay.protocol.selector_set import SelectorSet
 
-__all__ = ["Fit", "Fitting", "Parties", "Table", "TurnedAway", "choose", "stranger"]
+__all__ = ["Fit", "Fitting", "NotAdmitted", "Parties", "Table", "choose", "not_authorised"]
 
-_STRANGER: Final = Refused("not-authorised", "this certificate is not admitted here")
 # How much of a name that a party made up is repeated to it and to the log; a route's name has at most 63 characters.
 _SHOWN: Final = 64
 
@@ -67,18 +68,17 @@ class Fitting(Protocol):
         """Its parties."""
 
 
-class TurnedAway(Exception):
-    """A leg that is refused before it could come near a lobby; ``refusal`` is for it, ``why`` for the log."""
+class NotAdmitted(FrelayError):
+    """A leg that no route takes; ``refusal`` says why."""
 
-    def __init__(self, refusal: Refused, why: str) -> None:
-        super().__init__(why)
-        self.refusal = refusal
-        self.why = why
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.logged)
+        self.refusal: Final = refusal
 
 
-def stranger(why: str) -> TurnedAway:
-    """A leg that nothing may be told."""
-    return TurnedAway(_STRANGER, why)
+def not_authorised(why: str) -> NotAdmitted:
+    """The refusal of a certificate that fits no route: the log gets ``why``, and the function learns nothing."""
+    return NotAdmitted(Refusal("not-authorised", "this certificate is not admitted here", why=why))
 
 
 R = TypeVar("R", bound=Fitting)
@@ -130,7 +130,7 @@ class Table(Mapping[str, R]):
 
 
 def choose(routes: Table[R], names: tuple[Name, ...], join: Join | None, server_name: str) -> tuple[R, Fit]:
-    """The one of ``routes`` that a leg is for, and the party that its certificate fits there; raises TurnedAway.
+    """The one of ``routes`` that a leg is for, and the party that its certificate fits there; raises NotAdmitted.
 
     ``names`` are those of the verified certificate. ``join`` is None for a leg without frames.
     """
@@ -146,22 +146,22 @@ def choose(routes: Table[R], names: tuple[Name, ...], join: Join | None, server_
     if route is None or not found:
         wanted_route = repr((asked or server_name)[:_SHOWN]) if asked or server_name else "no route"
         if not routes.admits(names):
-            raise stranger(f"asked for {wanted_route}, fits no route here")
+            raise not_authorised(f"asked for {wanted_route}, fits no route here")
         # At home here, but not there: the answer is the same whether there is such a route or not, or the
         # functions of one route could find out the names of all the others.
         why = f"asked for {wanted_route}, " + ("which does not exist" if route is None else "which it does not fit")
         if asked is None:
             text = "several routes share this address: say which with JOIN.route, or with SNI ROUTE.anything"
-            raise TurnedAway(Refused("protocol-error", text), why)
+            raise NotAdmitted(Refusal("protocol-error", text, why=why))
         text = f"there is no route {wanted_route} for this certificate at this address"
-        raise TurnedAway(Refused("unknown-route", text), why)
+        raise NotAdmitted(Refusal("unknown-route", text, why=why))
     wanted = join.party if join is not None else None
     if wanted is not None:
         chosen = [fit for fit in found if fit.party == wanted]
         if not chosen:
-            raise stranger(f"the certificate does not fit {wanted} of route {route.name!r}")
+            raise not_authorised(f"the certificate does not fit {wanted} of route {route.name!r}")
         return route, chosen[0]
     if len(found) > 1:
         text = "this certificate fits both parties of the route: say which with JOIN.party"
-        raise TurnedAway(Refused("protocol-error", text), text)
+        raise NotAdmitted(Refusal("protocol-error", text))
     return route, found[0]

@@ -20,7 +20,8 @@ import trio
 from frelay.net.slots import Slot
 from frelay.net.sockets import close_after_delivery, close_with_reset
 from frelay.net.streams import RawStream
-from frelay.protocol.messages import Mode, Paired, PartyName, Refused, Waiting
+from frelay.protocol.messages import Mode, Paired, PartyName, Waiting
+from frelay.protocol.refusal import Refusal
 from frelay.tls.context import Credential, VerifiedPeer
 from frelay.tls.stream import TlsStream
 
@@ -29,10 +30,9 @@ __all__ = ["Leg", "LegGone"]
 
 @dataclass(frozen=True, slots=True)
 class LegGone:
-    """Why a waiting leg has gone, and the REFUSED to send if its connection can still carry one."""
+    """A waiting leg whose connection can carry no refusal any more; ``detail`` says how it ended."""
 
     detail: str
-    refusal: Refused | None = None
 
 
 class Leg(abc.ABC):
@@ -73,8 +73,8 @@ class Leg(abc.ABC):
         """Tell the party that it is admitted, if its kind of leg can be told."""
 
     @abc.abstractmethod
-    async def attend(self, *, ping_interval: float, pong_timeout: float) -> LegGone:
-        """Keep the waiting leg alive, and notice when it goes; returns only then. May be cancelled."""
+    async def attend(self, *, ping_interval: float, pong_timeout: float) -> LegGone | Refusal:
+        """Keep the waiting leg alive until it has gone or must be refused; returns only then. May be cancelled."""
 
     @property
     def holder(self) -> str:
@@ -125,7 +125,7 @@ class Leg(abc.ABC):
         """
 
     @abc.abstractmethod
-    async def refuse(self, refusal: Refused, *, reconnect_in: float | None = None) -> None:
+    async def refuse(self, refusal: Refusal) -> None:
         """Tell the party that it is refused, if its kind of leg can be told, and close in order."""
 
     @abc.abstractmethod

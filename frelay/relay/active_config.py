@@ -24,7 +24,6 @@ from frelay.config.plan import ListenerKey, Plan, listener_keys
 from frelay.errors import ConfigError, Problem
 from frelay.joining.accept_context import AcceptSettings
 from frelay.joining.listener import Listener
-from frelay.joining.lobby import Withdrawn
 from frelay.joining.route import LiveRoute
 from frelay.joining.route_selection import Table
 from frelay.joining.routes import RouteRegistry
@@ -32,8 +31,8 @@ from frelay.net.binding import bind_failure, resolve
 from frelay.net.passed_sockets import RESERVED, PassedSockets
 from frelay.net.slots import Admission
 from frelay.pairing.forwarding import Forwarding
-from frelay.protocol.messages import Refused
 from frelay.protocol.outcome import Outcome
+from frelay.protocol.refusal import Refusal
 from frelay.relay.recheck import recheck_credentials
 from frelay.tls.context import OuterTls
 
@@ -226,7 +225,7 @@ class ActiveConfig:
         settings = self.config.relay
         patience = settings.drain_timeout if settings.policy_ends_pairings else math.inf
         live.close(
-            Withdrawn(Refused("route-removed", f"the route {live.name!r} was removed or replaced", retry_after=1.0)),
+            Refusal("route-removed", f"the route {live.name!r} was removed or replaced", retry_after=1.0),
             outcome=Outcome.ROUTE_REMOVED,
             cut_at=trio.current_time() + patience,
         )

@@ -50,7 +50,7 @@ from frelay.config.dump import config_as_written, route_as_written
 from frelay.config.model import Config
 from frelay.config.route_files import RouteFileEdit, route_file, route_file_content
 from frelay.errors import ConfigError, Problem
-from frelay.joining.lobby import Place
+from frelay.joining.lobby import Waiter
 from frelay.journal import RouteTotals
 from frelay.protocol.messages import PartyName
 
@@ -233,12 +233,12 @@ class RelayControl(Control):
         )
 
     def _waiting(self, route: LiveRoute) -> WaitingView:
-        func1, func2 = ([self._leg(place) for place in route.lobby.waiting(party)] for party in _PARTIES)
+        func1, func2 = ([self._leg(waiter) for waiter in route.lobby.waiting(party)] for party in _PARTIES)
         return WaitingView(func1=func1, func2=func2) if func1 or func2 else _NOBODY
 
-    def _leg(self, place: Place) -> LegView:
-        leg = place.leg
-        since = time.time() - self._relay.age(place.since)
+    def _leg(self, waiter: Waiter) -> LegView:
+        leg = waiter.leg
+        since = time.time() - self._relay.age(waiter.since)
         return LegView(identity=leg.identity, address=leg.address, mode=leg.mode, since=since)
 
     async def pairings(self) -> PairingsView:

@@ -23,11 +23,11 @@ from typing import Final
 import structlog
 import trio
 
-from frelay.joining.lobby import Withdrawn
 from frelay.joining.route import LiveRoute
-from frelay.protocol.messages import PartyName, Refused
+from frelay.protocol.messages import PartyName
 from frelay.protocol.outcome import Outcome
-from frelay.tls.context import Credential, OuterTls, Rejection
+from frelay.protocol.refusal import Refusal
+from frelay.tls.context import Credential, OuterTls
 
 __all__ = ["follow_clock", "recheck_credentials", "reload_at_expiry"]
 
@@ -42,21 +42,21 @@ _AT_ONCE: Final = 64
 
 async def recheck_credentials(routes: Sequence[LiveRoute], trust: OuterTls, *, ends_pairings: bool) -> None:
     """Judge all legs of ``routes`` again by ``trust``; those of pairings only if ``ends_pairings``."""
-    known: dict[Credential, Rejection | None] = {}
+    known: dict[Credential, Refusal | None] = {}
     for route in routes:
-        for place in [place for party in _PARTIES for place in route.lobby.waiting(party)]:
-            credential = place.leg.credential
-            if place.verdict is not None or credential is None:
+        for waiter in [waiter for party in _PARTIES for waiter in route.lobby.waiting(party)]:
+            credential = waiter.leg.credential
+            if waiter.verdict is not None or credential is None:
                 continue
-            rejection = _judge(credential, trust, known)
-            if rejection is not None:
-                route.lobby.withdraw(place, Withdrawn(Refused(rejection.code, rejection.reason)))
+            refusal = _judge(credential, trust, known)
+            if refusal is not None:
+                route.lobby.evict(waiter, refusal)
             await trio.lowlevel.checkpoint()
     if ends_pairings:
         await _judge_pairings(routes, trust, known)
 
 
-def _judge(credential: Credential, trust: OuterTls, known: dict[Credential, Rejection | None]) -> Rejection | None:
+def _judge(credential: Credential, trust: OuterTls, known: dict[Credential, Refusal | None]) -> Refusal | None:
     """What ``trust`` says of a certificate; dates are not asked for, since every leg has a deadline for its own."""
     if credential not in known:
         known[credential] = trust.verify(credential)
@@ -64,7 +64,7 @@ def _judge(credential: Credential, trust: OuterTls, known: dict[Credential, Reje
 
 
 async def _judge_pairings(
-    routes: Sequence[LiveRoute], trust: OuterTls, known: dict[Credential, Rejection | None]
+    routes: Sequence[LiveRoute], trust: OuterTls, known: dict[Credential, Refusal | None]
 ) -> None:
     for pairing in [pairing for route in routes for pairing in route.pairings.values()]:
         # For those that began while policy_ends_pairings was off; it is nothing new to all others.
@@ -73,9 +73,9 @@ async def _judge_pairings(
             credential = leg.credential
             if credential is None:
                 continue
-            rejection = _judge(credential, trust, known)
-            if rejection is not None:
-                text = f"the certificate of {party} is no longer accepted: {rejection.reason}"
+            refusal = _judge(credential, trust, known)
+            if refusal is not None:
+                text = f"the certificate of {party} is no longer accepted: {refusal.reason}"
                 pairing.expire_at(trio.current_time(), Outcome.REVOKED, text)
             await trio.lowlevel.checkpoint()
 
@@ -94,10 +94,10 @@ async def follow_clock(routes: Callable[[], Iterable[LiveRoute]]) -> None:
         # As it was at this moment: who comes later reckons by the new date anyway.
         everybody: list[Callable[[], None]] = []
         for route in routes():
-            everybody += (place.reckon_expiry for party in _PARTIES for place in route.lobby.waiting(party))
+            everybody += (waiter.recompute_expiry for party in _PARTIES for waiter in route.lobby.waiting(party))
             everybody += (pairing.recompute_expiry for pairing in route.pairings.values())
-        for number, reckon_expiry in enumerate(everybody, 1):
-            reckon_expiry()
+        for number, recompute_expiry in enumerate(everybody, 1):
+            recompute_expiry()
             if number % _AT_ONCE == 0:
                 await trio.lowlevel.checkpoint()
 

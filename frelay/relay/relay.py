@@ -36,7 +36,6 @@ from frelay.config.watch import Watcher
 from frelay.errors import ConfigError, Problem
 from frelay.joining.accept_context import SharedParts
 from frelay.joining.listener import Listener
-from frelay.joining.lobby import Withdrawn
 from frelay.joining.refusal_log import StrangersRefused
 from frelay.joining.route import LiveRoute
 from frelay.joining.routes import RouteRegistry
@@ -49,8 +48,8 @@ from frelay.net.slots import Admission, raise_descriptor_limit
 from frelay.pairing.forwarding import Forwarding
 from frelay.pairing.pairing import Pairing
 from frelay.pairing.pipes import PipePool
-from frelay.protocol.messages import Refused
 from frelay.protocol.outcome import Outcome
+from frelay.protocol.refusal import Refusal
 from frelay.relay.active_config import ActiveConfig
 from frelay.relay.config_warnings import log_warnings
 from frelay.relay.prepare import prepare, with_all_problems
@@ -344,17 +343,13 @@ class Relay:
         self._draining.set()
         self._service_manager.stopping(f"draining, {len(self.pairings)} pairings are left to end", timeout)
         self.journal.note(Draining(reason=reason, seconds=timeout))
-        refusal = Refused("draining", "this relay is going away", retry_after=_RECONNECT_IN)
+        refusal = Refusal("draining", "this relay is going away", retry_after=_RECONNECT_IN, reconnect_in=_RECONNECT_IN)
         for listener in self._now.all_listeners:
             listener.stop()
         # Only now: who reads this and starts a successor must find the address free.
         self._log.info("draining", reason=reason, pairings=len(self.pairings), seconds=timeout)
         for route in self._now.registry.all:
-            route.close(
-                Withdrawn(refusal, reconnect_in=_RECONNECT_IN),
-                outcome=Outcome.DRAINED,
-                cut_at=trio.current_time() + timeout,
-            )
+            route.close(refusal, outcome=Outcome.DRAINED, cut_at=trio.current_time() + timeout)
 
     def stop_now(self) -> None:
         """End the drain: every pairing is cut now."""

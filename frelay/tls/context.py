@@ -33,6 +33,7 @@ from OpenSSL import SSL, crypto
 
 from frelay.errors import Problem
 from frelay.net.streams import TlsFault
+from frelay.protocol.refusal import Refusal
 from frelay.tls.anchors import subject
 from frelay.tls.constraints import NameLimits
 from frelay.tls.identity import PeerIdentity, describe_unverified, identities, nobody
@@ -42,10 +43,10 @@ __all__ = [
     "EXPIRED",
     "NOT_TAKEN",
     "Credential",
+    "FailedVerification",
     "Judgement",
     "ListDates",
     "OuterTls",
-    "Rejection",
     "Trusted",
     "VerifiedPeer",
     "judgement_of",
@@ -80,13 +81,13 @@ def openssl_version() -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Rejection:
-    """Why a certificate is not accepted: a REFUSED code, and OpenSSL's sentence for the log."""
+class FailedVerification:
+    """What a handshake found wrong with the certificate that it was shown."""
 
-    code: str
-    reason: str
+    refusal: Refusal
+    """The REFUSED code, and OpenSSL's sentence."""
     certificate: str | None = None
-    """What it says, in one line: subject, names, issuer and serial; and that it is unverified, if it is."""
+    """What the certificate says, in one line: subject, names, issuer and serial; and that it is unverified, if so."""
     number: int = 0
     """OpenSSL's X509_V_ERR; 0 where it was not OpenSSL that refused."""
     depth: int = 0
@@ -95,7 +96,7 @@ class Rejection:
     """The subject of an authority of ``client_ca`` that it leads to, and that has expired."""
 
 
-EXPIRED: Final = Rejection("certificate-expired", "the certificate has expired since the handshake")
+EXPIRED: Final = Refusal("certificate-expired", "the certificate has expired since the handshake")
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
@@ -189,7 +190,7 @@ class OuterTls:
         """When the first of the CRLs expires, in seconds since the epoch; None without ``tls.crl``."""
         return min((one.next_update for one in self.lists), default=None)
 
-    def judge(self, peer: VerifiedPeer, now: float | None = None) -> Rejection | None:
+    def judge(self, peer: VerifiedPeer, now: float | None = None) -> Refusal | None:
         """Whether ``peer``, verified some time ago, would still be let in; None means yes.
 
         Cheap while nothing was reloaded since its handshake: only clocks can have changed the answer.
@@ -198,7 +199,7 @@ class OuterTls:
         if now > peer.credential.not_after:
             return EXPIRED
         if self.has_expired_list(now):
-            return Rejection("not-authorised", "the relay's revocation list has expired")
+            return Refusal("not-authorised", "the relay's revocation list has expired")
         return None if peer.trust is self else self.verify(peer.credential)
 
     def has_expired_list(self, now: float | None = None) -> bool:
@@ -206,7 +207,7 @@ class OuterTls:
         now = time.time() if now is None else now
         return any(one.next_update < now <= one.needed_until for one in self.lists)
 
-    def verify(self, credential: Credential) -> Rejection | None:
+    def verify(self, credential: Credential) -> Refusal | None:
         """Ask OpenSSL about a certificate that was verified by other files than these; None means it is accepted.
 
         It is not asked about dates, which no file can change: the end of each certificate and each list is a matter
@@ -222,8 +223,7 @@ class OuterTls:
             error = _ask(judgement.without_lists, credential)
         if error is None:
             return None
-        number, depth = error.errors[:2] if error.errors else (0, 0)
-        return _rejection(number, depth, str(error))
+        return _refusal(error.errors[0] if error.errors else 0, str(error))
 
 
 def _ask(store: crypto.X509Store, credential: Credential) -> crypto.X509StoreContextError | None:
@@ -245,12 +245,9 @@ def _lacks_list_of_anchor(error: crypto.X509StoreContextError, alone: frozenset[
     )
 
 
-def _rejection(
-    number: int, depth: int, text: str, certificate: str | None = None, authority: str | None = None
-) -> Rejection:
+def _refusal(number: int, text: str) -> Refusal:
     codes = {_ERR_CERT_HAS_EXPIRED: "certificate-expired", _ERR_CERT_REVOKED: "revoked"}
-    code = codes.get(number, "not-authorised") if authority is None else "certificate-expired"
-    return Rejection(code, text, certificate, number, depth, authority)
+    return Refusal(codes.get(number, "not-authorised"), text)
 
 
 def verified_peer(connection: SSL.Connection, trust: OuterTls) -> VerifiedPeer:
@@ -315,7 +312,8 @@ class _VerifyCallback:
             authority = _expired_issuer(certificate, self._expired)
         if authority is not None:
             text += f"; {authority} of tls.client_ca has expired"
-        connection.set_app_data(_rejection(number, depth, text, described, authority))
+        refusal = _refusal(number, text) if authority is None else Refusal("certificate-expired", text)
+        connection.set_app_data(FailedVerification(refusal, described, number, depth, authority))
         return False
 
     def _is_anchor_by_itself(self, certificate: crypto.X509) -> bool:

@@ -26,7 +26,8 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from OpenSSL import SSL, crypto
 from OpenSSL._util import lib as _openssl
 
-from frelay.tls.context import OuterTls, Rejection, VerifiedPeer, verified_peer
+from frelay.protocol.refusal import Refusal
+from frelay.tls.context import FailedVerification, OuterTls, VerifiedPeer, verified_peer
 from frelay.tls.identity import distinguished_name
 
 __all__ = ["Rehearsal", "rehearse"]
@@ -52,7 +53,7 @@ _ALERTS: Final = {
 class Rehearsal:
     """How a handshake with a certificate goes.
 
-    Exactly one of ``peer`` and ``rejection`` is set. ``alert`` is the name of the TLS alert that a refused function
+    Exactly one of ``peer`` and ``failure`` is set. ``alert`` is the name of the TLS alert that a refused function
     sees, as RFC 8446 writes it. ``path`` are the subjects of the chain that OpenSSL built, the certificate itself
     first; where no authority was found it ends early, and ``missing`` is the issuer of its last one. ``unshown`` says
     why no client can show the certificate at all, and is None where one can; the relay then sees a client without a
@@ -60,7 +61,7 @@ class Rehearsal:
     """
 
     peer: VerifiedPeer | None
-    rejection: Rejection | None
+    failure: FailedVerification | None
     alert: str | None
     path: tuple[str, ...]
     unshown: str | None = None
@@ -76,20 +77,20 @@ def rehearse(trust: OuterTls, chain: Sequence[x509.Certificate]) -> Rehearsal:
     except (SSL.Error, crypto.Error, UnsupportedAlgorithm, TypeError, ValueError):
         return _not_shown("OpenSSL takes no such certificate for TLS")
     fault = _shake_hands(client, server)
-    rejection = server.get_app_data()
+    failure = server.get_app_data()
     found = server.get_verified_chain(as_cryptography=True) or ()
     path = tuple(distinguished_name(partial(getattr, one, "subject")) for one in found)
-    if isinstance(rejection, Rejection):
+    if isinstance(failure, FailedVerification):
         missing = distinguished_name(partial(getattr, found[-1], "issuer")) if found else None
-        return Rehearsal(None, rejection, _ALERTS.get(rejection.number, "certificate_unknown"), path, missing=missing)
+        return Rehearsal(None, failure, _ALERTS.get(failure.number, "certificate_unknown"), path, missing=missing)
     if server.get_peer_certificate(as_cryptography=True) is None:
         return _not_shown("no TLS 1.3 client can sign with its key", fault)
     return Rehearsal(verified_peer(server, trust), None, None, path)
 
 
 def _not_shown(why: str, fault: str = "peer did not return a certificate") -> Rehearsal:
-    rejection = Rejection("protocol-error", f"TLS handshake: {fault}")
-    return Rehearsal(None, rejection, "certificate_required", (), unshown=why)
+    failure = FailedVerification(Refusal("protocol-error", f"TLS handshake: {fault}"))
+    return Rehearsal(None, failure, "certificate_required", (), unshown=why)
 
 
 def _keyless(chain: Sequence[x509.Certificate]) -> SSL.Connection:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from frelay.config.model import Address, Addresses, Route
-from frelay.joining.route_selection import Parties, Table, TurnedAway, choose
+from frelay.joining.route_selection import NotAdmitted, Parties, Table, choose
 from frelay.protocol.identity import Name, dns_name, parse_selector
 from frelay.protocol.messages import Join
 
@@ -67,13 +67,13 @@ def test_a_stranger_is_told_the_same_whatever_it_asks_for() -> None:
     routes = table(("one", "dns:a.demo", "dns:b.demo"), ("two", "dns:*.two.demo", "dns:c.demo"))
     said = set()
     for asked in ("one", "two", "three", None):
-        with pytest.raises(TurnedAway) as turned:
+        with pytest.raises(NotAdmitted) as caught:
             choose(routes, (dns_name("stranger.demo"),), Join(attempt="1", route=asked), "")
-        said.add((turned.value.refusal.code, turned.value.refusal.reason))
+        said.add((caught.value.refusal.code, caught.value.refusal.reason))
     assert said == {("not-authorised", "this certificate is not admitted here")}
-    with pytest.raises(TurnedAway) as turned:
+    with pytest.raises(NotAdmitted) as caught:
         choose(routes, (dns_name("x.two.demo"),), Join(attempt="1", route="one"), "")
-    assert turned.value.refusal.code == "unknown-route"
+    assert caught.value.refusal.code == "unknown-route"
 
 
 @pytest.mark.load
@@ -86,7 +86,7 @@ def test_a_certificate_of_many_names_costs_the_same_among_many_routes() -> None:
         times = []
         for _ in range(15):
             began = time.perf_counter()
-            with pytest.raises(TurnedAway):
+            with pytest.raises(NotAdmitted):
                 choose(routes, stranger, Join(attempt="1", route="none"), "")
             times.append(time.perf_counter() - began)
         return min(times)

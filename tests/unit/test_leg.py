@@ -16,7 +16,8 @@ from frelay.joining.legs import FramedLeg
 from frelay.joining.tickets import TicketIssuer, TicketRegistry
 from frelay.net.slots import Admission, Slot
 from frelay.pairing.leg import LegGone
-from frelay.protocol.messages import Mode, Paired, Refused, Waiting
+from frelay.protocol.messages import Mode, Paired, Waiting
+from frelay.protocol.refusal import Refusal
 from frelay.tls.context import Credential, VerifiedPeer
 from frelay.tls.stream import TlsStream
 from support.party import TLS_HEADER, Party, frame
@@ -95,13 +96,13 @@ async def test_who_takes_no_ping_has_gone(site: Site) -> None:
     """There is no sense in a REFUSED behind a PING that cannot be written."""
     async with waiting_leg(site) as (leg, stream, _):
         stream.is_stuck = True
-        departure = await leg.attend(ping_interval=0.01, pong_timeout=0.05)
-        assert departure == LegGone("took no PING for 0.05 s")
+        end = await leg.attend(ping_interval=0.01, pong_timeout=0.05)
+        assert end == LegGone("took no PING for 0.05 s")
 
 
 @pytest.mark.parametrize("mode", ["tunnel", "handoff"])
 @pytest.mark.parametrize(
-    ("last_words", "error", "why"),
+    ("last_frames", "error", "why"),
     [
         (frame("LEAVE"), ConnectionBroken, "as it was paired: left (LEAVE)"),
         (None, ConnectionBroken, "as it was paired: left (close_notify)"),
@@ -114,14 +115,14 @@ async def test_who_takes_no_ping_has_gone(site: Site) -> None:
     ids=["LEAVE", "close_notify", "nonsense"],
 )
 async def test_a_leg_that_went_as_it_was_paired_is_not_handed_off(
-    site: Site, last_words: bytes | None, error: type[Exception], why: str, mode: Mode
+    site: Site, last_frames: bytes | None, error: type[Exception], why: str, mode: Mode
 ) -> None:
     """Its task has read that it goes, the lobby has not heard of it, and somebody is matched with it."""
     async with waiting_leg(site, mode) as (leg, _, party):
-        if last_words is None:
+        if last_frames is None:
             await party.send_raw(party.close_notify())
         else:
-            await party.send(last_words)
+            await party.send(last_frames)
         await leg.attend(ping_interval=TIMEOUT, pong_timeout=TIMEOUT)
         with pytest.raises(error) as caught:
             await leg.begin(PAIRED)
@@ -145,7 +146,7 @@ async def test_who_does_not_take_its_refusal_is_closed_without_it(site: Site) ->
         stream.is_stuck = True
         sock = leg.sock
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(leg.refuse, Refused("limit", "there is no room"))
+            nursery.start_soon(leg.refuse, Refusal("limit", "there is no room"))
             with trio.fail_after(TIMEOUT):
                 with pytest.raises(ssl.SSLEOFError):
                     await party.receive()

@@ -2,7 +2,7 @@
 
 The reference below is the lobby in its plainest form: one list, searched from end to end for every question. After each
 step of a machine that does anything in any order, both must say the same, and every index of the lobby must agree with
-the places that are taken.
+those who wait.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from bench.lobby import CASES, join_cost, main
-from frelay.joining.lobby import Lobby, Place, Taken, Withdrawn, opposite
+from frelay.joining.lobby import Lobby, Matched, Waiter, opposite
 from frelay.pairing.leg import Leg
 from frelay.pairing.pairing import Pairing
-from frelay.protocol.messages import PartyName, Refused
+from frelay.protocol.messages import PartyName
+from frelay.protocol.refusal import Refusal
 from frelay.tls.context import Credential
 
 PARTIES: Final[tuple[PartyName, ...]] = ("func1", "func2")
 MOST: Final = 4
 
 
-class Waiter:
+class StandIn:
     """As much of a leg as a lobby asks of it. ``certificate`` is None for a leg without outer TLS."""
 
     def __init__(self, party: PartyName, identity: str, attempt: str | None, certificate: bytes | None) -> None:
@@ -37,7 +38,7 @@ class Waiter:
     holder = Leg.holder
     marks = Leg.marks
 
-    def is_retry_of(self, other: Waiter) -> bool:
+    def is_retry_of(self, other: StandIn) -> bool:
         """As the protocol has it (docs/protocol.md, 3): the same certificate or identity, and the same attempt."""
         if self.attempt is None or self.attempt != other.attempt:
             return False
@@ -49,34 +50,34 @@ class Plain:
     """The reference: those who wait, in the order in which they came."""
 
     def __init__(self) -> None:
-        self.line: list[Waiter] = []
+        self.line: list[StandIn] = []
         self.closed: str | None = None
         self.most = MOST
 
-    def of(self, party: PartyName) -> list[Waiter]:
-        return [waiter for waiter in self.line if waiter.party == party]
+    def of(self, party: PartyName) -> list[StandIn]:
+        return [stand_in for stand_in in self.line if stand_in.party == party]
 
-    def stale(self, waiter: Waiter) -> Waiter | None:
-        return next((other for other in self.line if waiter.is_retry_of(other)), None)
+    def stale(self, stand_in: StandIn) -> StandIn | None:
+        return next((other for other in self.line if stand_in.is_retry_of(other)), None)
 
-    def spare(self, waiter: Waiter) -> list[Waiter]:
+    def spare(self, stand_in: StandIn) -> list[StandIn]:
         """Those of whom one has to give way: the latest of each holder that has the most, and two more than he."""
-        counts = Counter(other.identity for other in self.of(waiter.party))
+        counts = Counter(other.identity for other in self.of(stand_in.party))
         most = max(counts.values(), default=0)
-        if counts[waiter.identity] + 2 > most:
+        if counts[stand_in.identity] + 2 > most:
             return []
-        queue = self.of(waiter.party)
+        queue = self.of(stand_in.party)
         return [[other for other in queue if other.identity == holder][-1] for holder, n in counts.items() if n == most]
 
     def is_full(self, party: PartyName) -> bool:
         return len(self.of(party)) >= self.most
 
-    def objection(self, waiter: Waiter) -> str | None:
+    def objection(self, stand_in: StandIn) -> str | None:
         if self.closed is not None:
             return self.closed
-        stale = self.stale(waiter)
-        makes_room = stale is not None and stale.party == waiter.party
-        return "queue-full" if self.is_full(waiter.party) and not makes_room and not self.spare(waiter) else None
+        stale = self.stale(stand_in)
+        makes_room = stale is not None and stale.party == stand_in.party
+        return "queue-full" if self.is_full(stand_in.party) and not makes_room and not self.spare(stand_in) else None
 
 
 class LobbyMachine(RuleBasedStateMachine):
@@ -87,20 +88,20 @@ class LobbyMachine(RuleBasedStateMachine):
         self.now = 0.0
         self.lobby = Lobby(max_waiting=MOST, clock=lambda: self.now)
         self.plain = Plain()
-        self.places: dict[Waiter, Place] = {}
-        self.woken: list[Waiter] = []
+        self.waiters: dict[StandIn, Waiter] = {}
+        self.woken: list[StandIn] = []
         self.seen: dict[PartyName, float] = {}
 
-    def gone(self, waiter: Waiter) -> Place:
-        self.plain.line.remove(waiter)
-        self.seen[waiter.party] = self.now
-        return self.places.pop(waiter)
+    def gone(self, stand_in: StandIn) -> Waiter:
+        self.plain.line.remove(stand_in)
+        self.seen[stand_in.party] = self.now
+        return self.waiters.pop(stand_in)
 
-    def expect_withdrawn(self, waiter: Waiter, code: str) -> None:
-        place = self.gone(waiter)
-        assert isinstance(place.verdict, Withdrawn)
-        assert place.verdict.refusal.code == code
-        assert self.woken.pop() is waiter
+    def expect_evicted(self, stand_in: StandIn, code: str) -> None:
+        waiter = self.gone(stand_in)
+        assert isinstance(waiter.verdict, Refusal)
+        assert waiter.verdict.code == code
+        assert self.woken.pop() is stand_in
 
     @rule(
         party=st.sampled_from(PARTIES),
@@ -109,47 +110,49 @@ class LobbyMachine(RuleBasedStateMachine):
         certificate=st.sampled_from([None, b"x", b"y"]),
     )
     def join(self, party: PartyName, identity: str, attempt: str | None, certificate: bytes | None) -> None:
-        waiter = Waiter(party, identity, attempt, certificate)
-        leg = cast(Leg, waiter)
+        stand_in = StandIn(party, identity, attempt, certificate)
+        leg = cast(Leg, stand_in)
         objection = self.lobby.objection(leg)
-        assert (None if objection is None else objection.refusal.code) == self.plain.objection(waiter)
+        assert (None if objection is None else objection.code) == self.plain.objection(stand_in)
         if objection is not None:
             return
-        stale = self.plain.stale(waiter)
+        stale = self.plain.stale(stand_in)
         self.lobby.replace_stale(leg)
         if stale is not None:
-            self.expect_withdrawn(stale, "replaced")
+            self.expect_evicted(stale, "replaced")
         head = self.lobby.head(opposite(party))
         queue = self.plain.of(opposite(party))
         assert (None if head is None else head.leg) is (cast(Leg, queue[0]) if queue else None)
         if head is not None:
             pairing = cast(Pairing, object())
-            self.lobby.take(head, pairing)
-            assert self.gone(queue[0]).verdict == Taken(pairing)
+            self.lobby.match(head, pairing)
+            assert self.gone(queue[0]).verdict == Matched(pairing)
             assert self.woken.pop() is queue[0]
             return
-        spare = self.plain.spare(waiter) if self.plain.is_full(party) else []
-        self.places[waiter] = self.lobby.enter(leg, lambda: self.woken.append(waiter), reckon_expiry=lambda: None)
+        spare = self.plain.spare(stand_in) if self.plain.is_full(party) else []
+        self.waiters[stand_in] = self.lobby.enter(
+            leg, lambda: self.woken.append(stand_in), recompute_expiry=lambda: None
+        )
         if spare:
-            gave_way = next(other for other in spare if self.places[other].verdict is not None)
-            self.expect_withdrawn(gave_way, "queue-full")
-        self.plain.line.append(waiter)
+            gave_way = next(other for other in spare if self.waiters[other].verdict is not None)
+            self.expect_evicted(gave_way, "queue-full")
+        self.plain.line.append(stand_in)
 
     @precondition(lambda self: self.plain.line)
     @rule(data=st.data())
     def leave(self, data: st.DataObject) -> None:
-        place = self.gone(data.draw(st.sampled_from(self.plain.line)))
-        self.lobby.leave(place)
+        waiter = self.gone(data.draw(st.sampled_from(self.plain.line)))
+        self.lobby.leave(waiter)
         # A task says so in its last step, also where somebody else has settled it before.
-        self.lobby.leave(place)
-        assert place.verdict is None
+        self.lobby.leave(waiter)
+        assert waiter.verdict is None
 
     @precondition(lambda self: self.plain.line)
     @rule(data=st.data())
-    def withdraw(self, data: st.DataObject) -> None:
-        waiter = data.draw(st.sampled_from(self.plain.line))
-        self.lobby.withdraw(self.places[waiter], Withdrawn(Refused("revoked", "its certificate")))
-        self.expect_withdrawn(waiter, "revoked")
+    def evict(self, data: st.DataObject) -> None:
+        stand_in = data.draw(st.sampled_from(self.plain.line))
+        self.lobby.evict(self.waiters[stand_in], Refusal("revoked", "its certificate"))
+        self.expect_evicted(stand_in, "revoked")
 
     @rule(most=st.integers(1, 2 * MOST))
     def reload(self, most: int) -> None:
@@ -162,24 +165,24 @@ class LobbyMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.plain.closed is None and len(self.plain.line) > 2)
     @rule()
     def close(self) -> None:
-        verdict = Withdrawn(Refused("draining", "the relay goes away"))
+        verdict = Refusal("draining", "the relay goes away")
         self.lobby.close(verdict)
         self.plain.closed = "draining"
         assert sorted(map(id, self.woken)) == sorted(map(id, self.plain.line))
         self.woken.clear()
-        for waiter in list(self.plain.line):
-            assert self.gone(waiter).verdict is verdict
+        for stand_in in list(self.plain.line):
+            assert self.gone(stand_in).verdict is verdict
 
     @invariant()
     def nobody_was_woken_for_nothing(self) -> None:
         assert not self.woken
-        assert all(place.verdict is None for place in self.places.values())
+        assert all(waiter.verdict is None for waiter in self.waiters.values())
 
     @invariant()
     def both_see_the_same(self) -> None:
         for party in PARTIES:
             queue = self.plain.of(party)
-            assert [place.leg for place in self.lobby.waiting(party)] == cast(list[Leg], queue)
+            assert [waiter.leg for waiter in self.lobby.waiting(party)] == cast(list[Leg], queue)
             assert self.lobby.count(party) == len(queue)
             other = opposite(party)
             seen = self.seen.get(other)
@@ -189,14 +192,14 @@ class LobbyMachine(RuleBasedStateMachine):
     @invariant()
     def the_indices_agree(self) -> None:
         lobby = cast(Any, self.lobby)
-        attempts: dict[Any, list[Place]] = {}
-        for waiter in self.plain.line:
-            for mark in cast(Leg, waiter).marks():
-                attempts.setdefault(mark, []).append(self.places[waiter])
-        assert {mark: list(places) for mark, places in lobby._attempts.items()} == attempts
+        attempts: dict[Any, list[Waiter]] = {}
+        for stand_in in self.plain.line:
+            for mark in cast(Leg, stand_in).marks():
+                attempts.setdefault(mark, []).append(self.waiters[stand_in])
+        assert {mark: list(waiters) for mark, waiters in lobby._attempts.items()} == attempts
         assert bool(lobby._meetings) == bool(self.plain.line)
         for party in PARTIES:
-            counts = Counter(waiter.identity for waiter in self.plain.of(party))
+            counts = Counter(stand_in.identity for stand_in in self.plain.of(party))
             held = lobby._held[party]
             assert held.holders() == len(counts)
             assert held.most == max(counts.values(), default=0)
@@ -210,7 +213,7 @@ TestLobby = LobbyMachine.TestCase
 def test_two_legs_are_one_attempt_by_the_name_or_by_the_certificate() -> None:
     """The marks, which the lobby looks up, say what comparing the two would."""
     legs = [
-        Waiter("func1", identity, attempt, certificate)
+        StandIn("func1", identity, attempt, certificate)
         for identity in ("dns:a.demo", "dns:b.demo")
         for attempt in (None, "1", "2")
         for certificate in (None, b"x", b"y")
@@ -224,60 +227,60 @@ def test_a_retry_makes_room_only_in_the_queue_that_it_leaves() -> None:
     """One that comes back as the other party takes a place there, and not its old one."""
     lobby = Lobby(max_waiting=1, clock=lambda: 0.0)
 
-    def enter(waiter: Waiter) -> None:
-        lobby.enter(cast(Leg, waiter), lambda: None, reckon_expiry=lambda: None)
+    def enter(stand_in: StandIn) -> None:
+        lobby.enter(cast(Leg, stand_in), lambda: None, recompute_expiry=lambda: None)
 
-    enter(Waiter("func1", "dns:a.demo", "1", None))
-    enter(Waiter("func2", "dns:b.demo", "2", None))
-    assert lobby.objection(cast(Leg, Waiter("func1", "dns:a.demo", "1", None))) is None
-    refused = lobby.objection(cast(Leg, Waiter("func2", "dns:a.demo", "1", None)))
+    enter(StandIn("func1", "dns:a.demo", "1", None))
+    enter(StandIn("func2", "dns:b.demo", "2", None))
+    assert lobby.objection(cast(Leg, StandIn("func1", "dns:a.demo", "1", None))) is None
+    refused = lobby.objection(cast(Leg, StandIn("func2", "dns:a.demo", "1", None)))
     assert refused is not None
-    assert refused.refusal.code == "queue-full"
+    assert refused.code == "queue-full"
 
 
 def test_a_closed_lobby_empties_itself_a_few_at_a_time() -> None:
     """Each that has gone lets another go, so that thousands are never woken in one moment; nobody is forgotten."""
     lobby = Lobby(max_waiting=1000, clock=lambda: 0.0)
     woken: list[int] = []
-    places = [
+    waiters = [
         lobby.enter(
-            cast(Leg, Waiter(PARTIES[number % 2], "dns:a.demo", str(number), None)),
+            cast(Leg, StandIn(PARTIES[number % 2], "dns:a.demo", str(number), None)),
             lambda number=number: woken.append(number),  # type: ignore[misc]
-            reckon_expiry=lambda: None,
+            recompute_expiry=lambda: None,
         )
         for number in range(1000)
     ]
-    verdict = Withdrawn(Refused("draining", "the relay goes away"))
+    verdict = Refusal("draining", "the relay goes away")
     lobby.close(verdict)
-    newcomer = cast(Leg, Waiter("func1", "dns:b.demo", None, None))
+    newcomer = cast(Leg, StandIn("func1", "dns:b.demo", None, None))
     most = gone = 0
     while gone < len(woken):
         assert lobby.objection(newcomer) is verdict
         most = max(most, len(woken) - gone)
-        lobby.leave(places[woken[gone]])
+        lobby.leave(waiters[woken[gone]])
         gone += 1
     assert sorted(woken) == list(range(1000))
     assert most <= 16
-    assert all(place.verdict is verdict for place in places)
+    assert all(waiter.verdict is verdict for waiter in waiters)
     assert lobby.count("func1") == lobby.count("func2") == 0
 
 
 def test_a_leg_that_goes_by_itself_holds_up_nobody_in_a_closed_lobby() -> None:
     lobby = Lobby(max_waiting=1000, clock=lambda: 0.0)
     woken: list[int] = []
-    places = [
+    waiters = [
         lobby.enter(
-            cast(Leg, Waiter("func1", "dns:a.demo", str(number), None)),
+            cast(Leg, StandIn("func1", "dns:a.demo", str(number), None)),
             lambda number=number: woken.append(number),  # type: ignore[misc]
-            reckon_expiry=lambda: None,
+            recompute_expiry=lambda: None,
         )
         for number in range(200)
     ]
-    lobby.close(Withdrawn(Refused("draining", "the relay goes away")))
-    for place in places[100:]:
-        lobby.leave(place)
+    lobby.close(Refusal("draining", "the relay goes away"))
+    for waiter in waiters[100:]:
+        lobby.leave(waiter)
     for number in list(woken):
-        lobby.leave(places[number])
+        lobby.leave(waiters[number])
     assert set(range(100)) <= set(woken)
     assert lobby.count("func1") == 0
 

@@ -11,15 +11,16 @@ from typing import cast
 import pytest
 
 from frelay.config.model import Address, Addresses, Limits, Route
-from frelay.joining.lobby import Taken, Withdrawn
+from frelay.joining.lobby import Matched
 from frelay.joining.route import LiveRoute
 from frelay.net.streams import RawStream
 from frelay.pairing.forwarding import Forwarding
 from frelay.pairing.leg import Leg, LegGone
 from frelay.pairing.pairing import Pairing
-from frelay.protocol.messages import PartyName, Refused
+from frelay.protocol.messages import PartyName
 from frelay.protocol.outcome import Outcome
-from frelay.tls.context import EXPIRED, OuterTls, Rejection, VerifiedPeer
+from frelay.protocol.refusal import Refusal
+from frelay.tls.context import EXPIRED, OuterTls, VerifiedPeer
 from support.streams import tcp_pair
 
 
@@ -39,7 +40,7 @@ class Guest(Leg):
     async def attend(self, *, ping_interval: float, pong_timeout: float) -> LegGone:
         raise AssertionError("it is matched, and no more")
 
-    async def refuse(self, refusal: Refused, *, reconnect_in: float | None = None) -> None:
+    async def refuse(self, refusal: Refusal) -> None:
         raise AssertionError("it is matched, and no more")
 
     def stream(self) -> RawStream:
@@ -55,7 +56,7 @@ class Judge:
     def __init__(self) -> None:
         self.rejected: list[VerifiedPeer | None] = []
 
-    def judge(self, peer: VerifiedPeer) -> Rejection | None:
+    def judge(self, peer: VerifiedPeer) -> Refusal | None:
         return EXPIRED if peer in self.rejected else None
 
 
@@ -78,16 +79,16 @@ async def test_nobody_is_paired_with_one_whose_certificate_is_no_longer_good(con
     )
     woken = []
     first, second = Guest("func1", connection), Guest("func1", connection)
-    places = [
-        route.lobby.enter(leg, lambda leg=leg: woken.append(leg), reckon_expiry=lambda: None)  # type: ignore[misc]
+    waiters = [
+        route.lobby.enter(leg, lambda leg=leg: woken.append(leg), recompute_expiry=lambda: None)  # type: ignore[misc]
         for leg in (first, second)
     ]
     judge.rejected.append(first.peer)
     pairing = route.match(Guest("func2", connection))
     assert isinstance(pairing, Pairing)
     assert pairing.legs["func1"] is second
-    assert places[0].verdict == Withdrawn(Refused(EXPIRED.code, EXPIRED.reason))
-    assert places[1].verdict == Taken(pairing)
+    assert waiters[0].verdict == EXPIRED
+    assert waiters[1].verdict == Matched(pairing)
     assert woken == [first, second]
 
 
@@ -95,13 +96,13 @@ async def test_nobody_is_paired_on_a_route_that_is_gone(connection: socket.socke
     """Those who wait leave a few at a time, and the service of one of them may answer in between."""
     table = Route(name="r", listen=Addresses([Address("127.0.0.1", 0)]), func1=(), func2=(), source=Path("r"))
     route = LiveRoute(table, Limits(), policy_ends_pairings=True, forwarding=Forwarding(), trust=lambda: None)
-    places = [
-        route.lobby.enter(Guest("func1", connection), lambda: None, reckon_expiry=lambda: None) for _ in range(100)
+    waiters = [
+        route.lobby.enter(Guest("func1", connection), lambda: None, recompute_expiry=lambda: None) for _ in range(100)
     ]
-    verdict = Withdrawn(Refused("route-removed", "the route was removed"))
-    route.close(verdict, outcome=Outcome.ROUTE_REMOVED, cut_at=0.0)
-    assert places[-1].verdict is None
-    assert route.meet(Guest("func2", connection), places[-1]) is verdict
+    refusal = Refusal("route-removed", "the route was removed")
+    route.close(refusal, outcome=Outcome.ROUTE_REMOVED, cut_at=0.0)
+    assert waiters[-1].verdict is None
+    assert route.match_with(waiters[-1], Guest("func2", connection)) is refusal
     assert not route.pairings
 
 

@@ -213,7 +213,7 @@ async def test_the_verify_callback_never_turns_a_failure_into_a_success(
     def broken(*args: object) -> object:
         raise Fault("while noting")
 
-    monkeypatch.setattr(frelay.tls.context, "_rejection", broken)
+    monkeypatch.setattr(frelay.tls.context, "_refusal", broken)
     async with site.relay() as relay:
         await ended(await site.connect(relay, "wrong"))
         assert not relay.logged("waiting")
