@@ -23,9 +23,9 @@ HEADING: Final = """\
 `python docs/make_cli.py` makes this page from the commands themselves. Each command says the same with `--help`.
 
 Data goes to stdout, messages to stderr. Exit codes: 0 done, 1 failed or an invalid configuration, 2 wrong usage;
-`frelay connect` has two more, below. With `NO_COLOR` the output has no colours. An option with a variable in its line can be
-set by that variable instead. `frelay --show-completion bash` (or zsh, fish) prints the completion script of that shell, and
-`--install-completion` installs it.
+`frelay connect` has two more, below. With `NO_COLOR` the output has no colours. An option with a variable in its line
+can be set by that variable instead. `frelay --show-completion bash` (or zsh, fish) prints the completion script of that
+shell, and `--install-completion` installs it.
 """
 
 
@@ -83,7 +83,5 @@ def page() -> str:
 
 if __name__ == "__main__":
     if "--check" in sys.argv[1:]:
-        sys.exit(
-            0 if PAGE.read_text() == page() else f"{PAGE} differs from what the commands say: run python docs/make_cli.py"
-        )
+        sys.exit(0 if PAGE.read_text() == page() else f"{PAGE} differs from the commands: run python docs/make_cli.py")
     PAGE.write_text(page())
