@@ -1,10 +1,15 @@
-"""Every error that frelay raises on purpose, as one small tree. Standard library only.
+"""The errors that all rooms share: one small tree under :class:`FrelayError`. Standard library only.
 
-Three rules keep it useful. The border modules (``tls/``, ``sockets``, ``client/``) translate what the operating system
-and OpenSSL raise, once; above them only these types travel. And who is at fault is a type, not a text:
-:class:`LocalProtocolError` is our own bug or a caller's, :class:`RemoteProtocolError` is the other side's. And the
-text of an error does no harm where it is printed, even if a stranger wrote a part of it: :class:`FrelayError`
-escapes it.
+* Every error that leaves the room that raises it, or whose text a person reads, derives from :class:`FrelayError`. A
+  room may add subclasses of its own, such as ``admin.control.ControlError``.
+* Two kinds of exceptions stand outside of the tree. A :class:`ValueError` says that an argument cannot be read. A
+  control-flow signal ends a task or a call inside one room, is always caught there, and carries a decision and no
+  error: ``pairing.pump.Cut``, for example, ends a pump with the outcome of its pairing. Its docstring says so.
+* The modules at the border (``net/``, ``tls/``, ``client/``) translate the errors of the operating system and OpenSSL
+  once. Above them only these types appear.
+* The type says which side is at fault, not the text: :class:`LocalProtocolError` is a bug of ours or of the caller,
+  :class:`RemoteProtocolError` is a fault of the other side.
+* The text of an error is safe to print, even if a stranger wrote a part of it: :class:`FrelayError` escapes it.
 """
 
 from __future__ import annotations
@@ -36,18 +41,18 @@ __all__ = [
 ]
 
 
-# What a peer, a proxy or a relay sends can be long; a terminal and a log line should not be.
+# Characters of a text that a peer, a proxy or a relay may have sent. More would flood a terminal or a log.
 _LONGEST: Final = 3000
-# Of the names in a certificate, which may hold thousands.
+# A certificate may hold thousands of names.
 _NAMES_SHOWN: Final = 8
 
 
 def printable(text: str) -> str:
-    """``text`` with each character escaped that could forge a line, move a cursor or change the reading direction."""
+    """``text`` with every character escaped that could forge a line, move the cursor or change the text direction."""
     if text.isprintable():
         return text
-    # isprintable() is false for control and format characters (the bidirectional ones among them), for separators of
-    # lines and paragraphs, and for surrogates.
+    # isprintable() is false for control and format characters (bidirectional ones, too), for line and paragraph
+    # separators and for surrogates.
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
@@ -60,18 +65,18 @@ _PEM: Final = "-----BEGIN"
 
 
 def holds_pem(value: object) -> bool:
-    """Whether ``value``, a text or a list of them, holds PEM: a key, as likely as not."""
+    """Whether ``value``, a text or a list of texts, contains PEM, which is probably a private key."""
     return _PEM in str(value)
 
 
 def without_pem(text: str) -> str:
-    """``text`` up to where PEM begins in it: whoever pastes a key must not find it again in a message or a log."""
+    """``text`` up to the first PEM block: a key that was pasted by mistake must not appear in a message or a log."""
     before, begin, _ = text.partition(_PEM)
     return f"{before}(PEM text, which is not shown)" if begin else text
 
 
 class FrelayError(Exception):
-    """The base of all errors that frelay raises on purpose. Its text is one printable line of a bounded length."""
+    """The base of the errors that frelay raises on purpose. Its text is one printable line of limited length."""
 
     def __init__(self, *args: object) -> None:
         super().__init__(*(_harmless(arg) if isinstance(arg, str) else arg for arg in args))
@@ -82,9 +87,9 @@ class FrelayError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong with a configuration: where it is, what it is, and how to mend it.
+    """One problem of a configuration: where it is, what is wrong, and how to correct it.
 
-    ``is_conflict`` tells what is wrong only beside something else, such as an address that is taken already.
+    With ``is_conflict`` the value is valid in itself but conflicts with something else, such as an address in use.
     """
 
     file: Path
@@ -100,11 +105,11 @@ class Problem:
 
 
 class ConfigError(FrelayError):
-    """A configuration that cannot be used; ``problems`` holds all that was found, not just the first."""
+    """A configuration that cannot be used; ``problems`` holds all problems, not only the first."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)
-        # Not by FrelayError: this text has a line for each problem, and each of those is printable.
+        # Not FrelayError.__init__: this text has one line for each problem, and each line is printable already.
         Exception.__init__(self, "\n".join(str(problem) for problem in self.problems))
 
 
@@ -116,7 +121,7 @@ class CertificateError(FrelayError):
 
 
 class ProtocolError(FrelayError):
-    """frelay/1 was broken; always one of the two subclasses below, which say by whom."""
+    """One side broke the protocol frelay/1; always one of the two subclasses below, which say which side."""
 
     def __init__(self, message: str) -> None:
         if type(self) is ProtocolError:
@@ -125,7 +130,7 @@ class ProtocolError(FrelayError):
 
 
 class LocalProtocolError(ProtocolError):
-    """This side tried something that the protocol does not allow now."""
+    """This side tried to do something that the protocol does not allow in this state."""
 
 
 class RemoteProtocolError(ProtocolError):
@@ -133,7 +138,7 @@ class RemoteProtocolError(ProtocolError):
 
 
 class ConnectionBroken(FrelayError):
-    """A connection was reset, timed out in the kernel or failed otherwise; the text says how."""
+    """A connection was reset, timed out in the kernel or failed in another way; the text says how."""
 
 
 class Truncated(ConnectionBroken):
@@ -144,14 +149,14 @@ class Truncated(ConnectionBroken):
 
 
 class RelayUnreachable(FrelayError):
-    """No connection to the relay, or its TLS could not be verified; nothing was joined. Try again later."""
+    """The relay could not be reached, or its certificate could not be verified; no join was sent. Try again later."""
 
 
 class Refused(FrelayError):
     """The relay answered REFUSED.
 
-    ``code`` is one of the protocol's codes, ``reason`` a sentence for a person, and ``retry_after`` the seconds
-    to wait before another try, or None where a retry does not help without a change.
+    ``code`` is one of the protocol's codes. ``reason`` is a sentence for a person. ``retry_after`` is how many seconds
+    to wait before the next try, or None if a retry cannot help until something is changed.
     """
 
     def __init__(self, code: str, reason: str, retry_after: float | None = None) -> None:
@@ -161,24 +166,24 @@ class Refused(FrelayError):
         self.retry_after = retry_after
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled by its arguments, so that it arrives from a pool of processes."""
+        """Pickle the arguments: a pool of processes pickles the errors of its tasks."""
         return type(self), (self.code, self.reason, self.retry_after)
 
 
 class HandOffFailed(FrelayError):
-    """PAIRED arrived, but the outer TLS did not end cleanly; no byte of the peer was read. Join again."""
+    """The relay sent PAIRED, but the outer TLS did not end cleanly; no byte of the peer was read. Join again."""
 
 
 class PeerGone(FrelayError):
-    """The other function went away before the inner TLS was up. Join again."""
+    """The other function disconnected before the inner TLS was established. Join again."""
 
 
 class CertificateRefused(PeerGone):
-    """The other function refused *this* function's certificate, and said so by a TLS alert; the text says why."""
+    """The other function refused *this* function's certificate with a TLS alert; the text says why."""
 
 
 class PeerIdentityMismatch(FrelayError):
-    """The peer's certificate does not show the identity asked for with ``peer=``; nothing was sent to it."""
+    """The peer's certificate does not have the identity that ``peer=`` asks for; nothing was sent to the peer."""
 
     def __init__(self, expected: str, found: Sequence[str]) -> None:
         self.expected = expected
@@ -188,5 +193,5 @@ class PeerIdentityMismatch(FrelayError):
         super().__init__(f"the peer showed {shown or 'no usable name'}, where {expected} was expected")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled by its arguments, so that it arrives from a pool of processes."""
+        """Pickle the arguments: a pool of processes pickles the errors of its tasks."""
         return type(self), (self.expected, self.found)

@@ -22,6 +22,8 @@ from typing import Any, Final
 
 import trio
 
+from frelay.errors import FrelayError
+
 __all__ = ["Channel", "ChannelEnded", "Received"]
 
 _LENGTH: Final = struct.Struct(">I")
@@ -30,7 +32,7 @@ _MOST_DESCRIPTORS: Final = 253
 _PIECE: Final = 65536
 
 
-class ChannelEnded(Exception):
+class ChannelEnded(FrelayError):
     """The other process has gone, or has let go of the channel."""
 
 

@@ -15,6 +15,7 @@ import trio
 
 from frelay.cli.connect.local import LocalSocket
 from frelay.client.options import split_address
+from frelay.errors import FrelayError
 
 __all__ = ["LocalError", "check_dial_address", "check_listen_address", "dial_local", "listening", "shown"]
 
@@ -28,7 +29,7 @@ _BUSY_PAUSE: Final = 0.05
 _NO_SUCH_FAMILY: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
-class LocalError(Exception):
+class LocalError(FrelayError):
     """Nothing can listen at an address here, or no service answers there; the text names the address and the reason."""
 
 

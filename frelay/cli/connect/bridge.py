@@ -34,7 +34,7 @@ _INSIDE: Final = "the local side"
 _OUTSIDE: Final = "the other function"
 
 
-class Broken(Exception):
+class Broken(FrelayError):
     """A side broke; the text says which and how."""
 
 
@@ -119,7 +119,7 @@ async def bridge(
     except BaseException as error:
         await trio.aclose_forcefully(wire)
         broken = _only_error(error)
-        if not isinstance(broken, Broken | FrelayError):
+        if not isinstance(broken, FrelayError):
             raise
         report.ended(wire, out.count, back.count, str(broken))
         raise broken from None

@@ -95,9 +95,6 @@ async def _once(joiner: Joiner, report: Report, use: Callable[[TrioWire], Awaita
     except FrelayError as error:
         report.fail(error)
         return exit_code(error)
-    except Broken as error:
-        report.fail(error)
-        return 1
     return 0
 
 

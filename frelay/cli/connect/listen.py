@@ -17,7 +17,7 @@ from typing import Final
 import trio
 
 from frelay.cli.connect.address import LocalError, listening, shown
-from frelay.cli.connect.bridge import Broken, bridge
+from frelay.cli.connect.bridge import bridge
 from frelay.cli.connect.hangup import hung_up
 from frelay.cli.connect.join import Joiner, back_off, is_nobody_came
 from frelay.cli.connect.local import LocalSocket
@@ -108,7 +108,7 @@ class Port:
                     return
                 await bridge(local, wire, self._report)
                 await local.aclose()
-            except (FrelayError, Broken) as error:
+            except FrelayError as error:
                 self._report.fail(error)
             finally:
                 local.cut()

@@ -18,7 +18,7 @@ import structlog
 import trio
 
 from frelay.admin.control import Counts
-from frelay.errors import ConfigError
+from frelay.errors import ConfigError, FrelayError
 from frelay.journal import Entry
 from frelay.net.channel import Channel, ChannelEnded
 from frelay.relay.workers.codec import counts_from_json, entry_from_json, problem_from_json
@@ -33,7 +33,7 @@ _NOT_FOR_WORKERS: Final = frozenset(
 )
 
 
-class WorkerLost(Exception):
+class WorkerLost(FrelayError):
     """The worker has ended, or does not answer."""
 
 
