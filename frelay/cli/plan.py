@@ -24,7 +24,7 @@ from frelay.cli.admin_client import (
 )
 from frelay.cli.check import as_json_object, load_and_prepare, report_problems
 from frelay.cli.text import bold, count
-from frelay.config.dump import config_as_written, load_written, route_as_written
+from frelay.config.dump import dump_config, dump_route, load_dump
 from frelay.config.load import load
 from frelay.config.model import Config, Route
 from frelay.config.plan import Plan
@@ -129,7 +129,7 @@ def _of_relay(options: AdminOptions, path: Path) -> Running:
     with AdminClient(address, credentials) as client:
         written, routes = client.get("/v1/config"), client.get("/v1/routes")["routes"]
     try:
-        config = load_written(written)
+        config = load_dump(written)
     except ValueError as error:
         text = " ".join(str(error).split())
         raise CallFailed(f"the relay at {address} has a configuration that this frelay cannot read: {text}") from error
@@ -173,12 +173,12 @@ def _shown(value: Any) -> str:
 
 
 def _route_changes(old: Route, new: Route, keys: Iterable[str]) -> list[_Change]:
-    was, becomes = ({**table.pop("limits"), **table} for table in (route_as_written(old), route_as_written(new)))
+    was, becomes = ({**table.pop("limits"), **table} for table in (dump_route(old), dump_route(new)))
     return [_Change(key, was[key], becomes[key]) for key in keys]
 
 
 def _setting_changes(old: Config, new: Config, keys: Iterable[str]) -> list[_Change]:
-    was, becomes = config_as_written(old), config_as_written(new)
+    was, becomes = dump_config(old), dump_config(new)
     return [_Change(key, _value_at(was, key), _value_at(becomes, key)) for key in keys]
 
 
@@ -195,7 +195,7 @@ def _as_json(plan: Plan, running: Running, new: Config) -> dict[str, Any]:
 
     def hit(route: Route) -> dict[str, Any]:
         pairings, waiting = running.counts.get(route.name, (None, None))
-        return {"name": route.name, "listen": route.listen.as_written(), "pairings": pairings, "waiting": waiting}
+        return {"name": route.name, "listen": route.listen.as_toml(), "pairings": pairings, "waiting": waiting}
 
     return {
         "ok": not plan.clashes,
@@ -209,7 +209,7 @@ def _as_json(plan: Plan, running: Running, new: Config) -> dict[str, Any]:
             }
             for kept in plan.keep
         ],
-        "add": [{"name": added.route.name, "listen": added.route.listen.as_written()} for added in plan.add],
+        "add": [{"name": added.route.name, "listen": added.route.listen.as_toml()} for added in plan.add],
         "remove": [hit(removed.route) for removed in plan.remove],
         "replace": [
             {

@@ -1,11 +1,11 @@
-"""Addresses and networks: read from text strictly, so that one text means one thing.
+"""Addresses and networks: parsed strictly from text, so that one text means one thing.
 
-The system's own readers are generous where a route file must not be. ``getaddrinfo`` takes ``127.1`` and
-``010.0.0.1`` for addresses that no person sees in them, an empty host for all of them, and ``ip_network`` takes
-``10.0.0.0/0.0.0.255`` for a mask. Here each of these is refused with the way to write what was meant, and what is
-accepted is brought to one canonical text, so that equal places compare equal.
+The system's own parsers accept too much for a route file. ``getaddrinfo`` reads ``127.1`` and ``010.0.0.1`` as
+addresses that a person would not expect, and an empty host as every address; ``ip_network`` reads
+``10.0.0.0/0.0.0.255`` as a network with a mask. The parsers here refuse each of these, and the error says how to write
+what was meant. Every address gets one canonical text, so that equal addresses compare equal.
 
-A route listens on several (:class:`Addresses`), and a service may be at a Unix socket (:class:`UnixAddress`).
+A route listens on several addresses (:class:`Addresses`), and a service may have a Unix socket (:class:`UnixAddress`).
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ __all__ = [
 ]
 
 LOOPBACK: Final = ("127.0.0.1", "::1")
-"""What ``localhost`` stands for (RFC 6761, 6.3), whatever a hosts file says."""
+"""The addresses of ``localhost`` (RFC 6761, 6.3). We do not look into the hosts file."""
 
 MAX_UNIX_PATH: Final = 107
-"""Bytes in the path of a Unix socket at most: ``sun_path`` of unix(7), less its NUL."""
+"""The most bytes that the path of a Unix socket may have: ``sun_path`` of unix(7), less its NUL."""
 
 Network = IPv4Network | IPv6Network
 
 _HOST_AND_PORT: Final = re.compile(r"(?:\[(?P<inner>[^\[\]]*)\]|(?P<host>[^:\[\]]*)):(?P<port>[0-9]{1,5})\Z")
 _HOST_LABEL: Final = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?\Z")
-# getaddrinfo() reads "127.1", "0x7f.1" and "010.0.0.1" as IPv4 addresses, and not the ones that a person sees.
+# getaddrinfo() reads "127.1", "0x7f.1" and "010.0.0.1" as IPv4 addresses, but as others than a person expects.
 _NUMERIC_LABEL: Final = re.compile(r"(?:[0-9]+|0x[0-9a-f]*)\Z")
 _MAX_HOST: Final = 253
 _SCOPE: Final = re.compile(r"[A-Za-z0-9._-]{1,15}\Z")  # an interface's name: IFNAMSIZ less its NUL
@@ -50,7 +50,7 @@ class Address:
     """A host and a port; ``str()`` gives ``127.0.0.1:9001`` or ``[::1]:9001``.
 
     ``host`` is an IP address in its canonical text, without brackets, or a host name in lower case. Port 0 means
-    any free port. :func:`parse_address` makes one from text and holds these rules; the class itself does not check.
+    any free port. :func:`parse_address` makes one from text and enforces these rules; the class checks nothing.
     """
 
     host: str
@@ -61,15 +61,15 @@ class Address:
 
     @property
     def is_wide(self) -> bool:
-        """Whether it may overlap other addresses than its own: of any two different ones that do, one is wide."""
+        """Whether it may overlap addresses other than itself. If two different addresses overlap, one is wide."""
         ip = ip_of(self.host)
         return self.host == "localhost" if ip is None else ip.is_unspecified
 
     def overlaps(self, other: Address) -> bool:
-        """Whether the kernel could not bind both: the same place, or a wildcard and a part of it.
+        """Whether the kernel could not bind both: they are equal, or one is a wildcard that covers the other.
 
-        ``0.0.0.0`` and ``[::]`` do not overlap, as frelay binds IPv6 sockets with IPV6_V6ONLY. Of a host name only
-        ``localhost`` is known here; any other name is taken to lie in reach of a wildcard.
+        ``0.0.0.0`` and ``[::]`` do not overlap, since frelay binds IPv6 sockets with IPV6_V6ONLY. No name is resolved
+        here: only the addresses of ``localhost`` are known, and a wildcard is taken to cover every other name.
         """
         if self.port != other.port or self.port == 0:
             return False
@@ -82,7 +82,7 @@ class Address:
 
 
 def _reaches(address: IPv4Address | IPv6Address | None, name: str) -> bool:
-    """Whether binding ``address`` takes a place that the host ``name`` (not an address) stands for."""
+    """Whether ``address`` covers an address of the host ``name``, which is no IP address."""
     if address is None:
         return False
     return address.is_unspecified or (name == "localhost" and str(address) in LOOPBACK)
@@ -96,7 +96,7 @@ class Addresses(tuple[Address, ...]):
     def __str__(self) -> str:
         return ", ".join(map(str, self))
 
-    def as_written(self) -> str | list[str]:
+    def as_toml(self) -> str | list[str]:
         """How a route file writes it: text for one, a list for several."""
         return str(self[0]) if len(self) == 1 else [str(address) for address in self]
 
@@ -112,7 +112,7 @@ class UnixAddress:
 
 
 def ip_of(host: str) -> IPv4Address | IPv6Address | None:
-    """The IP address that ``host`` is the text of, or None for a host name."""
+    """``host`` as an IP address, or None if it is a host name."""
     try:
         return ipaddress.ip_address(host)
     except ValueError:
@@ -122,8 +122,8 @@ def ip_of(host: str) -> IPv4Address | IPv6Address | None:
 def parse_address(text: str) -> Address:
     """Read ``HOST:PORT``: an IPv4 address, an IPv6 address in brackets, or a host name; port 0 to 65535.
 
-    A dot at the end of a host name stays, for a resolver then appends no search domain. That ``localhost.`` is
-    ``localhost`` needs no resolver.
+    A dot at the end of a host name is kept: it tells a resolver to append no search domain. Only ``localhost.`` becomes
+    ``localhost``, since that name is not resolved.
 
     Raises:
         ValueError: says what is wrong with ``text`` and how to write it.
@@ -131,7 +131,7 @@ def parse_address(text: str) -> Address:
     found = _HOST_AND_PORT.match(text)
     if found is None:
         if text.count(":") > 1 and "[" not in text:
-            raise ValueError(f"{text!r}: an IPv6 address stands in brackets, as in [::1]:9001")
+            raise ValueError(f"{text!r}: write an IPv6 address in brackets, as in [::1]:9001")
         raise ValueError(f"{text!r} is not an address: write HOST:PORT, as in 127.0.0.1:9001 or [::1]:9001")
     port = int(found["port"])
     if port > 65535:
@@ -155,7 +155,7 @@ def parse_address(text: str) -> Address:
 
 
 def parse_listen(text: str) -> Address:
-    """As :func:`parse_address`, for a place to listen: ``relay.acme.`` is ``relay.acme``, and the same place."""
+    """As :func:`parse_address`, for an address to listen on: ``relay.acme.`` becomes ``relay.acme``, its equal."""
     address = parse_address(text)
     return Address(address.host.removesuffix("."), address.port)
 
@@ -177,7 +177,7 @@ def parse_network(text: str) -> Network:
         ValueError: says what is wrong with ``text`` and how to write it.
     """
     base, slash, bits = text.partition("/")
-    # ip_network() would also read 10.0.0.0/0.0.0.255, where a typing error opens far more than it shows.
+    # ip_network() would also read 10.0.0.0/0.0.0.255: with a mask, a typing error may admit far more than it seems.
     if "%" in base or (slash and not (bits.isascii() and bits.isdigit())):
         raise ValueError(f"{text!r} is not a network: write ADDRESS/BITS, as in 10.0.0.0/8")
     try:
@@ -186,5 +186,5 @@ def parse_network(text: str) -> Network:
     except ValueError:
         raise ValueError(f"{text!r} is not a network: write ADDRESS/BITS, as in 10.0.0.0/8") from None
     if address != network.network_address:
-        raise ValueError(f"{text!r} has bits set beyond its prefix: write {network} if the whole of it is meant")
+        raise ValueError(f"{text!r} has bits set after its prefix: write {network} if you mean the whole network")
     return network

@@ -1,12 +1,12 @@
-"""One TOML file of a configuration: read, parsed, and able to say where in it something is wrong.
+"""One TOML file of a configuration: it is read and parsed, and its problems are reported with key and line.
 
-A place in a file is a path of keys and indexes, ``("route", 0, "func1", 2)``. pydantic's errors, tomllib's result,
-:class:`~frelay.config.line_numbers.Lines` and our own rules all speak of places in this way; :meth:`Document.report`
-alone turns one into the key path and the line that a person reads.
+A value in a file is named by its key path, the keys and indexes that lead to it: ``("route", 0, "func1", 2)``.
+pydantic's errors, tomllib's result, :class:`~frelay.config.line_numbers.LineNumbers` and our own rules all use this
+form. Only :meth:`Document.report` turns it into the key and the line that a person reads.
 
-Reading is guarded against what a path can be by mistake: a directory, a FIFO that never ends, a file of gigabytes.
-And what comes back to the reader out of a file is shortened and has its control characters escaped, since these
-messages end up in logs and terminals.
+A path may name the wrong thing by mistake: a directory, a FIFO that never ends, a file of gigabytes. Reading refuses
+each of them. Messages quote the file, and end up in logs and terminals: so quotes are shortened, and control characters
+are escaped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from frelay.config.line_numbers import Lines
+from frelay.config.line_numbers import KeyPath, LineNumbers
 from frelay.config.model import (
     AdminSection,
     GroupTable,
@@ -46,7 +46,7 @@ __all__ = [
     "MAX_FILE_SIZE",
     "SECTIONS",
     "Document",
-    "Place",
+    "KeyPath",
     "explain",
     "parse_document",
     "read_document",
@@ -54,9 +54,9 @@ __all__ = [
     "unknown_key",
 ]
 
-# 10,000 routes take about 1.5 MB: beyond this it is some other file, or routes_dir is the place for them.
+# 10,000 routes take about 1.5 MB. A larger file is no route file, or its routes should be in routes_dir.
 MAX_FILE_SIZE: Final = 1024 * 1024
-_MAX_MESSAGE: Final = 600  # characters; a selector may have 2,048, and one that long explains nothing in full
+_MAX_MESSAGE: Final = 600  # characters; a selector may have 2,048, and nobody reads all of that
 _MAX_SHOWN: Final = 60
 
 SECTIONS: Final[Mapping[str, type[Section]]] = {
@@ -69,15 +69,12 @@ SECTIONS: Final[Mapping[str, type[Section]]] = {
 }
 ARRAYS: Final[Mapping[str, type[Section]]] = {"group": GroupTable, "route": RouteTable}
 
-Place = tuple[str | int, ...]
-
-
 # --- one file --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Document:
-    """A TOML file that could be parsed, and the list that its problems go to."""
+    """A parsed TOML file, and the list to which its problems are added."""
 
     path: Path
     text: str
@@ -85,51 +82,53 @@ class Document:
     problems: list[Problem]
 
     @cached_property
-    def _lines(self) -> Lines:
-        return Lines(self.text)  # only a file with a problem in it is read for its lines
+    def _lines(self) -> LineNumbers:
+        return LineNumbers(self.text)  # made only if the file has a problem
 
-    def line(self, place: Place) -> int | None:
-        """The line of ``place``, or of what is next above it in the file."""
-        return self._lines.line(place)
+    def line(self, key_path: KeyPath) -> int | None:
+        """The line of ``key_path``, or of the nearest table or list around it."""
+        return self._lines.line(key_path)
 
-    def report(self, place: Place, message: str, *, line_of: Place | None = None, is_conflict: bool = False) -> None:
-        """Add a problem with the key at ``place``; ``line_of`` where the line to show is another key's."""
+    def report(
+        self, key_path: KeyPath, message: str, *, line_of: KeyPath | None = None, is_conflict: bool = False
+    ) -> None:
+        """Add a problem with the key at ``key_path``. ``line_of`` is another key whose line is shown instead."""
         self.problems.append(
             Problem(
                 file=self.path,
                 message=_printable(message),
-                key=_printable(self._key(place)) or None,
-                line=self.line(place if line_of is None else line_of),
+                key=_printable(self._key(key_path)) or None,
+                line=self.line(key_path if line_of is None else line_of),
                 is_conflict=is_conflict,
             )
         )
 
-    def where(self, place: Place) -> str:
-        """File and line of ``place``, for the message of a problem elsewhere that has to do with it."""
-        line = self.line(place)
+    def where(self, key_path: KeyPath) -> str:
+        """File and line of ``key_path``, for a message about another key."""
+        line = self.line(key_path)
         return _printable(str(self.path) if line is None else f"{self.path}:{line}")
 
-    def _key(self, place: Place) -> str:
-        """``route[shuffle].func1[0]``: tables with a usable name are shown by it, others by their index from 0."""
+    def _key(self, key_path: KeyPath) -> str:
+        """``route[shuffle].func1[0]``: a table with a valid name is shown by it, another one by its index from 0."""
         written = ""
-        for index, step in enumerate(place):
+        for index, step in enumerate(key_path):
             if isinstance(step, str):
                 key = step if re.fullmatch(r"[A-Za-z0-9_-]+", step) else json.dumps(step)
                 written += f".{key}" if written else key
             else:
-                written += f"[{self._name_at(place[: index + 1]) or step}]"
+                written += f"[{self._name_at(key_path[: index + 1]) or step}]"
         return written
 
-    def _name_at(self, place: Place) -> str | None:
-        if len(place) != 2 or place[0] not in ARRAYS:
+    def _name_at(self, key_path: KeyPath) -> str | None:
+        if len(key_path) != 2 or key_path[0] not in ARRAYS:
             return None
-        table = self.table[str(place[0])][place[1]]
+        table = self.table[str(key_path[0])][key_path[1]]
         name = table.get("name") if isinstance(table, dict) else None
         return name if is_name(name) else None
 
 
 def read_document(path: Path, problems: list[Problem], *, may_be_gone: bool = False) -> Document | None:
-    """Read and parse ``path``; None after a problem, or if it ``may_be_gone`` and is."""
+    """Read and parse ``path``; None after a problem, or if it ``may_be_gone`` and does not exist."""
 
     def refuse(message: str) -> None:
         problems.append(Problem(file=path, message=_printable(message)))
@@ -153,16 +152,16 @@ def read_document(path: Path, problems: list[Problem], *, may_be_gone: bool = Fa
 
 
 def parse_document(path: Path, content: bytes, problems: list[Problem]) -> Document | None:
-    """Parse what stands in ``path``, or is to stand there; None after a problem."""
+    """Parse the ``content`` of ``path``, which may not be written yet; None after a problem."""
 
     def refuse(message: str, line: int | None = None) -> None:
         problems.append(Problem(file=path, message=_printable(message), line=line))
 
     if len(content) > MAX_FILE_SIZE:
-        refuse("has more than 1 MiB, which no route file needs; many routes belong into relay.routes_dir")
+        refuse("has more than 1 MiB, which no route file needs; put many routes into relay.routes_dir, one file each")
         return None
     try:
-        # With the mark that some editors put first; tomllib would call it an invalid statement.
+        # utf-8-sig skips the byte order mark of some editors, which tomllib would call an invalid statement.
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
@@ -174,7 +173,7 @@ def parse_document(path: Path, content: bytes, problems: list[Problem]) -> Docum
         refuse(*_syntax(str(error), text))
     except RecursionError:
         refuse("is not usable TOML: its values nest too deeply")
-    except ValueError as error:  # an int beyond sys.set_int_max_str_digits, of which tomllib knows nothing
+    except ValueError as error:  # tomllib does not catch this: an int with more digits than sys.set_int_max_str_digits
         refuse(f"is not usable TOML: {error}")
     return None
 
@@ -187,7 +186,7 @@ def _read(path: Path) -> bytes:
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    # A FIFO put there by mistake must be an error, not a relay that hangs in open(2).
+    # Without O_NONBLOCK, open(2) of a FIFO would hang the relay; so it is an error.
     return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
 
 
@@ -195,7 +194,7 @@ _SYNTAX_PLACE: Final = re.compile(r" \(at (?:line (?P<line>\d+), column (?P<colu
 
 
 def _syntax(error: str, text: str) -> tuple[str, int]:
-    """The message for a TOML syntax error, and its line; tomllib has it in the text of its error only."""
+    """The message for a TOML syntax error, and its line, which tomllib gives only in the text of the error."""
     found = _SYNTAX_PLACE.search(error)
     what = error[: found.start()] if found else error
     if found is None or found["line"] is None:
@@ -203,11 +202,11 @@ def _syntax(error: str, text: str) -> tuple[str, int]:
     return f"is not valid TOML: {what} (column {found['column']})", int(found["line"])
 
 
-# --- what the reader is told -----------------------------------------------------------------------------------
+# --- messages --------------------------------------------------------------------------------------------------
 
 
 def _printable(text: str) -> str:
-    """``text`` without what could forge a log line, steer a terminal, or be a key, and not longer than needed."""
+    """``text`` without private keys, shortened, and escaped: it can neither forge a log line nor control a terminal."""
     text = without_pem(text)
     if len(text) > _MAX_MESSAGE:
         text = f"{text[:_MAX_MESSAGE]}..."
@@ -218,7 +217,7 @@ def _printable(text: str) -> str:
 
 
 def shown(value: object) -> str:
-    """A value of a file in TOML's words, short."""
+    """A value of a file in short, as TOML would write it."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
@@ -226,7 +225,7 @@ def shown(value: object) -> str:
     elif isinstance(value, (int, float)):
         try:
             text = str(value)
-        except ValueError:  # more than 4,300 digits, which hexadecimal can bring past tomllib
+        except ValueError:  # more than 4,300 digits; tomllib accepts that many in hexadecimal
             return "a very large number"
     elif isinstance(value, (list, tuple)):
         return "a list" if value else "an empty list"
@@ -240,7 +239,7 @@ def shown(value: object) -> str:
 
 
 def _homes() -> dict[str, str]:
-    """For each key that only one table has, that table as it is written."""
+    """For each key that only one table has: the header of that table, such as ``[tcp]``."""
     homes: dict[str, set[str]] = defaultdict(set)
     for name, model in (*SECTIONS.items(), *ARRAYS.items()):
         for key in model.model_fields:
@@ -253,10 +252,10 @@ _HOMES: Final = _homes()
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
-    """The message for a key that is not among ``known``: what was meant, or where it belongs."""
+    """The message for a key that is not among ``known``: the key that was probably meant, or its right table."""
     choices = sorted(known)
     if key in _HOMES and key not in choices:
-        return f"is not known here: it belongs into {_HOMES[key]}"
+        return f"is no key of this table: it belongs into {_HOMES[key]}"
     near = get_close_matches(key, choices, 1) if len(key) <= _MAX_SHOWN else []
     if near:
         return f'is not a known key: did you mean "{near[0]}"?'
@@ -280,7 +279,7 @@ _BOUNDS: Final[Mapping[str, tuple[str, str]]] = {
 
 
 def explain(error: Mapping[str, Any], model: type[Section]) -> str:
-    """What pydantic found in a table of ``model``, in words for whoever wrote the file."""
+    """An error of pydantic in a table of ``model``, as a message for the author of the file."""
     kind, context, value = error["type"], error.get("ctx", {}), error["input"]
     if kind == "value_error":
         return str(context["error"])

@@ -1,7 +1,7 @@
-"""A configuration as a route file would write it: TOML's types only, every key with its value in force.
+"""A configuration as plain data: every key with the value in force, in the types of TOML.
 
-The inverse of ``load``, for whoever shows a configuration (the admin API), compares one (an ETag), or takes one over
-from another process (``frelay plan``): :func:`load_written` makes a Config of it again.
+This is the inverse of ``load``. The admin API shows it, makes ETags of it, and sends it to other processes (workers,
+``frelay plan``); there :func:`load_dump` makes a Config of it again.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from frelay.config.model import (
 )
 from frelay.protocol.identity import parse_selector
 
-__all__ = ["config_as_written", "load_written", "route_as_written"]
+__all__ = ["dump_config", "dump_route", "load_dump"]
 
 
 def _value(value: Any) -> Any:
     if isinstance(value, Dial | Addresses):
-        return value.as_written()
+        return value.as_toml()
     if isinstance(value, Section):
         return {name: _value(getattr(value, name)) for name in type(value).model_fields}
     if isinstance(value, tuple):
@@ -39,32 +39,32 @@ def _value(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
-def route_as_written(route: Route) -> dict[str, Any]:
-    """The keys of a route; its effective limits stand together under ``limits``."""
+def dump_route(route: Route) -> dict[str, Any]:
+    """The keys of a route; its effective limits are together in ``limits``."""
     table = _value(route)
     del table["source"]
     return dict(table)
 
 
-def config_as_written(config: Config) -> dict[str, Any]:
-    """The whole, with ``path`` and the ``source`` of each route; sections that are not there are null."""
+def dump_config(config: Config) -> dict[str, Any]:
+    """A whole configuration, with ``path`` and the ``source`` of each route; a section that is absent is None."""
     return {
         "path": str(config.path),
         **{name: _value(getattr(config, name)) for name in ("relay", "tls", "limits", "tcp", "admin", "metrics")},
-        "routes": [{**route_as_written(route), "source": str(route.source)} for route in config.routes],
+        "routes": [{**dump_route(route), "source": str(route.source)} for route in config.routes],
     }
 
 
-def load_written(table: Mapping[str, Any]) -> Config:
-    """The Config of which ``table`` is :func:`config_as_written`, but for ``files`` and groups, which are expanded.
+def load_dump(table: Mapping[str, Any]) -> Config:
+    """Make the Config again whose :func:`dump_config` is ``table``. It lacks ``files`` and groups: those are expanded.
 
-    Raises ValueError for a table that another version wrote in another way.
+    Raises ValueError if another version of frelay made the table in another form.
     """
 
     def section(name: str, model: type[Section]) -> Any:
         if table[name] is None:
             return None
-        # An empty list stands for a key that was not there, as admin.allow beside a Unix socket; a file cannot say so.
+        # An empty list stands for an absent key, such as admin.allow with a Unix socket; load accepts no empty list.
         return model.model_validate({key: value for key, value in table[name].items() if value != []})
 
     try:
@@ -85,9 +85,9 @@ def load_written(table: Mapping[str, Any]) -> Config:
             ),
         )
     except (KeyError, TypeError) as error:
-        raise ValueError(f"this is no configuration as frelay writes it: {error!r}") from error
+        raise ValueError(f"this is not the form in which frelay writes a configuration: {error!r}") from error
 
 
 def _party(value: Any) -> Any:
-    # An empty list stands for "nobody in particular" on a plain route; a file cannot say so.
+    # An empty list stands for the absent party of a plain route; the model accepts no empty list.
     return tuple(parse_selector(one) for one in value) if isinstance(value, list) else value

@@ -1,21 +1,21 @@
-"""On which line does each key of a TOML document stand?
+"""Finds the line of each key in a TOML document.
 
-``tomllib`` gives values without places, and an error without its line sends a person hunting. So this reads the
-document a second time, for places only. It does not judge: it expects what tomllib has accepted, and where it finds
-something else it goes on with the next line, so that it never raises and always ends.
+``tomllib`` gives values without their lines, but a person needs the line of an error. So this module scans the document
+a second time, for lines only. It checks nothing: it expects a document that tomllib has accepted. Where it finds
+something else it continues with the next line, so that it never raises and always ends.
 
-Places are kept by *path*, the keys and indexes that lead to a value in tomllib's result: ``("route", 0, "listen")``.
-Three facts of TOML make up most of the code below:
+Lines are recorded by key path, the keys and indexes that lead to a value in tomllib's result:
+``("route", 0, "listen")``. Three facts of TOML explain most of the code below:
 
 1. ``[[route]]`` begins the next element of an array, and later headers that pass through ``route`` mean its last
-   element. So the scanner counts elements by path, and puts the current index into every header's path.
-2. A header or dotted key ``a.b.c`` also brings ``a`` and ``a.b`` into being; they stand where they were first
-   written, until a header of their own shows up.
-3. Strings may hold anything that looks like syntax, over several lines. They are skipped as wholes, by their own
-   closing rules: a multi-line string may end in up to two quotes of its text directly before its three.
+   element. So the scanner counts the elements of each array, and puts the current index into the path of every header.
+2. A header or dotted key ``a.b.c`` also creates ``a`` and ``a.b``. They get the line where they first appear, until a
+   header of their own follows.
+3. Strings may hold anything that looks like syntax, over several lines. The scanner skips each string as a whole, by
+   the rules for its end: a multi-line string may have up to two more quotes directly before the three that close it.
 
-Values nest, but the scanner keeps its own stack instead of recursing, and forgets places deeper than
-:data:`MAX_DEPTH`, so that depth costs neither the interpreter's stack nor quadratic memory.
+Values nest, but the scanner keeps its own stack instead of recursing, and does not record paths deeper than
+:data:`MAX_DEPTH`. So a deep document costs neither the interpreter's stack nor quadratic memory.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Final
 
-__all__ = ["MAX_DEPTH", "Lines"]
+__all__ = ["MAX_DEPTH", "KeyPath", "LineNumbers"]
 
-Path = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 
-# A route file's deepest place has four steps, route[0].func1[0]. The rest is room for a file with mistakes in it.
+# The deepest path of a valid route file has four steps, route[0].func1[0]. The rest is for files with mistakes.
 MAX_DEPTH: Final = 32
 
 _BARE_KEY: Final = re.compile(r"[A-Za-z0-9_-]+")
@@ -57,22 +57,22 @@ _SHORT_ESCAPES: Final = {
 }
 
 
-class Lines:
+class LineNumbers:
     """The lines (from 1) of all keys and array elements of a TOML document, down to :data:`MAX_DEPTH` steps."""
 
     def __init__(self, text: str) -> None:
         self._text = text
         self._newlines = [found.start() for found in _NEWLINE.finditer(text)]
-        self._lines: dict[Path, int] = {}
-        self._lengths: dict[Path, int] = {}  # of arrays of tables, by the path of the array
+        self._lines: dict[KeyPath, int] = {}
+        self._lengths: dict[KeyPath, int] = {}  # of arrays of tables, by the path of the array
         self._scan()
 
-    def __contains__(self, path: Path) -> bool:
-        """Whether exactly this key or element stands in the document."""
+    def __contains__(self, path: KeyPath) -> bool:
+        """Whether the document has exactly this key or element."""
         return path in self._lines
 
     def line(self, path: Sequence[str | int]) -> int | None:
-        """The line of ``path``, or of the nearest thing above it that is written down, or None."""
+        """The line of ``path``, or of the nearest table or list around it, or None."""
         wanted = tuple(path)
         for length in range(len(wanted), 0, -1):
             found = self._lines.get(wanted[:length])
@@ -80,12 +80,12 @@ class Lines:
                 return found
         return None
 
-    # --- places ---
+    # --- recording ---
 
     def _line_at(self, position: int) -> int:
         return bisect_left(self._newlines, position) + 1
 
-    def _record(self, path: Path, position: int, *, implied: bool = False) -> None:
+    def _record(self, path: KeyPath, position: int, *, implied: bool = False) -> None:
         if not path or len(path) > MAX_DEPTH:
             return
         line = self._line_at(position)
@@ -94,16 +94,16 @@ class Lines:
         else:
             self._lines[path] = line
 
-    def _record_key(self, path: Path, keys: list[str], position: int) -> Path:
-        """Record ``keys`` below ``path``; only the last one is really written there, the others are implied."""
+    def _record_key(self, path: KeyPath, keys: list[str], position: int) -> KeyPath:
+        """Record ``keys`` below ``path``; only the last one is written out, the others are implied."""
         last = len(keys) - 1
         for index, key in enumerate(keys):
             path = _below(path, key)
             self._record(path, position, implied=index < last)
         return path
 
-    def _record_header(self, keys: list[str], position: int, *, is_array: bool) -> Path:
-        path: Path = ()
+    def _record_header(self, keys: list[str], position: int, *, is_array: bool) -> KeyPath:
+        path: KeyPath = ()
         last = len(keys) - 1
         for index, key in enumerate(keys):
             path = _below(path, key)
@@ -123,7 +123,7 @@ class Lines:
 
     def _scan(self) -> None:
         text = self._text
-        current: Path = ()
+        current: KeyPath = ()
         position = 0
         while True:
             position = _skip(_BETWEEN_STATEMENTS, text, position)
@@ -141,11 +141,11 @@ class Lines:
             if keys and text.startswith("=", position):
                 path = self._record_key(current, keys, start)
                 position = self._value(position + 1, path)
-            # What follows a value on its line is a comment at most; and what is no statement ends with its line.
+            # After a value a line can only have a comment. A line that is no statement is skipped as well.
             position = _skip(_REST_OF_LINE, text, position)
 
     def _keys(self, position: int) -> tuple[list[str], int]:
-        """The parts of a dotted key and where it ended, spaces after it skipped; no parts where there is no key."""
+        """The parts of a dotted key, and the position after it and its spaces; no parts if there is no key."""
         text, keys = self._text, list[str]()
         while True:
             position = _skip(_SPACE, text, position)
@@ -166,14 +166,14 @@ class Lines:
                 return keys, position
             position += 1
 
-    def _value(self, position: int, path: Path) -> int:
-        """Skip the value that begins after ``position`` and stands at ``path``; the end of it.
+    def _value(self, position: int, path: KeyPath) -> int:
+        """Skip the value of ``path``, which begins after ``position``; returns the position of its end.
 
         ``open_values`` are the arrays (with the index of their next element) and inline tables (with None) that
         have begun and not ended.
         """
         text = self._text
-        open_values: list[tuple[Path, int | None]] = []
+        open_values: list[tuple[KeyPath, int | None]] = []
         while True:
             position = _skip(_SPACE, text, position)
             character = text[position : position + 1]
@@ -205,7 +205,7 @@ class Lines:
                 start = position
                 keys, position = self._keys(position)
                 if not keys or not text.startswith("=", position):
-                    return position  # no TOML; the rest of this line is given up
+                    return position  # this is no TOML; skip the rest of the line
                 path = self._record_key(outer, keys, start)
                 open_values.append((outer, None))
                 position += 1
@@ -214,7 +214,7 @@ class Lines:
                 return position
 
     def _string_end(self, position: int) -> int:
-        """The position after the string that begins at ``position``, of whichever of the four kinds."""
+        """The position after the string that begins at ``position``, which is of any of the four kinds."""
         text = self._text
         quote = text[position]
         if text.startswith(quote * 3, position):
@@ -250,13 +250,13 @@ class Lines:
             return end
 
 
-def _below(path: Path, step: str | int) -> Path:
-    # One step beyond the limit is kept, so that such a path can never be taken for the one above it.
+def _below(path: KeyPath, step: str | int) -> KeyPath:
+    # One step beyond the limit is kept, so that the path of a deep value never equals that of its parent.
     return path if len(path) > MAX_DEPTH else (*path, step)
 
 
 def _skip(pattern: re.Pattern[str], text: str, position: int) -> int:
-    """Where ``pattern``, which also matches nothing, ends when it is put to ``position``."""
+    """The end of the match of ``pattern`` at ``position``; ``position`` itself if it does not match."""
     found = pattern.match(text, position)
     return position if found is None else found.end()
 

@@ -1,14 +1,13 @@
-"""A route file to a :class:`~frelay.config.model.Config`, or to every problem in it at once.
+"""Loads a route file: it makes a :class:`~frelay.config.model.Config`, or reports every problem at once.
 
-A person who mends a file wants one list, not one error a try. So nothing stops at the first mistake, and every step
-can go on beside one:
+A person who corrects a file wants one list, not one error after the other. So no mistake stops the loading:
 
-1. each table is validated by itself; one that fails is reported and set aside;
-2. the rules between keys and tables (``rules``) are judged on what is written;
-3. only where the list of problems is empty is a Config made.
+1. each table is validated by itself; one that fails is reported and left out;
+2. the rules between keys and tables (``rules``) are checked on the parsed file, also for tables that failed;
+3. a Config is made only if there are no problems.
 
-``routes_dir`` adds files to this: one route each, its keys at the top level, its name that of the file. They are
-read in the order of their names, after the route file, and share its groups, limits and addresses.
+``routes_dir`` adds more files. Each holds the keys of one route at its top level, and is named as the route. They are
+read after the route file, in the order of their names, and use its groups and limits.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from frelay.config.document import (
     ARRAYS,
     SECTIONS,
     Document,
-    Place,
+    KeyPath,
     explain,
     parse_document,
     read_document,
@@ -39,14 +38,14 @@ from frelay.config.model import (
     RelaySection,
     RouteTable,
     Section,
-    Surroundings,
     TcpSection,
     TlsSection,
+    ValueContext,
     is_name,
 )
 from frelay.config.route_files import RouteFileEdit
 from frelay.config.rules import (
-    WrittenRoute,
+    UncheckedRoute,
     check_addresses,
     check_keys_together,
     check_names,
@@ -63,9 +62,9 @@ SectionType = TypeVar("SectionType", bound=Section)
 
 
 def load(path: Path | str, *, edit: RouteFileEdit | None = None, base: Path | None = None) -> Config:
-    """Read the route file at ``path``, and the files of its ``routes_dir``: as they would be with ``edit``, if given.
+    """Read the route file at ``path`` and the files of its ``routes_dir``; with ``edit``, as if that were written.
 
-    Relative paths in it start from ``base``, by default from the file's own directory.
+    Relative paths in the file start from ``base``, by default from the file's own directory.
 
     Raises:
         ConfigError: with all problems, in the order of the files and of their lines. Their paths are absolute.
@@ -79,24 +78,25 @@ def load(path: Path | str, *, edit: RouteFileEdit | None = None, base: Path | No
 
 
 def load_sections(path: Path | str, *, base: Path | None = None) -> Config | None:
-    """The good ones among the sections of the route file at ``path``, without its routes; None if it cannot be read.
+    """The valid sections of the route file at ``path``, without its routes; None if it cannot be read.
 
-    It is for those who look at the files that the sections name, where :func:`load` has refused the whole.
+    When :func:`load` has refused a file, this still finds the certificates that it names, so that their problems are
+    reported together with those of the file.
     """
     main = read_document(Path(path).absolute(), [])
     if main is None:
         return None
-    around = Surroundings(base or main.path.parent)
+    context = ValueContext(base or main.path.parent)
     return Config(
         path=main.path,
-        relay=_section(main, "relay", RelaySection, around) or RelaySection(),
-        tls=_section(main, "tls", TlsSection, around),
-        tcp=_section(main, "tcp", TcpSection, around) or TcpSection(),
+        relay=_section(main, "relay", RelaySection, context) or RelaySection(),
+        tls=_section(main, "tls", TlsSection, context),
+        tcp=_section(main, "tcp", TcpSection, context) or TcpSection(),
     )
 
 
 def route_files(directory: Path) -> tuple[Path, ...]:
-    """The files of a ``routes_dir`` that hold routes, sorted: ``*.toml``, hidden ones left out.
+    """The files of a ``routes_dir`` that hold routes, sorted: ``*.toml`` without hidden files.
 
     A directory that does not exist has none. Raises OSError for one that cannot be listed.
     """
@@ -113,23 +113,23 @@ def _assemble(main: Document, problems: list[Problem], edit: RouteFileEdit | Non
         if key not in SECTIONS and key not in ARRAYS:
             main.report((key,), unknown_key(key, (*SECTIONS, *ARRAYS)))
 
-    relay = _section(main, "relay", RelaySection, Surroundings(base))
-    tls = _section(main, "tls", TlsSection, Surroundings(base))
-    limits = _section(main, "limits", Limits, Surroundings(base)) or Limits()
-    tcp = _section(main, "tcp", TcpSection, Surroundings(base)) or TcpSection()
-    groups = _groups(main, Surroundings(base))
-    around = Surroundings(base, groups)
-    admin = _section(main, "admin", AdminSection, around)
-    metrics = _section(main, "metrics", MetricsSection, around)
+    relay = _section(main, "relay", RelaySection, ValueContext(base))
+    tls = _section(main, "tls", TlsSection, ValueContext(base))
+    limits = _section(main, "limits", Limits, ValueContext(base)) or Limits()
+    tcp = _section(main, "tcp", TcpSection, ValueContext(base)) or TcpSection()
+    groups = _groups(main, ValueContext(base))
+    context = ValueContext(base, groups)
+    admin = _section(main, "admin", AdminSection, context)
+    metrics = _section(main, "metrics", MetricsSection, context)
 
     files = [main.path]
-    written = [WrittenRoute(main, place, table) for place, table in _tables(main, "route")]
+    written = [UncheckedRoute(main, key_path, table) for key_path, table in _tables(main, "route")]
     routes_dir = _routes_dir(main, relay, base)
     written += _routes_of_directory(main, routes_dir, files, edit)
-    routes: list[tuple[WrittenRoute, RouteTable]] = []
+    routes: list[tuple[UncheckedRoute, RouteTable]] = []
     for route in written:
         check_keys_together(route)
-        table = _validated(route.document, route.place, route.table, RouteTable, around)
+        table = _validated(route.document, route.key_path, route.table, RouteTable, context)
         if table is not None:
             routes.append((route, table))
     check_names(written)
@@ -160,18 +160,18 @@ def _assemble(main: Document, problems: list[Problem], edit: RouteFileEdit | Non
 
 
 def _validated(
-    document: Document, place: Place, table: dict[str, Any], model: type[SectionType], around: Surroundings
+    document: Document, key_path: KeyPath, table: dict[str, Any], model: type[SectionType], context: ValueContext
 ) -> SectionType | None:
-    """``table`` as a ``model``, or None after reporting all that is wrong with it."""
+    """``table`` as a ``model``, or None after reporting all its problems."""
     try:
-        return model.model_validate(table, context=around)
+        return model.model_validate(table, context=context)
     except ValidationError as error:
         for found in error.errors(include_url=False):
-            document.report((*place, *found["loc"]), explain(found, model))
+            document.report((*key_path, *found["loc"]), explain(found, model))
         return None
 
 
-def _section(main: Document, name: str, model: type[SectionType], around: Surroundings) -> SectionType | None:
+def _section(main: Document, name: str, model: type[SectionType], context: ValueContext) -> SectionType | None:
     """The section ``[name]``, or None if it is absent or was reported."""
     if name not in main.table:
         return None
@@ -179,16 +179,16 @@ def _section(main: Document, name: str, model: type[SectionType], around: Surrou
     if not isinstance(table, dict):
         main.report((name,), f"must be a table: write [{name}], in single brackets, and its keys below it")
         return None
-    return _validated(main, (name,), table, model, around)
+    return _validated(main, (name,), table, model, context)
 
 
-def _tables(main: Document, name: str) -> list[tuple[Place, dict[str, Any]]]:
-    """The tables of ``[[name]]`` with their places."""
+def _tables(main: Document, name: str) -> list[tuple[KeyPath, dict[str, Any]]]:
+    """The tables of ``[[name]]`` with their key paths."""
     written = main.table.get(name, [])
     if not isinstance(written, list):
         main.report((name,), f"must be a list of tables: write [[{name}]], in double brackets")
         return []
-    tables: list[tuple[Place, dict[str, Any]]] = []
+    tables: list[tuple[KeyPath, dict[str, Any]]] = []
     for index, table in enumerate(written):
         if isinstance(table, dict):
             tables.append(((name, index), table))
@@ -197,20 +197,20 @@ def _tables(main: Document, name: str) -> list[tuple[Place, dict[str, Any]]]:
     return tables
 
 
-def _groups(main: Document, around: Surroundings) -> dict[str, tuple[Selector, ...]]:
+def _groups(main: Document, context: ValueContext) -> dict[str, tuple[Selector, ...]]:
     groups: dict[str, tuple[Selector, ...]] = {}
-    first: dict[str, Place] = {}
-    for place, table in _tables(main, "group"):
-        group = _validated(main, place, table, GroupTable, around)
+    first: dict[str, KeyPath] = {}
+    for key_path, table in _tables(main, "group"):
+        group = _validated(main, key_path, table, GroupTable, context)
         name = table.get("name")
         if not is_name(name):
             continue
         if name in first:
             taken = main.where((*first[name], "name"))
-            main.report((*place, "name"), f'there is a group "{name}" already, at {taken}')
+            main.report((*key_path, "name"), f'there is a group "{name}" already, at {taken}')
             continue
-        first[name] = place
-        # A group with a mistake in it is still a known one: the routes that name it have nothing to mend.
+        first[name] = key_path
+        # A group with a mistake still exists: the routes that name it get no problem of their own.
         groups[name] = () if group is None else group.parties
     return groups
 
@@ -219,7 +219,7 @@ def _groups(main: Document, around: Surroundings) -> dict[str, tuple[Selector, .
 
 
 def _routes_dir(main: Document, relay: RelaySection | None, base: Path) -> Path | None:
-    """Where more routes are: as written, or ``routes.d`` beside the file; None if what is written is no path."""
+    """The directory with more routes: as the file says, or ``routes.d`` beside it; None if the file says no path."""
     default = base / "routes.d"
     if relay is not None:
         return relay.routes_dir or default
@@ -227,8 +227,8 @@ def _routes_dir(main: Document, relay: RelaySection | None, base: Path) -> Path 
     if not isinstance(section, dict) or "routes_dir" not in section:
         return default
     try:
-        # Another key of [relay] was wrong; the routes can be judged all the same.
-        only = RelaySection.model_validate({"routes_dir": section["routes_dir"]}, context=Surroundings(base))
+        # Another key of [relay] was wrong; the routes can still be checked.
+        only = RelaySection.model_validate({"routes_dir": section["routes_dir"]}, context=ValueContext(base))
     except ValidationError:
         return None
     return only.routes_dir
@@ -236,8 +236,8 @@ def _routes_dir(main: Document, relay: RelaySection | None, base: Path) -> Path 
 
 def _routes_of_directory(
     main: Document, directory: Path | None, files: list[Path], edit: RouteFileEdit | None
-) -> list[WrittenRoute]:
-    """The routes of ``routes_dir``, one a file; the files go to ``files``, problems to where those of ``main`` go."""
+) -> list[UncheckedRoute]:
+    """The routes of ``routes_dir``, one in each file. Adds to ``files``, and problems to those of ``main``."""
     if directory is None:
         return []
     try:
@@ -247,21 +247,23 @@ def _routes_of_directory(
         return []
     if edit is not None:
         paths = paths - {edit.path} if edit.content is None else paths | {edit.path}
-    routes: list[WrittenRoute] = []
+    routes: list[UncheckedRoute] = []
     for path in sorted(paths):
         files.append(path)
         if edit is not None and path == edit.path and edit.content is not None:
             document = parse_document(path, edit.content, main.problems)
         else:
-            # It may be gone: the admin API deletes routes at any time, also between the listing and this.
+            # It may be gone: the admin API can delete a route after the directory was listed.
             document = read_document(path, main.problems, may_be_gone=True)
         if document is None:
             continue
         if "route" in document.table:
-            document.report(("route",), "cannot stand here: such a file holds the keys of one route, without [[route]]")
+            document.report(
+                ("route",), "is not allowed here: a file of routes_dir holds the keys of one route, without [[route]]"
+            )
             continue
-        route = WrittenRoute(document, (), document.table)
+        route = UncheckedRoute(document, (), document.table)
         routes.append(route)
         if route.name is not None and route.name != path.stem:
-            route.report("name", f"must be the file's own name, {shown(path.stem)}: rename one of the two")
+            route.report("name", f"must be the name of the file, {shown(path.stem)}: rename one of the two")
     return routes

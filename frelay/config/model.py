@@ -1,10 +1,11 @@
-"""What a configuration is, as frozen types, with every default in one place.
+"""The frozen types of a configuration, with all defaults.
 
-The *sections* (:class:`Limits`, :class:`TlsSection` and so on) have the shape of the file, one class a table; unknown
-keys are refused. :class:`RouteTable` is one ``[[route]]`` as written. :class:`Route` and :class:`Config` are what the
-rest of frelay works with: groups are expanded, limits are the effective ones of that route, paths are absolute.
+The *sections* (:class:`Limits`, :class:`TlsSection` and so on) have the shape of the file: one class for each table;
+unknown keys are refused. :class:`RouteTable` is one ``[[route]]`` as it is written. The rest of frelay works with
+:class:`Route` and :class:`Config`: there groups are expanded, each route has its effective limits, and paths are
+absolute.
 
-``values`` says how a single value is read, ``config/relay.toml`` what each key is for. Durations are seconds (float),
+``values`` parses the single values; ``config/relay.toml`` says what each key is for. Durations are seconds (float),
 sizes and counts are ints.
 """
 
@@ -36,9 +37,9 @@ from frelay.config.values import (
     Party,
     PartyValue,
     SelectorList,
-    Surroundings,
     UnixOrAddress,
     UserTimeout,
+    ValueContext,
     Workers,
     is_name,
 )
@@ -62,10 +63,10 @@ __all__ = [
     "RouteLimits",
     "RouteTable",
     "Section",
-    "Surroundings",
     "TcpSection",
     "TlsSection",
     "UnixAddress",
+    "ValueContext",
     "is_name",
     "parse_address",
     "parse_network",
@@ -76,7 +77,7 @@ __all__ = [
 
 
 class Section(BaseModel):
-    """A frozen table of the route file; unknown keys and near-miss types are refused."""
+    """A frozen table of the route file. Unknown keys are refused, and types are strict: "10" is not 10."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, validate_default=True, hide_input_in_errors=True
@@ -86,7 +87,7 @@ class Section(BaseModel):
 class RelaySection(Section):
     """``[relay]``; ``drain_timeout`` in seconds, ``routes_dir`` absolute (by default ``routes.d`` beside the file).
 
-    ``user`` is whom a relay that root started becomes; whether there is such a user is judged where it does so.
+    ``user`` is the account that a relay becomes if root started it. Only then it is checked that the account exists.
     """
 
     name: Name = "relay-1"
@@ -103,7 +104,7 @@ class RelaySection(Section):
 
 
 class TlsSection(Section):
-    """``[tls]``: absolute paths only; existence, mode and content are judged where they are read, in ``tls/``."""
+    """``[tls]``: absolute paths. The room ``tls/`` reads the files, and checks existence, mode and content."""
 
     certificate: File
     private_key: File
@@ -130,14 +131,14 @@ class RouteLimits(Section):
 
 
 class Limits(RouteLimits):
-    """``[limits]``: those of :class:`RouteLimits` as defaults for every route, and those of the whole relay."""
+    """``[limits]``: the defaults of :class:`RouteLimits` for every route, and the limits of the whole relay."""
 
     handshake_timeout: Duration = 10
     join_timeout: Duration = 5
     handoff_timeout: Duration = 5
     ping_interval: Duration = 15
     pong_timeout: Duration = 10
-    # An idle pairing is 16 KiB of memory where both legs are raw, and some 150 KiB where both are tunnels.
+    # An idle pairing takes 16 KiB of memory if both legs are raw, and about 150 KiB if both are tunnels.
     max_pairings_in_all: Count = 16384
     max_pre_auth: Count = 256
     max_pre_auth_per_ip: Count = 32
@@ -152,7 +153,7 @@ class Limits(RouteLimits):
 class TcpSection(Section):
     """``[tcp]``: ``keepalive`` is (idle seconds, interval seconds, count), ``user_timeout`` is in seconds.
 
-    ``congestion_control`` is a name that this kernel has for it (tcp(7)), None for the machine's own choice.
+    ``congestion_control`` is the name of an algorithm of this kernel (tcp(7)); with None the kernel chooses.
     """
 
     keepalive: KeepAlive = (30, 10, 3)
@@ -162,19 +163,19 @@ class TcpSection(Section):
 
 
 class AdminSection(Section):
-    """``[admin]``: ``listen`` is ``unix:PATH`` (absolute) or ``HOST:PORT``, ``allow`` who may call the latter."""
+    """``[admin]``: ``listen`` is ``unix:PATH`` (absolute) or ``HOST:PORT``; ``allow`` is who may call the latter."""
 
     listen: UnixOrAddress = "unix:frelay.sock"
     allow: SelectorList = ()
 
     @property
     def socket_path(self) -> Path | None:
-        """The Unix socket's path, or None where the API listens on TCP."""
+        """The path of the Unix socket, or None if the API listens on TCP."""
         return Path(self.listen.removeprefix("unix:")) if self.listen.startswith("unix:") else None
 
     @property
     def address(self) -> Address | None:
-        """The TCP address, or None where the API listens on a Unix socket."""
+        """The TCP address, or None if the API listens on a Unix socket."""
         return None if self.listen.startswith("unix:") else parse_address(self.listen)
 
 
@@ -201,7 +202,7 @@ _TICKET_TIMEOUT: Final = 10.0  # seconds
 
 
 class RouteTable(RouteLimits):
-    """One ``[[route]]`` as written, limits inherited only where it does not set them. See :meth:`effective`."""
+    """One ``[[route]]`` as it is written. :meth:`effective` adds the limits that it does not set."""
 
     name: Name
     listen: Listens
@@ -216,7 +217,7 @@ class RouteTable(RouteLimits):
     ticket_timeout: Duration = _TICKET_TIMEOUT
 
     def effective(self, limits: Limits, source: Path) -> Route:
-        """This route with the limits that hold for it, and the file that it stands in."""
+        """This route with its effective limits, and with the file that holds it."""
         own = {name: getattr(self, name) for name in RouteLimits.model_fields if name in self.model_fields_set}
         return Route(
             name=self.name,
@@ -238,10 +239,10 @@ class RouteTable(RouteLimits):
 class Route(Section):
     """A route as the relay runs it: groups expanded, limits effective, durations in seconds.
 
-    ``func1`` and ``func2`` are selectors (any of them), or at most one of the two is a :class:`Dial`; both are
-    empty exactly where ``outer`` is "none", and there ``allow_from`` is not. ``proxy_protocol`` are the networks of
-    balancers that send a PROXY header, the same for all routes of an address. ``source`` is the file it stands in.
-    These rules are held by ``load``, which can say where they are broken; the class does not check them again.
+    ``func1`` and ``func2`` are selectors, of which any may match, or one of the two is a :class:`Dial`. If ``outer``
+    is "none", both are empty and ``allow_from`` is not; otherwise neither is empty. ``proxy_protocol`` are the networks
+    of load balancers that send a PROXY header, the same for all routes of an address. ``source`` is the file that holds
+    the route. ``load`` checks these rules, since it can name the line that breaks one; the class checks nothing.
     """
 
     name: Name
@@ -267,9 +268,9 @@ def _frozen_mapping(value: Mapping[str, tuple[Selector, ...]]) -> Mapping[str, t
 
 
 class Config(Section):
-    """A whole configuration, without a contradiction in it; all paths are absolute.
+    """A whole configuration, whose parts agree with each other; all paths are absolute.
 
-    ``admin`` and ``metrics`` are None where the file has no such section. ``files`` are those that were read: the
+    ``admin`` and ``metrics`` are None if the file has no such section. ``files`` are those that were read: the
     route file, then the files of ``routes_dir`` in the order of their names.
     """
 
@@ -291,7 +292,7 @@ class Config(Section):
 
     @property
     def watched_files(self) -> tuple[Path, ...]:
-        """Every path whose change asks for a reload; ``routes_dir`` itself stands for the files in it."""
+        """Every path whose change causes a reload; ``routes_dir`` stands for all files in it."""
         paths = [self.path, *self.files]
         if self.relay.routes_dir is not None:
             paths.append(self.relay.routes_dir)

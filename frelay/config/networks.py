@@ -1,8 +1,8 @@
-"""Many networks at once: whether any of them holds an address, without trying one after the other.
+"""A set of networks that quickly says whether it contains an address.
 
-The lists that clouds publish of their own networks have thousands of entries, and a route may let in all of them. Every
-connection is asked about, a stranger's too; here it costs one look-up for each length of prefix that occurs, at most 33
-for IPv4 and 129 for IPv6.
+A route may admit all networks of a cloud, and the lists that clouds publish have thousands of entries. The relay checks
+every connection against them, also those of strangers. Here a check costs one look-up for each prefix length that
+occurs: at most 33 for IPv4 and 129 for IPv6.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ _BITS: Final = {4: 32, 6: 128}
 
 
 class NetworkSet:
-    """An immutable set of networks; ``host in networks`` says whether one of them holds it.
+    """An immutable set of networks; ``host in networks`` says whether one of them contains it.
 
-    ``host`` is an IP address as text, with or without a scope. One that stands for an IPv4 address
-    (``::ffff:10.0.0.1``) is looked for as that.
+    ``host`` is an IP address as text, with or without a scope. An IPv4-mapped address (``::ffff:10.0.0.1``) counts as
+    its IPv4 address.
     """
 
     __slots__ = ("_prefixes",)
 
     def __init__(self, networks: Iterable[Network] = ()) -> None:
         self._prefixes: Final[dict[int, dict[int, set[int]]]] = {4: {}, 6: {}}
-        """By version, then by how many bits are no part of the prefix: the prefixes, shifted to the right by those."""
+        """By IP version, then by the number of host bits: the prefixes, shifted to the right by that number."""
         for network in networks:
             rest = _BITS[network.version] - network.prefixlen
             self._prefixes[network.version].setdefault(rest, set()).add(int(network.network_address) >> rest)

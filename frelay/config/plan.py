@@ -1,20 +1,20 @@
-"""What a reload has to do: (running configuration, new configuration) to a :class:`Plan`. Pure, no I/O.
+"""Plans what a reload has to do: it compares the running and the new configuration. Pure, no I/O.
 
-A reload must not touch what did not change, so routes are compared by name, and a difference is one of two kinds.
-*Wiring* (who the parties of a route are, how they are let in and handed off) decides who may meet; legs
-that wait were admitted under the old one, so a route whose wiring changes is replaced. *Limits* only bound what
-happens, so the route is kept, and its new limits hold for new legs and pairings. A service's address is wiring, the
-time to reach it a limit.
+A reload must not touch what did not change. So routes are compared by name, and a difference is one of two kinds.
+*Wiring* is who the parties of a route are, and how they are admitted and handed off: it decides who may be paired.
+Waiting legs were admitted under the old wiring, so a route whose wiring changes is replaced. *Limits* only bound what
+happens: the route is kept, and its new limits hold for new legs and pairings. The address of a dialled service is
+wiring, the time to reach it is a limit.
 
-Listening sockets are planned apart from routes, since they outlive them: several routes share one, and a replaced
-route that stays at its address keeps its socket, with whatever callers queue in it. A route has a listener for each of
-its addresses. A listener's identity is one of :func:`listener_keys`: its address, or, as port 0 means "any free one"
-and each such route has its own, its address and the route's name.
+Listening sockets are planned apart from routes, since they may outlive them: several routes can share a socket, and a
+route that is replaced at the same address keeps its socket, with the connections that queue in it. A route has one
+listener for each of its addresses. :func:`listener_keys` identifies it by its address; but port 0 means "any free
+port", and each such route has a listener of its own, so the route's name is then added.
 
-So the addresses of a route are wiring only where all of them change. As long as one stays, functions find the route
-where it was: it is kept, with those who wait and all pairings.
+The addresses of a route are therefore wiring only if all of them change. If one stays, functions still find the route
+there: the route is kept, with its waiting legs and all pairings.
 
-Lists that mean "any of them" are compared as sets: another order is no change.
+Lists of which any entry may match are compared as sets: another order is no change.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ __all__ = ["Add", "Keep", "ListenerKey", "Plan", "Remove", "Replace", "listener_
 _WIRING: Final = ("func1", "func2", "outer", "allow_from", "proxy_protocol", "handoff", "require_inner_tls")
 _TIMINGS: Final = ("hello_settle", "ticket_timeout")
 
-# The relay's name is in every bound logger, processes are started once, and so are the two HTTP servers; and who is not
-# root any more can become nobody else. A section of a server that comes or goes does so as a whole.
+# The relay's name is in every bound logger. Worker processes and the two HTTP servers are started only once. After
+# dropping root we cannot change user again. If the section of a server is added or removed, all of it needs a restart.
 _RESTART_ONLY: Final = {"relay": ("name", "user", "workers"), "admin": ("listen",), "metrics": ("listen",)}
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class ListenerKey:
-    """What identifies a listener; ``route`` is None unless the port is 0."""
+    """The identity of a listener; ``route`` is None unless the port is 0."""
 
     address: Address
     route: str | None = None
@@ -47,15 +47,15 @@ class ListenerKey:
 
 
 def listener_keys(route: Route) -> tuple[ListenerKey, ...]:
-    """The listeners that ``route`` is reached at, in the order of its addresses."""
+    """The listeners of ``route``, in the order of its addresses."""
     return tuple(ListenerKey(address, route.name if address.port == 0 else None) for address in route.listen)
 
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """A route that stays; ``changed`` names what differs: it holds for new legs and pairings only.
+    """A route that stays. ``changed`` names the keys that differ; they hold for new legs and pairings only.
 
-    These are limits, and ``listen`` where some of its addresses came or went.
+    These are limits, and ``listen`` if some but not all addresses changed.
     """
 
     route: Route
@@ -64,21 +64,21 @@ class Keep:
 
 @dataclass(frozen=True, slots=True)
 class Add:
-    """A route that is new."""
+    """A new route."""
 
     route: Route
 
 
 @dataclass(frozen=True, slots=True)
 class Remove:
-    """A route that is gone."""
+    """A route that the new configuration no longer has."""
 
     route: Route
 
 
 @dataclass(frozen=True, slots=True)
 class Replace:
-    """A route of the same name with other wiring; ``changed`` names all keys that differ."""
+    """A route whose wiring changed; ``changed`` names all keys that differ."""
 
     old: Route
     new: Route
@@ -87,12 +87,12 @@ class Replace:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What changes, and what does not. Routes and settings stand in the order of the new configuration.
+    """What changes, and what does not. Routes and settings are in the order of the new configuration.
 
     ``bind`` are listening sockets to open before anything is given up, ``close`` those to close after that.
     ``settings`` names the other settings that differ and take effect with the reload, such as
-    ``limits.handshake_timeout``; ``restart_only`` names those that do not, and stay as they are until a restart
-    (:func:`without_restart`). A section that came or went stands there as a whole, by its name.
+    ``limits.handshake_timeout``. ``restart_only`` names those that keep their old value until a restart
+    (:func:`without_restart`). A section that was added or removed is named as a whole.
     """
 
     keep: tuple[Keep, ...] = ()
@@ -106,16 +106,16 @@ class Plan:
 
     @property
     def is_empty(self) -> bool:
-        """Whether both configurations say the same; the certificates that they name may still have new content."""
+        """Whether both configurations are the same; the certificate files that they name may still have new content."""
         changes_routes = self.add or self.remove or self.replace or any(kept.changed for kept in self.keep)
         return not (changes_routes or self.settings or self.restart_only)
 
     @property
     def clashes(self) -> tuple[tuple[ListenerKey, ListenerKey], ...]:
-        """Pairs of a socket to bind and a socket to close, where the kernel gives the first only after the second.
+        """Pairs (socket to bind, socket to close) that overlap: the first cannot be bound until the second is closed.
 
-        An example is a route that goes from 127.0.0.1:9001 to 0.0.0.0:9001: to bind before letting go, as for every
-        other change, fails here with "address already in use".
+        An example is a route that moves from 127.0.0.1:9001 to 0.0.0.0:9001. A reload binds all new sockets before it
+        closes any old one; here that fails with "address already in use".
         """
         return tuple(
             (new, old)
@@ -126,7 +126,7 @@ class Plan:
 
 
 def plan(old: Config | None, new: Config) -> Plan:
-    """How to get from ``old``, or from nothing at the start, to ``new``."""
+    """How to get from ``old`` to ``new``; ``old`` is None when the relay starts."""
     before = {} if old is None else old.routes_by_name
     after = new.routes_by_name
     keep: list[Keep] = []
@@ -159,11 +159,10 @@ def plan(old: Config | None, new: Config) -> Plan:
 
 
 def without_restart(old: Config | None, new: Config) -> Config:
-    """``new`` as far as it can be in force in a process that runs ``old``: what needs a restart is as in ``old``.
+    """The part of ``new`` that a process that runs ``old`` can apply: what needs a restart is as in ``old``.
 
-    So what runs is left alone by a key that cannot change it, and the configuration in force says what is so. An admin
-    API that stays on TCP while the file moves it to a Unix socket, or drops it, keeps its ``allow``, and the ``[tls]``
-    that it cannot do without.
+    So the configuration in force describes what really runs. If the file moves the admin API from TCP to a Unix socket,
+    or removes it, the API stays on TCP until the restart: it keeps its ``allow``, and the ``[tls]`` that it needs.
     """
     if old is None:
         return new
@@ -208,7 +207,7 @@ def _changed_limits(old: Route, new: Route) -> tuple[str, ...]:
 
 
 def _changed_settings(old: Config, new: Config) -> tuple[str, ...]:
-    """All that differs outside routes; groups and the limits of routes are part of the routes that they hold for."""
+    """All that differs outside routes. Groups and the limits of routes are compared with the routes that use them."""
     changed: list[str] = []
     for name in ("relay", "tls", "limits", "tcp", "admin", "metrics"):
         was: Section | None = getattr(old, name)

@@ -1,8 +1,8 @@
-"""Writing the files of ``routes_dir``: one route a file, and after a crash or on a full disk the old or the new one.
+"""Writes the files of ``routes_dir``, one route in each. A crash or a full disk leaves the old file or the new one.
 
-An edit is an object before it is a fact: :func:`~frelay.config.load.load` can judge the configuration as it would be
-with it, the relay can bind what it asks for, and only then :meth:`RouteFileEdit.commit` makes it last. The operator's
-own route file is never written by frelay.
+An edit is an object that is not written yet: :func:`~frelay.config.load.load` checks the configuration as it would be
+with the edit, the relay binds the new addresses, and only then :meth:`RouteFileEdit.commit` writes it to disk. frelay
+never writes the operator's own route file.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ import tomli_w
 __all__ = ["RouteFileEdit", "route_file", "route_file_content"]
 
 _HEADING: Final = "# Written by the admin API of frelay. Change it there, or here; both count at once.\n"
-# As an editor would make it: nothing in it is secret.
+# The mode that an editor would give it: nothing in it is secret.
 _MODE: Final = 0o644
 
 
 def route_file(routes_dir: Path, name: str) -> Path:
-    """Where the route ``name`` stands; ``name`` must be a valid one, which no path separator is."""
+    """The file of the route ``name``, which must be a valid name: those have no path separator."""
     return routes_dir / f"{name}.toml"
 
 
 def route_file_content(table: Mapping[str, Any]) -> bytes:
-    """The file that holds the keys of one route; raises ValueError for text that UTF-8 cannot write."""
+    """The content of a file with the keys of one route; raises ValueError for text that UTF-8 cannot encode."""
     return (_HEADING + tomli_w.dumps(table)).encode()
 
 
 @dataclass(frozen=True, slots=True)
 class RouteFileEdit:
-    """One file of ``routes_dir`` as it is to be: ``content``, or None for not there at all."""
+    """A change of one file of ``routes_dir``: its new ``content``, or None to delete it."""
 
     path: Path
     content: bytes | None
 
     def commit(self) -> None:
-        """Make it last, on disk when this returns; raises OSError with the old file as it was."""
+        """Write it; when this returns it is on disk. Raises OSError, and then the old file is unchanged."""
         if self.content is None:
             self.path.unlink(missing_ok=True)
             _sync_directory(self.path.parent)
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # Hidden, so that a crash in between leaves nothing behind that would be read as a route.
+        # Hidden: if we crash before the rename, it is not read as a route.
         descriptor, name = tempfile.mkstemp(prefix=f".{self.path.stem}.", suffix=".tmp", dir=self.path.parent)
         try:
             with open(descriptor, "wb") as file:
@@ -65,7 +65,7 @@ class RouteFileEdit:
 
 
 def _sync_directory(directory: Path) -> None:
-    """A rename is on disk only once its directory is."""
+    """Bring a rename in ``directory`` to disk, which needs an fsync of the directory."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

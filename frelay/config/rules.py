@@ -1,8 +1,8 @@
-"""The rules between keys and between tables of a configuration, which no single value can break.
+"""The rules between keys and between tables of a configuration.
 
-They are judged on what is *written*, not on validated objects: whether ``allow_from`` stands there at all is known
-even where another key of that route has a typing error. So one mistake never hides another, and the reader gets the
-whole list at once.
+They are checked on the parsed file, not on validated objects: even if one key of a route has a typing error, it is
+known whether the route has ``allow_from``. So one mistake never hides another, and the reader gets the whole list at
+once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from itertools import combinations
 from typing import Any
 
 from frelay.config.address import parse_listen
-from frelay.config.document import Document, Place
+from frelay.config.document import Document, KeyPath
 from frelay.config.model import (
     Address,
     AdminSection,
@@ -30,7 +30,7 @@ from frelay.config.model import (
 )
 
 __all__ = [
-    "WrittenRoute",
+    "UncheckedRoute",
     "check_addresses",
     "check_keys_together",
     "check_names",
@@ -41,36 +41,36 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class WrittenRoute:
-    """A route as it stands in a file, before anybody knows whether its values are any good."""
+class UncheckedRoute:
+    """A route as it is written in a file; its values may be wrong."""
 
     document: Document
-    place: Place
+    key_path: KeyPath
     table: dict[str, Any]
 
     @property
     def name(self) -> str | None:
-        """Its name, if that is a valid one."""
+        """Its name, or None if that is not valid."""
         name = self.table.get("name")
         return name if is_name(name) else None
 
     @cached_property
-    def listen(self) -> dict[Address, Place]:
-        """Its valid addresses, and where each stands."""
+    def listen(self) -> dict[Address, KeyPath]:
+        """Its valid addresses, and the key path of each."""
         written = self.table.get("listen")
-        places: list[tuple[object, Place]] = [(written, (*self.place, "listen"))]
+        key_paths: list[tuple[object, KeyPath]] = [(written, (*self.key_path, "listen"))]
         if isinstance(written, list):
-            places = [(one, (*self.place, "listen", index)) for index, one in enumerate(written)]
-        found: dict[Address, Place] = {}
-        for text, place in places:
+            key_paths = [(one, (*self.key_path, "listen", index)) for index, one in enumerate(written)]
+        found: dict[Address, KeyPath] = {}
+        for text, key_path in key_paths:
             if isinstance(text, str):
                 with suppress(ValueError):
-                    found.setdefault(parse_listen(text), place)
+                    found.setdefault(parse_listen(text), key_path)
         return found
 
     @cached_property
     def proxy_protocol(self) -> frozenset[Network] | None:
-        """Its networks of balancers, if those are valid ones."""
+        """Its networks of load balancers, or None if one is not valid."""
         try:
             return frozenset(parse_network(one) for one in self.table.get("proxy_protocol", ()))
         except (TypeError, ValueError, AttributeError):
@@ -78,20 +78,20 @@ class WrittenRoute:
 
     @property
     def outer(self) -> object:
-        """What ``outer`` says, or its default."""
+        """The value of ``outer``, or its default."""
         return self.table.get("outer", "mtls")
 
     def report(self, key: str, message: str, *, is_conflict: bool = False) -> None:
-        """Add a problem with one of its keys."""
-        self.document.report((*self.place, key), message, is_conflict=is_conflict)
+        """Report a problem of one of its keys."""
+        self.document.report((*self.key_path, key), message, is_conflict=is_conflict)
 
     def report_address(self, address: Address, message: str) -> None:
-        """Add a problem of one of its addresses with another."""
+        """Report a conflict of one of its addresses with another address."""
         self.document.report(self.listen[address], message, is_conflict=True)
 
     def where(self, key: str) -> str:
         """File and line of one of its keys."""
-        return self.document.where((*self.place, key))
+        return self.document.where((*self.key_path, key))
 
     def where_address(self, address: Address) -> str:
         """File and line of one of its addresses."""
@@ -104,20 +104,20 @@ class WrittenRoute:
 # --- one route -------------------------------------------------------------------------------------------------
 
 
-def check_keys_together(route: WrittenRoute) -> None:
-    """What ``outer`` and ``handoff`` ask of the other keys of a route."""
+def check_keys_together(route: UncheckedRoute) -> None:
+    """Check the keys of a route that ``outer`` and ``handoff`` require or exclude."""
     table = route.table
     if route.outer == "none":
         for key in ("func1", "func2"):
             if key in table:
-                route.report(key, 'cannot stand with outer = "none": without TLS nobody shows who they are')
+                route.report(key, 'cannot be used with outer = "none": without TLS nobody shows a certificate')
         for key in ("handoff", "hello_settle", "ticket_timeout"):
             if key in table:
-                route.report(key, 'cannot stand with outer = "none": there is no TLS to hand off')
+                route.report(key, 'cannot be used with outer = "none": there is no TLS to hand off')
         if table.get("allow_from", []) == []:
             route.report(
                 "allow_from",
-                'is required with outer = "none", as it is all that decides who gets in: name networks, as in '
+                'is required with outer = "none", since it is all that decides who gets in: name networks, as in '
                 '["10.0.0.0/8"]',
             )
     elif route.outer == "mtls":
@@ -127,7 +127,9 @@ def check_keys_together(route: WrittenRoute) -> None:
         if "allow_from" in table:
             route.report("allow_from", 'is for outer = "none" only: here the certificates decide who gets in')
         if isinstance(table.get("func1"), dict) and isinstance(table.get("func2"), dict):
-            route.report("func2", "only one of func1 and func2 can be dialled: the other one's call starts it")
+            route.report(
+                "func2", "only one of func1 and func2 can be dialled: the relay dials it when the other one joins"
+            )
         if "hello_settle" in table and table.get("handoff") != "hello":
             route.report("hello_settle", 'is for handoff = "hello" only')
 
@@ -135,9 +137,9 @@ def check_keys_together(route: WrittenRoute) -> None:
 # --- between routes --------------------------------------------------------------------------------------------
 
 
-def check_names(routes: Iterable[WrittenRoute]) -> None:
-    """A name means one route, in whichever file it stands."""
-    first: dict[str, WrittenRoute] = {}
+def check_names(routes: Iterable[UncheckedRoute]) -> None:
+    """Check that no two routes have one name, in all files."""
+    first: dict[str, UncheckedRoute] = {}
     for route in routes:
         if route.name is None:
             continue
@@ -147,9 +149,9 @@ def check_names(routes: Iterable[WrittenRoute]) -> None:
             route.report("name", text, is_conflict=True)
 
 
-def check_addresses(routes: Iterable[WrittenRoute]) -> None:
-    """Routes may share an address exactly, and only where the relay can tell whom a caller means."""
-    by_address: dict[Address, list[WrittenRoute]] = defaultdict(list)
+def check_addresses(routes: Iterable[UncheckedRoute]) -> None:
+    """Check that routes share an address only if it is the same, and if the relay can tell their callers apart."""
+    by_address: dict[Address, list[UncheckedRoute]] = defaultdict(list)
     for route in routes:
         for address in route.listen:
             if address.port != 0:
@@ -160,7 +162,7 @@ def check_addresses(routes: Iterable[WrittenRoute]) -> None:
         if len(sharing) > 1:
             _check_sharing(address, sharing)
     for addresses in by_port.values():
-        # Only wide ones are compared with all others: every pair of thousands on one port would take minutes.
+        # Only wide addresses are compared with all others: to compare every pair of thousands would take minutes.
         wide: list[Address] = []
         for index, address in enumerate(addresses):
             others = addresses[:index] if address.is_wide else wide
@@ -168,7 +170,7 @@ def check_addresses(routes: Iterable[WrittenRoute]) -> None:
             if taken is not None:
                 one, other = by_address[address][0], by_address[taken][0]
                 if one is other:
-                    text = f"{address} overlaps {taken}, which stands here too: both cannot be bound; leave one out"
+                    text = f"{address} overlaps {taken}, which this route has too: both cannot be bound; leave one out"
                 else:
                     text = (
                         f"{address} overlaps {taken} of {other}, at {other.where_address(taken)}: both cannot be "
@@ -179,23 +181,27 @@ def check_addresses(routes: Iterable[WrittenRoute]) -> None:
                 wide.append(address)
 
 
-def _check_sharing(address: Address, sharing: Sequence[WrittenRoute]) -> None:
-    by_server_name: dict[str, WrittenRoute] = {}
+def _check_sharing(address: Address, sharing: Sequence[UncheckedRoute]) -> None:
+    by_server_name: dict[str, UncheckedRoute] = {}
     for route in sharing:
         other = next(other for other in sharing if other is not route)
         beside = f"{address} is shared with {other}, at {other.where_address(address)}"
         if route.outer == "none":
-            route.report_address(address, f'{beside}, but with outer = "none" nothing tells their callers apart')
+            route.report_address(
+                address, f'{beside}, but with outer = "none" the relay cannot tell their callers apart'
+            )
         elif route.table.get("handoff") == "hello":
-            # Those clients send no JOIN.route, and the oldest of them no server name either.
-            route.report_address(address, f'{beside}, but with handoff = "hello" nothing tells their callers apart')
+            # The clients for "hello" send no JOIN.route, and the oldest of them no server name either.
+            route.report_address(
+                address, f'{beside}, but with handoff = "hello" the relay cannot tell their callers apart'
+            )
         first = sharing[0]
         networks = (first.proxy_protocol, route.proxy_protocol)
         if None not in networks and networks[0] != networks[1]:
             route.report(
                 "proxy_protocol",
                 f"differs from that of {first}, at {first.where_address(address)}, and both share {address}: a PROXY "
-                "header comes before anything that tells their callers apart, so write the same networks in both",
+                "header comes before the relay knows which route is meant, so write the same networks in both",
                 is_conflict=True,
             )
         if route.name is not None:
@@ -204,7 +210,7 @@ def _check_sharing(address: Address, sharing: Sequence[WrittenRoute]) -> None:
                 route.report(
                     "name",
                     f'differs from "{like.name}", at {like.where("name")}, in case only, and both share {address}: '
-                    "a TLS server name, which chooses between them, has no case",
+                    "the TLS server name chooses between them, and it has no case; rename one of them",
                     is_conflict=True,
                 )
 
@@ -216,37 +222,39 @@ def check_servers(
     main: Document,
     admin: AdminSection | None,
     metrics: MetricsSection | None,
-    routes: Iterable[WrittenRoute],
+    routes: Iterable[UncheckedRoute],
 ) -> None:
-    """The relay's own HTTP servers: who may call them, and that nothing else stands on their addresses."""
+    """Check who may call the relay's own HTTP servers, and that nothing else uses their addresses."""
     taken: list[tuple[str, Address, str]] = []
     if admin is not None and admin.address is not None:
         taken.append(("admin", admin.address, "the admin API"))
         if not admin.allow:
             main.report(
                 ("admin", "allow"),
-                'is required where the API listens on HOST:PORT: name who may call it, as in ["dns:operator.acme"], '
+                'is required if the API listens on HOST:PORT: name who may call it, as in ["dns:operator.acme"], '
                 'or listen on "unix:PATH"',
             )
         if "tls" not in main.table:
             main.report(("admin", "listen"), 'on HOST:PORT needs [tls]; or listen on "unix:PATH"')
     elif admin is not None and admin.allow:
-        main.report(("admin", "allow"), "is for HOST:PORT only: a Unix socket is guarded by its file mode, 0600")
+        main.report(
+            ("admin", "allow"), "is for HOST:PORT only: the file mode of a Unix socket, 0600, admits its owner alone"
+        )
     if metrics is not None:
         taken.append(("metrics", metrics.listen, "the metrics"))
     for (_, there, what), (section, here, _) in combinations(taken, 2):
         if here.overlaps(there):
-            main.report((section, "listen"), f"{here} is in the way of {what} on {there}: choose another port")
+            main.report((section, "listen"), f"{here} overlaps {what} on {there}: choose another port")
     for route in routes:
         for section, address, what in taken:
             for own in route.listen:
                 if own.overlaps(address):
                     place = main.where((section, "listen"))
-                    route.report_address(own, f"{own} is in the way of {what} on {address}, at {place}")
+                    route.report_address(own, f"{own} overlaps {what} on {address}, at {place}: choose another port")
 
 
-def check_tls(main: Document, routes: Iterable[WrittenRoute]) -> None:
-    """Routes with outer mTLS need a certificate to show, and a CA to judge by."""
+def check_tls(main: Document, routes: Iterable[UncheckedRoute]) -> None:
+    """Check that there is a [tls] if a route needs one."""
     needing = next((route for route in routes if route.outer == "mtls"), None)
     if needing is not None and "tls" not in main.table:
         main.report(
@@ -260,10 +268,10 @@ def check_stalls(
     main: Document,
     limits: Limits,
     tcp: TcpSection,
-    routes: Iterable[tuple[WrittenRoute, RouteTable]],
+    routes: Iterable[tuple[UncheckedRoute, RouteTable]],
 ) -> None:
-    """The kernel must not give up on a reader that is slow, but within what its route permits."""
-    why = "so that the kernel would cut readers that are slow but alive"
+    """Check that the kernel allows a slow reader as much time as its route does."""
+    why = "so the kernel would cut readers that are slow but alive"
     if limits.stall_timeout > tcp.user_timeout:
         section = main.table.get("tcp")
         is_written = isinstance(section, dict) and "user_timeout" in section

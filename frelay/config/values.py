@@ -1,12 +1,12 @@
-"""How each kind of value in a route file is read: text to a typed, checked, immutable object.
+"""Reads each kind of value in a route file: it turns TOML values into typed, checked, immutable objects.
 
-Every type at the end of this module is what a field of a section is declared with. They are strict: ``"10"`` is not
-10 and ``true`` is not 1. Errors are written for whoever wrote the file; they say what to write instead, and never
-repeat what might be a secret.
+The fields of the sections are declared with the types at the end of this module. They are strict: ``"10"`` is not 10
+and ``true`` is not 1. Errors are written for the author of the file: they say what to write instead, and never quote
+what might be a secret.
 
-A value whose meaning depends on its surroundings (a path needs the directory of its file, ``group:NAME`` needs the
-groups) gets them as pydantic's validation context, a :class:`Surroundings`. Without it, as when a section is built by
-hand, paths stay as they are and no group can be named.
+Some values depend on their context: a path needs the directory of its file, ``group:NAME`` needs the groups. They get
+it as pydantic's validation context, a :class:`ValueContext`. Without one, as when a section is built in Python, paths
+stay as they are and no group can be named.
 """
 
 from __future__ import annotations
@@ -60,30 +60,30 @@ __all__ = [
     "Party",
     "PartyValue",
     "SelectorList",
-    "Surroundings",
     "UnixOrAddress",
     "UserTimeout",
+    "ValueContext",
     "Workers",
     "is_name",
 ]
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
-# TCP_CA_NAME_MAX of Linux, less its NUL.
+# Linux: TCP_CA_NAME_MAX, less its NUL.
 _CONGESTION_CONTROL: Final = re.compile(r"[a-z0-9_-]{1,15}\Z")
-# What useradd(8) takes, and the capitals and dots of other directories.
+# The names that useradd(8) accepts, and also capitals and dots, which other user databases have.
 _ACCOUNT: Final = re.compile(r"[A-Za-z_][A-Za-z0-9._-]{0,31}\Z")
 _CONNECT_TIMEOUT: Final = 5.0  # seconds
 
-# Seconds. TOML has no duration, and a unit in the text would be a second notation to learn.
+# Seconds. TOML has no durations, and text with units would be one more notation to learn.
 Duration = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 DurationOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What a value's meaning depends on: the directory that paths start from, and the groups by name.
+class ValueContext:
+    """What values depend on: the directory that paths start from, and the groups by name.
 
-    ``groups`` is None where no group may be named, as inside a group.
+    ``groups`` is None where no group may be named, such as inside a group.
     """
 
     base: Path
@@ -92,10 +92,10 @@ class Surroundings:
 
 @dataclass(frozen=True, slots=True)
 class Dial:
-    """A party that is a place: the relay calls it when the other party arrives.
+    """A party that is a service: the relay dials its address when the other party joins.
 
-    ``address`` has a port from 1 to 65535, or is a Unix socket with an absolute path. ``connect_timeout`` is in
-    seconds, from the look-up of the name to the finished connection.
+    ``address`` has a port from 1 to 65535, or is a Unix socket with an absolute path. ``connect_timeout`` bounds the
+    resolving of the name and the connecting together, in seconds.
     """
 
     address: Address | UnixAddress
@@ -104,8 +104,8 @@ class Dial:
     def __str__(self) -> str:
         return f"dial {self.address}"
 
-    def as_written(self) -> dict[str, object]:
-        """The table that stands for it in a route file."""
+    def as_toml(self) -> dict[str, object]:
+        """The table that a route file has for it."""
         return {"dial": str(self.address), "connect_timeout": self.connect_timeout}
 
 
@@ -120,8 +120,8 @@ def is_name(value: object) -> TypeGuard[str]:
 # --- text ------------------------------------------------------------------------------------------------------
 
 
-def _surroundings(info: ValidationInfo) -> Surroundings | None:
-    return info.context if isinstance(info.context, Surroundings) else None
+def _context(info: ValidationInfo) -> ValueContext | None:
+    return info.context if isinstance(info.context, ValueContext) else None
 
 
 def _text(value: object, form: str) -> str:
@@ -140,10 +140,10 @@ def _name(value: object) -> str:
 
 
 def _congestion_control(value: object) -> str:
-    text = _text(value, "the name of one of the kernel's, such as cubic or bbr")
+    text = _text(value, "the name of a congestion control of this kernel, such as cubic or bbr")
     if _CONGESTION_CONTROL.match(text) is None:
         raise ValueError(
-            "is not a name of congestion control: at most 15 small letters, digits, '_' and '-', as in cubic"
+            "is not the name of a congestion control: at most 15 small letters, digits, '_' and '-', as in cubic"
         )
     return text
 
@@ -158,13 +158,13 @@ def _account(value: object) -> str:
 def _path(value: object, info: ValidationInfo) -> Path:
     if isinstance(value, Path):
         return value
-    text = _text(value, "a path, from the directory of this file on")
+    text = _text(value, "a path, relative to the directory of this file or absolute")
     if holds_pem(text):
-        raise ValueError("is PEM text: put it into a file of its own and name that file here")
+        raise ValueError("is PEM text: put that into a file, and write the name of the file here")
     if not text or "\0" in text or "\n" in text:
-        raise ValueError("is not a path")
-    around = _surroundings(info)
-    return Path(text) if around is None else around.base / text
+        raise ValueError("is not a path: it is empty, or has a line break or a NUL in it")
+    context = _context(info)
+    return Path(text) if context is None else context.base / text
 
 
 def _unix_or_address(value: object, info: ValidationInfo) -> str:
@@ -194,7 +194,7 @@ def _addresses(value: object) -> Addresses:
         return value
     if isinstance(value, (str, Address)):
         return Addresses((_address(value),))
-    # A ValidationError raised in here keeps its own places ("[2]"), put after the key that this value stands at.
+    # The index in a ValidationError from here ("[2]") is put after the key of this value.
     found = _ADDRESSES.validate_python(value)
     for index, address in enumerate(found):
         if address in found[:index]:
@@ -207,7 +207,7 @@ def _address_list(value: object) -> object:
         raise ValueError('must be HOST:PORT, or a list of them as in ["0.0.0.0:9001", "[::]:9001"]')
     if not value:
         raise ValueError(
-            'is an empty list, at which nobody could call: name at least one address, as in "0.0.0.0:9001"'
+            'is an empty list, so no function could connect: name at least one address, as in "0.0.0.0:9001"'
         )
     return tuple(value)
 
@@ -235,12 +235,12 @@ def _dial(value: object, info: ValidationInfo) -> Address | UnixAddress:
 
 
 def _selectors(value: object, info: ValidationInfo) -> tuple[Selector, ...]:
-    """What one text stands for: a selector, or ``group:NAME`` for all of that group's."""
+    """The selectors that one text means: itself, or all of its group if it is ``group:NAME``."""
     text = _text(value, "dns:NAME, uri:URI, spki:sha256:HEX or group:NAME")
     if not text.startswith("group:"):
         return (parse_selector(text),)
-    around = _surroundings(info)
-    groups = None if around is None else around.groups
+    context = _context(info)
+    groups = None if context is None else context.groups
     if groups is None:
         raise ValueError(f"{text!r}: a group cannot be named here, only the selectors themselves")
     name = text.removeprefix("group:")
@@ -254,7 +254,7 @@ def _one_or_more(value: object) -> object:
     if not isinstance(value, list):
         raise ValueError("must be a selector such as dns:NAME, or a list of them")
     if not value:
-        raise ValueError("is an empty list, which lets nobody in: name at least one selector")
+        raise ValueError("is an empty list, which admits nobody: name at least one selector")
     return tuple(value)
 
 
@@ -280,10 +280,10 @@ _SELECTORS: Final[TypeAdapter[tuple[Any, ...]]] = TypeAdapter(
 
 def _selector_list(value: object, info: ValidationInfo) -> tuple[Selector, ...]:
     if isinstance(value, tuple) and all(isinstance(selector, Selector) for selector in value):
-        return value  # made in Python; TOML has lists
+        return value  # made in Python: TOML gives lists
     if isinstance(value, str):
         return _selectors(value, info)
-    # A ValidationError raised in here keeps its own places ("[2]"), put after the key that this value stands at.
+    # The index in a ValidationError from here ("[2]") is put after the key of this value.
     return _SELECTORS.validate_python(value, context=info.context)
 
 
@@ -331,7 +331,7 @@ def _inner_tls(value: object) -> bool | Literal["always"]:
     raise ValueError('must be true, false or "always"')
 
 
-# More cores than a machine has that one relay would be alone on; a slip of a digit must not become a fork bomb.
+# More than the cores of a machine that runs one relay alone. A typing error must not start thousands of processes.
 _MOST_WORKERS: Final = 256
 
 
@@ -351,7 +351,7 @@ def _triple(value: object) -> object:
 
 # --- the types -------------------------------------------------------------------------------------------------
 
-# The bound only keeps out what no machine has; beyond 4,300 digits Python refuses even to print an int.
+# No machine has more of anything than the upper bound. Without it, Python fails to print an int of 4,301 digits.
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Name = Annotated[str, PlainValidator(_name)]
 Account = Annotated[str, PlainValidator(_account)]
@@ -365,9 +365,9 @@ InnerTls = Annotated[bool | Literal["always"], PlainValidator(_inner_tls)]
 Workers = Annotated[int | Literal["auto"], PlainValidator(_workers)]
 CongestionControl = Annotated[str, PlainValidator(_congestion_control)]
 UnixOrAddress = Annotated[str, PlainValidator(_unix_or_address)]
-# The kernel takes an int of milliseconds, and reads 0 as "its own default".
+# The kernel takes milliseconds as an int, and 0 means its own default.
 UserTimeout = Annotated[float, Field(ge=0.001, le=2_147_483, allow_inf_nan=False)]
-# The bounds are Linux's, include/net/tcp.h: MAX_TCP_KEEPIDLE, MAX_TCP_KEEPINTVL, MAX_TCP_KEEPCNT.
+# The bounds are those of Linux, include/net/tcp.h: MAX_TCP_KEEPIDLE, MAX_TCP_KEEPINTVL, MAX_TCP_KEEPCNT.
 KeepAlive = Annotated[
     tuple[
         Annotated[int, Field(ge=1, le=32767)],

@@ -46,7 +46,7 @@ from frelay.admin.model import (
     WaitingView,
     problem_view,
 )
-from frelay.config.dump import config_as_written, route_as_written
+from frelay.config.dump import dump_config, dump_route
 from frelay.config.model import Config
 from frelay.config.route_files import RouteFileEdit, route_file, route_file_content
 from frelay.errors import ConfigError, Problem
@@ -195,7 +195,7 @@ class RelayControl(Control):
 
     def _view(self, route: LiveRoute, under_way: Mapping[str, Mapping[PartyName, int]]) -> RouteView:
         config = route.config
-        written = route_as_written(config)
+        written = dump_route(config)
         traffic = self._traffic(route, under_way)
         return RouteView(
             **written,
@@ -246,7 +246,7 @@ class RelayControl(Control):
         return PairingsView(pairings=[_pairing(pairing, now) for pairing in self._relay.pairings])
 
     def configuration(self) -> dict[str, Any]:
-        return config_as_written(self._relay.config)
+        return dump_config(self._relay.config)
 
     # --- changes ---------------------------------------------------------------------------------------------------
 
@@ -290,7 +290,7 @@ class RelayControl(Control):
                 f"the route {name!r} stands in {route.source}, which frelay never writes: change it there, or remove "
                 f"it there to have it in {path}"
             )
-        if route is not None and if_match is not None and not if_match & {"*", etag_of(route_as_written(route))}:
+        if route is not None and if_match is not None and not if_match & {"*", etag_of(dump_route(route))}:
             raise PreconditionFailed(f"the route {name!r} has changed meanwhile: read it again")
         return path
 
@@ -345,7 +345,7 @@ def _views(problems: tuple[Problem, ...]) -> list[ProblemView]:
 
 
 def etag_of(written: Mapping[str, Any]) -> str:
-    """The ETag of a route, from :func:`~frelay.config.dump.route_as_written`."""
+    """The ETag of a route, from :func:`~frelay.config.dump.dump_route`."""
     text = json.dumps(written, sort_keys=True)
     return f'"{hashlib.sha256(text.encode()).hexdigest()[:32]}"'
 

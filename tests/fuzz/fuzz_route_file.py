@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from campaign import run
-from frelay.config.dump import config_as_written, load_written
+from frelay.config.dump import dump_config, load_dump
 from frelay.config.load import load
 from frelay.config.model import Config
 from frelay.config.plan import plan
@@ -82,7 +82,7 @@ def check_good(config: Config) -> Config:
     repr(config)
     assert plan(config, config).is_empty
     assert len(plan(None, config).add) == len(config.routes)
-    again = load_written(config_as_written(config))
+    again = load_dump(dump_config(config))
     assert plan(config, again).is_empty
     return config
 

@@ -108,7 +108,7 @@ def test_a_network_is_read(text: str, shown: str) -> None:
 @pytest.mark.parametrize(
     ("text", "remedy"),
     [
-        ("10.0.0.1/8", "write 10.0.0.0/8 if the whole of it is meant"),
+        ("10.0.0.1/8", "write 10.0.0.0/8 if you mean the whole network"),
         ("10.0.0.0/0.0.0.255", "ADDRESS/BITS"),
         ("10.0.0.0/33", "ADDRESS/BITS"),
         ("10.0.0.0/", "ADDRESS/BITS"),

@@ -1,4 +1,4 @@
-"""A configuration as it is told to others, and read back from that: nothing is lost between two processes."""
+"""A configuration as it is dumped to others, and read back from that: nothing is lost between two processes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from frelay.config.dump import config_as_written, load_written
+from frelay.config.dump import dump_config, load_dump
 from frelay.config.load import load
 from frelay.config.plan import plan
 
@@ -65,19 +65,19 @@ def test_what_is_told_is_what_is_read_back(tmp_path: Path, admin: str) -> None:
     path = tmp_path / "relay.toml"
     path.write_text(FULL + ADMINS[admin])
     config = load(path)
-    told = json.loads(json.dumps(config_as_written(config)))
-    found = load_written(told)
+    dumped = json.loads(json.dumps(dump_config(config)))
+    found = load_dump(dumped)
     assert plan(config, found).is_empty
-    assert [route["listen"] for route in told["routes"]][-2:] == ["127.0.0.1:9003", ["0.0.0.0:9004", "[::]:9004"]]
-    assert told["routes"][-1]["func2"]["dial"] == f"unix:{tmp_path}/run/db.sock"
-    assert config_as_written(found) == told
+    assert [route["listen"] for route in dumped["routes"]][-2:] == ["127.0.0.1:9003", ["0.0.0.0:9004", "[::]:9004"]]
+    assert dumped["routes"][-1]["func2"]["dial"] == f"unix:{tmp_path}/run/db.sock"
+    assert dump_config(found) == dumped
 
 
 @pytest.mark.parametrize("broken", ["routes", "tls", "path"])
-def test_a_telling_of_another_kind_is_a_value_error(tmp_path: Path, broken: str) -> None:
+def test_a_dump_of_another_form_is_a_value_error(tmp_path: Path, broken: str) -> None:
     path = tmp_path / "relay.toml"
     path.write_text(FULL)
-    told = config_as_written(load(path))
-    del told[broken]
-    with pytest.raises(ValueError, match="is no configuration as frelay writes it"):
-        load_written(told)
+    dumped = dump_config(load(path))
+    del dumped[broken]
+    with pytest.raises(ValueError, match="is not the form in which frelay writes a configuration"):
+        load_dump(dumped)

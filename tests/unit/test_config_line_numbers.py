@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from frelay.config.line_numbers import MAX_DEPTH, Lines
+from frelay.config.line_numbers import MAX_DEPTH, LineNumbers
 
 DOCUMENT = '''\
 # a comment with [brackets] and = signs
@@ -104,13 +104,13 @@ x = 1
 )
 def test_each_kind_of_key_is_found_on_its_line(path: tuple[str | int, ...], line: int) -> None:
     tomllib.loads(DOCUMENT)
-    lines = Lines(DOCUMENT)
+    lines = LineNumbers(DOCUMENT)
     assert path in lines
     assert lines.line(path) == line
 
 
 def test_a_key_that_is_not_there_has_the_line_of_the_nearest_above_it() -> None:
-    lines = Lines(DOCUMENT)
+    lines = LineNumbers(DOCUMENT)
     assert ("route", 1, "listen") not in lines
     assert lines.line(("route", 1, "listen")) == 32
     assert lines.line(("nowhere", "at", "all")) is None
@@ -118,12 +118,12 @@ def test_a_key_that_is_not_there_has_the_line_of_the_nearest_above_it() -> None:
 
 
 def test_line_ends_of_both_kinds_count_once() -> None:
-    assert Lines("a = 1\r\n\r\nb = 2\r\n").line(("b",)) == 3
+    assert LineNumbers("a = 1\r\n\r\nb = 2\r\n").line(("b",)) == 3
 
 
 def test_depth_costs_no_recursion_and_no_memory() -> None:
     depth = 200_000
-    lines = Lines("a = " + "[" * depth + "]" * depth + "\n" + "b." * depth + "b = 1\nc = 2\n")
+    lines = LineNumbers("a = " + "[" * depth + "]" * depth + "\n" + "b." * depth + "b = 1\nc = 2\n")
     assert lines.line(("a",)) == 1
     assert lines.line(("b",)) == 2
     assert lines.line(("c",)) == 3
@@ -183,7 +183,7 @@ FRAGMENTS = st.sampled_from(
 @settings(deadline=None)
 @given(st.lists(FRAGMENTS, max_size=30).map("".join))
 def test_every_key_of_what_tomllib_accepts_is_found_and_nothing_ever_raises(text: str) -> None:
-    lines = Lines(text)
+    lines = LineNumbers(text)
     try:
         document = tomllib.loads(text)
     except (ValueError, RecursionError):
@@ -199,7 +199,7 @@ def test_every_key_of_what_tomllib_accepts_is_found_and_nothing_ever_raises(text
 @settings(deadline=None)
 @given(st.text(max_size=200))
 def test_no_text_at_all_makes_it_raise(text: str) -> None:
-    Lines(text)
+    LineNumbers(text)
 
 
 # --- on generated documents whose lines are known ----------------------------------------------------------------
@@ -329,6 +329,6 @@ def documents(draw: st.DrawFn) -> Writer:
 @settings(deadline=None)
 @given(documents())
 def test_generated_documents_have_their_keys_where_they_were_written(writer: Writer) -> None:
-    lines = Lines(writer.text)
+    lines = LineNumbers(writer.text)
     assert set(places(tomllib.loads(writer.text))) == set(writer.expected)
     assert {path: lines.line(path) for path in writer.expected} == writer.expected

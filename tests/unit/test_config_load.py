@@ -387,15 +387,15 @@ BROKEN = [
     ('[admin]\nlisten = "unix:"\n', "admin.listen", 2, "is not a path"),
     (f'[admin]\nlisten = "unix:/{"a" * 107}"\n', "admin.listen", 2, "at most 107 bytes"),
     ('[admin]\nallow = ["dns:a.b"]\n', "admin.allow", 2, "file mode"),
-    (f'{TLS}[admin]\nlisten = "127.0.0.1:1"\n', "admin.allow", 5, "is required where the API listens on HOST:PORT"),
+    (f'{TLS}[admin]\nlisten = "127.0.0.1:1"\n', "admin.allow", 5, "is required if the API listens on HOST:PORT"),
     ('[admin]\nlisten = "127.0.0.1:1"\nallow = "dns:a.b"\n', "admin.listen", 2, "needs [tls]"),
     (
         f'{TLS}[admin]\nlisten = "0.0.0.0:1"\nallow = "dns:a.b"\n[metrics]\nlisten = "127.0.0.1:1"\n',
         "metrics.listen",
         9,
-        "in the way of the admin API",
+        "overlaps the admin API",
     ),
-    (f'{PLAIN}[metrics]\nlisten = "0.0.0.0:1"\n', "route[p].listen", 3, "in the way of the metrics on 0.0.0.0:1"),
+    (f'{PLAIN}[metrics]\nlisten = "0.0.0.0:1"\n', "route[p].listen", 3, "overlaps the metrics on 0.0.0.0:1"),
     # several addresses
     (PLAIN.replace('"127.0.0.1:1"', "[]"), "route[p].listen", 3, "name at least one address"),
     (PLAIN.replace('"127.0.0.1:1"', "1"), "route[p].listen", 3, "must be HOST:PORT, or a list of them"),
@@ -406,7 +406,7 @@ BROKEN = [
         PLAIN.replace('"127.0.0.1:1"', '["[::1]:1",\n"localhost:1"]'),
         "route[p].listen[1]",
         4,
-        "localhost:1 overlaps [::1]:1, which stands here too",
+        "localhost:1 overlaps [::1]:1, which this route has too",
     ),
     (
         TLS + ROUTE + PLAIN.replace('"127.0.0.1:1"', '["[::]:9001", "127.0.0.1:1",\n"0.0.0.0:9001"]'),
@@ -418,7 +418,7 @@ BROKEN = [
         f"""{PLAIN.replace('"127.0.0.1:1"', '["[::1]:1", "127.0.0.1:1"]')}[metrics]\nlisten = "127.0.0.1:1"\n""",
         "route[p].listen[1]",
         3,
-        "in the way of the metrics",
+        "overlaps the metrics",
     ),
     # TLS
     (ROUTE, "tls", None, 'is required by route "shuffle"'),
@@ -482,7 +482,7 @@ BROKEN = [
     (f"{TLS}{ROUTE}ping_interval = 1\n", "route[shuffle].ping_interval", 10, "belongs into [limits]"),
     (f"{TLS}{ROUTE}stall_timeout = 500\n", "route[shuffle].stall_timeout", 10, "longer than tcp.user_timeout of 120 s"),
     # plain routes
-    (f'{PLAIN}func1 = "dns:a.b"\n', "route[p].func1", 6, "without TLS nobody shows who they are"),
+    (f'{PLAIN}func1 = "dns:a.b"\n', "route[p].func1", 6, "without TLS nobody shows a certificate"),
     (f'{PLAIN}handoff = "hello"\n', "route[p].handoff", 6, "no TLS to hand off"),
     (f"{PLAIN}ticket_timeout = 1\n", "route[p].ticket_timeout", 6, "no TLS to hand off"),
     (PLAIN.replace('["::1"]', "[]"), "route[p].allow_from", 5, "all that decides who gets in"),
@@ -650,7 +650,7 @@ PEM = "-----BEGIN PRIVATE KEY-----\\nSECRETSECRET\\n-----END PRIVATE KEY-----"
 def test_a_key_pasted_into_the_file_is_refused_without_repeating_it(written: Written) -> None:
     found = only_problem(written(TLS.replace("certs/relay.key", PEM)))
     assert (found.key, found.line) == ("tls.private_key", 3)
-    assert "file of its own" in found.message
+    assert "is PEM text: put that into a file" in found.message
     assert "SECRET" not in str(found)
 
 

@@ -218,7 +218,7 @@ def recreate_directory_of(bench: Bench) -> Path:
 
 
 @pytest.mark.parametrize("shift", [swap_data_of, swap_directory_of, recreate_directory_of])
-async def test_ground_that_shifts_without_a_change_is_watched_anew(
+async def test_directories_that_are_replaced_without_a_change_are_watched_anew(
     bench: Bench, shift: Callable[[Bench], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Within one wait: watches on the old inodes would report nothing any more."""
@@ -246,7 +246,7 @@ async def test_ground_that_shifts_without_a_change_is_watched_anew(
 async def test_a_change_before_the_watches_are_in_place_is_not_lost(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No event tells of it, and the look at the beginning came too early: there is another one."""
+    """No event reports it, and the first snapshot came too early: a second one finds it."""
 
     def change_then_watch(*paths: str, **options: Any) -> AsyncGenerator[set[tuple[watchfiles.Change, str]], None]:
         bench.file.write_text("two")
@@ -495,13 +495,13 @@ async def test_a_mark_during_a_wait_settles_what_was_about_to_be_reported(bench:
     assert found == [{bench.sentinel}]
 
 
-async def test_a_mark_waits_for_a_look_under_way(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_mark_waits_for_a_snapshot_under_way(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the older content, seen before the mark, would be taken for a change after it."""
     is_held, was_seen, release = threading.Event(), threading.Event(), threading.Event()
-    look = watch._look
+    take_snapshot = watch._take_snapshot
 
-    def slow_look(paths: tuple[Path, ...]) -> Any:
-        seen = look(paths)
+    def slow_snapshot(paths: tuple[Path, ...]) -> Any:
+        seen = take_snapshot(paths)
         if is_held.is_set():
             is_held.clear()
             was_seen.set()
@@ -510,7 +510,7 @@ async def test_a_mark_waits_for_a_look_under_way(bench: Bench, monkeypatch: pyte
 
     bench.watcher = Watcher(lambda: bench.paths, settle=0)
     await bench.watcher.mark()
-    monkeypatch.setattr(watch, "_look", slow_look)
+    monkeypatch.setattr(watch, "_take_snapshot", slow_snapshot)
     found: list[frozenset[Path]] = []
 
     async def wait() -> None:

@@ -25,7 +25,7 @@ from frelay.admin.model import (
     WaitingView,
     WorkerView,
 )
-from frelay.config.dump import route_as_written
+from frelay.config.dump import dump_route
 from frelay.config.model import Route
 from frelay.journal import Distribution
 from frelay.relay.control import RelayControl, etag_of
@@ -155,7 +155,7 @@ class SupervisorControl(RelayControl):
         )
 
     def _absent(self, route: Route) -> RouteView:
-        written = route_as_written(route)
+        written = dump_route(route)
         traffic = self._absent_traffic(route)
         return RouteView(
             **written,

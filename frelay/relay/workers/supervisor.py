@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 import trio
 
 from frelay.admin.control import Counts
-from frelay.config.dump import config_as_written
+from frelay.config.dump import dump_config
 from frelay.config.model import Config
 from frelay.config.plan import ListenerKey, Plan, listener_keys
 from frelay.errors import ConfigError, Problem
@@ -420,7 +420,7 @@ def _letter(
     """What a worker needs for its share of ``config``; ``listeners`` are those that it does not have yet."""
     own = [(key, listener) for key, listener in listeners.items() if placed.get(key) == post.number]
     return {
-        "config": config_as_written(share(config, post.number, placed)),
+        "config": dump_config(share(config, post.number, placed)),
         "papers": papers.to_json(),
         "listeners": [(key_to_json(key), len(listener.sockets)) for key, listener in own],
         "sockets": [sock for _, listener in own for sock in listener.sockets],

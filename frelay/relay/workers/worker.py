@@ -29,7 +29,7 @@ import trio
 
 from frelay.admin.control import Counts
 from frelay.admin.loop_lag import LoopLag
-from frelay.config.dump import load_written
+from frelay.config.dump import load_dump
 from frelay.config.model import Config
 from frelay.config.plan import ListenerKey, listener_keys
 from frelay.errors import ConfigError, Problem
@@ -211,7 +211,7 @@ class _Worker:
 
     async def _relay_for(self, first: Received) -> _WorkerRelay:
         message = first.message
-        config = await trio.to_thread.run_sync(load_written, message["config"])
+        config = await trio.to_thread.run_sync(load_dump, message["config"])
         papers = Papers.from_json(message["papers"])
         everywhere = frozenset(message["everywhere"])
         relay = _WorkerRelay(config, papers, everywhere, log=self._relay_log)
@@ -271,7 +271,7 @@ class _Worker:
         change = self._change
         try:
             self._take_sockets(relay, received)
-            new = await trio.to_thread.run_sync(load_written, message["config"])
+            new = await trio.to_thread.run_sync(load_dump, message["config"])
             staged = await relay.prepare_and_stage(new, Papers.from_json(message["papers"]))
         except ConfigError as error:
             self._let_go_of_handed()
