@@ -1,10 +1,10 @@
-"""Whatever two parties write, pause, end, cut or reset, and in whatever order: the pumps are two queues.
+"""Two parties write, pause, end, cut or reset, in any order: the two pumps between them must behave like two queues.
 
-The machine holds the parties' ends of both legs; the pumps between them run in a Trio of their own. The model of a
-direction is what its sender's kernel took (:class:`Queue`), and this is promised of it at every moment: what came out
-is how it began, and the end comes out only after all of it, and only if its sender ended it. Once all is over nothing
-is left: no descriptor, no pipe, no registration. Settling is a promise by itself: it waits for a moment in which
-nothing at all is ready, and a pump that spins never has one.
+The state machine holds the parties' ends of both legs; the pumps run in a Trio of their own. The model of a direction
+is what its sender's kernel took (:class:`Queue`). At every moment, what came out must be the first part of that, and
+the end may come out only after all of it, and only if the sender ended it. At last nothing may be left: no descriptor,
+no pipe, no registration. Settling is a check too: it waits for a moment in which nothing is ready, which never comes if
+a pump spins.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
@@ -32,6 +33,7 @@ from OpenSSL import SSL
 
 from frelay.net.sockets import close_with_reset
 from frelay.net.streams import RawStream
+from frelay.pairing import pipes as pipes_module
 from frelay.pairing import raw_pump as raw_pump_module
 from frelay.pairing.pipes import PipePool
 from frelay.pairing.pump import Cut, Pump
@@ -68,14 +70,14 @@ def content(start: int, count: int) -> bytes:
 
 @cache
 def contexts() -> tuple[SSL.Context, SSL.Context]:
-    """The relay's and a party's."""
+    """The TLS contexts of the relay and of a party."""
     with tempfile.TemporaryDirectory() as directory:
         site = Site(Path(directory))
         return server_context(site), client_context(site)
 
 
 class Trio:
-    """A Trio in a thread, for a machine whose rules are plain functions."""
+    """A Trio run in a thread, for a state machine whose rules are plain functions."""
 
     def __init__(self) -> None:
         self._ready = threading.Event()
@@ -116,7 +118,7 @@ class End:
         self._is_ending = False
 
     def write(self, data: Callable[[int], bytes], count: int) -> int:
-        """Send the first of what ``data`` gives for a size; how many bytes were taken."""
+        """Send the first bytes of what ``data`` returns for a size; returns how many were taken."""
         count = max(count, self.stuck)
         try:
             sent = self.sock.send(data(count)) if self.tls is None else self.tls.send(data(count))
@@ -131,7 +133,7 @@ class End:
         return sent
 
     def read(self, count: int) -> bytes | None:
-        """Up to ``count`` bytes, ``b""`` for a clean end, None for nothing, now or for good."""
+        """Up to ``count`` bytes; ``b""`` for a clean end; None if there is nothing now, or never will be."""
         try:
             return self.sock.recv(count) if self.tls is None else self.tls.recv(min(count, 16384))
         except (BlockingIOError, SSL.WantReadError):
@@ -143,7 +145,7 @@ class End:
             return None
 
     def end(self) -> bool:
-        """FIN, or close_notify; False if an earlier write is stuck, and it cannot be said yet."""
+        """Send FIN or close_notify; False if an earlier write is stuck, so that it cannot be sent yet."""
         if self.stuck:
             return False
         self._is_ending = True
@@ -151,7 +153,7 @@ class End:
         return True
 
     def push(self) -> None:
-        """Try once more to get a close_notify out."""
+        """Try once more to send a close_notify."""
         if not self._is_ending:
             return
         try:
@@ -166,7 +168,7 @@ class End:
         self._is_ending = False
 
     def cut(self) -> None:
-        """FIN without a word before it."""
+        """Send FIN without close_notify."""
         self.sock.shutdown(socket.SHUT_WR)
 
     def reset(self) -> None:
@@ -185,7 +187,7 @@ class End:
 
 
 class Queue:
-    """The model of one direction, and the parties' hands on both ends of it."""
+    """The model of one direction, with the parties' actions at both ends of it."""
 
     def __init__(self, sender: End, receiver: End, start: int) -> None:
         self.sender = sender
@@ -210,7 +212,7 @@ class Queue:
         return taken
 
     def read(self, count: int) -> int:
-        """Take up to ``count`` bytes and compare them; gives how many came."""
+        """Take up to ``count`` bytes and compare them; returns how many came."""
         if self.end_was_seen or self.receiver.is_lost:
             return 0
         data = self.receiver.read(count)
@@ -230,7 +232,7 @@ class Queue:
             self.is_ended = self.sender.end()
 
     def finish(self) -> None:
-        """Towards the end of this direction, as far as it goes without waiting."""
+        """Bring this direction nearer to its end, as far as that is possible without waiting."""
         if not self.is_ended:
             self.write(1)  # what is stuck goes first
             self.end()
@@ -240,7 +242,7 @@ class Queue:
 
 
 class Middle:
-    """What is tested: the relay's ends of both legs and the two pumps between them, as a pairing holds them."""
+    """What is tested: the relay's ends of both legs and the two pumps between them, as in a pairing."""
 
     def __init__(self, legs: list[RawStream | TlsStream], way: Way) -> None:
         self.legs = legs
@@ -295,7 +297,7 @@ class Middle:
         await self.is_over.wait()
 
     async def settle(self) -> None:
-        """Wait for a moment in which nothing is ready: it comes, unless something spins."""
+        """Wait for a moment in which nothing is ready; it comes unless something spins."""
         await nothing_is_ready(self.readiness, 0.001)
 
     async def rest(self) -> None:
@@ -304,7 +306,7 @@ class Middle:
 
 
 def few_bytes(source: int, sink: int, count: int, *, flags: int) -> int:
-    """A splice that never does all that was asked for."""
+    """A splice that never moves as much as was requested."""
     return os.splice(source, sink, min(count, 1000), flags=flags)
 
 
@@ -314,7 +316,7 @@ directions = st.integers(0, 1)
 
 
 class HalfClose(RuleBasedStateMachine):
-    """See the module."""
+    """The state machine; see the docstring of this module."""
 
     trio: Trio | None = None
 
@@ -333,24 +335,22 @@ class HalfClose(RuleBasedStateMachine):
         buffers: tuple[int | None, int | None],
         fate: str,
     ) -> None:
-        contexts()  # whatever they leave open is not ours
+        contexts()  # what other tests leave open is not counted
         self.before = open_descriptors()
         self.fate = fate
         self.is_spoiled = False
         """Whether the worst that may happen to this pairing has happened."""
-        # A pipe so small is full with a single page; and it shall not take many writes to change what a read asks for.
-        self.constants = mock.patch.multiple(
-            raw_pump_module,
-            _PIPE_SIZE=4096 if way == "tiny pipes" else 1 << 20,
-            _SMALL_ONES_TO_ASK_FOR_LESS=1,
-        )
-        self.constants.start()
+        # So small a pipe is full with one page, and few small messages change how much a read requests.
+        self.constants = ExitStack()
+        pipe_size = 4096 if way == "tiny pipes" else 1 << 20
+        self.constants.enter_context(mock.patch.object(pipes_module, "_PIPE_SIZE", pipe_size))
+        self.constants.enter_context(mock.patch.object(raw_pump_module, "_SMALL_MESSAGES_TO_READ_LESS", 1))
         self.trio = Trio()
         self.bound = 16 * sum(buffers) + 131072 if all(buffers) else None  # type: ignore[arg-type]
         legs: list[RawStream | TlsStream] = []
         ends: list[End] = []
         for kind, maker, buffer in zip(kinds, makers, buffers, strict=True):
-            # A socketpair has no RST: a cut would look like an end, and rightly so.
+            # A socketpair has no RST: a cut would correctly look like an end.
             inner, outer = maker(buffer) if fate == "end" else tcp_pair(buffer)
             if kind == "raw":
                 legs.append(RawStream(inner))
@@ -384,7 +384,7 @@ class HalfClose(RuleBasedStateMachine):
 
     @rule(direction=directions)
     def write_to_a_reader_that_pauses(self, direction: int) -> None:
-        """Back-pressure: however much there is to write, it is only so much that is taken."""
+        """Back-pressure: however much a party writes, only a limited amount is taken."""
         queue = self.queues[direction]
         for _ in range(64):
             taken = queue.write(65536)
@@ -445,7 +445,7 @@ class HalfClose(RuleBasedStateMachine):
             for end in self.ends:
                 end.close()
             self.trio.end()
-            self.constants.stop()
+            self.constants.close()
         assert not opened_since(self.before)
 
     def _bring_to_an_end(self) -> None:

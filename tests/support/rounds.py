@@ -1,7 +1,7 @@
-"""When is a relay in this process at rest? With a pairing, ``wait_all_tasks_blocked`` with a cushion cannot tell.
+"""Tells when a relay in this process is idle. With a pairing, ``wait_all_tasks_blocked`` with a cushion cannot tell it.
 
-It waits for Trio to sleep through the whole cushion, and with a pairing :class:`~frelay.pairing.readiness.ReadinessSet`
-sleeps in Trio's stead and then wakes it.
+It waits until Trio sleeps through the whole cushion, but with a pairing the
+:class:`~frelay.pairing.readiness.ReadinessSet` sleeps in Trio's place and then wakes it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["CountedRounds", "nothing_is_ready", "settled"]
 
 
 class CountedRounds(ReadinessSet):
-    """Counts the rounds in which a descriptor of its own was ready."""
+    """A readiness set that counts the rounds in which one of its own descriptors was ready."""
 
     rounds = 0
 
@@ -28,7 +28,7 @@ class CountedRounds(ReadinessSet):
 
 
 async def nothing_is_ready(readiness: CountedRounds, pause: float) -> None:
-    """Wait for ``pause`` seconds in which nothing is ready; with a spin there are none."""
+    """Wait for ``pause`` seconds in which nothing is ready; while a pump spins, they do not come."""
     rounds = -1
     while rounds != readiness.rounds:
         rounds = readiness.rounds
@@ -36,6 +36,6 @@ async def nothing_is_ready(readiness: CountedRounds, pause: float) -> None:
 
 
 async def settled(pause: float) -> None:
-    """Let ``pause`` seconds pass, and everybody have a turn in them."""
+    """Let ``pause`` seconds pass, and let every task run in them."""
     await trio.sleep(pause)
     await trio.testing.wait_all_tasks_blocked()

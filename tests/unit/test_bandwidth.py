@@ -1,4 +1,4 @@
-"""A route's budget is kept exactly, shared equally, and costs no memory: on a clock that only the test moves."""
+"""A route's budget is kept exactly, shared equally, and costs no memory. Only the test moves the clock."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SECONDS = 5.0
 
 
 class NoTrouble:
-    """As a readiness set: a pump with a budget is not stepped, and only wants to be told of trouble."""
+    """A readiness set without events: a pump with a budget is not stepped, and uses the set only to learn of errors."""
 
     def refresh(self, polled: Any) -> None:
         pass
@@ -32,7 +32,7 @@ RATES = [10_000, 1_000_000, 20_000_000]
 
 
 class Whole:
-    """As a socket: one that has not broken."""
+    """A socket whose connection has not broken."""
 
     def fileno(self) -> int:
         return -1
@@ -42,7 +42,7 @@ class Whole:
 
 
 class End:
-    """What a pump wants of either end of its direction, in as far as it does here."""
+    """What a pump needs from either end of its direction in these tests."""
 
     sock: Any = Whole()
 
@@ -65,7 +65,7 @@ class End:
 
 
 class Spring(End):
-    """Bytes without end; ``most`` is how many it gives at once, as with a sender of small messages."""
+    """A source of endless bytes; ``most`` is how many it gives at once, like a sender of small messages."""
 
     def __init__(self, most: int | None = None) -> None:
         self.given = 0
@@ -80,7 +80,7 @@ class Spring(End):
 
 
 class Drain(End):
-    """Takes everything at once and counts it."""
+    """A sink that takes everything at once and counts it."""
 
     def __init__(self) -> None:
         self.taken = 0
@@ -104,7 +104,7 @@ def flow(nursery: trio.Nursery, share: Share, most: int | None = None) -> tuple[
 @pytest.mark.parametrize("rate", RATES)
 @pytest.mark.parametrize("pairings", [1, 7])
 async def test_the_rate_is_kept_exactly(autojump_clock: trio.testing.MockClock, rate: int, pairings: int) -> None:
-    """Within 10 % over 5 s is the promise; 5 % of it may be the burst with which it begins."""
+    """The promise is 10 % over 5 s, of which the first burst may be 5 %."""
     bandwidth = Bandwidth(rate)
     async with trio.open_nursery() as nursery:
         flows = [flow(nursery, Share(bandwidth)) for _ in range(pairings)]
@@ -119,7 +119,7 @@ async def test_the_rate_is_kept_exactly(autojump_clock: trio.testing.MockClock, 
 
 @pytest.mark.load
 async def test_late_timers_do_not_add_up(autojump_clock: trio.testing.MockClock) -> None:
-    """Whoever is late for its turn by less than a quarter of a second has the whole rate all the same."""
+    """A pairing that is late for its turn by less than a quarter of a second still has the whole rate."""
     bandwidth = Bandwidth(1_000_000)
     share = Share(bandwidth)
     spent = 0
@@ -144,7 +144,7 @@ async def test_silence_saves_up_no_more_than_a_quarter_of_a_second(autojump_cloc
 
 @pytest.mark.parametrize("rate", RATES)
 async def test_pairings_get_equal_parts(autojump_clock: trio.testing.MockClock, rate: int) -> None:
-    """One that is busy both ways is a pairing like the others, and each gets what it can use of its part."""
+    """A pairing that is busy both ways counts once, and each gets as much of its share as it can use."""
     bandwidth = Bandwidth(rate)
     async with trio.open_nursery() as nursery:
         both_ways = Share(bandwidth)
@@ -161,7 +161,7 @@ async def test_pairings_get_equal_parts(autojump_clock: trio.testing.MockClock, 
 
 @pytest.mark.load
 async def test_a_word_now_and_then_is_not_kept_waiting_by_bulk(autojump_clock: trio.testing.MockClock) -> None:
-    """The turn that is under way is all that it waits for, however many others want theirs."""
+    """It waits only for the current turn, however many others wait for theirs."""
     bandwidth = Bandwidth(1_000_000)
     async with trio.open_nursery() as nursery:
         for _ in range(10):
@@ -180,7 +180,7 @@ async def test_a_word_now_and_then_is_not_kept_waiting_by_bulk(autojump_clock: t
 
 @pytest.mark.parametrize("rate", RATES)
 async def test_nothing_is_read_ahead(autojump_clock: trio.testing.MockClock, rate: int) -> None:
-    """What waits for its turn is one portion a direction; all else waits at its sender's."""
+    """Only one portion in each direction waits for its turn; all else waits at the sender."""
     bandwidth = Bandwidth(rate)
     async with trio.open_nursery() as nursery:
         flows = [flow(nursery, Share(bandwidth)) for _ in range(20)]
@@ -236,7 +236,7 @@ async def test_a_pump_that_waits_for_its_turn_says_so(autojump_clock: trio.testi
 
 @pytest.mark.load
 async def test_who_goes_while_it_waits_leaves_the_turn_to_the_others(autojump_clock: trio.testing.MockClock) -> None:
-    """Its pairing ended; the other direction, and the other pairings, go on."""
+    """Its pairing ends; the other direction and the other pairings go on."""
     bandwidth = Bandwidth(1_000_000)
     share = Share(bandwidth)
     with trio.move_on_after(1):
@@ -251,7 +251,7 @@ async def test_who_goes_while_it_waits_leaves_the_turn_to_the_others(autojump_cl
 
 @pytest.mark.load
 async def test_turns_of_those_who_have_gone_are_given_back(autojump_clock: trio.testing.MockClock) -> None:
-    """Sixty pairings ask for a kilobyte each and end. One that comes then waits for none of it."""
+    """Sixty pairings request a kilobyte each and end. A pairing that comes then waits for none of these."""
     bandwidth = Bandwidth(5000)
     began = trio.current_time()
     async with trio.open_nursery() as nursery:
@@ -267,7 +267,7 @@ async def test_turns_of_those_who_have_gone_are_given_back(autojump_clock: trio.
 async def test_who_is_next_and_goes_leaves_the_turn_to_the_one_after_it(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    """And that one goes in time, though it had not been told to look at the clock."""
+    """And that one goes in time, although it was not told to check the clock."""
     bandwidth = Bandwidth(1000)
     await Share(bandwidth).spend(200)
     gone = trio.CancelScope()
@@ -291,7 +291,7 @@ async def test_who_is_next_and_goes_leaves_the_turn_to_the_one_after_it(
 @pytest.mark.load
 @pytest.mark.parametrize("rate", [100, 5000, 1_000_000])
 async def test_a_turn_is_short_at_any_rate(autojump_clock: trio.testing.MockClock, rate: int) -> None:
-    """However slow the route, ten bytes wait for one turn of somebody else, and then for their own."""
+    """However slow the route, ten bytes wait for one turn of another pairing, and then for their own."""
     bandwidth = Bandwidth(rate)
     async with trio.open_nursery() as nursery:
         for _ in range(30):
@@ -305,7 +305,7 @@ async def test_a_turn_is_short_at_any_rate(autojump_clock: trio.testing.MockCloc
 
 @pytest.mark.load
 async def test_a_new_rate_counts_for_those_who_wait(autojump_clock: trio.testing.MockClock) -> None:
-    """Up, down, and away: nobody waits for what the old one would have asked."""
+    """A higher rate, a lower one, none: no pairing waits as long as the old rate would demand."""
     bandwidth = Bandwidth(1)
     await Share(bandwidth).spend(1)
     began = trio.current_time()
@@ -325,7 +325,7 @@ async def test_a_new_rate_counts_for_those_who_wait(autojump_clock: trio.testing
 
 
 async def test_small_and_large_portions_have_equal_parts_too(autojump_clock: trio.testing.MockClock) -> None:
-    """Going first with few bytes is no way to more of them."""
+    """A pairing with small portions goes first, but gets no more bytes."""
     bandwidth = Bandwidth(1_000_000)
     async with trio.open_nursery() as nursery:
         sinks = [flow(nursery, Share(bandwidth), most)[1] for most in (50, 1000, None)]

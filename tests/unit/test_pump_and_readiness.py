@@ -1,6 +1,6 @@
-"""What the pumps promise beside the bytes: no spin, no neighbour harmed, and little held while nothing moves.
+"""What the pumps promise besides the bytes: no spin, no harm to other pairings, and little memory while nothing moves.
 
-The bytes themselves, with every order of writes, pauses and ends, are in ``tests/fuzz/test_half_close.py``.
+``tests/fuzz/test_half_close.py`` tests the bytes themselves, with every order of writes, pauses and ends.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ TIMEOUT = 20.0
 FORTH: tuple[Side, Side] = ("func1", "func2")
 BACK: tuple[Side, Side] = ("func2", "func1")
 
-# Large enough to fill a pump's buffer, and so to be bulk; small enough to be full soon.
+# Large enough to fill a pump's buffer, so that the pump splices; small enough to be full soon.
 BUFFER = 65536
 SPLICE: Callable[..., int] | None = getattr(os, "splice", None)
 
@@ -80,13 +80,13 @@ class Joined:
             close_with_reset(sock)
 
     async def clog(self) -> int:
-        """Write until func2, which does not read, holds up func1; how many bytes of PAYLOAD, repeated, went."""
+        """Write PAYLOAD again and again until func1 must wait for func2, which does not read; returns how much went."""
         sent = 0
         while True:
             try:
                 sent += self.one.send(PAYLOAD[sent % len(PAYLOAD) :])
             except BlockingIOError:
-                # The pump has its turn, and the kernel, which may have made room behind its back.
+                # Let the pump run, and the kernel, which may have made room meanwhile.
                 await trio.sleep(0.01)
                 if self.forth.is_blocked and not select.select([], [self.one], [], 0)[1]:
                     return sent
@@ -166,11 +166,11 @@ async def send(sock: socket.socket, data: bytes) -> None:
 # --- spins ---------------------------------------------------------------------------------------------------------
 
 
-async def test_a_wire_that_hung_up_behind_back_pressure_does_not_spin() -> None:
-    """HUP is reported asked for or not: both directions shut, input unread, and nobody wants it at the moment."""
+async def test_a_leg_that_hung_up_behind_back_pressure_does_not_spin() -> None:
+    """epoll reports HUP even unasked: both directions are shut, input is unread, and no pump waits for the socket."""
     async with bench() as found:
         joined = found.join()
-        joined.two.shutdown(socket.SHUT_WR)  # func2 has said all, so func1's socket is shut for writing
+        joined.two.shutdown(socket.SHUT_WR)  # func2 ends its direction, so func1's socket is shut for writing
         await eventually(lambda: joined.ended == 1)
         sent = await joined.clog()
         joined.one.shutdown(socket.SHUT_WR)
@@ -188,7 +188,7 @@ async def eof(sock: socket.socket) -> bool:
 
 
 async def test_a_reset_behind_back_pressure_is_noticed() -> None:
-    """Nobody reads from the socket at that moment, and an idle receiver must not keep the pairing alive."""
+    """No pump reads from the socket at that moment, and an idle receiver must not keep the pairing alive."""
     async with bench() as found:
         joined = found.join()
         await joined.clog()
@@ -201,8 +201,8 @@ async def test_a_reset_behind_back_pressure_is_noticed() -> None:
 
 
 @pytest.mark.parametrize("has_ended", [False, True])
-async def test_once_nothing_is_written_to_it_only_reading_tells_how_a_wire_broke(has_ended: bool) -> None:
-    """Then Linux tells of a reset before FIN as of one after it, except to the last read; and that must be asked."""
+async def test_once_nothing_is_written_to_a_leg_only_a_read_tells_how_it_broke(has_ended: bool) -> None:
+    """Linux then reports a reset before FIN like one after it, except to the last read; so the pump must read."""
     async with bench() as found:
         joined = found.join()
         await send(joined.two, b"the last of func2")
@@ -234,7 +234,7 @@ async def test_once_nothing_is_written_to_it_only_reading_tells_how_a_wire_broke
 
 @needs_splice
 async def test_an_urgent_byte_in_the_middle_of_bulk_is_no_end() -> None:
-    """splice stops before it for good, and says 0, as at the end, once FIN has come: the rest would be lost."""
+    """splice stops before it for good, and returns 0, as at the end, once FIN has come: the rest would be lost."""
     async with bench() as found:
         joined = found.join(starts=False)
         before, after = os.urandom(20_000), os.urandom(100)
@@ -242,7 +242,7 @@ async def test_an_urgent_byte_in_the_middle_of_bulk_is_no_end() -> None:
         joined.one.send(b"!", socket.MSG_OOB)
         joined.one.send(after)
         joined.one.shutdown(socket.SHUT_WR)
-        # All of it is there, FIN included, before the pump takes its first look.
+        # All of it has come, FIN included, before the pump first reads.
         found.start(joined)
         assert await receive(joined.two, 20_101) == before + b"!" + after
         assert await eof(joined.two)
@@ -254,7 +254,7 @@ async def test_an_urgent_byte_in_the_middle_of_bulk_is_no_end() -> None:
 
 
 async def chat(joined: Joined) -> None:
-    """Small messages both ways, until both pumps wait for the next one alone."""
+    """Exchange small messages until both pumps wait only for the next arrival."""
     for source, sink in ((joined.one, joined.two), (joined.two, joined.one)):
         await send(source, b"hello")
         assert await receive(sink, 5) == b"hello"
@@ -262,7 +262,7 @@ async def chat(joined: Joined) -> None:
 
 
 async def test_the_end_that_comes_with_the_last_message_is_not_missed() -> None:
-    """An arrival is told once, and the read that it leads to takes the bytes and leaves the FIN."""
+    """epoll reports an arrival once, and the read that follows takes the bytes and leaves the FIN."""
     async with bench() as found:
         joined = found.join()
         await chat(joined)
@@ -277,7 +277,7 @@ async def test_the_end_that_comes_with_the_last_message_is_not_missed() -> None:
 
 
 async def test_what_comes_with_an_urgent_byte_is_not_missed() -> None:
-    """A read stops before it, and at it, with more behind."""
+    """A read stops before the urgent byte and after it, with more bytes to come."""
     async with bench() as found:
         joined = found.join()
         await chat(joined)
@@ -303,7 +303,7 @@ async def test_the_reset_of_a_chatty_leg_is_noticed() -> None:
 
 
 async def test_a_message_that_is_larger_than_the_copies_does_not_stop_the_flow() -> None:
-    """Small, exactly one buffer, large, and small again, each in one piece: none is the last one that is told."""
+    """Small, exactly one buffer, large, and small again, each in one piece: after each the next is reported too."""
     async with bench() as found:
         joined = found.join()
         for size in (10, 16 * 1024, 10, 16 * 1024 + 1, 10, 60_000, 1, 16 * 1024, 16 * 1024):
@@ -313,7 +313,7 @@ async def test_a_message_that_is_larger_than_the_copies_does_not_stop_the_flow()
         await nothing_is_ready(found.readiness, 0.01)
 
 
-async def test_who_sends_small_messages_is_asked_for_no_more_until_one_is_larger(
+async def test_after_small_messages_a_read_requests_no_more_until_one_is_larger(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[int] = []
@@ -339,7 +339,7 @@ async def test_who_sends_small_messages_is_asked_for_no_more_until_one_is_larger
             rounds, message = found.readiness.rounds, os.urandom(size)
             await send(joined.one, message)
             assert await receive(joined.two, size) == message
-            # All of it in the round in which its arrival was told.
+            # All of it in the round that reported its arrival.
             assert asked == ([small] if size < small else [small, 16 * 1024])
             assert found.readiness.rounds == rounds + 1
         for size in (small, 1, 20_000, 3 * small, small):
@@ -350,7 +350,7 @@ async def test_who_sends_small_messages_is_asked_for_no_more_until_one_is_larger
 
 
 async def test_a_unix_sockets_short_read_is_not_taken_for_all() -> None:
-    """It ends where descriptors were sent along, whatever comes behind."""
+    """It ends where descriptors were sent along, even if more bytes follow."""
     async with bench() as found:
         joined = found.join(pair=unix_pair)
         for source, sink in ((joined.one, joined.two), (joined.two, joined.one)):
@@ -393,7 +393,7 @@ async def test_of_much_bulk_a_round_serves_some_in_turn_and_no_end_waits() -> No
         for joined in bulky:
             joined.one.send(b"x")
         chatty.one.shutdown(socket.SHUT_WR)
-        # As epoll tells it again and again: in the same order.
+        # epoll reports them again and again in the same order.
         ready = [(joined.forth.source.fd, select.EPOLLIN) for joined in bulky]
         end = chatty.forth.source.fd, select.EPOLLIN | select.EPOLLRDHUP
         moved = []
@@ -405,7 +405,7 @@ async def test_of_much_bulk_a_round_serves_some_in_turn_and_no_end_waits() -> No
 
 
 async def test_both_ends_of_a_pairing_in_one_round() -> None:
-    """The sink's reset ends the pump, and then its source's FIN is served, in one round or the other way round."""
+    """In one round the sink's reset ends the pump and its source's FIN is served, in either order."""
     for _ in range(20):
         async with bench() as found:
             joined = found.join()
@@ -419,7 +419,7 @@ async def test_both_ends_of_a_pairing_in_one_round() -> None:
 
 
 async def test_an_end_in_the_same_round_does_not_hide_why_the_pump_ended() -> None:
-    """Its sink was served first; what its source has to say was already on the list."""
+    """Its sink is served first, and the event of its source is already in the list of this round."""
     bug = RuntimeError("a bug")
     async with bench() as found:
         joined = found.join()
@@ -432,7 +432,7 @@ async def test_an_end_in_the_same_round_does_not_hide_why_the_pump_ended() -> No
 
 
 async def test_an_idle_pump_has_the_kernel_check_its_source_again() -> None:
-    """Whatever was not told: here, because the test takes the telling away."""
+    """It finds what epoll has not reported: here, because the test removes the pump from the set's table."""
     async with bench() as found:
         joined = found.join()
         await chat(joined)
@@ -450,7 +450,7 @@ async def test_an_idle_pump_has_the_kernel_check_its_source_again() -> None:
 async def test_a_bug_behind_an_arrival_ends_that_pairing_and_no_other(
     what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However the step came to it; and an error of ours is not the sink's."""
+    """In whatever part of the step the bug is; and an error of ours is not taken for an error of the sink."""
     bug = OSError(errno.ENOSPC, "no room in epoll")
     async with bench() as found:
         healthy, sick = found.join(), found.join()
@@ -482,7 +482,7 @@ async def test_a_bug_behind_an_arrival_ends_that_pairing_and_no_other(
 
 
 async def test_a_pump_that_failed_reads_nothing_more() -> None:
-    """It may hold bytes: what came after them must not be sent as if it came next."""
+    """It may hold bytes: what came after them must not be sent before them."""
     async with bench() as found:
         joined = found.join()
         await chat(joined)
@@ -500,7 +500,7 @@ async def test_a_pump_that_failed_reads_nothing_more() -> None:
 
 @needs_splice
 async def test_a_bug_in_one_pump_ends_that_pairing_and_no_other() -> None:
-    """One task steps the pumps of all pairings; what a step raises must not end it."""
+    """One task steps the pumps of all pairings: an exception in a step must not end it."""
     bug = RuntimeError("a bug")
 
     def broken_splice(*_: object, **__: object) -> int:
@@ -521,7 +521,7 @@ async def test_a_bug_in_one_pump_ends_that_pairing_and_no_other() -> None:
 
 @pytest.mark.load
 async def test_when_all_is_cancelled_at_once_the_pumps_still_leave_nothing() -> None:
-    """The set's own task may be gone before the pumps are, with bytes in their pipes."""
+    """The set's own task may end before the pumps do, with bytes in their pipes."""
     before = open_descriptors()
     readiness, pipes = ReadinessSet(), PipePool()
     joined = Joined(readiness, pipes, SPLICE, tcp_pair)
@@ -535,7 +535,7 @@ async def test_when_all_is_cancelled_at_once_the_pumps_still_leave_nothing() -> 
     assert joined.failures == []
     assert pipes.in_use == 0
     joined.close()
-    # What held bytes is gone, not pooled: its next user would deliver them.
+    # A pipe with bytes is closed, not pooled: its next user would deliver them.
     assert pipes.descriptors == 0
     assert not opened_since(before)
 
@@ -545,7 +545,7 @@ async def test_when_all_is_cancelled_at_once_the_pumps_still_leave_nothing() -> 
 
 @needs_splice
 async def test_a_pairing_that_falls_silent_after_bulk_gives_its_pipe_back() -> None:
-    """A burst leaves a pump with an empty pipe; two descriptors each must not stay with a thousand idle pairings."""
+    """A burst leaves a pump with an empty pipe: a thousand idle pairings must not keep two descriptors each."""
     async with bench() as found:
         joined = found.join()
         await send(joined.one, bytes(16384))
@@ -554,14 +554,14 @@ async def test_a_pairing_that_falls_silent_after_bulk_gives_its_pipe_back() -> N
         joined.forth.on_idle()
         joined.back.on_idle()
         assert found.pipes.in_use == 0
-        # And the next bulk has one again.
+        # The next bulk transfer takes a pipe again.
         data = os.urandom(200_000)
         await send(joined.one, data)
         assert await receive(joined.two, len(data)) == data
 
 
 @needs_splice
-async def test_resting_never_takes_a_pipe_that_holds_bytes() -> None:
+async def test_an_idle_pump_keeps_a_pipe_that_holds_bytes() -> None:
     async with bench() as found:
         joined = found.join()
         sent = await joined.clog()
@@ -572,7 +572,7 @@ async def test_resting_never_takes_a_pipe_that_holds_bytes() -> None:
 
 
 async def test_what_was_delivered_late_is_not_kept() -> None:
-    """A pump that once met a full sink must not hold the copy of those bytes for as long as it is idle."""
+    """A pump that once had a full sink must not keep a copy of those bytes while it is idle."""
     async with bench() as found:
         pairs = [found.join(None) for _ in range(5)]
         gc.collect()
@@ -590,7 +590,7 @@ async def test_what_was_delivered_late_is_not_kept() -> None:
 
 
 class Reluctant(RawStream):
-    """Takes little without waiting, as does a socket that is nearly full."""
+    """Takes few bytes without waiting, like a socket that is nearly full."""
 
     def send_now(self, data: memoryview) -> int:
         return super().send_now(data[:1000])
@@ -623,7 +623,7 @@ async def test_a_stream_pump_keeps_nothing_while_it_waits(sink_of: type[RawStrea
 
 
 @needs_splice
-async def test_without_a_pipe_to_be_had_the_bytes_are_copied() -> None:
+async def test_without_a_free_pipe_the_bytes_are_copied() -> None:
     async with bench() as found:
         found.pipes = PipePool(capacity=1)
         taken = found.pipes.take()

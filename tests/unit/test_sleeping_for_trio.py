@@ -1,4 +1,4 @@
-"""The readiness set sleeps in Trio's stead: bytes cost no turn of Trio's loop, and nothing of Trio's is missed."""
+"""The readiness set sleeps in Trio's place: bytes cost no turn of Trio's loop, and Trio misses nothing."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def joined(readiness: ReadinessSet) -> AsyncIterator[tuple[socket.socket, 
             for source, sink in (polled, polled[::-1]):
                 pump = RawPump(source, sink, sides=("func1", "func2"), readiness=readiness, pipes=pipes)
                 nursery.start_soon(pump.run)
-            # Whoever sleeps on it has begun to.
+            # Wait until something sleeps on this set.
             await eventually(lambda: len(readiness) == 2)
             yield one, two
             nursery.cancel_scope.cancel()
@@ -45,7 +45,7 @@ async def joined(readiness: ReadinessSet) -> AsyncIterator[tuple[socket.socket, 
 
 @asynccontextmanager
 async def running(readiness: ReadinessSet) -> AsyncIterator[trio.Nursery]:
-    """``readiness`` runs, in the nursery that this gives, until the end of the block, which must come in good time."""
+    """Run ``readiness`` in the nursery that this yields, until the end of the block, within PATIENCE seconds."""
     with trio.fail_after(TIMEOUT):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(readiness.run)
@@ -77,7 +77,7 @@ async def test_bytes_cost_no_turn_of_trios_loop() -> None:
         trio.lowlevel.add_instrument(counted)
 
         def talk() -> None:
-            """In a thread of its own, where Trio has nothing to do with it."""
+            """Exchange messages in a thread of its own, without Trio."""
             one.setblocking(True)
             two.setblocking(True)
             for _ in range(500):
@@ -86,7 +86,7 @@ async def test_bytes_cost_no_turn_of_trios_loop() -> None:
 
         await trio.to_thread.run_sync(talk)
         trio.lowlevel.remove_instrument(counted)
-        # What it takes to start a thread, and to hear that it is done.
+        # The turns that it takes to start a thread and to learn that it is done.
         assert counted.turns < 20
 
 
@@ -134,7 +134,7 @@ async def test_a_signal_is_heard_while_it_sleeps() -> None:
 
 
 async def test_two_sets_in_one_run_both_move_their_bytes() -> None:
-    """Two that sleep for one Trio would not hear each other's sockets; the second has a task sleep instead."""
+    """If both slept for one Trio, each would miss the other's sockets: for the second set a task waits instead."""
     first, second = ReadinessSet(), ReadinessSet()
     with trio.fail_after(TIMEOUT):
         # The second begins after the first and outlives it.
@@ -147,7 +147,7 @@ async def test_two_sets_in_one_run_both_move_their_bytes() -> None:
                         await say(one, two)
                         await say(three, four)
                     assert (first.sleeps_for_trio, second.sleeps_for_trio) == (True, False)
-            # And it goes on without the first.
+            # It goes on when the first has ended.
             async with joined(second) as (three, four):
                 await say(three, four)
             third = ReadinessSet()
@@ -171,7 +171,7 @@ async def test_where_trios_set_cannot_be_seen_a_task_sleeps_instead(
 
 
 async def test_a_bug_while_sleeping_for_trio_ends_the_run_with_it() -> None:
-    """Trio logs what an instrument raises and goes on without it, which would be a relay that moves nothing."""
+    """Trio logs what an instrument raises and goes on without it; such a relay would move no byte."""
 
     class Sick(ReadinessSet):
         def serve(self, ready: Iterable[tuple[int, int]], trio_epoll: int = -1) -> bool:
@@ -186,7 +186,7 @@ async def test_a_bug_while_sleeping_for_trio_ends_the_run_with_it() -> None:
 
 @pytest.mark.parametrize("sections", ["", "[relay]\nworkers = 2\n"], ids=["one process", "two workers"])
 async def test_a_real_relay_sees_trios_set(site: Site, sections: str) -> None:
-    """However it is sealed off: no core, no ptrace, nor another user: test_privileges_are_given_up.py."""
+    """Also when it may not be dumped or traced; for another user see test_privileges_are_given_up.py."""
     async with site.process(sections=sections, options=["--no-watch"]) as relay:
         assert relay.logged("ready")
         assert not relay.logged("small messages cost more than they should")

@@ -1,7 +1,7 @@
-"""What the pump of a tunnel promises beside the bytes, whose every order of writes and ends is in ``tests/fuzz``.
+"""What the pump of a tunnel promises besides the bytes; ``tests/fuzz`` tests these in every order of writes and ends.
 
-It is stepped as long as nothing but bytes comes. The tests are about the border: whatever else there is, the step finds
-it and the task is woken for it, for no event of the socket may tell of it again.
+The pump is stepped as long as only bytes come. When anything else comes, the step must find it and wake the task for
+it, because the socket may report no further event. The tests are about this change.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ async def tunnel(
 
 
 async def test_the_end_in_one_segment_with_the_last_bytes_is_not_missed(site: Site) -> None:
-    """TLS takes both out of the kernel at once, which then has nothing more to tell."""
+    """TLS reads both from the kernel at once, and then the kernel has nothing more to report."""
     async with tunnel(site) as found:
         await found.party.send(b"first")
         assert await found.hear(5) == b"first"
@@ -139,7 +139,7 @@ async def test_what_a_full_sink_does_not_take_is_sent_later_and_counted(site: Si
             assert await found.hear(len(data)) == data
         await eventually(lambda: not found.pump.is_blocked, "nothing is held")
         assert found.pump.moved == len(data)
-        # And from here on it is stepped again.
+        # From here on the pump is stepped again.
         await found.party.send(b"more")
         assert await found.hear(4) == b"more"
         await nothing_is_ready(found.readiness, 0.01)
@@ -159,7 +159,7 @@ async def test_a_bug_in_a_step_ends_its_own_pump_alone(site: Site) -> None:
 
 
 async def test_records_of_one_byte_keep_nobody_waiting(site: Site) -> None:
-    """A step takes a few of them, however many are there: each costs what a full one does."""
+    """A step takes only a few of them, however many have come: each costs as much as a full one."""
     async with tunnel(site) as found:
         for _ in range(1000):
             found.party.tls.write(b"x")
@@ -171,7 +171,7 @@ async def test_records_of_one_byte_keep_nobody_waiting(site: Site) -> None:
 
 @pytest.mark.parametrize("how", ["cut", "garbage"])
 async def test_what_one_direction_has_met_the_other_calls_by_the_same_name(site: Site, how: str) -> None:
-    """Whichever of the two tells it first: a cut is no reset because bytes were on their way to who was cut."""
+    """Whichever of the two finds it first: a cut does not become a reset because bytes were on their way there."""
     one, near = tcp_pair()
     server = TlsStream(one, server_context(site))
     party = Party(trio.SocketStream(trio.socket.from_stdlib_socket(near)), site.context("func1"), "localhost")
@@ -193,7 +193,7 @@ async def test_what_one_direction_has_met_the_other_calls_by_the_same_name(site:
 
 
 async def send_until_it_fails(stream: TlsStream) -> None:
-    """The kernel may take the first ones."""
+    """Send until it raises; the kernel may take the first bytes."""
     while True:
         stream.send_now(memoryview(b"hello"))
         await trio.sleep(0.001)

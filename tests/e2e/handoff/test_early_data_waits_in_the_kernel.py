@@ -1,4 +1,4 @@
-"""What a party without frames sends before its partner is there waits in the kernel, and is delivered whole."""
+"""What a party without frames sends before its partner has joined waits in the kernel, and all of it is delivered."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def waiting_leg(relay: RelayInProcess) -> Leg:
 
 
 def unread(sock: socket.socket) -> int:
-    """Bytes that the kernel has received for ``sock`` and nobody has read."""
+    """How many bytes the kernel has received for ``sock`` that no process has read."""
     count = array.array("i", [0])
     fcntl.ioctl(sock, termios.FIONREAD, count)
     return count[0]
@@ -67,7 +67,7 @@ COMBINATIONS: list[tuple[Mode, Mode]] = [("bare", "raw"), ("bare", "tunnel"), ("
 
 @pytest.mark.parametrize(("early", "late"), COMBINATIONS)
 async def test_early_data_is_held_back_and_delivered_whole(site: Site, early: Mode, late: Mode) -> None:
-    """TESTPLAN 30: but for one record, nothing is read before there is somebody to read it for."""
+    """TESTPLAN 30: the relay reads one record at most before the partner has joined."""
     data = block(50_000)
     async with site.relay(ROUTES[early]) as relay:
         one = await lonely(site, relay, early)
@@ -85,7 +85,7 @@ async def test_early_data_is_held_back_and_delivered_whole(site: Site, early: Mo
 @pytest.mark.parametrize("size", [1, 40_000])
 @pytest.mark.parametrize(("early", "late"), COMBINATIONS)
 async def test_early_data_and_the_end_of_it(site: Site, early: Mode, late: Mode, size: int) -> None:
-    """TESTPLAN 30: who has said all before anybody listens is heard, and gets its answer."""
+    """TESTPLAN 30: a party that ends its direction before its partner has joined is heard, and gets the answer."""
     question = block(size)
     async with site.relay(ROUTES[early]) as relay:
         one = await lonely(site, relay, early)
@@ -104,7 +104,7 @@ async def test_early_data_and_the_end_of_it(site: Site, early: Mode, late: Mode,
 @pytest.mark.load
 @pytest.mark.parametrize(("early", "late"), COMBINATIONS)
 async def test_more_early_data_than_the_kernel_holds(site: Site, early: Mode, late: Mode) -> None:
-    """TESTPLAN 30: the sender is held up, the relay's memory does not grow, and afterwards all of it arrives."""
+    """TESTPLAN 30: the sender has to wait, the relay's memory does not grow, and all of it arrives in the end."""
     data = block(24 * MIB)
     sent = 0
     async with site.relay(ROUTES[early]) as relay:
@@ -131,7 +131,7 @@ async def test_more_early_data_than_the_kernel_holds(site: Site, early: Mode, la
 
                 await eventually(is_held_up, "the sender is held up")
                 assert 0 < sent < len(data)
-                # What this process itself has in Python is the sender's pieces and the relay's buffers.
+                # In this process Python holds the sender's pieces and the relay's buffers.
                 assert tracemalloc.get_traced_memory()[0] < 2 * MIB
             finally:
                 tracemalloc.stop()
@@ -142,7 +142,7 @@ async def test_more_early_data_than_the_kernel_holds(site: Site, early: Mode, la
 
 @pytest.mark.parametrize("mode", ["bare", "plain"])
 async def test_who_resets_with_early_data_is_not_paired(site: Site, mode: Mode) -> None:
-    """Its place is given up as soon as somebody would be paired with it."""
+    """Its place is given up when the next party would be paired with it."""
     async with site.relay(ROUTES[mode], sections="[limits]\nping_interval = 0.2\n") as relay:
         one = await lonely(site, relay, mode)
         await one.send(block(40_000))
@@ -156,7 +156,7 @@ async def test_who_resets_with_early_data_is_not_paired(site: Site, mode: Mode) 
 
 
 async def test_early_data_of_a_refused_party_goes_nowhere(site: Site) -> None:
-    """A bare party that nobody meets is sent away in order, though it has sent data that nobody has read."""
+    """A bare party whose partner does not come is closed in order, although it has sent data that was never read."""
     async with site.relay(OPEN, sections="[limits]\nwait_timeout = 0.3\n") as relay:
         one = await lonely(site, relay, "bare")
         await one.send(b"hello?")

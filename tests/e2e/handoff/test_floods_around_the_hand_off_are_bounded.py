@@ -1,8 +1,8 @@
-"""TLS has ways to send much and say nothing: KeyUpdates, empty records, padding. None of them gets a party far.
+"""A party can send many TLS records without data: KeyUpdates, empty records, padding. The relay limits all of them.
 
-The records are made by hand (``tests/support/records.py``), because no TLS library sends them. That one flooder does
-not keep the others waiting is shown record by record in ``tests/unit/test_tls_stream.py``; here it is the relay as a
-whole.
+The tests build the records themselves (``tests/support/records.py``), because no TLS library sends them.
+``tests/unit/test_tls_stream.py`` shows record by record that a flood does not keep others waiting; the tests here show
+it for the whole relay.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def padding(forge: RecordForge) -> bytes:
 
 
 async def meet(one: Party, two: Party) -> None:
-    """func2 joins func1, which waits."""
+    """func2 joins while func1 waits."""
     await two.join()
     await two.expect("WAITING")
     await one.expect("PAIRED")
@@ -59,7 +59,7 @@ async def meet(one: Party, two: Party) -> None:
 async def forged_pair(
     site: Site, relay: RelayInProcess, keylog: Path, join: bytes = JOIN, before: Around = nothing
 ) -> tuple[Party, RecordForge, Party]:
-    """func1 by forge, and func2, both told PAIRED; ``before`` is sent while func1 waits."""
+    """A func1 that forges records, and func2, both told PAIRED; func1 sends ``before`` while it waits."""
     one, forge = await forging_party(site, relay, keylog)
     await one.send_raw(forge.record(join))
     await one.expect("WAITING")
@@ -75,7 +75,7 @@ async def forged_pair(
 async def test_what_is_allowed_does_not_move_the_boundary(
     site: Site, tmp_path: Path, before: Around, after: Around
 ) -> None:
-    """TESTPLAN 19: before PAIRED and between PAIRED and close_notify, all in one piece with the raw bytes behind."""
+    """TESTPLAN 19: before PAIRED, and between PAIRED and close_notify in one piece with the raw bytes after it."""
     async with site.relay() as relay:
         hello = client_hello(site)
         one, forge, two = await forged_pair(site, relay, tmp_path / "keys", before=before)
@@ -108,7 +108,7 @@ async def test_what_is_allowed_does_not_move_the_boundary(
 async def test_what_is_not_allowed_ends_the_pairing(
     site: Site, tmp_path: Path, content: bytes, kind: int, count: int
 ) -> None:
-    """TESTPLAN 19: empty records without end, tickets from the wrong side, a second handshake, warnings."""
+    """TESTPLAN 19: endless empty records, session tickets from the client, a second handshake, warning alerts."""
     async with site.relay() as relay:
         one, forge, two = await forged_pair(site, relay, tmp_path / "keys")
         await two.hand_off()
@@ -124,8 +124,8 @@ async def test_what_is_not_allowed_ends_the_pairing(
 async def test_tls_that_was_made_to_speak_on_is_no_hand_off(site: Site, tmp_path: Path, count: int) -> None:
     """docs/protocol.md, 4.1: after its close_notify the relay writes nothing more in TLS.
 
-    OpenSSL answers a request for a KeyUpdate when it reads the next one, its own close_notify notwithstanding, and
-    func1 would find the answer in front of func2's first bytes.
+    OpenSSL answers a request for a KeyUpdate when it reads the next record, even after it has sent close_notify. Then
+    func1 would find the answer before func2's first bytes.
     """
     async with site.relay() as relay:
         one, forge, two = await forged_pair(site, relay, tmp_path / "keys")
@@ -141,7 +141,7 @@ async def test_tls_that_was_made_to_speak_on_is_no_hand_off(site: Site, tmp_path
 
 @pytest.mark.parametrize("when", ["while waiting", "in the hand-off", "in the tunnel"])
 async def test_a_flood_of_key_updates_keeps_nobody_waiting(site: Site, tmp_path: Path, when: str) -> None:
-    """TESTPLAN 19: func1 sends them as fast as it can, another pairing goes about its business, and func1 goes on."""
+    """TESTPLAN 19: while func1 sends them as fast as it can, another pairing works as usual, and func1 goes on."""
     hello = client_hello(site)
     async with site.process(DEMO + SPARE, sections="[limits]\nhandoff_timeout = 60\n") as relay:
         left, right = await join_ends(site, relay, "raw", "raw", route="spare")
@@ -171,7 +171,7 @@ async def test_a_flood_of_key_updates_keeps_nobody_waiting(site: Site, tmp_path:
 
 
 async def test_a_tunnel_goes_on_through_key_updates(site: Site, tmp_path: Path) -> None:
-    """TESTPLAN 19: they change the keys and nothing else, between any two bytes of the stream."""
+    """TESTPLAN 19: between any two bytes of the stream they change the keys, and nothing else."""
     async with site.relay() as relay:
         one, forge, two = await forged_pair(site, relay, tmp_path / "keys", TUNNEL)
         await two.hand_off()
@@ -182,7 +182,7 @@ async def test_a_tunnel_goes_on_through_key_updates(site: Site, tmp_path: Path) 
             expected += part
         assert await two.receive_exactly(len(expected)) == expected
         await two.send_raw(b"\x16\x03\x01answer")
-        # Ours were asked for, too: the relay's first record is under a new key, and the party's TLS follows.
+        # The relay had to change its keys too: its first record uses a new key, and the party's TLS follows.
         assert await one.receive_exactly(9, raw=False) == b"\x16\x03\x01answer"
         await one.send_raw(forge.record(CLOSE_NOTIFY, ALERT))
         assert await two.receive_raw() == b""

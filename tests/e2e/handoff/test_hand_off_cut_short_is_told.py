@@ -1,6 +1,6 @@
-"""A leg that goes in mid-hand-off, or never finishes it, ends the pairing: aborted, and the other function is told.
+"""A leg that breaks off its hand-off, or never finishes it, ends the pairing, and the other function learns it by RST.
 
-Told means by RST: after PAIRED and the relay's close_notify, a FIN would look like a peer that said nothing and left.
+It must be RST: after PAIRED and the relay's close_notify, a FIN would look like a peer that said nothing and left.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ WAYS: list[Callable[[Party], Awaitable[None]]] = [
 
 
 async def ending_of(party: Party, mode: str, has_answered: bool) -> str:
-    """How the connection of ``party`` ends for it: "reset", "truncated", "eof", or what came where nothing may."""
+    """How the connection of ``party`` ends: "reset", "truncated", "eof", or the bytes that came and should not have."""
     try:
         if mode == "tunnel":
             data = await party.receive()
@@ -93,7 +93,7 @@ async def test_an_end_instead_of_close_notify_aborts_and_is_told(
 
 
 async def test_the_bytes_of_a_leg_that_was_ready_are_not_called_delivered(site: Site) -> None:
-    """TESTPLAN 16: func1's first bytes were in the relay's kernel; they go nowhere, and the record says so."""
+    """TESTPLAN 16: func1's first bytes were in the relay's kernel. They are not delivered, and the record says so."""
     async with site.relay() as relay:
         one, two = await met(site, relay)
         await one.hand_off(client_hello(site))
@@ -111,7 +111,7 @@ SHORT = "[limits]\nhandoff_timeout = 0.4\n"
 @pytest.mark.parametrize("answer", ["nothing", "half a close_notify", "raw bytes from the other leg only"])
 @pytest.mark.parametrize("who", ["func1", "func2"])
 async def test_a_leg_that_does_not_answer_in_time_ends_the_pairing(site: Site, who: str, answer: str) -> None:
-    """docs/protocol.md, 4.6: each leg gets handoff_timeout, and the outcome names the one that was late."""
+    """docs/protocol.md, 4.6: each leg has handoff_timeout, and the outcome names the leg that was late."""
     async with site.relay(sections=SHORT) as relay:
         began = trio.current_time()  # before the relay's clock, which starts as it pairs them
         one, two = await met(site, relay)
@@ -128,7 +128,7 @@ async def test_a_leg_that_does_not_answer_in_time_ends_the_pairing(site: Site, w
 
 
 async def test_busy_tls_does_not_extend_the_hand_off(site: Site, tmp_path: Path) -> None:
-    """TESTPLAN 19: the limit is absolute; records that say nothing are not progress."""
+    """TESTPLAN 19: the limit is absolute; records without data are no progress."""
     async with site.relay(sections=SHORT) as relay:
         forging, forge = await forging_party(site, relay, tmp_path / "keys")
         join = b'{"attempt":"0f8fad5b-d9cb-469f-a165-70867728950e"}'

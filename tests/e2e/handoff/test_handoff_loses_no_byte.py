@@ -1,6 +1,6 @@
-"""Raw bytes behind a close_notify, in one segment with it or cut anywhere, all reach the other function.
+"""Raw bytes after a close_notify all reach the other function, in one segment with it or cut at any offset.
 
-This is the hand-off that earlier relays got wrong.
+Earlier relays lost bytes here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CLOSE_NOTIFY = 24
 
 
 async def test_close_notify_and_a_client_hello_in_one_segment(site: Site) -> None:
-    """TESTPLAN 14: one segment by TCP_CORK, and the kernel's word that it was one."""
+    """TESTPLAN 14: TCP_CORK makes them one segment, and the kernel confirms it."""
     async with site.relay() as relay:
         hello = client_hello(site)
         for other_was_first in (True, False):
@@ -42,10 +42,10 @@ async def test_close_notify_and_a_client_hello_in_one_segment(site: Site) -> Non
 
 
 async def test_close_notify_and_raw_bytes_cut_at_every_offset(site: Site) -> None:
-    """TESTPLAN 14: the relay has read the first part, and all it could make of it, before the second part leaves."""
+    """TESTPLAN 14: the relay has read and handled the first part before the second part is sent."""
     async with site.relay() as relay:
         hello = client_hello(site)
-        # Everywhere in the close_notify and around the raw bytes' beginning; then it is a stream like any other.
+        # At each offset in the close_notify and around the first raw bytes; what follows is an ordinary stream.
         offsets = [*range(CLOSE_NOTIFY + 24), *range(CLOSE_NOTIFY + 24, CLOSE_NOTIFY + len(hello), 61)]
         for offset in offsets:
             one, two = await met(site, relay)
@@ -68,7 +68,7 @@ async def test_close_notify_and_raw_bytes_cut_at_every_offset(site: Site) -> Non
 
 
 async def test_close_notify_and_raw_bytes_one_at_a_time(site: Site) -> None:
-    """TESTPLAN 14: every byte a segment of its own, from both sides at once."""
+    """TESTPLAN 14: each byte is a segment of its own, from both sides at once."""
     async with site.relay() as relay:
         hello = client_hello(site)[:200]
         one, two = await met(site, relay)
@@ -88,14 +88,14 @@ async def test_close_notify_and_raw_bytes_one_at_a_time(site: Site) -> None:
 
 
 async def test_200_hand_offs_with_raw_bytes_ahead_of_the_other_leg(site: Site) -> None:
-    """TESTPLAN 14: each corks its close_notify and its first bytes into one segment, before the other has answered."""
+    """TESTPLAN 14: each party sends its close_notify and first bytes in one segment, before the other has answered."""
     async with site.relay() as relay:
         for number in range(200):
             one, two = await met(site, relay)
             first, second = (one, two) if number % 2 else (two, one)
             hello, answer = (TLS_HEADER + word + number.to_bytes(4, "big") * 50 for word in (b"hello", b"answer"))
             for party, words in ((first, hello), (second, answer)):
-                # The first is told nothing but TLS while the second has not answered, and the other way round.
+                # The first gets only TLS while the second has not answered, and the other way round.
                 await party.read_to_close_notify()
                 assert party.leftover == b""
                 before = tcp_info(party)
@@ -119,7 +119,7 @@ async def test_200_hand_offs_with_raw_bytes_ahead_of_the_other_leg(site: Site) -
 
 
 async def test_the_first_flight_of_inner_mtls_rides_with_close_notify(site: Site) -> None:
-    """TESTPLAN 14: both functions' own TLS comes up on what the relay made of it, and they verify each other."""
+    """TESTPLAN 14: both functions' own TLS works with what the relay delivers, and they verify each other."""
     contexts = [ssl.SSLContext(kind) for kind in (ssl.PROTOCOL_TLS_CLIENT, ssl.PROTOCOL_TLS_SERVER)]
     for name, context in zip(("func1", "func2"), contexts, strict=True):
         context.load_cert_chain(*site.paths[name])

@@ -1,6 +1,6 @@
-"""The hello hand-off: one line in, the same line back, once, and a raw socket from there on, without close_notify.
+"""The hello hand-off: the party sends a line, gets it back once, and then has a raw socket, without close_notify.
 
-The clients in the wild are Go's; ``test_example_hello.py`` runs one. Here a party holds every byte.
+Real clients are written in Go; ``test_example_hello.py`` runs one. Here the test controls every byte.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ async def test_two_old_clients_meet(site: Site) -> None:
     async with site.relay(HELLO) as relay:
         one = await hello(site, relay, "func1", b"Hello\n")
         await relay.log("waiting", party="func1")
-        # Raw bytes while the other is not there yet: they wait in the kernel.
+        # Raw bytes before the other party has joined wait in the kernel.
         two = await hello(site, relay, "func2", b"Hi, a longer line\n")
         assert await one.receive() == b"Hello\n"
         assert await two.receive() == b"Hi, a longer line\n"

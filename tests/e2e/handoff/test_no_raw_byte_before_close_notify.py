@@ -1,7 +1,7 @@
-"""Not one raw byte goes to a leg before the relay has read that leg's close_notify, whatever the other leg does.
+"""The relay sends no raw byte to a leg before it has read that leg's close_notify, whatever the other leg does.
 
-So a TLS library that reads ahead has nothing to swallow. "Nothing was sent" is the kernel's word: what it counted as
-received did not grow.
+So a TLS library that reads ahead cannot swallow raw bytes. The kernel shows that nothing was sent: the count of bytes
+received does not grow.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ HELLO = TLS_HEADER + b"hello"
 
 
 async def flood(party: Party) -> int:
-    """Send HELLO over and over until the relay takes no more; how many bytes it took."""
+    """Send HELLO again and again until the relay takes no more; returns how many bytes it took."""
     data = HELLO * 8192
     sent = 0
     while True:
@@ -43,7 +43,7 @@ async def flood(party: Party) -> int:
     ],
 )
 async def test_raw_bytes_wait_for_the_last_byte_of_close_notify(site: Site, mode: str, who: str, early: str) -> None:
-    """TESTPLAN 14, 18: 23 of its 24 bytes are not enough. ``mode`` is that of the leg which is ready before."""
+    """TESTPLAN 14, 18: 23 of its 24 bytes are not enough. ``mode`` is the mode of the leg that is ready first."""
     async with site.relay() as relay:
         modes = ("handoff", mode) if who == "func1" else (mode, "handoff")
         one, two = await met(site, relay, *modes)

@@ -1,7 +1,6 @@
-"""What a leg sends before the other one is ready waits by back-pressure: in the kernels, not in the relay.
+"""Back-pressure: what a leg sends before the other one is ready waits in the kernels, not in the relay.
 
-So a function may begin to talk as soon as its own hand-off is done, and the relay's memory does not depend on how much
-it has to say.
+So a function may send as soon as its own hand-off is done, and the relay's memory does not depend on how much it sends.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from support.site import Site
 PATIENT = "[limits]\nhandoff_timeout = 60\n"
 COUNT = 12
 BLOCK = TLS_HEADER + bytes(range(256)) * 1024
-# One buffer of the relay's own a direction; what one read of a TLS leg or a raw one takes at most.
+# The relay has one buffer for each direction: the most that one read of a TLS leg or a raw leg takes.
 PER_LEG = 64 * 1024
-# Three send and three receive buffers at the system's largest are less.
+# Three send and three receive buffers of the largest size that the system permits are less than this.
 MORE_THAN_KERNELS_HOLD = 256 * 1024 * 1024
-# The interpreter's own ups and downs.
+# How much the interpreter's own memory varies.
 NOISE = 3 * 1024 * 1024
 
 
@@ -38,7 +37,7 @@ def resident(relay: RelayProcess) -> int:
 
 
 async def flood(party: Party, *, tls: bool) -> int:
-    """Write 16 KiB at a time until no more is taken; how many bytes went."""
+    """Write 16 KiB at a time until the relay takes no more; returns how many bytes it took."""
     sent = 0
     while True:
         data = BLOCK[:16384]
@@ -65,7 +64,7 @@ async def flood(party: Party, *, tls: bool) -> int:
     ],
 )
 async def test_the_relays_memory_does_not_grow(site: Site, mode1: str, mode2: str, what_func2_does: str) -> None:
-    """TESTPLAN 18: a dozen functions that write all they can to partners that are not ready."""
+    """TESTPLAN 18: a dozen functions write all they can to partners that are not ready."""
     async with site.process(sections=PATIENT) as relay:
         parties = []
         for _ in range(COUNT):
@@ -87,14 +86,14 @@ async def test_the_relays_memory_does_not_grow(site: Site, mode1: str, mode2: st
         async with trio.open_nursery() as nursery:
             for index in range(COUNT):
                 nursery.start_soon(write, index)
-        # Each was stopped, and only after it had filled something.
+        # Each writer was stopped, and only after buffers were full.
         assert all(count > PER_LEG for count in sent)
         assert resident(relay) - before < COUNT * PER_LEG + NOISE
 
 
 @pytest.mark.parametrize("mode1", ["handoff", "tunnel"])
 async def test_what_waited_arrives_whole(site: Site, mode1: str) -> None:
-    """TESTPLAN 18: megabytes sent before the other leg had answered, and FIN or close_notify behind them."""
+    """TESTPLAN 18: megabytes, and then FIN or close_notify, sent before the other leg had answered."""
     size = 8 * 1024 * 1024
     expected = (BLOCK * (size // len(BLOCK) + 1))[:size]
     async with site.relay(sections=PATIENT) as relay:

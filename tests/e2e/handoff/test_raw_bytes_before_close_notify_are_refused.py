@@ -1,7 +1,7 @@
-"""What comes on a leg before its close_notify is TLS or a fault: it ends the pairing, and not a byte of it goes on.
+"""What comes on a leg before its close_notify must be TLS. Anything else ends the pairing, and is not forwarded.
 
-So nobody who can write into the connection (an attacker on the way, or a function that is too quick) can have the relay
-take other bytes for the end of TLS, or for the beginning of what follows.
+So an attacker who can write into the connection, or a function that sends too early, cannot make the relay take other
+bytes for the end of TLS or for the first raw bytes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FORGED = {
 async def check_ended(
     relay: RelayInProcess, one: Party, two: Party, two_has_answered: bool, *, one_was_reset: bool = False
 ) -> None:
-    """The pairing ended by func1's fault, and func2 was cut off with nothing said to it."""
+    """The pairing ended because of func1, and func2 was cut off without a byte."""
     received = b""
     with trio.fail_after(20):
         try:
@@ -46,14 +46,14 @@ async def check_ended(
     ended = await relay.outcome()
     assert (ended["outcome"], ended["side"]) == ("protocol-error", "func1")
     assert (ended["bytes_func1_to_func2"], ended["bytes_func2_to_func1"]) == (0, 0)
-    # Linux tells of a reset once, so it may have been seen before.
+    # Linux reports a reset once, so an earlier call may have got it.
     assert one_was_reset or await one.ended() == "reset"
 
 
 @pytest.mark.parametrize("two_has_answered", [True, False], ids=["other leg raw", "other leg in TLS"])
 @pytest.mark.parametrize("forged", FORGED)
 async def test_what_is_not_this_legs_tls_is_a_protocol_error(site: Site, forged: str, two_has_answered: bool) -> None:
-    """TESTPLAN 15, 17: instead of the close_notify, with the true one and more raw bytes behind it."""
+    """TESTPLAN 15, 17: in place of the close_notify, followed by the true one and more raw bytes."""
     async with site.relay() as relay:
         one, two = await met(site, relay)
         if two_has_answered:
@@ -65,7 +65,7 @@ async def test_what_is_not_this_legs_tls_is_a_protocol_error(site: Site, forged:
 
 @pytest.mark.parametrize("cut", [1, 4, 5, 6, 12])
 async def test_a_forgery_is_found_out_however_it_is_cut(site: Site, cut: int) -> None:
-    """TESTPLAN 15: the relay sees its beginning, and then the rest."""
+    """TESTPLAN 15: the relay reads its first part, and then the rest."""
     async with site.relay() as relay:
         one, two = await met(site, relay)
         await one.read_to_close_notify()
@@ -83,7 +83,7 @@ async def test_a_forgery_is_found_out_however_it_is_cut(site: Site, cut: int) ->
 
 @pytest.mark.parametrize("position", [0, 5, 23])
 async def test_a_close_notify_with_a_flipped_bit_is_none(site: Site, position: int) -> None:
-    """TESTPLAN 17: in its type, in what is encrypted, and in its tag."""
+    """TESTPLAN 17: a bit of its type, of the encrypted part, or of its tag."""
     async with site.relay() as relay:
         one, two = await met(site, relay)
         await one.read_to_close_notify()
@@ -94,7 +94,7 @@ async def test_a_close_notify_with_a_flipped_bit_is_none(site: Site, position: i
 
 
 async def test_a_close_notify_replayed_from_another_connection_is_none(site: Site) -> None:
-    """TESTPLAN 17: an attacker who has seen one on another leg has nothing."""
+    """TESTPLAN 17: a close_notify recorded on another leg is of no use to an attacker."""
     async with site.relay() as relay:
         other = await site.party(relay, "func1")
         stolen = other.close_notify()
@@ -117,7 +117,7 @@ SAID = {
 @pytest.mark.parametrize("two_has_answered", [True, False], ids=["other leg raw", "other leg in TLS"])
 @pytest.mark.parametrize("said", SAID)
 async def test_application_data_after_paired_is_a_protocol_error(site: Site, said: str, two_has_answered: bool) -> None:
-    """docs/protocol.md, 4.3. What may cross with PAIRED is in test_waiting_legs_are_pinged.py."""
+    """docs/protocol.md, 4.3. For what may cross with PAIRED, see test_waiting_legs_are_pinged.py."""
     async with site.relay() as relay:
         one, two = await met(site, relay)
         if two_has_answered:
@@ -129,7 +129,7 @@ async def test_application_data_after_paired_is_a_protocol_error(site: Site, sai
 
 
 async def test_a_forged_alert_ends_a_waiting_leg_and_frees_its_place(site: Site) -> None:
-    """TESTPLAN 17: before PAIRED it is that leg's end, and no function is paired with it."""
+    """TESTPLAN 17: before PAIRED it ends that leg, and no function is paired with it."""
     async with site.relay() as relay:
         one = await site.party(relay, "func1")
         await one.join()

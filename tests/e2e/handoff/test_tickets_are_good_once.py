@@ -1,4 +1,4 @@
-"""A ticket makes a second, plain connection the leg: once, in time, at its own listener, for nobody else."""
+"""A ticket makes a second, plain connection the leg: only once, in time, and at the listener that issued it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TWO = DEMO + DEMO.replace('"demo"', '"other"')
 
 
 async def paired_by_ticket(site: Site, relay: RelayInProcess) -> tuple[Party, Party, str]:
-    """func1 in ticket mode, func2 handed off already; gives func1's ticket."""
+    """func1 in ticket mode, func2 already handed off; returns func1's ticket."""
     one = await site.party(relay, "func1")
     two = await site.party(relay, "func2")
     await one.join(modes=["ticket"])
@@ -41,7 +41,7 @@ async def bring(relay: RelayInProcess, line: bytes, *, route: str = "demo") -> t
 
 
 async def answer(stream: trio.SocketStream) -> bytes:
-    """What comes before the end; a reset is an end, too."""
+    """The bytes that come before the end; a reset counts as an end."""
     received = b""
     with trio.fail_after(20):
         try:
@@ -55,7 +55,7 @@ async def answer(stream: trio.SocketStream) -> bytes:
 async def test_the_connection_that_brings_the_ticket_is_the_leg(site: Site) -> None:
     async with site.relay() as relay:
         one, two, ticket = await paired_by_ticket(site, relay)
-        # Raw bytes in one segment with the line: none of them may be taken for a part of it.
+        # Raw bytes in one segment with the line: the relay must not take them for a part of the line.
         raw = await bring(relay, f"FRELAY/1 {ticket}\n".encode() + TLS_HEADER + b"first")
         assert await two.receive_exactly(8) == TLS_HEADER + b"first"
         await two.send_raw(TLS_HEADER + b"answer")
@@ -63,7 +63,7 @@ async def test_the_connection_that_brings_the_ticket_is_the_leg(site: Site) -> N
         assert await answer(raw) == TLS_HEADER + b"answer"
         await raw.send_eof()
         assert await two.receive_raw() == b""
-        # The relay has ended the TLS connection, in order.
+        # The relay has ended the TLS connection in order.
         assert await one.receive() == b""
         assert (await relay.outcome())["outcome"] == "closed"
         await raw.aclose()
@@ -88,7 +88,7 @@ async def test_a_wrong_ticket_gets_nothing(site: Site, line: bytes) -> None:
         wrong = await bring(relay, line)
         assert await answer(wrong) == b""
         await wrong.aclose()
-        # And the right one is as good as before.
+        # The right ticket is still valid.
         raw = await bring(relay, f"FRELAY/1 {ticket}\n".encode() + TLS_HEADER)
         assert await two.receive_exactly(3) == TLS_HEADER
         await raw.aclose()
@@ -141,7 +141,7 @@ async def test_a_ticket_line_may_come_byte_by_byte(site: Site) -> None:
 
 
 def breaks_off(one: Party, how: str) -> None:
-    """End the connection on which the ticket came, without a word of TLS."""
+    """End the connection on which the ticket came, without close_notify."""
     if how == "reset":
         one.reset()
     elif how == "end of the stream":
@@ -153,11 +153,11 @@ def breaks_off(one: Party, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["reset", "end of the stream", "close"])
 async def test_the_first_connection_may_break_off_once_the_ticket_is_out(site: Site, how: str) -> None:
-    """Not every TLS library can end a connection in order; the ticket alone says whether the party is still there."""
+    """Not every TLS library can end a connection in order; only the ticket shows whether the party is still there."""
     async with site.relay() as relay:
         one, two, ticket = await paired_by_ticket(site, relay)
         breaks_off(one, how)
-        # So that the relay has read of the end before the ticket comes.
+        # The relay reads the end before the ticket comes.
         await eventually(lambda: has_read_to_the_end(relay), "the relay noticed")
         raw = await bring(relay, f"FRELAY/1 {ticket}\n".encode() + TLS_HEADER)
         assert await two.receive_exactly(3) == TLS_HEADER
@@ -172,7 +172,7 @@ async def test_the_first_connection_may_break_off_once_the_ticket_is_out(site: S
 
 
 def has_read_to_the_end(relay: RelayInProcess) -> bool:
-    """Whether the relay knows that the connection on which func1 got its ticket is over."""
+    """Whether the relay knows that the connection on which func1 got its ticket has ended."""
     (pairing,) = relay.relay.pairings
     leg = pairing.legs["func1"]
     assert isinstance(leg, FramedLeg)
@@ -199,7 +199,7 @@ SAID = {
 
 @pytest.mark.parametrize("said", SAID)
 async def test_what_a_party_says_instead_of_bringing_its_ticket(site: Site, said: str) -> None:
-    """Its first connection is a framed leg to the end, by the rules of any other; its ticket is void after it."""
+    """Its first connection follows the rules of a framed leg until it ends; then the ticket is invalid."""
     (name, payload), outcome = SAID[said]
     async with site.relay() as relay:
         one, two, ticket = await paired_by_ticket(site, relay)

@@ -1,4 +1,4 @@
-"""A thousand connections that are reset at once, in mid-stream, are a thousand records, and nothing else is left."""
+"""A thousand connections reset at once, in mid-stream, leave a thousand records and nothing else."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from support.waiting import eventually
 RESETS = 1000
 LIMITS = f"[limits]\nmax_pre_auth_per_ip = {3 * RESETS}\nmax_pairings = {2 * RESETS}\n"
 ROUTES = OPEN + PLAIN.replace('"demo"', '"plain"')
-# More than a pump copies at once, and little enough for every buffer on the way.
+# More than a pump copies at once, and small enough to fit into each buffer on the way.
 DATA = block(20_000)
 
 
 async def crowd(site: Site, relay: RelayInProcess, count: int) -> list[tuple[End, End]]:
-    """Pairings of a plain route, which cost no handshake; as (func1, func2), whoever has met whom."""
+    """Pairings of a plain route, which need no handshake, as (func1, func2)."""
     arrived: list[End] = []
     for _ in range(2 * count):
         end = End(await site.connect(relay, None, route="plain"), "plain")
@@ -35,7 +35,7 @@ async def crowd(site: Site, relay: RelayInProcess, count: int) -> list[tuple[End
 
 @pytest.mark.load
 async def test_a_thousand_at_once(site: Site) -> None:
-    """TESTPLAN 48: from either side, in all combinations of modes, bytes under way both ways; a bystander is let be."""
+    """TESTPLAN 48: from either side, in all modes, with bytes on their way both ways; another pairing goes on."""
     random_ = random.Random(48)
     async with site.relay(ROUTES, sections=LIMITS) as relay:
         bystanders = await join_ends(site, relay)

@@ -1,7 +1,7 @@
-"""A network that swallows everything says nothing to anybody: the relay has to notice, and tell the other party.
+"""When a network drops everything, no error comes: the relay has to notice it, and end the other party's leg.
 
-No FIN and no RST comes through a cut cable. What is left are TCP's own clocks (keepalive for who is idle,
-TCP_USER_TIMEOUT for bytes in flight), the relay's stall_timeout, and for a waiting leg its PING.
+No FIN and no RST comes through a cut cable. What remains are TCP's own timers (keepalive for an idle leg,
+TCP_USER_TIMEOUT for bytes in flight), the relay's stall_timeout, and the PING of a waiting leg.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ user_timeout = 3
 CUTS = {"both ways": (True, True), "to func1 only": (True, False), "from func1 only": (False, True)}
 DATA = block(1 << 18)
 
-# The network between is one of these tests' own.
+# These tests make their own network between the relay and the parties.
 pytestmark = direct
 
 
@@ -59,7 +59,7 @@ async def flood(source: End) -> None:
 
 
 async def drain(sink: End) -> None:
-    """Read until it breaks, or for ever: at func1, where nobody is told."""
+    """Read until the connection breaks; at func1, behind the cut, that is never."""
     try:
         while await sink.receive():
             pass
@@ -83,7 +83,7 @@ async def waits(net: Network, relay: RelayProcess, name: str) -> Party:
 @pytest.mark.load
 @pytest.mark.parametrize("cut", CUTS)
 async def test_while_idle_in_flight_and_waiting(site: Site, cut: str) -> None:
-    """TESTPLAN 47: of each mode one pairing is idle, one sends to func1, one sends from there; and one leg waits."""
+    """TESTPLAN 47: in each mode one pairing is idle, one sends to func1, and one sends from func1. One leg waits."""
     to, back = CUTS[cut]
     async with far_relay(site, SHORT) as (net, relay), trio.open_nursery() as nursery:
         bystanders = await join_ends(net, relay, names=("neighbour", "func2"))
@@ -111,7 +111,7 @@ async def test_while_idle_in_flight_and_waiting(site: Site, cut: str) -> None:
         ended = relay.logged("pairing ended")
         assert {entry["outcome"] for entry in ended} <= {"reset", "stall-timeout"}
         assert len(ended) == len(pairs)
-        # The place is free: who comes now meets somebody who is there.
+        # The place is free: a party that joins now meets one that is there.
         await relay.log("refused", party="func1", code="pong-timeout")
         newcomers = [await waits(net, relay, name) for name in ("neighbour", "func2")]
         for newcomer in newcomers:
@@ -121,7 +121,7 @@ async def test_while_idle_in_flight_and_waiting(site: Site, cut: str) -> None:
             party.close()
         for _, end in pairs:
             end.party.close()
-        # Those of bulk stay in their pool: two pipes a direction.
+        # The pool keeps the pipes of the bulk transfers: two for each direction.
         await eventually(
             lambda: (
                 sum(not what.startswith("pipe:") for what in open_descriptors(relay.process.pid).values()) <= at_rest
@@ -132,7 +132,7 @@ async def test_while_idle_in_flight_and_waiting(site: Site, cut: str) -> None:
 
 
 async def test_a_cut_that_is_mended_in_time_costs_no_byte(site: Site) -> None:
-    """With limits as they are by default: TCP sends again what was swallowed, and nobody has given up."""
+    """With the default limits: TCP sends the lost segments again before any limit is over."""
     async with far_relay(site, "") as (net, relay):
         one, two = await join_ends(net, relay)
         pause_reading(two)
@@ -153,5 +153,5 @@ async def test_a_cut_that_is_mended_in_time_costs_no_byte(site: Site) -> None:
 
 
 def retransmissions(end: End) -> int:
-    """How often in a row its kernel has sent the same again in vain: tcpi_retransmits of include/uapi/linux/tcp.h."""
+    """How often in a row its kernel has sent a segment again without an answer: tcpi_retransmits of linux/tcp.h."""
     return int(end.party.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 8)[2])

@@ -1,7 +1,8 @@
-"""What finds a peer that is no longer there: the kernel's probes on every leg, and a last look before anyone is paired.
+"""What finds a peer that is gone: the kernel's probes on every leg, and a last check before a leg is paired.
 
-That the probes find one behind a network that drops everything is shown in a network namespace; that a waiting leg is
-pinged in test_waiting_legs_are_pinged.py, and what a stall comes to in test_limits_never_strike_early.py.
+test_a_cut_cable_is_noticed.py shows in a network namespace that the probes find a peer behind a network that drops
+everything. For the PINGs of a waiting leg see test_waiting_legs_are_pinged.py, for stalls
+test_limits_never_strike_early.py.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ TCP = '[tcp]\nkeepalive = [11, 7, 2]\nuser_timeout = 130\ncongestion_control = "
 
 
 def check_probes(sock: socket.socket) -> None:
-    """As [tcp] has it: for a silent peer and for one that acknowledges nothing; one does not cover the other's case."""
+    """The values of [tcp]: for a silent peer, and for one that acknowledges nothing. Neither covers the other case."""
     assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
     assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 11
     assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == 7
     assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) == 2
     assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 130_000
-    # No probe, but set in the same place, and of the same legs.
+    # Not a probe, but the same code sets it, for the same legs.
     assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0") == b"reno"
 
 
@@ -95,9 +96,9 @@ def by_reset(party: Party) -> None:
 async def test_nobody_is_paired_with_a_leg_that_is_seen_to_be_gone(
     site: Site, monkeypatch: pytest.MonkeyPatch, kind: str, goodbye: Callable[[Party], None]
 ) -> None:
-    """It went in the moment in which its partner came, before its own task could notice: the next one is taken.
+    """The leg goes when its partner comes, before the leg's own task can notice. The next leg in line is paired.
 
-    That the task has not noticed is made certain here: it does not look.
+    The test keeps the task from looking, so it cannot notice.
     """
 
     async def attend(leg: object, *, ping_interval: float, pong_timeout: float) -> None:
@@ -131,6 +132,6 @@ async def test_nobody_is_paired_with_a_leg_that_is_seen_to_be_gone(
         await alive.send(b"here")
         assert await two.receive_exactly(4, raw=False) == b"here"
         assert len(relay.logged("handed off")) == 1
-        # It can be told nothing any more; its operator can, and "nobody came" would be wrong.
+        # The party cannot be told any more, but its operator can. "nobody came" would be wrong.
         refused = await relay.log("refused", address=first.address)
         assert (refused["code"], refused["reason"]) == ("pong-timeout", "the connection has ended")

@@ -1,6 +1,6 @@
-"""TESTPLAN 9: whatever raises while one connection is judged, that leg dies, is not let in, and the relay lives.
+"""TESTPLAN 9: an exception while a connection is checked ends that leg alone; it is not let in, and the relay goes on.
 
-The faults are put into frelay's own functions, at every step from OpenSSL's callbacks to the lobby, and beyond it.
+The tests make frelay's own functions raise, at every step from OpenSSL's callbacks to the lobby, and in a pairing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from support.waiting import eventually
 
 
 class Fault(Exception):
-    """What no code of frelay expects."""
+    """An exception that no code of frelay expects."""
 
 
 STEPS: Final[dict[str, tuple[object, str]]] = {
@@ -49,7 +49,7 @@ STEPS: Final[dict[str, tuple[object, str]]] = {
 @pytest.fixture
 def armed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Make one step raise while ``armed[0]`` is True."""
-    # What a chain says is remembered, and would not be read again.
+    # The facts of a certificate chain are cached, so they would not be read again.
     monkeypatch.setattr(frelay.tls.context, "_read", frelay.tls.context._read.__wrapped__)
     owner, name = STEPS[request.param]
     original: Any = getattr(owner, name)
@@ -65,7 +65,7 @@ def armed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> li
 
 
 async def ended(party: Party) -> None:
-    """The relay ends the connection, and not with a frame that lets it in."""
+    """The relay ends the connection without a frame that admits the party."""
     with trio.fail_after(20):
         try:
             await party.handshake()
@@ -77,7 +77,7 @@ async def ended(party: Party) -> None:
 
 
 def forgive_bugs(relay: RelayInProcess) -> list[str]:
-    """Take the entries about bugs out of the log, which would fail the test otherwise; gives their exceptions."""
+    """Remove the entries about bugs from the log, since they would fail the test; returns their exceptions."""
     bugs = [event for event in relay.events if "a bug in frelay" in event["event"]]
     for event in bugs:
         relay.events.remove(event)
@@ -96,7 +96,7 @@ async def test_a_fault_at_any_step_ends_that_leg_alone(site: Site, armed: list[b
             await eventually(lambda: relay.legs == 2, "nothing held of the dead legs")
             assert relay.waiting() == (0, 0)
             armed[0] = False
-            # ... and the next ones are served as if nothing had been.
+            # ... and the relay serves the next ones as before.
             one, two = await site.party(relay, "func1"), await site.party(relay, "func2")
             await pair(one, two)
             one.reset()
@@ -113,7 +113,7 @@ async def test_a_fault_at_any_step_ends_that_leg_alone(site: Site, armed: list[b
 async def test_a_fault_in_a_pairing_ends_that_pairing_alone(
     site: Site, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    """Outcome ``internal-error``: both functions are cut, the record says whose fault it was, and others go on."""
+    """Outcome ``internal-error``: both functions are cut, the record names the side, and other pairings go on."""
     owner, name = {
         "hand-off": (frelay.joining.legs.FramedLeg, "begin"),
         "pumps": (frelay.pairing.raw_pump.RawPump, "run"),
@@ -125,7 +125,7 @@ async def test_a_fault_in_a_pairing_ends_that_pairing_alone(
 
     async with site.relay() as relay:
         keeper1, keeper2 = await join_ends(site, relay)
-        await relay.log("handed off")  # they have pumps that run, before others get none
+        await relay.log("handed off")  # their pumps run before the test breaks those of others
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, fault)
             one, two = await site.party(relay, "func1"), await site.party(relay, "func2")
@@ -145,7 +145,7 @@ async def test_a_fault_in_a_pairing_ends_that_pairing_alone(
 
 
 async def test_a_foreign_protocol_is_not_taken_for_a_bug(site: Site) -> None:
-    """The exception in the ALPN callback is how its alert is made; no log line may cry wolf over it."""
+    """An exception in the ALPN callback makes OpenSSL send the alert. The log must not call that a bug."""
     async with site.relay() as relay:
         party = await site.connect(relay, "func1", alpn=("h2",))
         assert "NO_APPLICATION_PROTOCOL" in await party.alert()
@@ -155,7 +155,7 @@ async def test_a_foreign_protocol_is_not_taken_for_a_bug(site: Site) -> None:
 
 
 def with_subject(*attributes: x509.NameAttribute[str]) -> Credential:
-    """A self-signed certificate, as anybody can make one."""
+    """A self-signed certificate, which anybody can make."""
     good = self_signed(dns=["func1.demo"])
     name = x509.Name(attributes)
     certificate = (
@@ -185,9 +185,9 @@ def common_name(text: str) -> x509.NameAttribute[str]:
     ids=["control characters", "very long", "unreadable"],
 )
 async def test_what_a_stranger_writes_into_a_certificate_is_harmless(site: Site, odd: Credential) -> None:
-    """Nobody vouched for it, so nothing in it may be believed, fill the log, or make the verify callback raise."""
+    """No CA has signed it: frelay must not believe it, fill the log with it, or raise in the verify callback."""
     site.add("odd", odd)
-    # A PrintableString of octets that are not: OpenSSL lets it pass, a stricter parser raises.
+    # A PrintableString with octets that it may not have: OpenSSL accepts it, a stricter parser raises.
     octets = odd.certificate.public_bytes(Encoding.DER)
     octets = octets.replace(b"\x0c\x08PATCHME!", b"\x13\x08" + b"\xff" * 8)
     site.paths["odd"][0].write_text(ssl.DER_cert_to_PEM_cert(octets))
@@ -200,14 +200,14 @@ async def test_what_a_stranger_writes_into_a_certificate_is_harmless(site: Site,
         assert not forgive_bugs(relay)
         refused = await relay.log("refused", code="not-authorised")
         assert str(refused["certificate"]).isprintable()
-        # Subject, issuer and up to eight names: 256 characters of each.
+        # At most 256 characters each of the subject, the issuer and up to eight names.
         assert len(refused["certificate"]) < 1000
 
 
 async def test_the_verify_callback_never_turns_a_failure_into_a_success(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the noting of the reason broken, a certificate of another CA is refused as before."""
+    """The code that notes the reason raises, and a certificate of another CA is refused all the same."""
     site.add("wrong", TestAuthority("other CA").party(dns=["func1.demo"]))
 
     def broken(*args: object) -> object:

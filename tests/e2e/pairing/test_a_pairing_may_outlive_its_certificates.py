@@ -1,6 +1,6 @@
-"""``certificate_grace``: a running pairing may outlive its certificates for so long, and nobody else may.
+"""``certificate_grace``: only a running pairing may go on after a certificate expires, for at most this time.
 
-Certificates of minutes are renewed while a function works, and its pairings need not end with the old one.
+A function with certificates of minutes renews them while it works; its pairings need not end with the old one.
 """
 
 from __future__ import annotations

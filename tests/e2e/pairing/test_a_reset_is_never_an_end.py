@@ -1,7 +1,7 @@
-"""A party that is cut off in mid-stream is seen as cut off by the other one: a reset is never passed on as an end.
+"""When one party is cut off in mid-stream, the other one sees a cut: a reset is never passed on as an end.
 
-Linux reports a reset once, to whichever of the relay's two pumps touches the socket first; to the other one the socket
-looks as if FIN had come.
+Linux reports a reset only once, to the first of the relay's two pumps that uses the socket. To the other pump it looks
+as if FIN had come.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ async def flood(end: End) -> None:
 
 
 async def reset_in_mid_stream(relay: RelayInProcess, victim: End, other: End, *, both_ways: bool) -> None:
-    """``victim`` resets while bytes flow to it, or both ways; ``other`` must see a break and no end."""
+    """``victim`` resets while bytes flow to it, or both ways; ``other`` must see a break, not an end."""
     async with trio.open_nursery() as nursery:
         nursery.start_soon(flood, other)
         if both_ways:

@@ -1,8 +1,8 @@
-"""``max_bytes_per_second`` bounds what a route carries, in every mode, and changes nothing else about its bytes.
+"""``max_bytes_per_second`` limits what a route carries, in every mode, and changes nothing else about its bytes.
 
-That it is exact and shared equally is shown by the clock of ``tests/unit/test_bandwidth.py``; here it is the relay that
-keeps to it, with sockets and time as they are. Elapsed time may only be asked for at most so many bytes: a machine that
-stalls carries less.
+``tests/unit/test_bandwidth.py`` shows on a clock of its own that the rate is exact and shared equally. The tests here
+show that the relay keeps to it, with real sockets and real time. They check only the upper limit for the elapsed time,
+because a machine that stalls carries less.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ async def flood(end: End) -> None:
 
 
 class Reader:
-    """Counts what comes to an end, and when that began."""
+    """Counts the bytes that a party receives, and notes when the first came."""
 
     def __init__(self, end: End) -> None:
         self.end = end
@@ -51,7 +51,7 @@ class Reader:
 @pytest.mark.load
 @pytest.mark.parametrize("busy", ["one way", "both ways"])
 async def test_a_route_carries_its_rate(site: Site, busy: str) -> None:
-    """All nine combinations of modes at once share one budget, both directions together, in equal parts."""
+    """All nine combinations of modes, and both directions, share one budget in equal parts."""
 
     async def carry(seconds: float) -> None:
         async with site.relay(OPEN + MODERATE) as relay, trio.open_nursery() as nursery:
@@ -63,14 +63,14 @@ async def test_a_route_carries_its_rate(site: Site, busy: str) -> None:
                     readers.append(Reader(receiver))
                     nursery.start_soon(flood, sender)
                     nursery.start_soon(readers[-1].run)
-            # A tunnel's first record has to come whole, raw bytes go as they come. So shares are equal once all flow.
+            # A tunnel's first record must come whole; raw bytes go at once. So the shares are equal when all flow.
             await eventually(lambda: all(reader.count for reader in readers), "all flow")
             before = [reader.count for reader in readers]
             await trio.sleep(seconds)
             counts, elapsed = [reader.count for reader in readers], trio.current_time() - began
             total = sum(counts)
             nursery.cancel_scope.cancel()
-        # A quarter of a second may be saved up before the flood.
+        # Up to a quarter of a second may be saved up before the flood.
         assert total <= RATE * (elapsed + 0.26) * 1.05
         assert total >= RATE * elapsed * 0.8
         ways = 1 if busy == "one way" else 2
@@ -96,7 +96,7 @@ async def test_a_neighbour_route_is_not_bound_by_it(site: Site) -> None:
 
 
 async def test_what_exceeds_the_rate_waits_at_its_sender(site: Site) -> None:
-    """Back-pressure: the sender's kernel says no more, and the relay holds a portion and no megabytes."""
+    """Back-pressure: the sender's kernel takes no more, and the relay holds one portion, not megabytes."""
     async with site.relay(OPEN + "max_bytes_per_second = 1\n") as relay:
         one, _ = await join_ends(site, relay)
         sent = 0
@@ -116,7 +116,7 @@ async def test_what_exceeds_the_rate_waits_at_its_sender(site: Site) -> None:
                 before = sent
                 await trio.sleep(0.5)
             nursery.cancel_scope.cancel()
-        # What the kernels of both sides of one connection hold; tcp_rmem and tcp_wmem say a few MiB each.
+        # What the kernels at both ends of a connection hold; tcp_rmem and tcp_wmem permit a few MiB each.
         assert sent <= 16 << 20
         assert pairing.bytes_moved["func1"] <= 1024
 
@@ -144,10 +144,10 @@ async def test_bytes_and_half_close_are_as_without_it(site: Site, mode1: Mode, m
         assert (ended["bytes_func1_to_func2"], ended["bytes_func2_to_func1"]) == (len(question), len(answer))
 
 
-@direct  # the network would not read on to the reset while it has bytes that nobody takes
+@direct  # this network does not read as far as the reset while it holds bytes that are not taken
 @pytest.mark.parametrize("who", ["func1", "func2"])
 async def test_a_reset_is_told_while_bytes_wait_for_their_turn(site: Site, who: str) -> None:
-    """What the victim had sent before would last for minutes at this rate; the other is told at the next turn."""
+    """What the victim sent before would take minutes at this rate, but the other party is told at the next turn."""
     async with site.relay(OPEN + "max_bytes_per_second = 10_000\n") as relay:
         pairs = await join_all(site, relay)
         if who == "func2":
@@ -185,7 +185,7 @@ async def _held_back(relay: RelayInProcess, count: int, party: PartyName) -> Non
 @direct
 @pytest.mark.parametrize("who", ["func1", "func2"])
 async def test_a_reset_is_told_before_its_turn_comes(site: Site, who: PartyName) -> None:
-    """In an hour it would, and what is to be told then does not matter any more."""
+    """The turn would come in an hour, which would be too late."""
     async with site.relay(OPEN + MODERATE) as relay:
         pairs = await join_all(site, relay)
         _no_turn_for_an_hour(relay)
@@ -209,7 +209,7 @@ async def test_a_reset_is_told_before_its_turn_comes(site: Site, who: PartyName)
 async def test_a_reset_after_one_direction_has_ended_is_told_before_its_turn_comes(
     site: Site, mode1: Mode, mode2: Mode, gone: str
 ) -> None:
-    """Nobody reads from the one that has ended, or writes to the other: so nobody else would find out."""
+    """No pump reads from the ended direction or writes to the other party, so no other pump would find out."""
     async with site.relay(OPEN + MODERATE) as relay:
         one, two = await join_ends(site, relay, mode1, mode2)
         await two.send_eof()
@@ -229,7 +229,7 @@ async def test_a_reset_after_one_direction_has_ended_is_told_before_its_turn_com
 
 
 async def test_what_was_sent_before_an_end_arrives_though_its_sender_is_gone(site: Site) -> None:
-    """A close is no reset, and what comes after it is not the pairing's loss, though its turns take a while."""
+    """A close is no reset: the bytes sent before it arrive, although their turns take a while."""
     async with site.relay(OPEN + "max_bytes_per_second = 2000\n") as relay:
         one, two = await join_ends(site, relay)
         data = block(2000)
@@ -252,7 +252,7 @@ async def test_turns_of_pairings_that_are_gone_are_given_back(site: Site) -> Non
         await eventually(lambda: len(relay.relay.pairings) == 1, "the others have ended")
         budget = relay.relay.routes["demo"]._bandwidth
         assert budget is not None
-        # One turn, which is a fifth of a second here.
+        # One turn is a fifth of a second here.
         assert budget._next_at <= trio.current_time() + 0.21
         await kept[0].send(b"ten bytes.")
         assert await kept[1].receive_exactly(10) == b"ten bytes."
@@ -260,7 +260,7 @@ async def test_turns_of_pairings_that_are_gone_are_given_back(site: Site) -> Non
 
 @pytest.mark.load
 async def test_a_word_goes_before_the_backlog_of_others(site: Site) -> None:
-    """Thirty backlogs would take six seconds for a turn each; a word waits for one of them."""
+    """One turn for each of thirty backlogs would take six seconds; a short message waits for one turn."""
     async with site.relay(OPEN + "max_bytes_per_second = 5000\n") as relay:
         talker = await join_ends(site, relay)
         pairs = [await join_ends(site, relay) for _ in range(30)]
@@ -271,7 +271,7 @@ async def test_a_word_goes_before_the_backlog_of_others(site: Site) -> None:
             before = sum(sum(pairing.bytes_moved.values()) for pairing in relay.relay.pairings)
             await talker[0].send(b"ten bytes.")
             assert await talker[1].receive_exactly(10) == b"ten bytes."
-            # Counted in bytes, since time is the machine's: two turns of others at the most, and a late look.
+            # Counted in bytes, because the machine may be slow: two turns of others at most, and a late timer.
             moved = sum(sum(pairing.bytes_moved.values()) for pairing in relay.relay.pairings) - before
             nursery.cancel_scope.cancel()
         assert moved <= 10_000
@@ -307,7 +307,7 @@ async def test_a_drain_lets_what_waits_for_its_turn_arrive(site: Site) -> None:
 
 
 async def test_being_held_back_is_no_silence(site: Site) -> None:
-    """A byte costs a second here, and the limits on silence are shorter than that."""
+    """A byte takes a second here, and the limits for silence are shorter than that."""
     limits = "[limits]\nidle_timeout = 0.4\nhalf_close_timeout = 0.4\nstall_timeout = 60\n"
     async with site.relay(OPEN + "max_bytes_per_second = 1\n", sections=limits) as relay:
         one, two = await join_ends(site, relay)
@@ -333,7 +333,7 @@ async def _rate(relay: RelayInProcess, one: End, two: End, seconds: float) -> fl
 
 @pytest.mark.load
 async def test_a_reload_changes_the_rate_of_those_who_share_it(site: Site) -> None:
-    """A budget that is given later binds the pairings that come later, and they are spliced again once it is gone."""
+    """A budget that a reload sets limits only later pairings; pairings after its removal are spliced again."""
     async with site.relay(OPEN) as relay:
         free = await join_ends(site, relay)
         site.write(OPEN + MODERATE)
@@ -346,20 +346,20 @@ async def test_a_reload_changes_the_rate_of_those_who_share_it(site: Site) -> No
         assert await _rate(relay, *bound, 0.6) > 1.6 * RATE
         site.write(OPEN + MODERATE)
         await relay.relay.reload()
-        # By a new one, since what the kernels still hold for the others comes at no rate.
+        # Measured with a new pairing: what the kernels still hold for the others comes at any rate.
         assert await _rate(relay, *await join_ends(site, relay), 0.6) <= 1.6 * RATE
         site.write(OPEN)
         await relay.relay.reload()
         assert await _rate(relay, *bound, 0.6) > 1.6 * RATE
         await join_ends(site, relay)
         pumps = [list(pairing._pumps.values()) for pairing in relay.relay.pairings]
-        # And no turns are taken by the last one.
+        # The last one takes no turns.
         assert [isinstance(one, StreamPump) for one, _ in pumps] == [False, True, True, False]
 
 
 @pytest.mark.load
 async def test_a_replaced_route_and_its_old_pairings_share_one_budget(site: Site) -> None:
-    """Otherwise a change of its parties would double what it may carry, for as long as the old pairings last."""
+    """Otherwise a change of the route's parties would double its rate while the old pairings last."""
     sections = "[relay]\npolicy_ends_pairings = false\n"
     async with site.relay(OPEN + MODERATE, sections=sections) as relay:
         old = await join_ends(site, relay)
@@ -373,5 +373,5 @@ async def test_a_replaced_route_and_its_old_pairings_share_one_budget(site: Site
         assert relay.relay.routes["demo"]._bandwidth is budget
         site.write(OPEN.replace('"dns:func1.demo"', '"dns:*.demo"'), sections=sections)
         await relay.relay.reload()
-        # None at all, and neither for those who wait for a turn of the old one.
+        # No rate at all, not even for those that wait for a turn of the old one.
         assert await old[1].receive_exactly(1000) == block(1000)

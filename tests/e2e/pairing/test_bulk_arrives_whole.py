@@ -1,4 +1,4 @@
-"""64 MiB each way at once arrive byte for byte, however the two legs carry them."""
+"""64 MiB each way at once arrive byte for byte, in every combination of modes."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ async def test_64_mib_each_way_at_once(site: Site, mode1: Mode, mode2: Mode) -> 
     [("raw", "raw"), ("tunnel", "tunnel"), ("raw", "tunnel"), ("bare", "raw"), ("plain", "plain")],
 )
 async def test_64_mib_of_inner_mtls_each_way(site: Site, mode1: Mode, mode2: Mode) -> None:
-    """TESTPLAN 23: the functions' own mTLS end to end, through a route that insists on it in tunnels, too."""
+    """TESTPLAN 23: the functions' own mTLS end to end, through a route that demands it in tunnels too."""
     context1 = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context2 = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context2.verify_mode = ssl.CERT_REQUIRED

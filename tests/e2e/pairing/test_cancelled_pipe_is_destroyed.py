@@ -1,4 +1,4 @@
-"""A pipe with bytes in it is never used again: what one pairing has left can never reach another."""
+"""A pipe with bytes in it is never used again: bytes of one pairing can never reach another."""
 
 from __future__ import annotations
 
@@ -53,17 +53,17 @@ async def clog(relay: RelayInProcess, one: End, two: End) -> None:
             nursery.start_soon(flood)
             await settled(0.01)
             while pump._pipe is None or not pump._in_pipe or not pump.is_blocked:
-                # All stands still, and the pump with a few bytes that it has copied, as they happened to come. Behind
+                # Nothing moves, and the pump holds a few bytes that it happened to copy. Behind
                 # them there is more by now, for which it takes a pipe.
                 await two.receive()
                 await settled(0.01)
-            # What the pump says is there is what the kernel says is there.
+            # The pump and the kernel agree on how many bytes are in the pipe.
             assert bytes_in(pump._pipe.read_end) == pump._in_pipe
             nursery.cancel_scope.cancel()
 
 
 async def bulk_is_clean(site: Site, relay: RelayInProcess) -> None:
-    """The next users of the pool get their own bytes and no others."""
+    """The next users of the pool's pipes get their own bytes and no others."""
     data = block(4 * MIB, 9)
     for _ in range(3):
         one, two = await join_ends(site, relay)

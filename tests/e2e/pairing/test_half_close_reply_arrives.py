@@ -1,4 +1,4 @@
-"""Who has said all and ends its direction still gets the whole reply, however late it comes, and then its end."""
+"""A party that has ended its direction still gets the whole reply, however late it comes, and then its end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from support.site import Site
 QUESTION = block(100_003, 1)
 REPLY = block(1_000_003, 2)
 
-# Silence after the half-close is bounded by this; the replies come within it, and what follows them is bounded anew.
+# The limit for silence after the half-close. The replies come before it is over, and each begins it anew.
 LIMITS = "[limits]\nhalf_close_timeout = 20\n"
 
 
@@ -62,7 +62,7 @@ async def test_the_reply_arrives_whole_and_then_its_end(site: Site, mode1: Mode,
 
 
 async def test_a_reply_two_seconds_later(site: Site) -> None:
-    """TESTPLAN 25: two seconds of silence after the half-close harm no pairing, in whatever mode."""
+    """TESTPLAN 25: two seconds of silence after the half-close harm no pairing, in any mode."""
     async with site.relay(OPEN, sections=LIMITS) as relay:
         pairs = [await join_ends(site, relay, *modes) for modes in PAIRS_OF_MODES]
         async with trio.open_nursery() as nursery:
@@ -72,7 +72,7 @@ async def test_a_reply_two_seconds_later(site: Site) -> None:
 
 @pytest.mark.parametrize(("mode1", "mode2"), PAIRS_OF_MODES)
 async def test_an_end_without_a_byte_is_an_end_too(site: Site, mode1: Mode, mode2: Mode) -> None:
-    """An empty direction is passed on as one, and the other one goes on."""
+    """The end of an empty direction is passed on, and the other direction goes on."""
     async with site.relay(OPEN) as relay:
         one, two = await join_ends(site, relay, mode1, mode2)
         await one.send_eof()
@@ -86,7 +86,7 @@ async def test_an_end_without_a_byte_is_an_end_too(site: Site, mode1: Mode, mode
 
 @pytest.mark.parametrize(("mode1", "mode2"), PAIRS_OF_MODES)
 async def test_an_answer_that_flows_while_the_question_ends(site: Site, mode1: Mode, mode2: Mode) -> None:
-    """The end of one direction in the middle of the other's bulk takes nothing from it."""
+    """When one direction ends in the middle of the other's bulk transfer, no byte of that is lost."""
     async with site.relay(OPEN) as relay:
         one, two = await join_ends(site, relay, mode1, mode2)
         found = bytearray()

@@ -1,4 +1,4 @@
-"""A pairing of which one direction has ended and the other is silent ends at half_close_timeout, and leaves nothing."""
+"""When one direction has ended and the other is silent, the pairing ends at half_close_timeout and leaves nothing."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def nothing_is_left(relay: RelayInProcess, descriptors: dict[int, str]) ->
 @pytest.mark.load
 @pytest.mark.parametrize("first", ["func1", "func2"])
 async def test_half_closed_and_silent(site: Site, first: str) -> None:
-    """TESTPLAN 27: outcome half-close-timeout in every mode, cut on both sides, no CLOSE_WAIT, no descriptor left."""
+    """TESTPLAN 27: outcome half-close-timeout in every mode, both legs cut, no CLOSE_WAIT and no descriptor left."""
 
     async def fall_silent(ender: End, other: End) -> None:
         await ender.send(b"that is all")
@@ -58,7 +58,7 @@ async def test_half_closed_and_silent(site: Site, first: str) -> None:
 
 @pytest.mark.load
 async def test_the_limit_counts_from_the_last_byte(site: Site) -> None:
-    """Whoever still says something is not silent, however long ago the other direction ended."""
+    """A party that still sends is not silent, however long ago the other direction ended."""
 
     async def speak_on(limit: float) -> None:
         async with site.relay(OPEN, sections=f"[limits]\nhalf_close_timeout = {limit}\n") as relay:
@@ -79,7 +79,7 @@ async def test_the_limit_counts_from_the_last_byte(site: Site) -> None:
 
 @pytest.mark.load
 async def test_a_party_that_crashes_after_the_half_close_leaves_nothing(site: Site) -> None:
-    """No CLOSE_WAIT either when both have gone in different ways."""
+    """No CLOSE_WAIT is left either when the two parties go in different ways."""
     async with site.relay(OPEN, sections=LIMITS) as relay:
         descriptors = open_descriptors()
         one, two = await join_ends(site, relay)

@@ -1,6 +1,6 @@
-"""A handed-off pairing that is idle costs the relay a few KiB, so that thousands of them fit into a small machine.
+"""A handed-off, idle pairing costs the relay a few KiB, so that a small machine can hold thousands of them.
 
-For the figure with more of them::
+To measure with more of them::
 
     FRELAY_IDLE=500 pytest tests/e2e/pairing/test_idle_pairing_is_small.py -s
 """
@@ -17,7 +17,7 @@ from support.kernel import resident
 from support.site import Site
 
 COUNT = int(os.environ.get("FRELAY_IDLE", "200"))
-# KiB. The goal is 16, and FRELAY_IDLE=500 measures it; the few pairings of a usual run share less of what is paid once.
+# KiB. The goal is 16, which FRELAY_IDLE=500 measures. In a usual run fewer pairings share the fixed costs.
 BOUND = 18
 ROUTES = OPEN + "max_waiting_per_party = 5000\nmax_pairings = 5000\n"
 
@@ -31,7 +31,7 @@ def say(capsys: pytest.CaptureFixture[str], text: str) -> None:
 @pytest.mark.load
 @pytest.mark.timeout(60 + COUNT // 2)
 async def test_an_idle_pairing(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
-    """The tasks, the pumps and what is kept of two certificates; no TLS state and no pipe."""
+    """What it keeps: the tasks, the pumps, and some facts of two certificates; no TLS state and no pipe."""
     async with site.process(ROUTES, options=["--no-watch"]) as relay:
         await churn(site, relay, 30, seed=1)
         before = resident(relay)

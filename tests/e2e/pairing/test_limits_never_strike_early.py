@@ -1,4 +1,4 @@
-"""The time limits of a pairing end what they are meant for, never early, and never who is only slow.
+"""Each time limit of a pairing ends what it is meant for, never early, and never a party that is only slow.
 
 Each test tries all combinations of modes at once, on one relay.
 """
@@ -22,7 +22,7 @@ ALL = len(PAIRS_OF_MODES)
 
 
 async def all_ended(relay: RelayInProcess, outcome: str, side: str, *, after: float) -> None:
-    """All pairings end, each with one record, for this reason, and none early."""
+    """All pairings end, each with one record and for this reason, and none early."""
     await eventually(lambda: len(relay.logged("pairing ended")) >= ALL, "all pairings have ended")
     assert len(relay.logged("pairing ended", outcome=outcome, side=side)) == ALL
     assert len(relay.logged("pairing ended")) == ALL
@@ -70,7 +70,7 @@ async def test_a_byte_now_and_then_keeps_it(site: Site) -> None:
 
 
 async def flood(end: End, seconds: float) -> None:
-    """Send as fast as the way allows."""
+    """Send as fast as the connection takes it."""
     data = block(1 << 18)
     with trio.move_on_after(seconds):
         try:
@@ -94,12 +94,12 @@ async def test_a_reader_that_takes_nothing_ends_at_stall_timeout(site: Site) -> 
 
 
 @pytest.mark.load
-@direct  # the pace that the relay sees would be the network's
+@direct  # the relay would see the network's pace, not the reader's
 async def test_a_reader_that_is_slow_but_alive_survives(site: Site) -> None:
-    """TESTPLAN 33: what counts is that the reader takes some bytes, not that the kernel's buffer has room again.
+    """TESTPLAN 33: the reader must take some bytes in time; the kernel's buffer need not have room again.
 
-    Linux calls a socket writable only once a third of its send buffer is free; at this reader's pace that takes many
-    times the limit.
+    Linux reports a socket as writable only when a third of its send buffer is free. At this reader's pace that takes
+    many times the limit.
     """
 
     async def survive(limit: float) -> None:
@@ -128,7 +128,7 @@ async def test_a_reader_that_is_slow_but_alive_survives(site: Site) -> None:
 
 @pytest.mark.load
 async def test_a_pause_shorter_than_stall_timeout_is_forgiven_again_and_again(site: Site) -> None:
-    """Each byte taken begins the limit anew; three pauses do not add up."""
+    """Each byte that is taken starts the limit again; three pauses do not add up."""
     data = block(16 << 20)
 
     async def pause(limit: float) -> None:
@@ -172,7 +172,7 @@ async def test_max_lifetime_ends_even_a_busy_pairing(site: Site) -> None:
         async with trio.open_nursery() as nursery:
             for mode1, mode2 in PAIRS_OF_MODES:
                 nursery.start_soon(chatter, *await join_ends(site, relay, mode1, mode2))
-        # A life begins when the two are matched; the record counts from when its task runs, a little later.
+        # The lifetime begins when the two are matched; the record counts from the start of its task, a little later.
         await all_ended(relay, "max-lifetime", "relay", after=0.9 * limit)
         assert all(record["bytes_func1_to_func2"] >= 1000 for record in relay.logged("pairing ended"))
 
@@ -180,7 +180,7 @@ async def test_max_lifetime_ends_even_a_busy_pairing(site: Site) -> None:
 @pytest.mark.load
 @pytest.mark.parametrize("which", ["func1", "func2"])
 async def test_a_certificate_that_expires_in_mid_pairing(site: Site, which: str) -> None:
-    """TESTPLAN 13: neither party outlives its certificate, whichever of the two it is."""
+    """TESTPLAN 13: the pairing ends when the certificate of either party expires."""
 
     def ending(seconds: float) -> datetime:
         credential = site.add(which, site.ca.ending(seconds, dns=[f"{which}.demo"]))
@@ -205,7 +205,7 @@ async def test_a_certificate_that_expires_in_mid_pairing(site: Site, which: str)
 
 
 async def test_the_functions_are_told_their_limits(site: Site) -> None:
-    """PAIRED carries the limits that hold for this pairing, a route's own ones included."""
+    """PAIRED carries the limits of this pairing, with those that its route sets."""
     limits = "[limits]\nidle_timeout = 77\nhalf_close_timeout = 66\nmax_lifetime = 99\n"
     async with site.relay(OPEN + "idle_timeout = 55\n", sections=limits) as relay:
         one, two = await site.party(relay, "func1"), await site.party(relay, "func2")
@@ -219,7 +219,7 @@ async def test_the_functions_are_told_their_limits(site: Site) -> None:
 
 
 async def test_a_leg_that_never_hands_off_ends_at_handoff_timeout(site: Site) -> None:
-    """The other leg does not wait for it longer than that, and what that one has sent goes nowhere."""
+    """The other leg waits for it no longer than that, and what the other leg has sent is not delivered."""
     limit = 0.6
     async with site.relay(OPEN, sections=f"[limits]\nhandoff_timeout = {limit}\n") as relay:
         one, two = await site.party(relay, "func1"), await site.party(relay, "func2")

@@ -22,9 +22,9 @@ CHURN = 300
 
 @pytest.mark.load
 async def test_300_churned_pairings(site: Site) -> None:
-    """TESTPLAN 39: a third ends in order, a third by reset, a third in mid-hand-off; all counters are back after it."""
+    """TESTPLAN 39: a third ends in order, a third by reset, a third in the hand-off; then all counts are as before."""
     async with site.relay(OPEN) as relay:
-        # Some first: what is made once and kept (a thread, a cache) is not a leak.
+        # A few pairings first: what is made once and kept (a thread, a cache) is not a leak.
         await churn(site, relay, 9, seed=1)
         await eventually(lambda: holdings(relay).legs == 0, "a relay with nobody in it")
         before = holdings(relay)
@@ -37,7 +37,7 @@ async def test_300_churned_pairings(site: Site) -> None:
 
 @pytest.mark.load
 async def test_legs_that_never_pair_leave_nothing(site: Site) -> None:
-    """Strangers, quitters and the refused give back their slots, too."""
+    """Strangers, legs that leave and legs that are refused give back their slots too."""
     limits = "[limits]\nhandshake_timeout = 0.5\njoin_timeout = 0.5\nping_interval = 0.3\n"
     async with site.relay(OPEN, sections=limits) as relay:
         await trio.testing.wait_all_tasks_blocked()
@@ -65,14 +65,14 @@ async def test_legs_that_never_pair_leave_nothing(site: Site) -> None:
 
 @pytest.mark.load
 async def test_no_pairing_stays_in_memory(site: Site) -> None:
-    """Objects, too: nothing keeps a pairing, its legs or its pumps alive once it has ended."""
+    """When a pairing has ended, no reference keeps it, its legs or its pumps alive."""
 
     def in_memory() -> list[object]:
         gc.collect()
         return [thing for thing in gc.get_objects() if isinstance(thing, Pairing | Leg | RawPump | StreamPump)]
 
     async with site.relay(OPEN) as relay:
-        # Those of earlier tests are kept until the end of this one, so that no new object gets the id of an old one.
+        # Keep the objects of earlier tests until this test ends, so that no new object gets the id of an old one.
         before = in_memory()
         known = {id(thing) for thing in before}
         for mode1, mode2 in PAIRS_OF_MODES:

@@ -10,7 +10,7 @@ import trio
 from support.ends import MODES, OPEN, PAIRS_OF_MODES, End, Mode, block, join_ends
 from support.site import Site
 
-# Around every border on the way: TLS records (16384), the pump's buffer, pages, a pipe's slots.
+# Around each size that matters on the way: TLS records (16384), the pump's buffer, pages, a pipe's slots.
 PRIMES = (2, 3, 5, 7, 11, 101, 1009, 4093, 4099, 16381, 16411, 65521, 65537, 300007)
 
 
@@ -47,7 +47,7 @@ async def test_prime_sizes_and_single_bytes_both_ways(site: Site, mode1: Mode, m
 
 @pytest.mark.parametrize(("mode1", "mode2"), PAIRS_OF_MODES)
 async def test_200_ping_pongs(site: Site, mode1: Mode, mode2: Mode) -> None:
-    """TESTPLAN 24: 200 round trips, each of which needs the one before; nothing is held back until more comes."""
+    """TESTPLAN 24: 200 round trips, each after the one before; the relay holds no bytes until more come."""
     async with site.relay(OPEN) as relay:
         one, two = await join_ends(site, relay, mode1, mode2)
         with trio.fail_after(60):
@@ -62,7 +62,7 @@ async def test_200_ping_pongs(site: Site, mode1: Mode, mode2: Mode) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 async def test_ping_pongs_go_on_after_bulk(site: Site, mode: Mode) -> None:
-    """A pump that has turned to splice for a bulk still passes single bytes on at once, and turns back."""
+    """A pump that splices after a bulk transfer still passes single bytes on at once, and then copies again."""
     bulk = block(3_000_017)
     async with site.relay(OPEN) as relay:
         one, two = await join_ends(site, relay, mode, mode)

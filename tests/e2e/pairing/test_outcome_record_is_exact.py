@@ -1,4 +1,4 @@
-"""Each pairing leaves one record, and it is right: why it ended, by whom, and how many bytes went each way."""
+"""Each pairing leaves one correct record: why it ended, by which side, and how many bytes went each way."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FORTH, BACK = 123_457, 65_537
 
 
 async def talk(one: End, two: End) -> None:
-    """FORTH bytes from func1, BACK bytes from func2, all of them delivered."""
+    """FORTH bytes from func1 and BACK bytes from func2, all delivered."""
 
     async def carry(source: End, sink: End, size: int) -> None:
         data = block(size)
@@ -49,7 +49,7 @@ async def vanish(ender: End, other: End) -> None:
 
 
 async def talk_nonsense(ender: End, other: End) -> None:
-    """What is no TLS record at all."""
+    """Bytes that are no TLS record at all."""
     await ender.party.send_raw(b"\x00" * 64)
     assert await other.ended() == "reset"
 
@@ -88,7 +88,7 @@ async def test_a_pairing_that_both_have_ended(site: Site) -> None:
 async def test_a_pairing_that_one_has_broken(
     site: Site, ending: Ending, outcome: str, modes: tuple[Mode, ...], who: str
 ) -> None:
-    """The side is the party that broke it, in every combination of modes, and the bytes before it all count."""
+    """The side is the party that broke it, in every combination of modes, and all bytes before that count."""
     combinations = [(mode1, mode2) for mode1, mode2 in PAIRS_OF_MODES if (mode1 if who == "func1" else mode2) in modes]
     async with site.relay(OPEN) as relay:
         for one, two in await join_all(site, relay, combinations):
@@ -103,7 +103,7 @@ async def test_a_pairing_that_one_has_broken(
 
 @pytest.mark.parametrize("who", ["func1", "func2"])
 async def test_a_leg_that_speaks_no_tls(site: Site, who: str) -> None:
-    """ "not-tls" by the party whose bytes they were, and none of them is counted as delivered."""
+    """ "not-tls" by the party that sent the bytes, and none of them counts as delivered."""
     async with site.relay(DEMO) as relay:
         one, two = await join_ends(site, relay)
         culprit, other = (one, two) if who == "func1" else (two, one)
@@ -116,7 +116,7 @@ async def test_a_leg_that_speaks_no_tls(site: Site, who: str) -> None:
 
 @pytest.mark.parametrize("who", ["func1", "func2"])
 async def test_a_leg_that_goes_within_the_hand_off(site: Site, who: str) -> None:
-    """ "handoff-aborted" by who went; the other one is cut, and what it has sent counts as undelivered."""
+    """ "handoff-aborted" by the party that went. The other one is cut, and what it sent does not count as delivered."""
     async with site.relay(DEMO) as relay:
         parties = {"func1": await site.party(relay, "func1"), "func2": await site.party(relay, "func2")}
         await pair(parties["func1"], parties["func2"])
@@ -138,5 +138,5 @@ async def test_bytes_are_readable_while_they_flow(site: Site) -> None:
             one, two = await join_ends(site, relay, mode1, mode2)
             await talk(one, two)
             pairing = relay.relay.pairings[-1]
-            # A stream pump counts once the sink has taken a piece, and our sink was quicker than its pump's task.
+            # A stream pump counts a piece when the sink has taken it, and this sink may be faster than the pump's task.
             await eventually(lambda: pairing.bytes_moved == {"func1": FORTH, "func2": BACK})  # noqa: B023

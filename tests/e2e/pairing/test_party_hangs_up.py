@@ -1,7 +1,7 @@
-"""A party that has had its say, ends and closes costs the other not a byte of it.
+"""When a party ends its direction and closes, the other one still gets every byte.
 
-The other may still be sending, and its bytes meet a closed socket: a reset, which must not be passed on while what was
-sent before is under way, for an RST destroys it.
+The other party may still be sending, and its bytes come to a closed socket, which answers with a reset. The relay must
+not pass this reset on while earlier bytes are on their way, because an RST destroys them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ async def test_the_tail_arrives_although_the_sender_has_closed_with_input_unread
         async def answer_and_go() -> None:
             await server.send_raw(answer)
             await server.send_eof()
-            # To close with input unread is RST, and destroys what has not left this host: no relay could help that.
+            # A close with unread input sends RST, which destroys what has not left this host. No relay can help that.
             sock = server.socket._sock  # type: ignore[attr-defined]
             await eventually(lambda: unacknowledged(sock) == 0, "the answer is under way")
             server.close()
@@ -46,7 +46,7 @@ async def test_the_tail_arrives_although_the_sender_has_closed_with_input_unread
             while data := await client.receive_raw(16384):
                 received += data
                 if len(received) == len(data):
-                    # Into a socket that nobody reads any more.
+                    # Sent to a socket that its party does not read any more.
                     await client.send_raw(bytes(1000))
         assert received == answer
         record = await relay.outcome()
@@ -66,7 +66,7 @@ async def test_the_tail_arrives_although_the_sender_has_closed_with_input_unread
 async def test_all_of_it_arrives_although_the_relay_still_held_some(
     site: Site, modes: tuple[Mode, Mode], then: Literal["nothing", "words", "the end"]
 ) -> None:
-    """The reset comes while the relay waits for a reader that is slow; whichever pump hears of it, the bytes go on."""
+    """The reset comes while the relay waits for a slow reader. The bytes go on, whichever pump gets the reset."""
     with trio.fail_after(TIMEOUT):
         async with site.relay(PLAIN if modes[0] == "plain" else OPEN) as relay:
             one, two = await join_ends(site, relay, *modes)

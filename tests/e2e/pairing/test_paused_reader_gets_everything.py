@@ -1,4 +1,4 @@
-"""A reader that pauses loses nothing, even if the writer has closed meanwhile, and for as long as limits permit."""
+"""A reader that pauses within the limits loses nothing, even if the writer has closed meanwhile."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MIB = 1024 * 1024
 
 
 async def clogged(relay: RelayInProcess) -> None:
-    """Wait until the direction of func1 holds bytes that func2 does not take, and nothing moves any more."""
+    """Wait until func1's pump holds bytes that func2 does not take, and nothing moves any more."""
     (pairing,) = relay.relay.pairings
     pump = pairing._pumps["func1"]
     quiet_since, moved = trio.current_time(), pump.moved
@@ -32,7 +32,7 @@ async def clogged(relay: RelayInProcess) -> None:
 
 
 async def fill(end: End, chunk: bytes) -> int:
-    """Send ``chunk`` again and again until the way to the reader is full; gives the number of bytes sent."""
+    """Send ``chunk`` again and again until all buffers to the reader are full; returns how many bytes were sent."""
     sent = 0
     sock = end.party.socket
     with trio.move_on_after(0.5) as patience:
@@ -74,7 +74,7 @@ async def test_50_mib_to_a_paused_reader(site: Site, mode1: Mode, mode2: Mode) -
 
 @pytest.mark.load
 async def test_the_writer_has_closed_its_socket_long_before_the_reader_resumes(site: Site) -> None:
-    """TESTPLAN 26: all that the writer's kernel took arrives, though the writer itself is gone."""
+    """TESTPLAN 26: all that the writer's kernel took arrives, although the writer itself is gone."""
     chunk = block(MIB)
     async with site.relay(OPEN) as relay:
         one, two = await join_ends(site, relay)
@@ -90,11 +90,11 @@ async def test_the_writer_has_closed_its_socket_long_before_the_reader_resumes(s
 
 
 @pytest.mark.load
-@direct  # the network would take the last bytes out of the kernel in which they wait
+@direct  # this network would take the last bytes from the kernel in which they should wait
 async def test_a_pause_longer_than_half_close_timeout(site: Site) -> None:
-    """What a reader has not taken yet is not silence: after a half-close the last bytes wait for it, too.
+    """Bytes that a reader has not taken yet are no silence, also after a half-close.
 
-    The bytes fit into the relay's send buffer, so its pump has long passed the end on; the kernel still has them.
+    The bytes fit into the relay's send buffer, so its pump has passed the end on long ago; the kernel still has them.
     """
     data = block(300_000)
 

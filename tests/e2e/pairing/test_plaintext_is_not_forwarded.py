@@ -1,6 +1,6 @@
-"""Where ``require_inner_tls`` holds, a leg's first bytes open a TLS record or go nowhere: outcome ``not-tls``.
+"""Where ``require_inner_tls`` holds, a leg's first bytes must begin a TLS record, or the outcome is ``not-tls``.
 
-Handed-off legs are bare TCP, and a function that forgot its own TLS must learn it before the network has seen a word.
+A handed-off leg is bare TCP. A function that forgot its own TLS must learn it before its data is on the network.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ async def test_plaintext_on_a_raw_leg_ends_the_pairing(site: Site, first: str, w
 
 @pytest.mark.parametrize("mode", ["tunnel", "bare"])
 async def test_plaintext_on_a_raw_leg_whose_other_is_a_tunnel(site: Site, mode: Mode) -> None:
-    """TESTPLAN 20: raw to TLS goes by other code, with the same answer."""
+    """TESTPLAN 20: raw to TLS is other code, with the same result."""
     async with site.relay() as relay:
         one, two = await join_ends(site, relay, "raw", mode)
         await one.send(NOT_TLS["HTTP"])
@@ -63,7 +63,7 @@ async def test_plaintext_on_a_raw_leg_whose_other_is_a_tunnel(site: Site, mode: 
 @pytest.mark.parametrize("other", ["raw", "tunnel"])
 @pytest.mark.parametrize("first", [b"\x16G", b"\x16\x03G", b"\x17"])
 async def test_plaintext_that_comes_byte_by_byte_goes_nowhere(site: Site, first: bytes, other: Mode) -> None:
-    """TESTPLAN 20: what could still become TLS is held back until it cannot."""
+    """TESTPLAN 20: the relay holds bytes that may be TLS until it knows that they are not."""
     async with site.relay() as relay:
         one, two = await join_ends(site, relay, "raw", other)
         for byte in first[:-1]:
@@ -76,7 +76,7 @@ async def test_plaintext_that_comes_byte_by_byte_goes_nowhere(site: Site, first:
 
 @pytest.mark.parametrize("other", ["raw", "tunnel"])
 async def test_tls_that_comes_byte_by_byte_goes_through_whole(site: Site, other: Mode) -> None:
-    """TESTPLAN 20: what was held back is the beginning of what arrives."""
+    """TESTPLAN 20: the bytes that the relay held arrive first."""
     async with site.relay() as relay:
         hello = client_hello(site)
         one, two = await join_ends(site, relay, "raw", other)
@@ -92,7 +92,7 @@ async def test_tls_that_comes_byte_by_byte_goes_through_whole(site: Site, other:
 @pytest.mark.parametrize("other", ["raw", "tunnel"])
 @pytest.mark.parametrize("first", [b"\x16", b"\x16\x03"])
 async def test_an_end_before_the_bytes_could_be_judged(site: Site, first: bytes, other: Mode) -> None:
-    """TESTPLAN 20: one or two bytes of a TLS record, and FIN: nothing was TLS, and nothing is forwarded."""
+    """TESTPLAN 20: one or two bytes of a TLS record and then FIN are no TLS, and are not forwarded."""
     async with site.relay() as relay:
         one, two = await join_ends(site, relay, "raw", other)
         await one.send(first)
@@ -103,7 +103,7 @@ async def test_an_end_before_the_bytes_could_be_judged(site: Site, first: bytes,
 
 @pytest.mark.parametrize("other", ["raw", "tunnel"])
 async def test_an_end_without_any_bytes_is_a_clean_one(site: Site, other: Mode) -> None:
-    """TESTPLAN 20: a function may have nothing to say."""
+    """TESTPLAN 20: a function may have nothing to send."""
     async with site.relay() as relay:
         one, two = await join_ends(site, relay, "raw", other)
         await one.send_eof()
@@ -115,7 +115,7 @@ async def test_an_end_without_any_bytes_is_a_clean_one(site: Site, other: Mode) 
 
 
 async def test_plaintext_behind_close_notify_in_one_segment(site: Site) -> None:
-    """TESTPLAN 20: a function that begins to talk with its close_notify is looked at all the same."""
+    """TESTPLAN 20: the relay also checks a function that sends its first bytes together with its close_notify."""
     async with site.relay() as relay:
         one, two = await met(site, relay)
         await one.hand_off(NOT_TLS["HTTP"])
@@ -125,7 +125,7 @@ async def test_plaintext_behind_close_notify_in_one_segment(site: Site) -> None:
 
 
 async def test_only_the_beginning_is_looked_at(site: Site) -> None:
-    """What follows is the functions' own affair; the relay is no filter."""
+    """The relay does not filter what follows."""
     async with site.relay() as relay:
         one, two = await join_ends(site, relay, "raw", "raw")
         await one.send(TLS_HEADER)
@@ -136,7 +136,7 @@ async def test_only_the_beginning_is_looked_at(site: Site) -> None:
 
 @pytest.mark.parametrize(("mode1", "mode2"), [("raw", "raw"), ("raw", "tunnel"), ("tunnel", "tunnel"), ("bare", "raw")])
 async def test_without_require_inner_tls_anything_goes(site: Site, mode1: Mode, mode2: Mode) -> None:
-    """TESTPLAN 20: ``false`` says nowhere."""
+    """TESTPLAN 20: ``false``."""
     async with site.relay(OPEN) as relay:
         one, two = await join_ends(site, relay, mode1, mode2)
         for sender, receiver in ((one, two), (two, one)):
@@ -146,7 +146,7 @@ async def test_without_require_inner_tls_anything_goes(site: Site, mode1: Mode, 
 
 @pytest.mark.parametrize("mode", ["tunnel", "bare"])
 async def test_the_default_trusts_what_is_encrypted_to_the_relay(site: Site, mode: Mode) -> None:
-    """TESTPLAN 20: ``true`` is about raw legs; a tunnel's plaintext crosses no network in the clear to get here."""
+    """TESTPLAN 20: ``true`` is about raw legs; the relay's TLS encrypts a tunnel's plaintext on its way here."""
     async with site.relay() as relay:
         one, two = await join_ends(site, relay, mode, "tunnel")
         await one.send(NOT_TLS["HTTP"])
@@ -167,7 +167,7 @@ async def test_always_asks_inner_tls_of_tunnels_too(site: Site, mode1: Mode, mod
 
 @pytest.mark.parametrize(("mode1", "mode2"), [("tunnel", "tunnel"), ("bare", "raw")])
 async def test_always_lets_inner_tls_through(site: Site, mode1: Mode, mode2: Mode) -> None:
-    """TESTPLAN 20: a true first flight passes, through tunnels as well."""
+    """TESTPLAN 20: a true first flight passes, also through tunnels."""
     async with site.relay(ALWAYS) as relay:
         hello = client_hello(site)
         one, two = await join_ends(site, relay, mode1, mode2)

@@ -1,6 +1,6 @@
-"""A reader that never reads stops its writer, and costs the relay twice what an idle pairing does at the most.
+"""A reader that never reads stops its writer, and costs the relay at most twice as much as an idle pairing.
 
-For the figure of the plan::
+To measure the number of the plan::
 
     FRELAY_STALLED=500 pytest tests/e2e/pairing/test_readers_that_never_read_cost_little.py -s
 """
@@ -26,7 +26,7 @@ WIDE = "[tcp]\nuser_timeout = 3600\n"
 
 
 async def stalled(end: End) -> int:
-    """Write to ``end`` until for half a second nothing more is taken; how much was."""
+    """Write to ``end`` until it takes nothing for half a second; returns how many bytes it took."""
     sent = 0
 
     async def write() -> None:
@@ -39,7 +39,7 @@ async def stalled(end: End) -> int:
         nursery.start_soon(write)
         before = -1
         while sent != before:
-            # A machine that pauses for longer makes this see less than there is, and nothing that there is not.
+            # If the machine pauses for longer, this finds less than there is, but never more.
             before = sent
             await trio.sleep(0.5)
         nursery.cancel_scope.cancel()
@@ -49,7 +49,7 @@ async def stalled(end: End) -> int:
 @pytest.mark.load
 @pytest.mark.timeout(120 + COUNT)
 async def test_readers_that_never_read(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
-    """TESTPLAN 38: what is under way is the kernel's, whose buffers have limits; the process holds one buffer more."""
+    """TESTPLAN 38: the bytes are in the kernel, whose buffers have limits; the process holds one buffer more."""
     async with site.process(ROUTES, sections=WIDE, options=["--no-watch"]) as relay:
         await churn(site, relay, 30, seed=1)
         before = resident(relay)
@@ -72,7 +72,7 @@ async def test_readers_that_never_read(site: Site, capsys: pytest.CaptureFixture
 
 
 async def test_a_writer_stops_within_16_mebibytes(site: Site) -> None:
-    """TESTPLAN 38: what the relay's kernel and the relay hold of one direction, whatever the modes of its legs."""
+    """TESTPLAN 38: what the relay and its kernel hold of one direction, in every combination of modes."""
     async with site.relay(ROUTES, sections=WIDE) as relay:
         pairs = await join_all(site, relay)
         sent: dict[int, int] = {}

@@ -1,7 +1,7 @@
-"""A TLS record that is cut at any byte, by FIN, by RST or by silence, is never an end and never a part of the stream.
+"""A TLS record that FIN, RST or silence cuts at any byte is never an end and never a part of the stream.
 
-An attacker on the way can do no more than this to a leg in TLS; and here the hostile one has the keys besides, so it
-can also put records where no TLS library would (``tests/support/records.py``).
+An attacker on the way can do no more than this to a leg in TLS. Here the attacker also has the keys, so it can send
+records where no TLS library would (``tests/support/records.py``).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ async def end(party: Party, how: str) -> None:
 
 
 async def forged_tunnel(site: Site, relay: RelayInProcess, keylog: Path) -> tuple[Party, RecordForge, Party]:
-    """func1 by forge, in a tunnel to func2, which is raw; func1's first record has arrived."""
+    """A func1 that forges records, in a tunnel to a raw func2; func1's first record has arrived."""
     one, forge = await forging_party(site, relay, keylog)
     await one.send_raw(forge.record(TUNNEL))
     await one.expect("WAITING")
@@ -50,7 +50,7 @@ async def forged_tunnel(site: Site, relay: RelayInProcess, keylog: Path) -> tupl
 
 @pytest.mark.parametrize("how", ["FIN", "RST"])
 async def test_a_close_notify_that_is_cut_at_any_byte_aborts_the_hand_off(site: Site, how: str) -> None:
-    """TESTPLAN 16: with 23 of its 24 bytes it is none, and its leg is a leg that went away."""
+    """TESTPLAN 16: 23 of its 24 bytes are no close_notify, so the leg has gone away."""
     async with site.relay() as relay:
         for cut in range(CLOSE_NOTIFY):
             one, two = await met(site, relay)
@@ -73,7 +73,7 @@ async def test_a_close_notify_that_is_cut_at_any_byte_aborts_the_hand_off(site: 
 async def test_a_record_of_a_tunnel_that_is_cut_at_any_byte_is_not_delivered(
     site: Site, tmp_path: Path, how: str
 ) -> None:
-    """TESTPLAN 16: what is in it was never authenticated. A FIN without close_notify is told as a cut."""
+    """TESTPLAN 16: its content was never authenticated. The other party sees a FIN without close_notify as a cut."""
     async with site.relay(OPEN) as relay:
         length = len(b"cut short") + 22
         for cut in range(length + 1):
@@ -109,7 +109,7 @@ async def test_a_join_that_is_cut_at_any_byte_leaves_nothing(site: Site, tmp_pat
 
 @pytest.mark.parametrize("cut", [1, 5, 20])
 async def test_half_a_join_and_then_silence(site: Site, tmp_path: Path, cut: int) -> None:
-    """join_timeout is absolute, and a record that does not get ready is no JOIN."""
+    """join_timeout is absolute, and an incomplete record is no JOIN."""
     async with site.relay(sections="[limits]\njoin_timeout = 0.3\n") as relay:
         party, forge = await forging_party(site, relay, tmp_path / "keys")
         await party.send_raw(forge.record(JOIN)[:cut])
@@ -120,7 +120,7 @@ async def test_half_a_join_and_then_silence(site: Site, tmp_path: Path, cut: int
 
 @pytest.mark.parametrize("cut", [1, 5, 20])
 async def test_half_a_pong_and_then_silence(site: Site, tmp_path: Path, cut: int) -> None:
-    """A waiting leg that began its answer has not answered."""
+    """A waiting leg that has sent only a part of its answer has not answered."""
     limits = "[limits]\nping_interval = 0.1\npong_timeout = 0.3\n"
     async with site.relay(sections=limits) as relay:
         party, forge = await forging_party(site, relay, tmp_path / "keys")
@@ -134,7 +134,7 @@ async def test_half_a_pong_and_then_silence(site: Site, tmp_path: Path, cut: int
 
 @pytest.mark.parametrize("cut", [1, 5, 20])
 async def test_half_a_record_of_a_tunnel_and_then_silence(site: Site, tmp_path: Path, cut: int) -> None:
-    """Bytes that make no record are no progress: the pairing is idle, and both are told when it ends."""
+    """Bytes of an incomplete record are no progress: the pairing is idle, and both parties are told when it ends."""
     async with site.relay(OPEN + "idle_timeout = 0.5\n") as relay:
         one, forge, two = await forged_tunnel(site, relay, tmp_path / "keys")
         await one.send_raw(forge.record(b"cut short")[:cut])
@@ -153,7 +153,7 @@ FORGED = {
 
 @pytest.mark.parametrize("forged", FORGED)
 async def test_what_is_forged_into_a_tunnel_is_no_end(site: Site, tmp_path: Path, forged: str) -> None:
-    """TESTPLAN 17: whoever can write into the connection can break it, and cannot make func2 believe in an end."""
+    """TESTPLAN 17: an attacker who can write into the connection can break it, but cannot make func2 see an end."""
     async with site.relay(OPEN) as relay:
         one, forge, two = await forged_tunnel(site, relay, tmp_path / "keys")
         await one.send_raw(FORGED[forged] + forge.record(b"and more"))
@@ -163,7 +163,7 @@ async def test_what_is_forged_into_a_tunnel_is_no_end(site: Site, tmp_path: Path
 
 
 async def test_empty_records_without_end_are_no_tunnel(site: Site, tmp_path: Path) -> None:
-    """TESTPLAN 19: each costs the relay a decryption, and none of them says anything."""
+    """TESTPLAN 19: each costs the relay a decryption, and none carries data."""
     async with site.relay(OPEN) as relay:
         one, forge, two = await forged_tunnel(site, relay, tmp_path / "keys")
         await one.send_raw(b"".join(forge.record(b"") for _ in range(1000)) + forge.record(b"and more"))

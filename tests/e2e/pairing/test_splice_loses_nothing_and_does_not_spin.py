@@ -1,4 +1,4 @@
-"""Bytes that are spliced are neither lost nor doubled, whatever the sockets and pipes do; and waiting costs no CPU."""
+"""Spliced bytes are neither lost nor doubled, whatever the sockets and pipes do, and waiting costs no CPU."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ async def test_partial_writes_to_a_reader_with_a_small_window(site: Site) -> Non
 
 
 async def test_tiny_segments_behind_a_bulk_with_a_paused_reader(site: Site) -> None:
-    """TESTPLAN 28: a pipe fills by slots; thousands of 1-byte segments with the pipe in use get stuck nowhere."""
+    """TESTPLAN 28: a pipe fills by slots; thousands of 1-byte segments do not block it while it is in use."""
     bulk = block(8 * MIB)
     tiny = block(20_000, 1)
     async with site.relay(OPEN) as relay:
@@ -100,7 +100,7 @@ async def test_both_directions_spliced_at_once(site: Site) -> None:
 
 @pytest.mark.parametrize("who", ["func1", "func2"])
 async def test_a_reset_in_the_middle_of_a_splice(site: Site, who: str) -> None:
-    """TESTPLAN 28, 48: whichever party resets, the other one is cut, the record names it, and the pipe is gone."""
+    """TESTPLAN 28, 48: when either party resets, the other is cut, the record names the side, and the pipe is gone."""
     async with site.relay(OPEN) as relay:
         one, two = await join_ends(site, relay)
         pause_reading(two)
@@ -127,7 +127,7 @@ async def test_a_reset_in_the_middle_of_a_splice(site: Site, who: str) -> None:
 
 
 async def test_a_reset_beside_a_splice(site: Site) -> None:
-    """A reset ends its own pairing and takes no byte from the one beside it."""
+    """A reset ends its own pairing, and another pairing loses no byte."""
     data = block(4 * MIB)
     async with site.relay(OPEN) as relay:
         one, two = await join_ends(site, relay)
@@ -157,14 +157,14 @@ async def idle(relay: RelayProcess, one: End, two: End) -> None:
 
 
 async def chatted(relay: RelayProcess, one: End, two: End) -> None:
-    """There was something to do, and it is over."""
+    """Messages were exchanged, and no more come."""
     async with trio.open_nursery() as nursery:
         nursery.start_soon(one.send, block(MIB))
         await two.receive_exactly(MIB)
 
 
 async def half_closed(relay: RelayProcess, one: End, two: End) -> None:
-    """One socket is at its end for ever."""
+    """One direction has ended, so its socket stays readable."""
     await one.send_eof()
     assert await two.receive() == b""
 
@@ -188,14 +188,14 @@ async def blocked_and_ended(relay: RelayProcess, one: End, two: End) -> None:
 
 
 async def shut_both_ways(relay: RelayProcess, one: End, two: End) -> None:
-    """epoll reports HUP for the source without being asked, again and again, and nothing can be done about it."""
+    """epoll reports HUP for the source again and again, without being asked, and no step can clear it."""
     await blocked_and_ended(relay, one, two)
     await two.send_eof()
     assert await one.receive() == b""
 
 
 async def closed(relay: RelayProcess, one: End, two: End) -> None:
-    """The source's party has closed its socket altogether, behind what the sink does not take."""
+    """The source's party has closed its socket, after bytes that the sink does not take."""
     await blocked_and_ended(relay, one, two)
     one.party.close()
 
@@ -227,10 +227,10 @@ async def share_of_a_core(relay: RelayProcess, seconds: float = 1.0) -> float:
 async def test_a_relay_that_can_move_nothing_uses_no_cpu(
     site: Site, mode1: Mode, mode2: Mode, situations: list[Situation]
 ) -> None:
-    """TESTPLAN 28: less than 5 % of a core, with a pairing in each plight that a pump can be in."""
+    """TESTPLAN 28: less than 5 % of a core, with a pairing in each state in which a pump can only wait."""
     async with site.process(OPEN) as relay:
         pairs = [await join_ends(site, relay, mode1, mode2) for _ in situations]
-        # One after the other: whether the relay rests could not be told while others keep it busy.
+        # One after the other: while another pairing keeps the relay busy, the test cannot tell whether it rests.
         for (one, two), situation in zip(pairs, situations, strict=True):
             pause_reading(two, 32768)
             await situation(relay, one, two)

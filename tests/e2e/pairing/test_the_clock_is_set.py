@@ -1,6 +1,6 @@
-"""TESTPLAN 50: somebody sets the relay's clock by a day. Time limits do not notice; certificates are judged by it.
+"""TESTPLAN 50: the relay's clock is set by a day. Time limits do not change; certificates are checked by the new date.
 
-Only the relay's clock moves, by libfaketime, and of that only the date: Linux's monotonic clock never jumps.
+libfaketime moves only the relay's clock, and only the date: Linux's monotonic clock never jumps.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ DAY: Final = 24 * HOUR
 ROUTES: Final = OPEN + OPEN.replace('"demo"', '"lobby"') + "wait_timeout = 3600\n"
 """One for pairings, and one where nobody meets anybody before the test says so."""
 
-# Pings are what a waiting leg has of timers, and a clock that jumps must not make any of them early or late.
+# A waiting leg has a timer for its pings, and a clock that jumps must not make any of them early or late.
 SECTIONS: Final = "[limits]\nping_interval = 0.2\npong_timeout = 60\n"
 
 
 class Clock:
-    """The date that a relay sees: the true one and some seconds."""
+    """The date that a relay sees: the true one plus some seconds."""
 
     def __init__(self, site: Site, ahead: int) -> None:
         self._path = site.directory / "clock"
@@ -72,9 +72,9 @@ async def waits(site: Site, relay: RelayProcess, name: str) -> Party:
 
 
 async def is_asked(party: Party) -> None:
-    """It is pinged, and so still has its place; it answers."""
+    """The leg gets a PING, so it still has its place, and answers."""
     for _ in range(2):
-        # Twice: the first may have been under way for a while, the second is not sent before the first is answered.
+        # Twice: the first may have been sent a while ago; the second is sent only after the answer to the first.
         await party.send_frame("PONG", await party.expect("PING"))
 
 
@@ -92,7 +92,7 @@ async def is_refused(site: Site, relay: RelayProcess, name: str) -> str:
 
 
 async def test_ahead_and_back(site: Site) -> None:
-    """Who is expired by the new date is out, wherever it was; nobody else notices. And back: it may come again."""
+    """Legs that are expired by the new date end; others notice nothing. When it is set back, they may join again."""
     site.add("short", site.ca.ending(12 * HOUR, dns=["func1.demo"]))
     async with relay_with_clock(site) as (relay, clock):
         pairs = [await join_ends(site, relay, mode, mode) for mode in MODES]
@@ -125,14 +125,14 @@ async def test_ahead_and_back(site: Site) -> None:
 
 
 async def test_a_grace_goes_by_the_date_too(site: Site) -> None:
-    """Set ahead, and within the grace, a pairing goes on; beyond it the pairing ends. Who waits has no grace."""
+    """When set ahead, a pairing goes on within the grace, and ends after it. A waiting leg has no grace."""
     site.add("short", site.ca.ending(12 * HOUR, dns=["func1.demo"]))
     async with relay_with_clock(site, limits=f"certificate_grace = {DAY}\n") as (relay, clock):
         ends = await join_ends(site, relay, names=("short", "func2"))
         goes = await waits(site, relay, "short")
         clock.set(DAY)
         assert (await goes.refusal())["code"] == "certificate-expired"
-        # The relay looks at the clock now and then: back too soon, it would see no step at all.
+        # The relay checks the clock now and then: if it were set back too soon, the relay would see no change.
         await relay.log("the clock was set")
         await talk(ends)
         clock.set(0)
@@ -145,7 +145,7 @@ async def test_a_grace_goes_by_the_date_too(site: Site) -> None:
 
 
 async def test_back_and_ahead(site: Site) -> None:
-    """A certificate that is not valid yet, all at once, lets nobody in; it does not throw out who is in by it."""
+    """A certificate that is suddenly not valid yet admits no new leg, but does not end the legs that it admitted."""
     noon = datetime.now(UTC) + timedelta(hours=12)
     san = [x509.DNSName("func1.demo")]
     site.add("young", site.ca.odd(san, name="young", not_before=noon, not_after=noon + timedelta(days=1)))
@@ -157,7 +157,7 @@ async def test_back_and_ahead(site: Site) -> None:
         assert "BAD_CERTIFICATE" in await is_refused(site, relay, "young")
         await is_asked(stays)
         await talk(*pairs)
-        # A reload verifies everybody again, who is in.
+        # A reload verifies all admitted legs again.
         relay.signal(signal.SIGHUP)
         await relay.log("reloaded")
         await is_asked(stays)
@@ -174,13 +174,13 @@ async def test_back_and_ahead(site: Site) -> None:
 
 @pytest.mark.load
 async def test_back_again_before_it_expires(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A certificate whose end has moved into the future by that lives until then, waiting or paired.
+    """When the clock is set back, the expiry of a certificate moves later; a waiting or paired leg lives until then.
 
-    Here the clock is Python's alone, and OpenSSL's goes on: its first refusal tells when the old end has come.
+    Here only Python's clock is set, and OpenSSL's goes on: its first refusal tells when the old expiry has come.
     """
 
     def make(seconds: float) -> datetime:
-        # And time enough besides for the relay to see the step.
+        # And enough time for the relay to see the change.
         short = site.add("short", site.ca.ending(seconds + 2, dns=["func1.demo"]))
         return short.certificate.not_valid_after_utc - timedelta(seconds=2)
 
@@ -197,7 +197,7 @@ async def test_back_again_before_it_expires(site: Site, monkeypatch: pytest.Monk
         await relay.log("the clock was set")
         with trio.fail_after(TIMEOUT):
             while all("identity" in entry for entry in relay.logged("refused", code="certificate-expired")):
-                # One with an identity is about a leg that was in.
+                # An entry with an identity is about a leg that was admitted.
                 newcomer = await site.connect(relay, "short")
                 with suppress(ssl.SSLError):
                     await newcomer.handshake()

@@ -1,7 +1,7 @@
-"""Whatever the network does to the segments, the functions get each other's bytes; and what it breaks, they see broken.
+"""Whatever the network does to the segments, the functions get each other's bytes, or see that the connection broke.
 
-Each seed is a network of its own (``tests/support/faults.py``), and with it a pair of modes, an order of who says what,
-and sizes. For more of them, and for all other tests through such a network::
+Each seed is a network of its own (``tests/support/faults.py``), with a pair of modes, an order of messages, and sizes.
+To run more seeds, and to run all other tests through such a network::
 
     FRELAY_FAULT_SEEDS=200 pytest tests/e2e/pairing/test_through_a_network_that_faults.py
     FRELAY_THROUGH_FAULTS=7 pytest tests/e2e
@@ -27,7 +27,7 @@ from support.site import Site
 from support.waiting import TIMEOUT, eventually
 
 SEEDS = range(int(os.environ.get("FRELAY_FAULT_SEEDS", "9")))
-# Every limit that ends a leg which the network has silenced. Where nothing is silenced they are far away.
+# All limits that end a leg which the network has silenced. Where nothing is silenced, they do not matter.
 SHORT = """
 [limits]
 handshake_timeout = 1
@@ -42,7 +42,7 @@ stall_timeout = 1
 """
 
 
-# So that a silent leg which waits is looked at soon.
+# So that the relay soon notices a silent waiting leg.
 PINGS = "[limits]\nping_interval = 0.2\npong_timeout = 60\n"
 
 
@@ -52,7 +52,7 @@ class GoneError(Exception):
 
 @dataclass
 class Function:
-    """One party and its part in a scenario: it says all of ``says``, ends its direction, and hears the other one."""
+    """One party in a scenario: it sends all of ``says``, ends its direction, and receives what the other sends."""
 
     name: str
     mode: Mode
@@ -71,7 +71,7 @@ class Function:
                 await self._join(party)
             await self._talk(End(party, self.mode))
         except* (GoneError, trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError):
-            # Linux tells of a reset once; where the sender was told, it looks to the listener as if FIN had come.
+            # Linux reports a reset once. If the sending task got it, it looks like a FIN to the receiving task.
             self.heard_the_end = False
         finally:
             self.has_left.set()
@@ -84,7 +84,7 @@ class Function:
                 await party.send_frame("PONG", payload)
             elif name == "PAIRED":
                 if self.mode == "raw":
-                    # To the relay's close_notify, which has nothing raw behind it, and then our own.
+                    # Read up to the relay's close_notify, which no raw byte follows, and then send ours.
                     while await party.receive():
                         raise AssertionError("TLS data after PAIRED")
                     assert party.incoming.read() == b"", "raw bytes before our close_notify"
@@ -111,7 +111,7 @@ class Function:
 
 
 def cast(seed: int) -> tuple[Function, Function]:
-    """Two functions for a seed: both speak at once, or one only answers once the other has ended its direction."""
+    """Two functions for a seed: both send at once, or one answers only when the other has ended its direction."""
     chance = random.Random(f"cast {seed}")
     mode1, mode2 = PAIRS_OF_MODES[seed % len(PAIRS_OF_MODES)]
     who_waits = chance.choice(["nobody", "func1", "func2"])
@@ -127,7 +127,7 @@ def digest(data: bytes) -> str:
 
 
 async def lives_on(site: Site, relay: RelayInProcess) -> None:
-    """Nothing is left of what was, and the next two are paired."""
+    """The relay has nothing left of the earlier pairings, and pairs the next two functions."""
     if relay.network is not None:
         relay.network.go_down()
     relay.network = None
@@ -144,7 +144,7 @@ async def lives_on(site: Site, relay: RelayInProcess) -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 async def test_bytes_arrive_through_any_weather(site: Site, seed: int) -> None:
-    """TESTPLAN 14, 23, 25: split, merged and delayed; both digests are right and the end is a clean one."""
+    """TESTPLAN 14, 23, 25: segments are split, merged and delayed; both digests are right, and the end is clean."""
     one, two = cast(seed)
     async with a_network(Weather(seed)) as network, site.relay(OPEN) as relay:
         relay.network = network
@@ -164,10 +164,10 @@ async def test_bytes_arrive_through_any_weather(site: Site, seed: int) -> None:
 @pytest.mark.parametrize("fault", ["cut", "reset", "silence"])
 @pytest.mark.parametrize("seed", SEEDS)
 async def test_what_the_network_breaks_ends_for_both(site: Site, seed: int, fault: Fault) -> None:
-    """TESTPLAN 16, 48: at any byte of either leg. Never wrong bytes, never a hang, nothing left.
+    """TESTPLAN 16, 48: a break at any byte of either leg. Never wrong bytes, never a hang, nothing left.
 
-    A raw leg's FIN is its function's word, so what is cut there looks like an end; that it was none is for the
-    functions' own TLS to find out. All that was heard is a beginning of what was said.
+    A FIN on a raw leg is an end, even if the network made it; only the functions' own TLS can tell the difference. What
+    a function received is always the first part of what the other sent.
     """
     one, two = cast(seed)
     limits = SHORT if fault == "silence" else PINGS
@@ -185,11 +185,11 @@ async def test_what_the_network_breaks_ends_for_both(site: Site, seed: int, faul
                         and relay.legs == 0
                         and network.has_struck
                     ):
-                        # The relay has given it up and nobody can tell it so.
+                        # The relay has given up this leg, and cannot tell its party.
                         nursery.cancel_scope.cancel()
                         break
                     if network.has_struck and relay.legs == 1 and sum(relay.waiting()) == 1:
-                        # The other one never came this far. A FIN would not end every wait: behind a bare leg's
+                        # The other party never came this far. A FIN would not end every wait: after a bare leg's
                         # unread bytes it might be half of a conversation.
                         network.go_down()
         assert two.says.startswith(one.heard)
@@ -205,7 +205,7 @@ async def test_what_the_network_breaks_ends_for_both(site: Site, seed: int, faul
 
 @pytest.mark.parametrize("seed", SEEDS)
 async def test_our_clients_meet_through_any_weather(site: Site, seed: int) -> None:
-    """With their own TLS inside, in every pair of clients and modes, one after the other as the seed goes."""
+    """With their own TLS inside; the seeds take turns through all pairs of clients and modes."""
     chance = random.Random(f"clients {seed}")
     clients = (chance.choice(CLIENTS), chance.choice(CLIENTS))
     question, reply = block(chance.choice([1, 50_000]), 1), block(chance.choice([1, 50_000]), 2)
