@@ -215,7 +215,7 @@ async def test_a_new_rate_counts_from_the_next_portion_on(autojump_clock: trio.t
     bandwidth.rate = None
     share = Share(bandwidth)
     began = trio.current_time()
-    for _ in range(1000):
+    for _ in range(10):
         await share.spend(1 << 30)
     assert trio.current_time() == began
 

@@ -12,6 +12,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Final
@@ -115,10 +116,11 @@ def imports(importer: str, source: str, known: frozenset[str]) -> Iterator[Impor
             yield Import(importer, name if top == "frelay" else top, getattr(node, "lineno", 0))
 
 
-def all_imports() -> list[Import]:
+@cache
+def all_imports() -> tuple[Import, ...]:
     found = modules()
     known = frozenset(found)
-    return [one for name, path in found.items() for one in imports(name, path.read_text(), known)]
+    return tuple(one for name, path in found.items() for one in imports(name, path.read_text(), known))
 
 
 def room_of(module: str) -> str:

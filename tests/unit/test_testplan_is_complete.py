@@ -1,7 +1,6 @@
-"""Every case of the test plan is shown by a test that says so in its docstring: ``TESTPLAN 14`` or ``TESTPLAN 14, 18``.
+"""Each case of the test plan has a test that names it in its docstring: ``TESTPLAN 14`` or ``TESTPLAN 14, 18``.
 
-A number that nobody names is a promise that nobody keeps, and this is where that shows. The phrases say what a case is
-about, no more; what exactly is shown stands in the tests.
+This fails for a case that no test names. The phrases here only say what a case is about; the tests say what they show.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import ast
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -80,10 +80,10 @@ CASES: Final[dict[int, str]] = {
 }
 
 STRUCK: Final[dict[int, str]] = {}
-"""Cases that turned out senseless, with the reason."""
+"""Cases that make no sense any more, with the reason."""
 
 PENDING: Final[frozenset[int]] = frozenset()
-"""Cases whose tests are being written elsewhere and have not come in yet. It only ever shrinks."""
+"""Cases whose tests are not merged yet. This set may only shrink."""
 
 _NAMED: Final = re.compile(r"TESTPLAN (\d+(?:(?:, | and )\d+)*)")
 
@@ -93,8 +93,8 @@ def numbers(text: str) -> set[int]:
     return {int(number) for found in _NAMED.finditer(text) for number in re.findall(r"\d+", found[1])}
 
 
-def speaking(tree: ast.Module) -> Iterator[str]:
-    """The docstrings of the tests in a file, and of the file itself and its classes, which speak for their tests."""
+def docstrings_of(tree: ast.Module) -> Iterator[str]:
+    """The docstrings of the tests in a file, of the file itself, and of its classes."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             if node.name.startswith("test_"):
@@ -103,11 +103,13 @@ def speaking(tree: ast.Module) -> Iterator[str]:
             yield ast.get_docstring(node) or ""
 
 
+@cache
 def named_by() -> dict[int, list[str]]:
     """By number, the files whose tests name it."""
     found: dict[int, list[str]] = defaultdict(list)
     for path in sorted(TESTS.rglob("test_*.py")):
-        for docstring in speaking(ast.parse(path.read_text(encoding="utf-8"))):
+        text = path.read_text(encoding="utf-8")
+        for docstring in docstrings_of(ast.parse(text)) if "TESTPLAN" in text else ():
             for number in numbers(docstring):
                 found[number].append(str(path.relative_to(TESTS)))
     return found
@@ -125,8 +127,8 @@ def test_every_case_is_named_by_a_test() -> None:
     assert missing.keys() <= PENDING | STRUCK.keys(), {n: missing[n] for n in missing.keys() - PENDING - STRUCK.keys()}
 
 
-def test_nothing_stays_pending_once_it_has_come() -> None:
-    """And nothing that was struck lives on: then the reason is wrong, or the test."""
+def test_no_case_is_pending_once_a_test_names_it() -> None:
+    """Nor may a test name a case that was struck: then the reason is wrong, or the test."""
     done = named_by().keys()
     assert not PENDING & done
     assert not STRUCK.keys() & done
@@ -138,7 +140,7 @@ def test_no_test_names_a_case_that_there_is_not() -> None:
 
 
 def test_the_ways_to_name_numbers() -> None:
-    """Else a typing error in a docstring would count as a case that is shown."""
+    """Otherwise a typing error in a docstring would count as a case that has its test."""
     assert numbers("TESTPLAN 14.") == {14}
     assert numbers("TESTPLAN 1, 12: and so on.\n\nTESTPLAN 3 and 9, for TLS 1.3") == {1, 12, 3, 9}
     assert numbers("TESTPLAN 40, a second time") == {40}
