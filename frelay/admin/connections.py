@@ -15,13 +15,14 @@ Addresses are counted as :func:`holder_of` says. This module knows nothing of HT
 
 from __future__ import annotations
 
-import ipaddress
 import math
 from collections import Counter
 from typing import Any, Final
 
 import structlog
 import trio
+
+from frelay.net.shares import address_unit
 
 __all__ = ["GRACE", "PLAIN_GRACE", "ConnectionSlot", "ConnectionSlots", "holder_of"]
 
@@ -32,7 +33,6 @@ PLAIN_GRACE: Final = 0.2
 
 # Seconds between two log lines, however many connections were closed.
 _LOG_INTERVAL: Final = 10.0
-_IPV6_PREFIX: Final = 64
 
 
 def holder_of(address: Any) -> str:
@@ -44,14 +44,9 @@ def holder_of(address: Any) -> str:
     if not isinstance(address, tuple):
         return "unix"
     try:
-        found = ipaddress.ip_address(str(address[0]).partition("%")[0])
+        return str(address_unit(str(address[0])))
     except ValueError:
         return str(address[0])
-    if isinstance(found, ipaddress.IPv4Address):
-        return str(found)
-    if found.ipv4_mapped is not None:
-        return str(found.ipv4_mapped)
-    return str(ipaddress.ip_network((found, _IPV6_PREFIX), strict=False))
 
 
 class ConnectionSlot:

@@ -1,1 +1,1 @@
-"""The border to the kernel: sockets, names, descriptors, and who may hold how many of them."""
+"""The border to the kernel: sockets, name resolution, and how many connections and descriptors a caller may have."""

@@ -1,12 +1,13 @@
-"""What a supervisor and a worker talk through: JSON messages on a Unix stream socket, with descriptors beside them.
+"""The channel between a supervisor and a worker: JSON messages and descriptors on a Unix stream socket.
 
 ::
 
-    length u32 (be) | JSON, UTF-8              a message; a length of 0 is none, and carries descriptors
+    length u32 (be) | JSON, UTF-8              a message; a length of 0 has no JSON and only carries descriptors
 
-Descriptors (SCM_RIGHTS) travel with bytes. So they go first, on empty messages, as many at a time as the kernel takes,
-and the message that follows says how many it needs: the kernel keeps both in order. Where the receiver has no room for
-a descriptor the kernel throws it away and says nothing to the sender; then some are missing, and the receiver knows.
+Descriptors (SCM_RIGHTS) need bytes to travel with. So they are sent first, with empty messages, as many at a time as
+the kernel takes, and the next message says how many belong to it; the kernel keeps the order of both. If the receiver
+has no room for a descriptor, the kernel drops it without telling the sender, and the receiver sees that some are
+missing.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ _PIECE: Final = 65536
 
 
 class ChannelEnded(FrelayError):
-    """The other process has gone, or has let go of the channel."""
+    """The other process has ended or has closed the channel."""
 
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """A message, and the sockets that came with it: fewer than were sent if this process has no room for more."""
+    """A message, and the sockets that came with it. ``is_complete`` is False if this process had no room for some."""
 
     message: dict[str, Any]
     sockets: list[socket.socket]
@@ -51,25 +52,25 @@ class Received:
 
 
 class Channel:
-    """One end. Not safe for two tasks in the same direction."""
+    """One end of the channel. Only one task may use a direction at a time."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock: Final = trio.socket.from_stdlib_socket(sock)
         self._buffer: Final = bytearray()
         self._descriptors: deque[tuple[int, array.array[int]]] = deque()
-        """With how many bytes had come when they had."""
+        """Received descriptors, each group with the number of bytes that had been received by then."""
         self._taken = 0
-        """How many bytes were taken from the buffer."""
+        """How many bytes have been taken from the buffer."""
 
     def close(self) -> None:
-        """Let go of it; the other end notices."""
+        """Close this end; the other end notices."""
         while self._descriptors:
             for descriptor in self._descriptors.popleft()[1]:
                 socket.close(descriptor)
         self._sock.close()
 
     async def send(self, message: Mapping[str, Any], sockets: Sequence[socket.socket] = ()) -> None:
-        """Send a message and duplicates of ``sockets``; raises ChannelEnded. Cancelled, it leaves a broken channel."""
+        """Send a message and duplicates of ``sockets``; raises ChannelEnded. A cancellation breaks the channel."""
         data = json.dumps({**message, "sockets": len(sockets)}).encode()
         try:
             for first in range(0, len(sockets), _MOST_DESCRIPTORS):
@@ -96,7 +97,7 @@ class Channel:
             raise ChannelEnded from error
 
     def _received(self, message: dict[str, Any]) -> Received:
-        # A read may bring the end of this message, and the beginning of the next one with the sockets of that.
+        # One read may return the end of this message and the beginning of the next one with its sockets.
         sockets = []
         while self._descriptors and self._descriptors[0][0] <= self._taken:
             sockets += [socket.socket(fileno=descriptor) for descriptor in self._descriptors.popleft()[1]]
@@ -112,7 +113,7 @@ class Channel:
                 if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                     found = array.array("i")
                     found.frombytes(content[: len(content) - len(content) % found.itemsize])
-                    # The kernel ends a read with the bytes that they were sent with: these, or the first of these.
+                    # The kernel ends a read at the bytes that descriptors were sent with: they belong to these bytes.
                     self._descriptors.append((self._taken + len(self._buffer) + len(data), found))
             if not data:
                 raise ChannelEnded

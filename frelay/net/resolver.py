@@ -1,13 +1,13 @@
-"""Looking names up, so that a resolver that never answers holds up nobody but those who asked for that name.
+"""Resolves names so that a name server that does not answer delays only those who need its names.
 
-A look-up is a call into the C library, and nothing can cut it short: without an answer it takes the time of all tries
-at all name servers, half a minute easily. Trio runs it in one of forty threads that everything in the process shares,
-and a caller that gives up leaves its thread behind. So forty callers of one service whose name server is gone would be
-enough to keep the relay from reading its own files, which is done in threads, too.
+A look-up is a call into the C library that cannot be cancelled. Without an answer it tries all name servers, which
+easily takes half a minute. Trio runs it in one of the forty threads that all tasks of the process share, and a caller
+that gives up leaves its thread behind. So forty callers of one service with a dead name server would keep the relay
+from reading its own files, because that also needs a thread.
 
-Here look-ups have threads of their own, and there is one look-up of a name at a time, whoever else asks meanwhile:
-they all get its answer. So a name costs one thread, however many call it, and however soon they give up. An answer is
-not kept; how long it may be is the name server's affair, and the system's.
+Here look-ups have their own threads, and each name has one look-up at a time, whose answer all callers get. So a name
+costs one thread, however many callers it has and however soon they give up. Answers are not cached: the system and the
+name server decide how long one is valid.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import trio
 
 __all__ = ["SharedResolver"]
 
-# Names that do not answer before others must wait for a thread. A relay has about as many names as it has services.
+# So many names without an answer may block threads before others must wait. A relay has about one name per service.
 _THREADS: Final = 64
 
 
 @dataclass(slots=True)
 class _LookUp:
-    """One that is under way, and what came of it."""
+    """A running look-up, and its result."""
 
     is_over: trio.Event = field(default_factory=trio.Event)
     found: list[Any] = field(default_factory=list)
@@ -34,7 +34,7 @@ class _LookUp:
 
 
 class SharedResolver(trio.abc.HostnameResolver):
-    """Trio's resolver while :meth:`run` runs, in a task of its own."""
+    """Trio's resolver as long as :meth:`run` runs, in a task of its own."""
 
     def __init__(self) -> None:
         self._threads: Final = trio.CapacityLimiter(_THREADS)
@@ -42,11 +42,11 @@ class SharedResolver(trio.abc.HostnameResolver):
         self._nursery: trio.Nursery | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Answer until cancelled. Look-ups that are under way then are left to themselves."""
+        """Resolve names until cancelled; then running look-ups are abandoned."""
         async with trio.open_nursery() as self._nursery:
             before = trio.socket.set_custom_hostname_resolver(self)
             if before is not None:
-                # Whoever runs us inside a program of his own has his reasons.
+                # A program that embeds the relay has set its own resolver: keep it.
                 trio.socket.set_custom_hostname_resolver(before)
             try:
                 task_status.started()
@@ -63,18 +63,18 @@ class SharedResolver(trio.abc.HostnameResolver):
         proto: int = 0,
         flags: int = 0,
     ) -> list[Any]:
-        """As :func:`socket.getaddrinfo`; Trio asks this for names only, not for addresses."""
+        """As :func:`socket.getaddrinfo`; Trio calls this for names only, not for addresses."""
         if self._nursery is None:
             raise AssertionError("a name before there is a task to look it up")
         question = (host, port, family, type, proto, flags)
         look_up = self._under_way.get(question)
         if look_up is None:
             look_up = self._under_way[question] = _LookUp()
-            # Not the asker's own task: it may give up before those who came after it.
+            # Not in the caller's task: this caller may give up before the others that wait for the same answer.
             self._nursery.start_soon(self._answer, question, look_up)
         await look_up.is_over.wait()
         if look_up.error is not None:
-            # A new one for each: a traceback must not grow with every task that the error passes through.
+            # A new error for each caller: the traceback of a shared one would grow with each task.
             raise socket.gaierror(*look_up.error.args) from look_up.error
         return list(look_up.found)
 
@@ -92,5 +92,5 @@ class SharedResolver(trio.abc.HostnameResolver):
     async def getnameinfo(
         self, sockaddr: tuple[str, int] | tuple[str, int, int] | tuple[str, int, int, int], flags: int
     ) -> tuple[str, str]:
-        """The relay never asks what an address is called: whoever has its reverse zone could answer anything."""
+        """The relay never resolves addresses to names: the owner of the reverse zone could answer anything."""
         raise NotImplementedError

@@ -1,11 +1,10 @@
-"""Shares: how many places of a pool each holder has, and who may take one of the last.
+"""Fair shares: counts what each holder has of a pool, and decides who may take one of the last.
 
-Plain counting, no I/O. A count moves by one at a time, so every question, the greatest count included, is answered in
-O(1), however many places and holders there are.
+No I/O. A count changes by one at a time, so every question, that for the greatest count included, takes O(1).
 
-Two rules of fairness stand on these counts. A queue that is full gives up the newest place of the greediest holder
-(:class:`~frelay.joining.lobby.Lobby`). A :class:`Pool` of things that are not taken back keeps its last part for those
-who hold little: so no holder takes them all, and one that holds nothing gets one while there is one.
+Two rules of fairness use these counts. A full queue evicts the newest place of the holder that has most
+(:class:`~frelay.joining.lobby.Lobby`). A :class:`Pool`, from which nothing is taken back, keeps its last part for
+holders that have little: so no holder takes everything, and a holder that has nothing gets one while one is free.
 """
 
 from __future__ import annotations
@@ -15,19 +14,19 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterable
 from typing import Final, Generic, TypeVar
 
-__all__ = ["Pool", "Shares", "holder_at", "holder_in_words"]
+__all__ = ["Pool", "Shares", "address_unit", "holder_at", "holder_in_words"]
 
 H = TypeVar("H", bound=Hashable)
 P = TypeVar("P", bound=Hashable)
 
 
 class Shares(Generic[H, P]):
-    """The places of one pool by their holders. Every method is O(1)."""
+    """The places of one pool, by their holders. Every method takes O(1)."""
 
     __slots__ = ("_by_count", "_by_holder", "_most", "_total")
 
     def __init__(self) -> None:
-        # OrderedDict, because a plain one finds its first key in O(n) after n others were taken out before it.
+        # OrderedDict, because dict needs O(n) to find its first key after n earlier keys were removed.
         self._by_holder: Final[dict[H, OrderedDict[P, None]]] = {}
         self._by_count: Final[dict[int, OrderedDict[H, None]]] = {}
         self._most = 0
@@ -48,23 +47,23 @@ class Shares(Generic[H, P]):
 
     @property
     def most(self) -> int:
-        """The greatest number of places that one holder has; 0 if nobody has one."""
+        """The greatest number of places that one holder has; 0 if no place is taken."""
         return self._most
 
     def greediest(self) -> H:
-        """The holder of the most places; of several, the first that got so many. Raises KeyError if there is none."""
+        """The holder of the most places; of several, the first that had so many. Raises KeyError if there is none."""
         return next(iter(self._by_count[self._most]))
 
     def newest(self, holder: H) -> P:
-        """The place that ``holder`` took last, of those it has. Raises KeyError if it has none."""
+        """The newest place of ``holder``. Raises KeyError if it has none."""
         return next(reversed(self._by_holder[holder]))
 
     def oldest(self, holder: H) -> P:
-        """The place that ``holder`` took first, of those it has. Raises KeyError if it has none."""
+        """The oldest place of ``holder``. Raises KeyError if it has none."""
         return next(iter(self._by_holder[holder]))
 
     def add(self, holder: H, place: P) -> None:
-        """``holder`` takes ``place``, which nobody has."""
+        """Give the free ``place`` to ``holder``."""
         places = self._by_holder.setdefault(holder, OrderedDict())
         places[place] = None
         self._total += 1
@@ -72,7 +71,7 @@ class Shares(Generic[H, P]):
         self._most = max(self._most, len(places))
 
     def remove(self, holder: H, place: P) -> None:
-        """``holder`` gives up ``place``; KeyError if it does not have it."""
+        """Take ``place`` from ``holder``; raises KeyError if it does not have it."""
         places = self._by_holder[holder]
         del places[place]
         self._total -= 1
@@ -80,7 +79,7 @@ class Shares(Generic[H, P]):
             del self._by_holder[holder]
         self._move(holder, len(places) + 1, len(places))
         if self._most not in self._by_count:
-            # It was alone at the top, and is now one lower.
+            # This holder alone had the most, and now it has one less.
             self._most = len(places)
 
     def _move(self, holder: H, before: int, now: int) -> None:
@@ -94,11 +93,11 @@ class Shares(Generic[H, P]):
 
 
 class Pool(Generic[P]):
-    """Things that are taken until they are given back, each charged to one holder, to several, or to none.
+    """Things that are taken until they are given back. Each is charged to one holder, to several, or to none.
 
-    Its size is said with each question, because a reload may change it. The last ``1/part`` of it, and at least
-    ``least``, goes only to holders that hold fewer of them than are still free. Nothing that runs is ever taken back,
-    and nobody's part is reserved by name. Every method is O(1) in what is taken.
+    Each question says the pool's size, because a reload may change it. The last ``1/part`` of it, and at least
+    ``least``, is only for holders that have fewer things than are still free. Nothing is ever taken back from a holder,
+    and no part is reserved for a certain one. Every method takes O(1).
     """
 
     __slots__ = ("_holders", "_least", "_part", "_shares")
@@ -114,11 +113,11 @@ class Pool(Generic[P]):
         return len(self._holders)
 
     def held(self, holder: str) -> int:
-        """How many are charged to ``holder``."""
+        """How many things are charged to ``holder``."""
         return self._shares.held(holder)
 
     def holders_of(self, thing: P) -> tuple[str, ...]:
-        """To whom ``thing`` is charged."""
+        """The holders that ``thing`` is charged to."""
         return self._holders.get(thing, ())
 
     def is_full(self, size: int) -> bool:
@@ -131,20 +130,20 @@ class Pool(Generic[P]):
         return free > 0 and (free > max(self._least, size // self._part) or self.held(holder) < free)
 
     def take(self, thing: P, holders: Iterable[str]) -> None:
-        """Take ``thing`` and charge it to ``holders``; one that is taken already is charged to them from now on."""
+        """Take ``thing`` and charge it to ``holders``. If it is taken already, charge it to them instead."""
         self.give_back(thing)
         self._holders[thing] = tuple(dict.fromkeys(holders))
         for holder in self._holders[thing]:
             self._shares.add(holder, thing)
 
     def give_back(self, thing: P) -> None:
-        """``thing`` is free again. Idempotent."""
+        """Make ``thing`` free again. Idempotent."""
         for holder in self._holders.pop(thing, ()):
             self._shares.remove(holder, thing)
 
 
 def holder_in_words(holder: str) -> str:
-    """What a holder is called in a sentence to itself."""
+    """The words for a holder in a sentence that the holder itself reads."""
     kind = holder.partition(" ")[0]
     return {"route": "this route", "address": "this address", "addresses": "this /64 network"}.get(
         kind, "this function"
@@ -152,11 +151,16 @@ def holder_in_words(holder: str) -> str:
 
 
 def holder_at(host: str) -> str:
-    """The holder that an IP address stands for: all of an IPv6 /64, which is what one customer gets, are one."""
+    """The holder that an IP address belongs to: the IPv4 address itself, or the IPv6 /64 network of it."""
+    unit = address_unit(host)
+    return f"address {unit}" if isinstance(unit, ipaddress.IPv4Address) else f"addresses {unit}"
+
+
+def address_unit(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Network:
+    """What counts as one caller: an IPv4 address, or an IPv6 /64 network, because one customer has all of it."""
     address = ipaddress.ip_address(host)
     if isinstance(address, ipaddress.IPv4Address):
-        return f"address {address}"
+        return address
     if address.ipv4_mapped is not None:
-        return f"address {address.ipv4_mapped}"
-    network = ipaddress.ip_network((int(address) >> 64 << 64, 64))
-    return f"addresses {network}"
+        return address.ipv4_mapped
+    return ipaddress.IPv6Network((int(address) >> 64 << 64, 64))

@@ -1,12 +1,12 @@
-"""Whom there is room for: a place for each connection, out of a share of the descriptors.
+"""Admission control: each connection has a slot, and the slots share the file descriptors of the process.
 
-The budget is ``fd_budget`` of the descriptor limit, or what the relay's HTTP servers (they have a share of their own),
-its listeners and its own files leave, if that is less. An admitted leg takes two of it: its own, and one for its share
-of pipes. Strangers, who have not shown yet who they are, take one each, and have a share of their own: a quarter is
-theirs even where legs would use it, and as long as legs leave room they may have more, up to :data:`_MOST_STRANGERS`.
-So no number of legs shuts the door, and no number of strangers takes the place of a leg: they give way to it.
+The budget is ``fd_budget`` of the descriptor limit. It is less if the relay's HTTP servers, its listeners and its own
+files leave less. An admitted leg costs two descriptors: its socket, and its share of the pipes. A stranger, which has
+not shown its identity yet, costs one. A quarter of the budget is always for strangers, and they may use what legs leave
+free, up to :data:`_MOST_STRANGERS`. So legs never keep new connections out, and strangers never keep a leg out: a
+stranger is disconnected to make room for it.
 
-What else bounds strangers, and who of them gives way to whom, is told in :mod:`frelay.net.strangers`.
+:mod:`frelay.net.strangers` says what else limits strangers and which of them is disconnected first.
 """
 
 from __future__ import annotations
@@ -23,28 +23,29 @@ from frelay.net.strangers import Stranger, Strangers
 
 __all__ = ["Admission", "Slot", "raise_descriptor_limit"]
 
-# Epoll sets, log, service manager, and the files of a reload: what the relay itself needs, beside all connections.
+# What the relay itself needs beside all connections: epoll sets, log, service manager, the files of a reload.
 _OWN_DESCRIPTORS: Final = 32
-# The last part of the budget for legs goes only to those who hold few of them: an eighth, or four.
+# The last eighth of the legs' budget, and at least four, is only for holders that have few legs.
 _PART_KEPT: Final = 8
 _LEAST_KEPT: Final = 4
-# As many as may queue in the kernel (net.core.somaxconn); each is a task and a socket, some 20 KiB.
+# As many as the kernel queues (net.core.somaxconn). Each costs a task and a socket, some 20 KiB.
 _MOST_STRANGERS: Final = 4096
 _LEAST_STRANGERS: Final = 4
-# How many connections each of the two HTTP servers may have at a time: a sixteenth of all descriptors, within reason.
-_SERVERS: Final = 2
-_PART_OF_A_SERVER: Final = 16
-_FEWEST_PLACES: Final = 4
-_MOST_PLACES: Final = 256
-# Connections accepted in one pass of the event loop. One at a time, a flood before it would let the next one wait for
-# so many passes, and each of them takes as long as all that there is to do. But who gives way to a newcomer is closed a
-# pass later, so this many descriptors, twice, come on top of all places: a sixteenth of few descriptors.
+# Each of the two HTTP servers may have a sixteenth of all descriptors as connections, within these bounds.
+_HTTP_SERVERS: Final = 2
+_PART_OF_HTTP_SERVER: Final = 16
+_FEWEST_HTTP_CONNECTIONS: Final = 4
+_MOST_HTTP_CONNECTIONS: Final = 256
+# Connections that a listener accepts in one pass of the event loop. With one at a time, a connection behind a flood
+# would wait for as many passes as the flood has connections, and each pass does all other work, too. But an evicted
+# stranger is closed one pass later, so up to twice this many descriptors are open beyond all slots. Therefore it is at
+# most a sixteenth of the descriptors.
 _MOST_ACCEPTS: Final = 32
 _PART_OF_ACCEPTS: Final = 16
 
 
 def raise_descriptor_limit() -> int:
-    """Raise the soft RLIMIT_NOFILE to the hard one; gives the limit that is in force now."""
+    """Raise the soft RLIMIT_NOFILE to the hard one, and return it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -52,7 +53,7 @@ def raise_descriptor_limit() -> int:
 
 
 class Slot:
-    """One connection's place in the relay: a stranger's at first, then a leg's."""
+    """The slot of one connection: a stranger's at first, then an admitted leg's."""
 
     __slots__ = ("_admission", "_is_leg", "stranger")
 
@@ -60,18 +61,21 @@ class Slot:
         self._admission = admission
         self._is_leg = False
         self.stranger: Stranger | None = None
-        """Its place among the strangers, while it is one."""
+        """Its entry among the strangers, as long as it is one."""
 
     @classmethod
     def for_dialled(cls, admission: Admission) -> Slot:
-        """The slot of a connection that the relay itself opens, which was never a stranger's."""
+        """The slot of a connection that the relay opens to a service. It is never a stranger's."""
         slot = cls(admission)
         slot._is_leg = True
         admission.admitted += 1
         return slot
 
     def enter(self, host: str, close: Callable[[], object]) -> str | None:
-        """A connection from ``host`` was accepted, which ``close`` ends; gives why it cannot stay, or None."""
+        """Enter the accepted connection from ``host`` among the strangers; ``close`` disconnects it.
+
+        Returns why there is no room for it, or None.
+        """
         found = self._admission.strangers.enter(host, close)
         if isinstance(found, str):
             return found
@@ -79,12 +83,12 @@ class Slot:
         return None
 
     def note_refused(self) -> None:
-        """The stranger is told no: from now on it holds a descriptor and nothing else. Idempotent."""
+        """The stranger is refused: until its close it holds a descriptor and nothing else. Idempotent."""
         if self.stranger is not None:
             self._admission.strangers.note_refused(self.stranger)
 
     def admit(self) -> None:
-        """The leg is known now, and no stranger any more. Idempotent."""
+        """Make the stranger an admitted leg, because its identity is known now. Idempotent."""
         if not self._is_leg:
             self._leave_strangers()
             self._is_leg = True
@@ -92,16 +96,16 @@ class Slot:
             self._admission.strangers.evict_excess()
 
     def charge(self, holders: Iterable[str]) -> None:
-        """Charge the leg's descriptors to ``holders``, instead of to those before; the leg is admitted."""
+        """Charge the descriptors of the admitted leg to ``holders`` and no longer to the holders before."""
         self._admission.charged.take(self, holders)
 
     @property
     def holders(self) -> tuple[str, ...]:
-        """To whom they are charged; nobody before the leg is admitted."""
+        """The holders that its descriptors are charged to; empty until the leg is admitted."""
         return self._admission.charged.holders_of(self)
 
     def release(self) -> None:
-        """The connection is closed. Idempotent."""
+        """Free the slot, because its connection is closed. Idempotent."""
         self._leave_strangers()
         self._admission.charged.give_back(self)
         if self._is_leg:
@@ -115,17 +119,17 @@ class Slot:
 
 
 class Admission:
-    """The slots of one relay. Its :attr:`strangers` want a task."""
+    """The slots of one relay. Run its :attr:`strangers` in a task."""
 
     def __init__(self, limits: Limits, *, descriptor_limit: int) -> None:
         self._limits = limits
         self.admitted = 0
-        """Legs in the relay now, whether they wait, are paired, or are services that were dialled."""
+        """Admitted legs now: those that wait, those that are paired, and dialled services."""
         self.charged: Final[Pool[Slot]] = Pool(part=_PART_KEPT, least=_LEAST_KEPT)
-        """The admitted legs by whom they are charged to: one function must not take the descriptors of all."""
+        """The admitted legs by their holders, so that one function cannot take the descriptors of all."""
         self.descriptor_limit: Final = descriptor_limit
         self.listeners = 0
-        """Sockets on which the routes listen now."""
+        """Listening sockets of the routes now."""
         self.strangers: Final = Strangers(limits, room=lambda: self.stranger_budget, clock=trio.current_time)
 
     @property
@@ -140,20 +144,21 @@ class Admission:
 
     @property
     def legs(self) -> int:
-        """Connections of parties in the relay now, in whatever state."""
+        """All connections of parties now: strangers and admitted legs."""
         return self.admitted + len(self.strangers)
 
     @property
     def _budget(self) -> int:
         share = int(self.descriptor_limit * self.limits.fd_budget)
-        # Whatever fd_budget says, nobody takes what the HTTP servers and the listeners have or may come to have.
-        rest = self.descriptor_limit - self.listeners - _SERVERS * self.connections_per_http_server
+        # The descriptors of the listeners, and those that the HTTP servers may need, are never part of the budget.
+        rest = self.descriptor_limit - self.listeners - _HTTP_SERVERS * self.connections_per_http_server
         return min(share, rest) - _OWN_DESCRIPTORS
 
     @property
     def connections_per_http_server(self) -> int:
         """How many connections each of the relay's HTTP servers may have at a time."""
-        return max(_FEWEST_PLACES, min(_MOST_PLACES, self.descriptor_limit // _PART_OF_A_SERVER))
+        share = self.descriptor_limit // _PART_OF_HTTP_SERVER
+        return max(_FEWEST_HTTP_CONNECTIONS, min(_MOST_HTTP_CONNECTIONS, share))
 
     @property
     def accepts_at_once(self) -> int:
@@ -166,7 +171,7 @@ class Admission:
 
     @property
     def leg_budget(self) -> int:
-        """How many legs may be admitted: one descriptor each, and one for their share of pipes."""
+        """How many legs may be admitted. Each costs two descriptors: its socket, and its share of the pipes."""
         return max(2, (self._budget - self._strangers_own) // 2)
 
     @property
@@ -175,7 +180,7 @@ class Admission:
         return max(self._strangers_own, min(_MOST_STRANGERS, self._budget - 2 * self.admitted))
 
     def objection(self, holders: Iterable[str]) -> str | None:
-        """Why one more leg that is charged to ``holders`` cannot be admitted, in a sentence for it; None if it can."""
+        """Why one more leg charged to ``holders`` cannot be admitted, in a sentence for that leg; None if it can."""
         budget = self.leg_budget
         if self.charged.is_full(budget):
             return "this relay has no file descriptor left for one more connection (limits.fd_budget)"
@@ -189,7 +194,7 @@ class Admission:
         return None
 
     def slot_for_dialled(self, holders: Iterable[str]) -> Slot | str:
-        """A slot for a connection to a service, charged to ``holders``; or why there is none."""
+        """A slot for a connection to a service, charged to ``holders``; or a sentence that says why there is none."""
         holders = tuple(holders)
         objection = self.objection(holders)
         if objection is None and self.admitted >= self.leg_budget:

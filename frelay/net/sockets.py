@@ -1,15 +1,14 @@
 """The border to the kernel's sockets: accepting, tuning and closing.
 
-Everything here works on non-blocking :class:`socket.socket` objects and Trio's public readiness calls rather than on
-``trio.socket``, because OpenSSL and ``splice(2)`` need the descriptor itself, and one descriptor should have one
-owner. Two rules follow from that:
+All functions take a non-blocking :class:`socket.socket` and wait with Trio's public readiness calls. They do not use
+``trio.socket``, because OpenSSL and ``splice(2)`` need the descriptor itself, and a descriptor should have one owner.
+Two rules follow:
 
-* whoever closes a descriptor tells Trio first (:func:`close`), or a task waiting on it would sleep for ever, or wake
-  for the next connection that gets the same number;
-* how a connection is closed is part of what the other side is told: FIN says "all was said", RST says "cut". So
-  there is :func:`close` for the first and :func:`close_with_reset` for the second, and :func:`close_after_linger`
-  where bytes still under way (a refusal, an alert) must not be destroyed by the RST that closing with unread input
-  would send.
+* Tell Trio before a descriptor is closed, as :func:`close` does. Otherwise a task that waits for it would sleep for
+  ever, or wake up for the next connection with the same descriptor number.
+* The way of closing tells the other side something: FIN means that the data is complete, RST that it was cut short.
+  :func:`close` sends FIN, and :func:`close_with_reset` sends RST. Closing with unread input also sends RST, which could
+  destroy bytes still under way, such as a refusal or an alert; :func:`close_after_linger` avoids that.
 """
 
 from __future__ import annotations
@@ -36,14 +35,14 @@ __all__ = [
     "tune",
 ]
 
-# How many connections may linger at a time. Who is refused decides how long that takes, up to its limit, and can be
-# refused again meanwhile; beyond this many they are closed without.
+# How many connections may linger at a time. A refused peer decides how long its linger takes, up to the limit, and can
+# be refused again meanwhile. Connections beyond this number are closed at once.
 _MOST_LINGER: Final = 256
-# What one linger may read and throw away; a peer that sends more than this after a refusal gets its RST.
+# How many bytes one linger reads and drops. A peer that sends more after a refusal gets an RST.
 _LINGER_BYTES: Final = 256 * 1024
-# How often close_after_delivery asks the kernel, in seconds, and how much it drops each time (4 MiB).
-_DELIVERY_LOOK: Final = 0.02
-_DROPS_PER_LOOK: Final = 64
+# Seconds between two checks of close_after_delivery, and how many reads it drops at each (4 MiB in all).
+_DELIVERY_POLL: Final = 0.02
+_DROPS_PER_POLL: Final = 64
 _AVAILABLE: Final = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")
 _ALLOWED: Final = Path("/proc/sys/net/ipv4/tcp_allowed_congestion_control")
 
@@ -52,24 +51,24 @@ _ALLOWED: Final = Path("/proc/sys/net/ipv4/tcp_allowed_congestion_control")
 
 
 def accept(listener: socket.socket) -> tuple[socket.socket, tuple[str, int]]:
-    """The next connection, non-blocking, and where it comes from; raises OSError as accept(2) does."""
-    sock, place = listener.accept()
+    """The next connection, non-blocking, and the address of its peer; raises OSError as accept(2) does."""
+    sock, address = listener.accept()
     sock.setblocking(False)
-    return sock, (place[0], place[1])
+    return sock, (address[0], address[1])
 
 
-def format_address(place: tuple[str, int]) -> str:
+def format_address(address: tuple[str, int]) -> str:
     """``host:port``, with brackets around an IPv6 host."""
-    host, port = place
+    host, port = address
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def tune(sock: socket.socket, tcp: TcpSection) -> None:
     """Set keepalive, user timeout, nodelay and congestion control on a TCP socket.
 
-    Keepalive asks an idle peer whether it is there, TCP_USER_TIMEOUT limits the wait for an answer, be it to bytes in
-    flight or to such a question; neither covers the other's case. With both, Linux does not go by keepalive's count
-    (tcp(7)): who has vanished is given up after the user timeout.
+    Keepalive sends probes to an idle peer. TCP_USER_TIMEOUT limits how long sent bytes, or a probe, may go
+    unacknowledged. Both are needed. With both set, Linux ignores keepalive's count (tcp(7)): it ends the connection to
+    a peer that has vanished after the user timeout.
     """
     idle, interval, count = tcp.keepalive
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -77,20 +76,20 @@ def tune(sock: socket.socket, tcp: TcpSection) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, round(interval)))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, round(count))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(tcp.user_timeout * 1000))
-    # RFC 6093: an urgent byte is a byte of the stream like any other, and would be missing from it otherwise.
+    # Without this option an urgent byte would be missing from the stream (RFC 6093).
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
     if tcp.nodelay:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if tcp.congestion_control is not None:
-        # What is allowed may have changed since the configuration was loaded, and is no reason to lose a connection.
+        # What the kernel allows may have changed since the configuration was loaded. Do not lose the connection for it.
         with suppress(OSError):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, tcp.congestion_control.encode())
 
 
 def objection_to_congestion_control(name: str) -> str | None:
-    """What keeps a process of any user from sending by ``name`` here, and the remedy; None: nothing does.
+    """Why a process of any user cannot use the congestion control ``name`` here, and the remedy; None if it can.
 
-    Of any user, because a relay gives up what it may do more than others. Raises OSError where the kernel does not say.
+    Of any user, because the relay may drop root's privileges later. Raises OSError if the kernel does not tell.
     """
     available, allowed = _AVAILABLE.read_text().split(), _ALLOWED.read_text().split()
     if name in allowed:
@@ -108,23 +107,23 @@ _lingering: Final[set[socket.socket]] = set()
 
 
 def close(sock: socket.socket) -> None:
-    """Close in order: FIN, once everything written has left. Idempotent."""
+    """Close; the kernel sends FIN after all written bytes. Idempotent."""
     if sock.fileno() != -1:
         trio.lowlevel.notify_closing(sock)
         sock.close()
 
 
 def close_with_reset(sock: socket.socket) -> None:
-    """Close by RST, so that the other side cannot mistake a cut for an end. Idempotent."""
+    """Close by RST, so that the other side knows that the data was cut short. Idempotent."""
     if sock.fileno() != -1:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         close(sock)
 
 
 async def close_after_linger(sock: socket.socket, seconds: float) -> None:
-    """Send FIN, read and drop what still comes until the other side's FIN or ``seconds`` have passed, and close.
+    """Send FIN, read and drop all input until the other side's FIN or for ``seconds``, and close.
 
-    Closing at once with unread input would send RST, and an RST makes many kernels throw away what we wrote last.
+    Closing at once with unread input would send RST, and many kernels then drop the bytes that we wrote last.
     """
     if len(_lingering) >= _MOST_LINGER:
         close(sock)
@@ -144,37 +143,37 @@ async def close_after_linger(sock: socket.socket, seconds: float) -> None:
                     break
                 left -= dropped
     except OSError:
-        pass  # already reset or disconnected: nothing is under way that could be saved
+        pass  # The connection is reset already: nothing that is under way can be saved.
     finally:
         _lingering.discard(sock)
         close(sock)
 
 
-async def close_after_delivery(sock: socket.socket, patience: float) -> None:
-    """For a direction that was ended: drop what still comes in until all that was written is acknowledged, and close.
+async def close_after_delivery(sock: socket.socket, timeout: float) -> None:
+    """Close after FIN was sent, once the other side has acknowledged all written bytes; drop its input until then.
 
-    It closes all the same after ``patience`` seconds in which nothing was acknowledged, or on cancellation.
+    Closes by RST after ``timeout`` seconds without an acknowledgement, and when cancelled.
     """
     has_input, left = True, 1
     try:
         left, since = unacknowledged(sock), trio.current_time()
-        # Nothing tells when an acknowledgement arrives, so this looks. And input must be taken, or a peer that only
-        # reads once it has written would never acknowledge.
-        while left > 0 and trio.current_time() - since < patience:
+        # The kernel does not report acknowledgements, so poll for them. Read the input, too: a peer that reads only
+        # after it has written everything would never acknowledge.
+        while left > 0 and trio.current_time() - since < timeout:
             has_input = has_input and _drop_input(sock)
-            await trio.sleep(_DELIVERY_LOOK)
+            await trio.sleep(_DELIVERY_POLL)
             before, left = left, unacknowledged(sock)
             if left != before:
                 since = trio.current_time()
     except OSError:
-        pass  # it broke; there is nothing left to deliver to
+        pass  # The connection broke: nothing more can be delivered.
     finally:
         close_with_reset(sock) if left else close(sock)
 
 
 def _drop_input(sock: socket.socket) -> bool:
-    """Read and drop what is there, within reason; False once the other side has sent FIN."""
-    for _ in range(_DROPS_PER_LOOK):
+    """Read and drop the input that has arrived, up to a limit; False once the other side has sent FIN."""
+    for _ in range(_DROPS_PER_POLL):
         try:
             if not sock.recv(65536):
                 return False

@@ -1,17 +1,17 @@
-"""Strangers: connections that have not shown yet who they are. How many there may be, and who gives way to whom.
+"""Strangers: connections that have not shown their identity yet. Limits their number, and evicts some for others.
 
 A stranger costs two things, and each has a limit of its own:
 
-* A *descriptor*, from ``accept`` on. There is one pool for all strangers, apart from what admitted legs may use
-  (:mod:`frelay.net.slots` says how large). While the pool has room, anybody may come in and be silent. When it is full,
-  a newcomer takes the place of a connection of the address that has the most of them.
-* A *handshake*: OpenSSL's state, some 50 KiB, and the processor. ``max_pre_auth`` of them may run at once,
-  ``max_pre_auth_per_ip`` of one address. A stranger asks for its turn only when its first bytes are whole, so that
-  those who are silent, or who send a ClientHello byte by byte, hold nothing that a function needs. While an address has
-  all its turns, its next connections are *held back*: they are served later, and not cut.
+* A *descriptor*, from ``accept`` on. All strangers share one pool, apart from the descriptors of admitted legs
+  (:mod:`frelay.net.slots` says how large it is). While the pool has room, a stranger may stay silent. When it is full,
+  a new connection evicts one of the address that has the most strangers.
+* A *handshake*: OpenSSL's state, some 50 KiB, and processor time. At most ``max_pre_auth`` handshakes run at once, and
+  ``max_pre_auth_per_ip`` of one address. Each needs a *turn*, which a stranger requests when its first bytes are
+  complete. So strangers that are silent, or send a ClientHello byte by byte, hold nothing that a function needs. While
+  an address has all its turns, its other connections are *held back*: they stay connected and are served later.
 
-Turns go to the address that has the fewest handshakes running, and among equals in turn. So an address with 1,000
-callers delays its own, and nobody else's.
+The next turn goes to the address with the fewest running handshakes, and addresses with equally many take turns. So an
+address with 1,000 callers delays its own callers only.
 
 At most :data:`_TURNS_PER_PASS` turns are given in one pass of the event loop. So a flood of callers that disconnect and
 come again delays neither the connections that are in nor the next turn of another address.
@@ -21,9 +21,10 @@ handshake without progress for :data:`_STALL_TIMEOUT` loses its turn to a strang
 and after :data:`_LONG_STALL_TIMEOUT` to any stranger. A function behind 300 ms of network, or on a small share of a
 processor, answers sooner. While turns are free no handshake loses its turn.
 
-An address is an IPv4 address or an IPv6 /64 (:func:`~frelay.net.shares.holder_at`): one IPv6 host has 2^64 single ones.
+An address here is an IPv4 address or an IPv6 /64 network (:func:`~frelay.net.shares.holder_at`), because one IPv6 host
+may use 2^64 addresses.
 
-Nothing here does I/O. Each step costs O(1), or O(``max_pre_auth_per_ip``) where a turn is given.
+Nothing here does I/O. Each step costs O(1), or O(``max_pre_auth_per_ip``) when it gives a turn.
 """
 
 from __future__ import annotations
@@ -40,16 +41,16 @@ from frelay.net.shares import Shares, holder_at
 
 __all__ = ["Stage", "Stranger", "Strangers"]
 
-# Seconds without progress after which a handshake gives way to an address with fewer, or to anybody. A round trip by
-# satellite is 0.6 s; a lost segment costs 1 s more.
+# Seconds without progress after which a handshake may lose its turn: to an address with fewer handshakes, and to any
+# address. A round trip by satellite takes 0.6 s, and a lost segment costs 1 s more.
 _STALL_TIMEOUT: Final = 1.0
 _LONG_STALL_TIMEOUT: Final = 2.0
-# A stranger that came in this moment is about to speak; of its own address none that comes later is worth more.
+# Seconds in which a new stranger is not evicted for another one of its own address: it is about to send.
 _GRACE: Final = 0.25
-# Turns given in one pass of the event loop. A turn costs it about a millisecond at once, for the relay's signature, and
-# everybody else's pairing waits meanwhile.
+# Turns given in one pass of the event loop. Each blocks it for about a millisecond, for the relay's signature, and all
+# pairings wait meanwhile.
 _TURNS_PER_PASS: Final = 8
-# How often it is asked whether somebody's timeout is over, while anybody is held back; in seconds.
+# Seconds between two checks of the timeouts above, while a stranger is held back.
 _POLL_INTERVAL: Final = 0.1
 
 _LOST_PLACE: Final = "gave its place to another connection: all places for strangers are taken"
@@ -61,22 +62,22 @@ _NO_PLACE: Final = "all places for strangers are taken, and no address has more 
 
 
 class Stage(enum.Enum):
-    """How far a stranger is."""
+    """How far a stranger has come."""
 
     QUIET = enum.auto()
-    """Its first bytes are not whole."""
+    """Its first bytes are not complete."""
     HELD = enum.auto()
-    """They are, and it waits for its turn: for us."""
+    """Its first bytes are complete, and it waits for its turn."""
     RUNNING = enum.auto()
     """It has its turn: handshake and JOIN."""
     LEAVING = enum.auto()
     """It was refused, and its close lingers."""
     GONE = enum.auto()
-    """It is admitted or closed: no stranger any more."""
+    """It is admitted or closed, and so no stranger any more."""
 
 
 class Stranger:
-    """One connection, until it is admitted or gone."""
+    """One connection until it is admitted or closed."""
 
     __slots__ = ("_close", "_wake", "evicted_because", "holder", "since", "stage")
 
@@ -88,17 +89,14 @@ class Stranger:
         """When it last made progress."""
         self.stage = Stage.QUIET
         self.evicted_because: str | None = None
-        """Why it was cut for somebody else's sake."""
+        """Why it was disconnected to make room for another one; None if it was not."""
 
 
 _Row = OrderedDict[Stranger, None]
 
 
 class Strangers:
-    """All strangers of one relay. Give :meth:`run` a task.
-
-    ``room`` gives how many there may be in this moment.
-    """
+    """All strangers of one relay. Run :meth:`run` in a task. ``room()`` is how many there may be now."""
 
     def __init__(self, limits: Limits, *, room: Callable[[], int], clock: Callable[[], float]) -> None:
         self._limits = limits
@@ -106,15 +104,15 @@ class Strangers:
         self._clock: Final = clock
         self._all: Final[Shares[str, Stranger]] = Shares()
         self._running: Final[Shares[str, Stranger]] = Shares()
-        """Those with a turn; the oldest place of a holder is the one without progress for the longest time."""
+        """Strangers with a turn. The oldest of a holder is the one without progress for the longest time."""
         self._idle: Final[dict[str, _Row]] = {}
-        """Those that let us wait without a turn, by holder: who should give way first stands first."""
+        """Strangers that have not requested a turn, or were refused, by holder: the first of them is evicted first."""
         self._held_back: Final[dict[str, _Row]] = {}
-        """Those that wait for their turn, by holder, in the order of their coming."""
+        """Strangers that wait for their turn, by holder, oldest first."""
         self._queues: Final[dict[int, OrderedDict[str, None]]] = {}
-        """The holders in ``_held_back``, by how many they have running."""
+        """The holders in ``_held_back``, by how many running handshakes they have."""
         self._queue_of: Final[dict[str, int]] = {}
-        """Where in ``_queues`` a holder stands."""
+        """The key of ``_queues`` under which a holder stands."""
         self._given = 0
         """Turns given in this pass of the event loop."""
         self._something_to_do = trio.Event()
@@ -125,26 +123,26 @@ class Strangers:
 
     @property
     def running(self) -> int:
-        """How many have their turn."""
+        """How many have a turn."""
         return len(self._running)
 
     @property
     def held(self) -> int:
-        """How many wait for it."""
+        """How many wait for a turn."""
         return sum(map(len, self._held_back.values()))
 
     @property
     def holders(self) -> int:
-        """From how many addresses they come."""
+        """How many addresses they come from."""
         return self._all.holders()
 
     def set_limits(self, limits: Limits) -> None:
-        """Take over new limits; those who have a turn keep it."""
+        """Put new limits in force; strangers that have a turn keep it."""
         self._limits = limits
         self._give_turns()
 
     async def run(self) -> None:
-        """Give the turns that only time makes free, and those that would be too many at once, until cancelled."""
+        """Give turns when a timeout frees them, and those that were too many for one pass, until cancelled."""
         while True:
             await self._something_to_do.wait()
             while self._held_back or self._given:
@@ -156,18 +154,18 @@ class Strangers:
     # --- the pool ----------------------------------------------------------------------------------------------
 
     def enter(self, host: str, close: Callable[[], object]) -> Stranger | str:
-        """A connection from ``host`` was accepted; ``close`` ends it. Gives why it cannot stay, if so."""
+        """Enter the accepted connection from ``host``; ``close`` disconnects it. Returns a text if there is no room."""
         holder = holder_at(host)
         if len(self._all) >= self._room() and not self._make_room(holder):
             return _NO_PLACE
-        self._give_turns()  # somebody may have given one up with its place
+        self._give_turns()  # The evicted stranger may have had a turn.
         stranger = Stranger(holder, close, self._clock())
         self._all.add(holder, stranger)
         self._idle.setdefault(holder, OrderedDict())[stranger] = None
         return stranger
 
     def move_to_host(self, stranger: Stranger, host: str) -> None:
-        """It comes from ``host`` in truth; to be told while it is quiet."""
+        """Count it as a connection from ``host``, as a PROXY header says; only while it is QUIET."""
         self._remove(stranger)
         stranger.holder = holder_at(host)
         stranger.since = self._clock()
@@ -175,7 +173,7 @@ class Strangers:
         self._idle.setdefault(stranger.holder, OrderedDict())[stranger] = None
 
     def evict_excess(self) -> None:
-        """There is less room than there was: some give way."""
+        """Evict strangers until there is room for the rest, because legs have taken some of it."""
         while len(self._all) > self._room():
             victim = self._least_needed(self._all.greediest())
             if victim is None:
@@ -184,7 +182,7 @@ class Strangers:
         self._give_turns()
 
     def note_refused(self, stranger: Stranger) -> None:
-        """It was refused: it has no turn any more, and is the first to give way."""
+        """It was refused: it loses its turn and is evicted before the others."""
         if stranger.stage in (Stage.LEAVING, Stage.GONE):
             return
         holder = stranger.holder
@@ -197,7 +195,7 @@ class Strangers:
         self._give_turns()
 
     def release(self, stranger: Stranger) -> None:
-        """It is admitted, or closed. Idempotent."""
+        """It is admitted or closed, and so no stranger any more. Idempotent."""
         if stranger.stage is Stage.GONE:
             return
         had_turn = stranger.stage is Stage.RUNNING
@@ -207,7 +205,7 @@ class Strangers:
             self._give_turns()
 
     def _make_room(self, holder: str) -> bool:
-        """Whether somebody gives way to a newcomer from ``holder``."""
+        """Evict a stranger for a new one of ``holder``; returns whether that was possible."""
         if not self._all.most:
             return False
         is_own = self._all.held(holder) >= self._all.most
@@ -222,7 +220,7 @@ class Strangers:
         return True
 
     def _least_needed(self, holder: str) -> Stranger | None:
-        """Who of ``holder`` is to give way: refused, silent, one whose handshake waits, or the last to have come."""
+        """The stranger of ``holder`` to evict first, if any: refused, silent, stalled handshake, newest held back."""
         if row := self._idle.get(holder):
             return next(iter(row))
         if self._running.held(holder):
@@ -262,9 +260,9 @@ class Strangers:
     # --- turns -------------------------------------------------------------------------------------------------
 
     def request_turn(self, stranger: Stranger, wake: Callable[[], object]) -> bool:
-        """Its first bytes are whole: whether it has its turn now. If not, ``wake`` is called when it has.
+        """Request a turn, because the first bytes are complete; returns whether it has the turn now.
 
-        One that is cut in the meantime never gets it.
+        If not, ``wake`` is called when it has. An evicted stranger never gets its turn.
         """
         if stranger.stage is Stage.GONE:
             return False
@@ -280,7 +278,7 @@ class Strangers:
         return False
 
     def note_progress(self, stranger: Stranger) -> None:
-        """The peer of a handshake has done its part of it so far."""
+        """The peer of a running handshake has made progress."""
         if stranger.stage is Stage.RUNNING:
             self._running.remove(stranger.holder, stranger)
             self._running.add(stranger.holder, stranger)
@@ -298,7 +296,7 @@ class Strangers:
             self._give_turn(next(iter(self._queues[min(self._queues)])))
         full = [count for count in self._queues if count >= limits.max_pre_auth_per_ip]
         for holder in [holder for count in full for holder in self._queues[count]]:
-            # So many have a turn of their own that these are few.
+            # After a reload lowered a limit, more handshakes than it allows may still run; then give no further turn.
             if len(self._running) > limits.max_pre_auth or self._running.held(holder) > limits.max_pre_auth_per_ip:
                 continue
             oldest = self._running.oldest(holder)
@@ -307,7 +305,7 @@ class Strangers:
                 self._give_turn(holder)
 
     def _free_turn(self, fewest: int) -> bool:
-        """Whether somebody gives its turn up to a holder that has ``fewest``."""
+        """Evict a stalled handshake for a holder that has ``fewest`` running; returns whether there was one."""
         if len(self._running) > self._limits.max_pre_auth:
             return False
         oldest = self._running.oldest(self._running.greediest())
@@ -329,7 +327,7 @@ class Strangers:
             stranger._wake()
 
     def _requeue(self, holder: str) -> None:
-        """Put ``holder`` where it belongs in ``_queues``, behind its equals if it was not there before."""
+        """Put ``holder`` into the queue where it belongs, at the end of it if it was in another one."""
         before = self._queue_of.get(holder)
         if holder in self._held_back and before == self._running.held(holder):
             return

@@ -16,11 +16,11 @@ __all__ = ["BrokenStream", "OneAtATime", "RawStream", "SendBroken", "TlsFault", 
 
 
 class BrokenStream(ConnectionBroken, trio.BrokenResourceError):
-    """A stream's connection broke: frelay's own error, and the one that Trio's stream contract asks for."""
+    """The connection of a stream broke. It is both frelay's own error and the one that Trio's streams must raise."""
 
 
 class SendBroken(BrokenStream):
-    """The other side takes nothing more. What it sent before can be read, and how that ends says how it went."""
+    """The other side receives nothing more. What it sent before can still be read, and its end tells the outcome."""
 
 
 class TruncatedStream(Truncated, BrokenStream):
@@ -28,17 +28,17 @@ class TruncatedStream(Truncated, BrokenStream):
 
 
 class TlsFault(RemoteProtocolError, trio.BrokenResourceError):
-    """The other side broke TLS, or its certificate was not accepted."""
+    """The other side violated TLS, or its certificate was not accepted."""
 
 
 def broken(error: OSError, kind: type[BrokenStream] = BrokenStream) -> BrokenStream:
-    """The one translation of an operating system's error on a connected socket."""
+    """Translates an error of the operating system on a connected socket; the only place that does."""
     name = errno.errorcode.get(error.errno or 0, "connection failed")
     return kind(f"{name}: {error.strerror or error}")
 
 
 class OneAtATime:
-    """A guard that turns two tasks in one half of a stream into an error instead of into mixed bytes."""
+    """A guard that raises an error if two tasks use the same direction of a stream; their bytes would be mixed."""
 
     __slots__ = ("_busy", "_what")
 
@@ -58,7 +58,7 @@ class OneAtATime:
 
 
 class RawStream(trio.abc.HalfCloseableStream):
-    """A connected, non-blocking TCP socket as a Trio stream; it owns the socket."""
+    """A connected, non-blocking socket as a Trio stream, which owns the socket."""
 
     __slots__ = ("_eof_was_sent", "_receiving", "_send_error", "_sending", "sock")
 
@@ -91,7 +91,7 @@ class RawStream(trio.abc.HalfCloseableStream):
                         raise self._send_failure(error) from error
 
     def send_now(self, data: memoryview) -> int:
-        """Send what the kernel takes without waiting; how many bytes of ``data`` went. Raises BrokenStream."""
+        """Send what the kernel takes without waiting; returns how many bytes that was. Raises BrokenStream."""
         try:
             return self.sock.send(data)
         except BlockingIOError:
@@ -102,16 +102,16 @@ class RawStream(trio.abc.HalfCloseableStream):
     def _send_failure(self, error: OSError) -> BrokenStream:
         if self._send_error is None and is_after_end(error):
             return broken(error, SendBroken)
-        # A new one: the old one's traceback would hold on to this stream in a circle.
+        # A new error: the traceback of the old one refers to this stream, which would be a reference cycle.
         self._send_error = OSError(error.errno, error.strerror)
         return broken(error)
 
     async def send_rest(self, data: bytes) -> None:
-        """Send what :meth:`send_now` has left; raises BrokenStream."""
+        """Send the bytes that :meth:`send_now` did not send; raises BrokenStream."""
         await self.send_all(data)
 
     async def wait_send_all_might_not_block(self) -> None:
-        """Wait until the kernel has room for more; raises BrokenStream."""
+        """Wait until the kernel has room for more bytes; raises BrokenStream."""
         with self._sending:
             await trio.lowlevel.checkpoint()
             self._check_open()
@@ -121,7 +121,7 @@ class RawStream(trio.abc.HalfCloseableStream):
                 raise broken(error) from error
 
     async def send_eof(self) -> None:
-        """Send FIN; reading goes on."""
+        """Send FIN; reading stays possible. Raises BrokenStream."""
         with self._sending:
             await trio.lowlevel.checkpoint()
             self._check_open()
@@ -133,7 +133,7 @@ class RawStream(trio.abc.HalfCloseableStream):
                     raise self._send_failure(shutdown_failure(self.sock, error)) from error
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """Up to ``max_bytes`` (default 64 KiB) bytes, ``b""`` after FIN; raises BrokenStream."""
+        """Receive up to ``max_bytes`` bytes (default 64 KiB), or ``b""`` after FIN; raises BrokenStream."""
         if max_bytes is not None and max_bytes < 1:
             raise ValueError("max_bytes must be at least 1")
         with self._receiving:
@@ -148,20 +148,19 @@ class RawStream(trio.abc.HalfCloseableStream):
                     raise broken(error) from error
                 else:
                     if not data and self._send_error is not None:
-                        # Linux tells of a reset once, and told the sender; to the receiver it looks like FIN.
+                        # Linux reports a reset only once, and our sender got it. Here it looks like FIN.
                         raise broken(self._send_error)
                     return data
 
     @property
     def has_met_more(self) -> bool:
-        """Never: of an end the kernel tells until :meth:`receive_some` has seen it."""
+        """Always False: the kernel reports an end again and again until :meth:`receive_some` has returned it."""
         return False
 
     def receive_now(self, room: memoryview) -> int:
-        """Receive what is there into ``room``; how many bytes that was. Raises BrokenStream.
+        """Receive into ``room`` without waiting; returns how many bytes that was. Raises BrokenStream.
 
-        0 if there are none and the socket must become readable first; -1 if there are none and :meth:`receive_some` has
-        more to say.
+        Returns 0 if the socket must become readable first, and -1 at the end, which :meth:`receive_some` then returns.
         """
         try:
             return self.sock.recv_into(room) or -1
@@ -171,10 +170,10 @@ class RawStream(trio.abc.HalfCloseableStream):
             raise broken(error) from error
 
     def close(self) -> None:
-        """Close now, in order; :meth:`aclose` without its checkpoint."""
+        """Close now with FIN; :meth:`aclose` without its checkpoint."""
         close(self.sock)
 
     async def aclose(self) -> None:
-        """Close in order."""
+        """Close with FIN."""
         self.close()
         await trio.lowlevel.checkpoint()

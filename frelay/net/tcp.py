@@ -1,7 +1,7 @@
-"""What Linux knows about a TCP connection, asked of the socket. Standard library only, for both ends of a leg.
+"""Asks Linux about the state of a TCP connection. Standard library only, because relay and client use it.
 
-Sources: tcp(7), for the numbers ``include/uapi/linux/sockios.h`` and ``include/net/tcp_states.h``, and for what a reset
-is told as ``tcp_reset`` in ``net/ipv4/tcp_input.c``.
+Sources: tcp(7); the numbers are from ``include/uapi/linux/sockios.h`` and ``include/net/tcp_states.h``; ``tcp_reset``
+in ``net/ipv4/tcp_input.c`` says how a reset is reported.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ __all__ = ["has_sent_end", "is_after_end", "is_dead", "is_open", "shutdown_failu
 _SIOCOUTQ: Final = 0x5411
 _TCP_ESTABLISHED: Final = 1
 _TCP_CLOSE: Final = 7
-# TIME_WAIT, CLOSE_WAIT, LAST_ACK, CLOSING: the states after the other side's FIN.
+# The states after the other side's FIN: TIME_WAIT, CLOSE_WAIT, LAST_ACK, CLOSING.
 _AFTER_FIN: Final = frozenset({6, 8, 9, 11})
 
 
 def unacknowledged(sock: socket.socket) -> int:
-    """How many bytes (a FIN counts as one) were written to ``sock`` and not acknowledged by the other side yet.
+    """How many bytes written to ``sock`` the other side has not acknowledged yet; a FIN counts as one.
 
-    Closing a socket with unread input, or by RST, throws these away. 0 where the system cannot tell, and for a Unix
-    socket: what was written to one is the other side's already.
+    Closing with unread input, or by RST, discards them. 0 if the system cannot tell, and for a Unix socket, where
+    written bytes are already in the other side's queue.
     """
     if sock.family == socket.AF_UNIX:
         return 0
@@ -40,7 +40,7 @@ def unacknowledged(sock: socket.socket) -> int:
 
 
 def is_dead(sock: socket.socket) -> bool:
-    """Whether the connection is over for the kernel (reset, timed out, or closed both ways and acknowledged)."""
+    """Whether the connection has ended for the kernel: reset, timed out, or closed by both sides and acknowledged."""
     if sock.family == socket.AF_UNIX:
         poll = select.poll()
         poll.register(sock, 0)
@@ -52,9 +52,9 @@ def is_dead(sock: socket.socket) -> bool:
 
 
 def has_sent_end(sock: socket.socket) -> bool:
-    """Whether the other side's FIN is in this kernel already, behind bytes that may still be unread.
+    """Whether the other side's FIN has arrived here, perhaps behind unread bytes.
 
-    False for a connection that is over: then nobody can tell.
+    False for a connection that has ended: then the kernel cannot tell any more.
     """
     try:
         return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] in _AFTER_FIN
@@ -63,7 +63,7 @@ def has_sent_end(sock: socket.socket) -> bool:
 
 
 def is_open(sock: socket.socket) -> bool:
-    """Whether the connection is as it was accepted: neither side has ended it in any way."""
+    """Whether neither side has ended the connection in any way since it was accepted."""
     try:
         return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_ESTABLISHED
     except OSError:
@@ -71,20 +71,22 @@ def is_open(sock: socket.socket) -> bool:
 
 
 def take_error(sock: socket.socket) -> OSError | None:
-    """How the connection broke, if nobody was told yet. Asked once, it is gone: to who reads then, it is an end."""
+    """How the connection broke, if not reported yet. Reads and clears SO_ERROR; a later recv() returns EOF."""
     number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     return OSError(number, os.strerror(number)) if number else None
 
 
 def is_after_end(error: OSError) -> bool:
-    """Whether a connection that can't be written to was reset after the other side's FIN: nothing it sent is lost.
+    """Whether a write failed with ``error`` because of a reset that came after the other side's FIN.
 
-    ``error`` must be the first that the connection tells. That is EPIPE after a FIN and ECONNRESET else; whoever writes
-    after that is told EPIPE in either case.
+    If so, no byte that the other side sent is lost.
+
+    ``error`` must be the first error of the connection: EPIPE after a FIN, and ECONNRESET otherwise. Later writes fail
+    with EPIPE in both cases.
     """
     return error.errno == errno.EPIPE
 
 
 def shutdown_failure(sock: socket.socket, error: OSError) -> OSError:
-    """What ``shutdown`` has met that failed with ``error``: it says ENOTCONN of whatever has happened."""
+    """The real error behind the ``error`` of a failed ``shutdown()``, which is ENOTCONN whatever happened before."""
     return take_error(sock) or error

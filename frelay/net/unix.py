@@ -1,11 +1,12 @@
-"""Connections by Unix sockets, to services on the relay's own machine.
+"""Connects to Unix sockets: services on the relay's own machine.
 
-What is different from TCP, for who reads the rest of the relay (unix(7), ``net/unix/af_unix.c``):
+They differ from TCP (unix(7), ``net/unix/af_unix.c``):
 
-* A full queue of the listener is EAGAIN at once, where TCP would wait.
-* There is no RST. A close tells the other side ECONNRESET only if input was left unread here; otherwise its next read
-  gives the end, and its next write EPIPE. So a service cannot always tell a cut from an end by the socket alone.
-* What was written is in the other side's queue at once, and stays there when this side closes.
+* If the listener's queue is full, connect() fails with EAGAIN at once, where TCP would wait.
+* There is no RST. A close reports ECONNRESET to the other side only if input was left unread here. Otherwise the other
+  side's next read returns EOF, and its next write fails with EPIPE. So a service cannot always know from the socket
+  whether the data is complete.
+* Written bytes are in the other side's queue at once, and stay there when this side closes.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ import trio
 
 __all__ = ["connect_unix"]
 
-# How soon a listener with a full queue is asked again, in seconds: the kernel tells nobody when there is room.
+# Seconds between two tries while the listener's queue is full: the kernel does not report when there is room.
 _PAUSE: Final = 0.02
 
 
 async def connect_unix(path: str) -> socket.socket:
-    """A connected, non-blocking socket. Raises OSError; waits, as long as the listener's queue is full."""
+    """A connected, non-blocking socket. Waits while the listener's queue is full. Raises OSError."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
         while True:
