@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from frelay.config.model import Limits, TcpSection
 from frelay.joining.refusal_log import StrangersRefused
-from frelay.joining.route import LiveRoute
-from frelay.joining.route_selection import Table
+from frelay.joining.routes import ListenerRoutes
 from frelay.joining.runner import PairingRunner
 from frelay.joining.tickets import TicketRegistry
 from frelay.journal import Journal
@@ -22,8 +21,7 @@ __all__ = ["AcceptContext", "AcceptSettings", "SharedParts"]
 class AcceptSettings:
     """What a reload replaces. A connection keeps what was in force when it was accepted."""
 
-    routes: Table[LiveRoute]
-    """The routes that share the listener's address, by name."""
+    routes: ListenerRoutes
     limits: Limits
     tcp: TcpSection
     trust: OuterTls | None

@@ -45,9 +45,8 @@ class DialledLeg(PlainLeg):
     """The connection to a service: a bare socket that the relay opened itself."""
 
     def __init__(self, sock: socket.socket, service: Service, address: str, slot: Slot) -> None:
-        super().__init__(sock, service.party, address)
+        super().__init__(sock, service.party, address, slot)
         self.identity = service.identity
-        self.slot = slot
 
 
 class _Unreachable(Exception):

@@ -24,23 +24,30 @@ routes the names would fit once the rest is mended.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from difflib import SequenceMatcher
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from frelay.config.model import Config, Dial, Party, Route
+from frelay.config.model import Config, Dial, Route
 from frelay.config.plan import ListenerKey, listener_keys
-from frelay.joining.route_selection import Fit, NotAdmitted, Parties, Table, choose, not_authorised
-from frelay.protocol.identity import Kind, Name, OddName, Selector, dns_name
+from frelay.joining.near_misses import PARTIES, near_misses, side_of
+from frelay.joining.remedies import certificate_at, remedy_for
+from frelay.joining.route_selection import (
+    NotAdmitted,
+    Parties,
+    PartyMatch,
+    PartyTable,
+    not_authorised,
+    select_route,
+)
+from frelay.protocol.identity import Name
 from frelay.protocol.messages import Join, PartyName
 from frelay.protocol.refusal import Refusal
 from frelay.tls.context import FailedVerification, OuterTls
 from frelay.tls.dry_run import Rehearsal, rehearse
-from frelay.tls.facts import CertificateFacts, Claim, certificate_facts, iso
+from frelay.tls.facts import CertificateFacts, certificate_facts, iso
 from frelay.tls.identity import MOST_NAMES, identities
 
 if TYPE_CHECKING:
@@ -63,13 +70,7 @@ _STAGES: Final[tuple[tuple[str, frozenset[int]], ...]] = (
     ("name constraints", frozenset({47, 48, 49, 51, 52, 53})),
 )
 _OF_LISTS: Final = dict(_STAGES)["revocation"] - {_REVOKED}
-_PARTIES: Final[tuple[PartyName, ...]] = ("func1", "func2")
 _HINTS: Final = 8
-# Two letters changed places in a name of ten: 0.9. Names of one domain that have no more than that in common: 0.7.
-_ALIKE: Final = 0.85
-_SHOWN: Final = 128
-_DIGITS: Final = re.compile(r"[0-9]+")
-_WORDS: Final = {Kind.DNS: "DNS name", Kind.URI: "URI"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,14 +111,14 @@ class RouteFit:
     """A route that the names fit, with the parties that they may play there."""
 
     route: str
-    parties: tuple[Fit, ...]
+    parties: tuple[PartyMatch, ...]
     note: str | None
 
     def as_json(self) -> list[dict[str, Any]]:
         """One object for each party; see the module."""
         return [
-            {"route": self.route, "party": fit.party, "identity": str(fit.name), "note": self.note}
-            for fit in self.parties
+            {"route": self.route, "party": match.party, "identity": str(match.name), "note": self.note}
+            for match in self.parties
         ]
 
 
@@ -175,7 +176,7 @@ def examine(
     found = tuple(
         RouteFit(one.name, tuple(parties), _how_to_ask(one, parties, shared))
         for one in guarded
-        if (parties := Parties(one).fits(names))
+        if (parties := Parties(one).matches(names))
     )
     rehearsal = rehearse(trust, chain)
     checks, refusal = _verify(rehearsal, trust, facts, config)
@@ -189,7 +190,7 @@ def examine(
         refusal = chosen[1]
     else:
         checks += [Check("names", "not reached"), Check("route", "not reached")]
-    hints = [] if found or identity.objection else list(_hints(facts, guarded))
+    hints = [] if found or identity.objection else list(near_misses(facts, guarded))
     if facts.authority and not all(certificate_facts(one).authority for one in chain[1:]):
         hints.insert(0, "the file begins with the certificate of an authority; the function's own must be the first")
     if rehearsal.failure is not None and rehearsal.failure.number in _OF_LISTS:
@@ -206,7 +207,7 @@ def _inner_warnings(chain: Sequence[x509.Certificate], found: Sequence[RouteFit]
 
     What func1 needs there, clientAuth, the relay has asked for already.
     """
-    servers = [one.route for one in found if any(fit.party == "func2" for fit in one.parties)]
+    servers = [one.route for one in found if any(match.party == "func2" for match in one.parties)]
     if not servers:
         return
     where = f"func2 of route {servers[0]}" + (f" and {len(servers) - 1} more" if len(servers) > 1 else "")
@@ -257,7 +258,7 @@ def _verify(
                     name,
                     "refuses",
                     _what_is_wrong(rehearsal, failure, facts),
-                    _remedy(failure, rehearsal, trust, facts, config),
+                    remedy_for(failure, rehearsal, trust, facts, config),
                 )
             )
             result = "not reached"
@@ -289,84 +290,7 @@ def _what_is_wrong(rehearsal: Rehearsal, failure: FailedVerification, facts: Cer
     if rehearsal.unshown is not None:
         return f"{facts.key}; no function can show this certificate: {rehearsal.unshown}"
     reason = failure.refusal.reason
-    return reason if failure.depth == 0 else f"{reason}: {_at(failure.depth, rehearsal)}"
-
-
-def _at(depth: int, rehearsal: Rehearsal) -> str:
-    """Whose certificate stands at ``depth`` of the chain."""
-    return rehearsal.path[depth] if depth < len(rehearsal.path) else "an authority"
-
-
-def _remedy(
-    failure: FailedVerification, rehearsal: Rehearsal, trust: OuterTls, facts: CertificateFacts, config: Config
-) -> str:
-    section = config.tls
-    client_ca = "tls.client_ca" if section is None else f"tls.client_ca ({section.client_ca})"
-    crl = "tls.crl" if section is None else f"tls.crl ({section.crl})"
-    authority = _at(failure.depth, rehearsal)
-    is_own = failure.depth == 0
-    match failure.number:
-        case 0:
-            return "issue it again, with a key that TLS 1.3 knows, such as P-256 or Ed25519"
-        case 18 if failure.authority is None:
-            return f"have it issued by an authority of {client_ca}; a certificate cannot vouch for itself"
-        case 2 | 19 | 20 | 21 if not facts.names:
-            return "its extensions cannot be parsed, so OpenSSL finds no issuer for it: issue it again with others"
-        case 2 | 18 | 19 | 20 | 21 if failure.authority is not None:
-            return (
-                f"{failure.authority} of {client_ca} has expired, and with it all that it issued: have the "
-                "certificate issued by another authority, or put that one's renewed certificate there"
-            )
-        case 2 | 19 | 20 | 21 if (rehearsal.missing or facts.issuer) in trust.authorities:
-            return (
-                f"the authority that issued {'it' if len(rehearsal.path) < 2 else rehearsal.path[-1]} has the same "
-                f"name as one of {client_ca}, and another key: issue that again with this one, or add the other to the "
-                "file"
-            )
-        case 2 | 19 | 20 | 21:
-            return (
-                f"no authority of {client_ca} leads to it: have it issued by one of those, add the authority above "
-                f"{rehearsal.path[-1] if rehearsal.path else facts.subject} there, or put the missing intermediates "
-                "behind the certificate in its file"
-            )
-        case 26 if is_own and facts.usages is not None and "clientAuth" not in facts.usages:
-            return "issue it with the extended key usage clientAuth, as `frelay ca party` does"
-        case 26 | 39 if is_own:
-            return "issue it with the key usage digitalSignature, as `frelay ca party` does"
-        case 26:
-            return f"{authority} may not vouch for clients: have the certificate issued by one that may"
-        case 25 | 32 | 79:
-            return (
-                f"{authority} may not have issued what it issued: have the certificate issued by an authority that may"
-            )
-        case 66:
-            return "issue it with a stronger key, such as P-256 or Ed25519"
-        case 67 | 68:
-            return f"replace {authority}, whose key or signature is too weak to be believed"
-        case 3 | 33:
-            issuer = _at(min(failure.depth + 1, len(rehearsal.path) - 1), rehearsal)
-            return f"{crl} must hold a list of every authority of the chain; add that of {issuer}"
-        case 5 | 8 | 15 | 16 | 35 | 36 | 44 | 54:
-            issuer = _at(min(failure.depth + 1, len(rehearsal.path) - 1), rehearsal)
-            return (
-                f"the list of {issuer} in {crl} does not count for it: publish a complete one, signed by that "
-                "authority itself, and about such certificates"
-            )
-        case 12 | 11:
-            return f"publish a list that is in date to {crl}; `frelay ca revoke` without a certificate renews it"
-        case 23 if is_own:
-            return "issue a new certificate with a new key; what is revoked stays so"
-        case 23:
-            return f"{authority} is revoked, and with it all that it issued: have the certificate issued by another"
-        case 10 if is_own:
-            return "issue a new one"
-        case 10:
-            return f"{authority} has expired, and with it all that it issued: renew it, then the certificate"
-        case 9:
-            return "wait until then, or set the clock right: of this machine, or of the one that issued it"
-        case 47 | 48:
-            return "its authority may not give such names: choose others, or have it issued by another authority"
-    return "issue the certificate again"
+    return reason if failure.depth == 0 else f"{reason}: {certificate_at(failure.depth, rehearsal)}"
 
 
 # --- what its names say -------------------------------------------------------------------------------------------
@@ -377,38 +301,25 @@ def _names(facts: CertificateFacts) -> Check:
     return Check("names", "ok", f"{', '.join(facts.names) or 'none'}{ignored}")
 
 
-@dataclass(frozen=True, slots=True)
-class _Candidate:
-    """A configured route as ``choice`` wants it."""
-
-    config: Route
-
-    @property
-    def name(self) -> str:
-        return self.config.name
-
-    @property
-    def parties(self) -> Parties:
-        return Parties(self.config)
-
-
 def _route(
     asked: Sequence[Route], found: Sequence[RouteFit], names: tuple[Name, ...], config: Config
 ) -> tuple[Check, SeenRefusal | None]:
     """Whether any of the routes asked for lets these names in, and if none does, what the relay answers."""
     if found:
-        shown = ", ".join(f"{one.route} as {' or '.join(fit.party for fit in one.parties)}" for one in found[:_HINTS])
+        shown = ", ".join(
+            f"{one.route} as {' or '.join(match.party for match in one.parties)}" for one in found[:_HINTS]
+        )
         more = f" and {len(found) - _HINTS} more" if len(found) > _HINTS else ""
         return Check("route", "ok", shown + more), None
     only = asked[0] if len(asked) == 1 else None
     neighbours = asked if only is None else _neighbours(only, config)
     join = None if only is None else Join(attempt="", route=only.name)
     try:
-        choose(Table({one.name: _Candidate(one) for one in neighbours}), names, join, "")
+        select_route(PartyTable({one.name: Parties(one) for one in neighbours}), names, join, "")
     except NotAdmitted as error:
         text = f"fits none of {len(asked)} routes" if only is None else f"fits neither party of route {only.name}"
         if only is not None:
-            text += "".join(f"; {party} is {_wanted(only, party)}" for party in _PARTIES)
+            text += "".join(f"; {party} is {_wanted(only, party)}" for party in PARTIES)
         remedy = (
             "issue a certificate with a name that the route wants, or add one of this certificate's names to the "
             f"route{'' if only is None else f' in {only.source}'}"
@@ -419,16 +330,12 @@ def _route(
 
 
 def _wanted(route: Route, party: PartyName) -> str:
-    side = _side(route, party)
+    side = side_of(route, party)
     if isinstance(side, Dial):
         return f"no function ({side})"
     selectors = [str(one) for one in side]
     more = f" or {len(selectors) - _HINTS} more" if len(selectors) > _HINTS else ""
     return " or ".join(selectors[:_HINTS]) + more
-
-
-def _side(route: Route, party: PartyName) -> Party:
-    return route.func1 if party == "func1" else route.func2
 
 
 def _neighbours(route: Route, config: Config) -> list[Route]:
@@ -437,7 +344,7 @@ def _neighbours(route: Route, config: Config) -> list[Route]:
     return [one for one in config.routes if not keys.isdisjoint(listener_keys(one))]
 
 
-def _how_to_ask(route: Route, parties: Sequence[Fit], shared: Mapping[ListenerKey, int]) -> str | None:
+def _how_to_ask(route: Route, parties: Sequence[PartyMatch], shared: Mapping[ListenerKey, int]) -> str | None:
     """What a function must say beside showing its certificate; None where that is enough."""
     says = []
     key = max(listener_keys(route), key=lambda one: shared[one])
@@ -448,88 +355,3 @@ def _how_to_ask(route: Route, parties: Sequence[Fit], shared: Mapping[ListenerKe
     if len(parties) > 1:
         says.append("it fits both parties: say which, by JOIN.party")
     return "; ".join(says) or None
-
-
-# --- hints --------------------------------------------------------------------------------------------------------
-
-
-def _hints(facts: CertificateFacts, routes: Sequence[Route]) -> Iterator[str]:
-    """Where a claim of the certificate comes near what a route wants, best first, each said once."""
-    selectors: dict[Selector, str] = {}
-    for route in routes:
-        for party in _PARTIES:
-            side = _side(route, party)
-            for one in () if isinstance(side, Dial) else side:
-                selectors.setdefault(one, f"{party} of route {route.name}")
-    ranked: dict[str, int] = {}
-    for selector, whose in selectors.items():
-        for claim in facts.claims:
-            near = _nearness(claim, selector)
-            if near is not None:
-                rank, text = near
-                ranked.setdefault(f"{whose} is {selector}: {text}", rank)
-    yield from sorted(ranked, key=lambda text: ranked[text])
-    if len(routes) == 1 and any(one.kind is Kind.SPKI for one in selectors):
-        yield f"route {routes[0].name} pins a key, and this certificate has another: was the key renewed?"
-
-
-def _nearness(claim: Claim, selector: Selector) -> tuple[int, str] | None:
-    """How near ``claim`` comes to ``selector`` (0 is nearest), and in what; None if it does not."""
-    if selector.kind is Kind.SPKI:
-        return None
-    text, wanted, word = claim.text, selector.pattern, _WORDS[selector.kind]
-    shown = ascii(text[:_SHOWN])
-    if claim.where == "common name":
-        if _would_match(selector, text):
-            return (
-                0,
-                f"the certificate has {shown} as its common name, which is never an identity; it must be a SAN {word}",
-            )
-        return None
-    if claim.where != word:
-        if _would_match(selector, text) or text == str(selector):
-            return 1, f"the certificate has {shown} as {claim.where}, and it must be a SAN {word}"
-        return None
-    if text.rstrip(".").casefold() == wanted.casefold():
-        what = "by a trailing dot" if text.endswith(".") else "in case, and a URI is compared octet by octet"
-        return 2, f"the certificate's {shown} differs {what}"
-    if "*" in text and "*" not in wanted:
-        return None
-    if selector.kind is Kind.URI:
-        near = _near_uri(text, wanted)
-        if near is not None:
-            return 3, f"the certificate's {shown} {near}"
-    elif "*" in wanted and text.casefold().endswith(wanted.rpartition("*")[2]):
-        return 4, f"the certificate's {shown} has another number of labels, and '*' stands for exactly one"
-    if _is_alike(text.rstrip(".").casefold(), wanted.casefold()):
-        return 5, f"the certificate's {shown} is like it, and not the same"
-    return None
-
-
-def _would_match(selector: Selector, text: str) -> bool:
-    try:
-        name = dns_name(text) if selector.kind is Kind.DNS else Name(Kind.URI, text)
-    except OddName:
-        return False
-    return selector.matches(name)
-
-
-def _near_uri(text: str, wanted: str) -> str | None:
-    (scheme, _, rest), (wanted_scheme, _, wanted_rest) = text.partition("://"), wanted.partition("://")
-    authority, _, path = rest.partition("/")
-    wanted_authority, _, wanted_path = wanted_rest.partition("/")
-    if not path or not wanted_path or scheme != wanted_scheme:
-        return None
-    stand_in = Name(Kind.URI, f"{scheme}://{wanted_authority}/{path}")
-    if authority != wanted_authority and Selector(Kind.URI, wanted).matches(stand_in):
-        return f"is of another trust domain, {authority[:_SHOWN]!a}"
-    if authority == wanted_authority and "*" in wanted and path.startswith(wanted_path.partition("*")[0]):
-        return "has another number of segments, and '*' stands for exactly one whole segment"
-    return None
-
-
-def _is_alike(one: str, other: str) -> bool:
-    if _DIGITS.sub("", one) == _DIGITS.sub("", other):
-        return False  # func1 and func2 are brothers, not a slip of the finger
-    matcher = SequenceMatcher(None, one, other, autojunk=False)
-    return matcher.real_quick_ratio() > _ALIKE and matcher.quick_ratio() > _ALIKE and matcher.ratio() > _ALIKE

@@ -22,7 +22,7 @@ from frelay.joining.tickets import TICKET_LINE_LENGTH
 from frelay.net.tcp import is_open
 from frelay.protocol.proxy import LONGEST_HEADER, PROXY_SIGNATURES, ProxyHeader, parse_proxy_header
 
-__all__ = ["Opening", "take_proxy_header", "wait_for_departure", "wait_for_opening"]
+__all__ = ["Opening", "take_proxy_header", "wait_for_end", "wait_for_opening"]
 
 _HANDSHAKE: Final = 0x16
 _RECORD_HEADER: Final = 5
@@ -89,7 +89,7 @@ async def take_proxy_header(sock: socket.socket) -> ProxyHeader:
         _wake_at(sock, 1)
 
 
-async def wait_for_departure(sock: socket.socket) -> None:
+async def wait_for_end(sock: socket.socket) -> None:
     """Wait until the other side ends a connection whose first bytes stay in the kernel; raises ConnectionBroken."""
     try:
         # Some more may come, and tells nothing. It is looked at a few times, not for every byte.

@@ -28,6 +28,7 @@ import trio
 from frelay.errors import ConnectionBroken, RemoteProtocolError
 from frelay.joining.legs import LINGER_TIME, TlsLeg
 from frelay.net.shares import holder_at
+from frelay.net.slots import Slot
 from frelay.net.sockets import close, close_after_linger
 from frelay.net.streams import RawStream
 from frelay.net.tcp import is_dead, unacknowledged
@@ -81,8 +82,8 @@ class HelloLeg(TlsLeg):
 
     mode: Mode = "handoff"
 
-    def __init__(self, stream: TlsStream, peer: VerifiedPeer, address: str, *, settle: float) -> None:
-        super().__init__(stream, peer, address)
+    def __init__(self, stream: TlsStream, peer: VerifiedPeer, address: str, slot: Slot, *, settle: float) -> None:
+        super().__init__(stream, peer, address, slot)
         self._settle = settle
         self._line = b""
 
@@ -124,10 +125,11 @@ class PlainLeg(Leg):
 
     mode: Mode = "handoff"
 
-    def __init__(self, sock: socket.socket, party: PartyName, address: str) -> None:
+    def __init__(self, sock: socket.socket, party: PartyName, address: str, slot: Slot) -> None:
         self._raw = RawStream(sock)
         self.party = party
         self.identity = self.address = address
+        self.slot = slot
 
     @cached_property
     def holder(self) -> str:

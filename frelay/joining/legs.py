@@ -57,12 +57,13 @@ _NO_SESSION: Final = RelaySession()
 class TlsLeg(Leg):
     """What all kinds of leg in outer TLS share."""
 
-    def __init__(self, stream: TlsStream, peer: VerifiedPeer, address: str) -> None:
+    def __init__(self, stream: TlsStream, peer: VerifiedPeer, address: str, slot: Slot) -> None:
         self._stream: TlsStream | None = stream
         self._raw: RawStream | None = None
         self.peer = peer
         self.credential = peer.credential
         self.address = address
+        self.slot = slot
 
     def admit_as(self, party: PartyName, identity: str) -> None:
         """Settle which party of its route this leg is, and by which name."""
@@ -119,8 +120,8 @@ class TlsLeg(Leg):
 class FramedLeg(TlsLeg):
     """A leg that speaks frelay/1 frames inside its outer TLS."""
 
-    def __init__(self, stream: TlsStream, peer: VerifiedPeer, address: str) -> None:
-        super().__init__(stream, peer, address)
+    def __init__(self, stream: TlsStream, peer: VerifiedPeer, address: str, slot: Slot) -> None:
+        super().__init__(stream, peer, address, slot)
         self._session = RelaySession()
         self._ping_is_out = False
         self._end_of_wait: LegGone | Refusal | None = None

@@ -18,7 +18,7 @@ import trio
 
 from frelay.config.model import Address
 from frelay.joining.accept_context import AcceptContext, AcceptSettings, SharedParts
-from frelay.joining.connection import receive
+from frelay.joining.connection import IncomingConnection
 from frelay.net.binding import bind
 from frelay.net.slots import Admission, Slot
 from frelay.net.sockets import accept, close, format_address
@@ -138,9 +138,9 @@ class Listener:
                 return
             try:
                 for _ in range(admission.accepts_at_once):
-                    connection, place = accept(sock)
+                    connection, source = accept(sock)
                     pausing = False
-                    connections.start_soon(self._receive, connection, place, context(), Slot(admission))
+                    connections.start_soon(self._receive, connection, source, context(), Slot(admission))
             except OSError as error:
                 if sock.fileno() == -1:
                     return  # stopped before this task had its turn
@@ -152,9 +152,9 @@ class Listener:
                 pausing = True
                 await trio.sleep(_PAUSE)
 
-    async def _receive(self, sock: socket.socket, place: tuple[str, int], context: AcceptContext, slot: Slot) -> None:
+    async def _receive(self, sock: socket.socket, source: tuple[str, int], context: AcceptContext, slot: Slot) -> None:
         try:
-            await receive(sock, place, context, slot)
+            await IncomingConnection(sock, source, context, slot).run()
         except Exception:
             # One leg's fault, ours even, must not end its neighbours.
-            self._log.exception("a bug in frelay ended this connection", address=format_address(place))
+            self._log.exception("a bug in frelay ended this connection", address=format_address(source))

@@ -1,19 +1,21 @@
-"""The routes of a relay: those in force, and those that have retired and still have pairings.
+"""The routes of a relay together: those in force and those that have retired, and those that share an address.
 
-A route that was removed or replaced *retires*: it takes nobody in any more, and stays here until its last pairing has
-ended. What the journal has counted for a name is given up once no route of that name is left.
+A route that was removed or replaced *retires*: it takes no leg in any more, and stays in the registry until its last
+pairing has ended. The journal drops the totals of a route when no route of that name is left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final
 
+from frelay.config.model import Route
 from frelay.joining.route import LiveRoute
+from frelay.joining.route_selection import PartyTable
 from frelay.journal import Journal
 from frelay.pairing.pairing import Pairing
 
-__all__ = ["RouteRegistry"]
+__all__ = ["ListenerRoutes", "RouteRegistry"]
 
 
 class RouteRegistry:
@@ -64,3 +66,38 @@ class RouteRegistry:
         if name in self.in_force or name in self.everywhere or any(route.name == name for route in self.retired):
             return
         self._journal.forget(name)
+
+
+class ListenerRoutes(Mapping[str, LiveRoute]):
+    """The routes that share the address of one listener, by name, and what every connection there asks of them.
+
+    Made once for a configuration.
+    """
+
+    def __init__(self, routes: Mapping[str, LiveRoute] | None = None) -> None:
+        self._routes: Final = dict(routes or {})
+        self.parties: Final = PartyTable({name: route.parties for name, route in self._routes.items()})
+        self.plain: Final = self._first(lambda route: route.outer == "none")
+        """The route without outer TLS, which is then the only one."""
+        self.hello: Final = self._first(lambda route: route.handoff == "hello")
+        """The route with the old hand-off, which is then the only one."""
+        self.only_name: Final = next(iter(self._routes)) if len(self._routes) == 1 else None
+        """The name of the route if there is only one."""
+
+    def _first(self, condition: Callable[[Route], bool]) -> LiveRoute | None:
+        return next((route for route in self._routes.values() if condition(route.config)), None)
+
+    def __getitem__(self, name: str) -> LiveRoute:
+        return self._routes[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._routes)
+
+    def __len__(self) -> int:
+        return len(self._routes)
+
+    def come_by_proxy(self, host: str) -> bool:
+        """Whether connections from ``host`` come by a balancer, and must begin with a PROXY header."""
+        # All routes of an address have the same proxy_protocol.
+        route = next(iter(self._routes.values()), None)
+        return route is not None and route.comes_by_proxy(host)

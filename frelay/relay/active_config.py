@@ -25,8 +25,7 @@ from frelay.errors import ConfigError, Problem
 from frelay.joining.accept_context import AcceptSettings
 from frelay.joining.listener import Listener
 from frelay.joining.route import LiveRoute
-from frelay.joining.route_selection import Table
-from frelay.joining.routes import RouteRegistry
+from frelay.joining.routes import ListenerRoutes, RouteRegistry
 from frelay.net.binding import bind_failure, resolve
 from frelay.net.passed_sockets import RESERVED, PassedSockets
 from frelay.net.slots import Admission
@@ -71,7 +70,7 @@ class ActiveConfig:
         self.listeners: dict[ListenerKey, Listener] = {}
         self._left: set[Listener] = set()
         """Listeners at addresses that are gone, where legs may still wait whose routes have stayed."""
-        self.tables: dict[ListenerKey, Table[LiveRoute]] = {}
+        self.tables: dict[ListenerKey, ListenerRoutes] = {}
         """The routes behind each listener."""
         self.inspection_due = trio.Event()
 
@@ -80,7 +79,7 @@ class ActiveConfig:
     def accept_settings(self, key: ListenerKey) -> AcceptSettings:
         """What a connection that comes in by the listener ``key`` is given now."""
         return AcceptSettings(
-            routes=self.tables.get(key) or Table(),
+            routes=self.tables.get(key) or ListenerRoutes(),
             limits=self.config.limits,
             tcp=self.config.tcp,
             trust=self.trust,
@@ -191,7 +190,7 @@ class ActiveConfig:
             for key in listener_keys(route):
                 tables[key][route.name] = live
             live.charges.is_alone = len(new.routes) == 1
-        old_tables, self.tables = self.tables, {key: Table(table) for key, table in tables.items()}
+        old_tables, self.tables = self.tables, {key: ListenerRoutes(table) for key, table in tables.items()}
         self._admission.limits = new.limits
         for key, listener in opened.items():
             self.listeners[key] = listener

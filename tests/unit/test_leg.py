@@ -56,7 +56,7 @@ async def waiting_leg(site: Site, mode: Mode = "tunnel") -> AsyncIterator[tuple[
     one, other = tcp_pair()
     stream = HinderedStream(one, server_context(site))
     party = Party(trio.SocketStream(trio.socket.from_stdlib_socket(other)), site.context("func1"), "localhost")
-    leg = FramedLeg(stream, nobody(), "127.0.0.1:1")
+    leg = FramedLeg(stream, nobody(), "127.0.0.1:1", Slot(Admission(Limits(), descriptor_limit=1024)))
     leg.mode = mode
     try:
         with trio.fail_after(TIMEOUT):

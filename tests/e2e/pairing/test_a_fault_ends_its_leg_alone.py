@@ -38,7 +38,7 @@ STEPS: Final[dict[str, tuple[object, str]]] = {
     "ALPN callback": (frelay.tls.context, "_select_protocol"),
     "reading the chain": (frelay.joining.connection, "verified_peer"),
     "reading the names": (frelay.tls.context, "identities"),
-    "choosing the route": (frelay.joining.connection, "choose"),
+    "choosing the route": (frelay.joining.connection, "select_route"),
     "policy": (frelay.tls.context.OuterTls, "judge"),
     "matching": (frelay.joining.route.LiveRoute, "match"),
     "WAITING": (frelay.joining.legs.FramedLeg, "welcome"),

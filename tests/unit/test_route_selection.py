@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import pytest
@@ -12,31 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from frelay.config.model import Address, Addresses, Route
-from frelay.joining.route_selection import NotAdmitted, Parties, Table, choose
+from frelay.joining.route_selection import NotAdmitted, Parties, PartyTable, select_route
 from frelay.protocol.identity import Name, dns_name, parse_selector
 from frelay.protocol.messages import Join
 
 
-@dataclass(frozen=True)
-class Written:
-    """A route of which nothing runs."""
-
-    config: Route
-
-    @property
-    def name(self) -> str:
-        return self.config.name
-
-    @cached_property
-    def parties(self) -> Parties:
-        return Parties(self.config)
-
-
-def table(*routes: tuple[str, str, str]) -> Table[Written]:
+def table(*routes: tuple[str, str, str]) -> PartyTable:
     """Routes as (name, func1, func2)."""
-    return Table(
+    return PartyTable(
         {
-            name: Written(
+            name: Parties(
                 Route(
                     name=name,
                     listen=Addresses([Address("127.0.0.1", 9001)]),
@@ -60,7 +43,7 @@ def test_a_server_name_calls_the_route_with_the_longest_name(routes: set[str], s
     called = f"{server_name}.".lower()
     fitting = [folded for folded in by_folded if called.startswith(f"{folded}.")]
     found = table(*((name, "dns:x.demo", "dns:y.demo") for name in by_folded.values())).called_by(server_name)
-    assert (found and found.name) == (by_folded[max(fitting, key=len)] if fitting else None)
+    assert found == (by_folded[max(fitting, key=len)] if fitting else None)
 
 
 def test_a_stranger_is_told_the_same_whatever_it_asks_for() -> None:
@@ -68,11 +51,11 @@ def test_a_stranger_is_told_the_same_whatever_it_asks_for() -> None:
     said = set()
     for asked in ("one", "two", "three", None):
         with pytest.raises(NotAdmitted) as caught:
-            choose(routes, (dns_name("stranger.demo"),), Join(attempt="1", route=asked), "")
+            select_route(routes, (dns_name("stranger.demo"),), Join(attempt="1", route=asked), "")
         said.add((caught.value.refusal.code, caught.value.refusal.reason))
     assert said == {("not-authorised", "this certificate is not admitted here")}
     with pytest.raises(NotAdmitted) as caught:
-        choose(routes, (dns_name("x.two.demo"),), Join(attempt="1", route="one"), "")
+        select_route(routes, (dns_name("x.two.demo"),), Join(attempt="1", route="one"), "")
     assert caught.value.refusal.code == "unknown-route"
 
 
@@ -87,7 +70,7 @@ def test_a_certificate_of_many_names_costs_the_same_among_many_routes() -> None:
         for _ in range(15):
             began = time.perf_counter()
             with pytest.raises(NotAdmitted):
-                choose(routes, stranger, Join(attempt="1", route="none"), "")
+                select_route(routes, stranger, Join(attempt="1", route="none"), "")
             times.append(time.perf_counter() - began)
         return min(times)
 
