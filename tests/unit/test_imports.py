@@ -8,6 +8,7 @@ library alone, and a change of the TLS or configuration library stays in its roo
 from __future__ import annotations
 
 import ast
+import re
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -172,6 +173,12 @@ def test_the_package_has_these_rooms_and_few_loose_modules() -> None:
 def test_imports_run_to_the_right() -> None:
     broken = [str(one) for one in all_imports() if one.importer not in DOORS and breaks_the_rule(one)]
     assert not broken, "\n".join(broken)
+
+
+def test_the_architecture_page_has_the_same_rooms() -> None:
+    page = (PACKAGE.parent / "docs/architecture.md").read_text("utf-8")
+    assert f"\n{' > '.join(ORDER)}\n" in page
+    assert re.findall(r"^\*\*`(\w+)/?`\*\*", page, re.MULTILINE) == ORDER
 
 
 def test_no_circle_among_modules() -> None:
