@@ -254,7 +254,7 @@ def _one_or_more(value: object) -> object:
     if not isinstance(value, list):
         raise ValueError("must be a selector such as dns:NAME, or a list of them")
     if not value:
-        raise ValueError("is an empty list, which admits nobody: name at least one selector")
+        raise ValueError("is an empty list, which lets nobody in: name at least one selector")
     return tuple(value)
 
 

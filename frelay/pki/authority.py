@@ -1,13 +1,13 @@
-"""A certificate authority as an object: it issues what the relay and its parties need, and nothing else.
+"""A certificate authority: it issues what the relay and its parties need, and nothing else.
 
 Two usages, because frelay has two kinds of peers. A *relay* is only ever a TLS server. A *party* is a client of
 the relay and then, inside the pairing, the client or the server of the other party, so it needs both purposes.
-Every name is judged by the rules of :mod:`frelay.protocol.identity` before it is signed: a name that the relay
-would ignore as odd is better found here than in a refused connection.
+Every name is checked by the rules of :mod:`frelay.protocol.identity` before it is signed: it is better to refuse a name
+here than to find out from a refused connection that the relay ignores it.
 
 The profile is RFC 5280's, tight enough for ``openssl verify -x509_strict``: basicConstraints and keyUsage critical,
 one authority that may sign no further authority (pathlen 0), key identifiers on everything, random serial numbers.
-Times begin :data:`CLOCK_SKEW` in the past, since the machine that verifies may have a slower clock than this one.
+Validity begins :data:`CLOCK_SKEW` in the past, since the clock of the machine that verifies may be behind this one.
 
 An authority keeps no list of what it issued. What it revoked is in its last CRL, and :meth:`Authority.revoke` makes
 the next one from that.
@@ -47,7 +47,7 @@ SigningKey = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | ed448.Ed44
 
 # Kerberos has tolerated five minutes between two clocks since RFC 4120, and so do most certificate authorities.
 CLOCK_SKEW: Final = timedelta(minutes=5)
-# The longest life that Apple's and the CA/Browser Forum's rules ever allowed a leaf since 2018.
+# The longest lifetime of a leaf that the rules of Apple and the CA/Browser Forum have allowed since 2018.
 _LEAF_DAYS: Final = 825
 # RFC 5280, appendix A: ub-common-name.
 _MAX_COMMON_NAME: Final = 64
@@ -70,7 +70,7 @@ class Issued:
     chain: tuple[x509.Certificate, ...] = field(repr=False)
 
     def files(self, certificate_path: Path, key_path: Path) -> list[PemFile]:
-        """The two files that hold it, for :func:`~frelay.pki.files.write_together`."""
+        """Its two files, for :func:`~frelay.pki.files.write_together`."""
         return [
             PemFile(certificate_path, certificates_pem(self.chain)),
             PemFile(key_path, key_pem(self.private_key), secret=True),
@@ -85,7 +85,7 @@ class Issued:
 class Authority:
     """A certificate authority: its certificate, its key, and the authorities above it, if any.
 
-    Made by :meth:`create` or :meth:`load`. ``above`` leads from the one that signed ``certificate`` towards the root;
+    Made by :meth:`create` or :meth:`load`. ``above`` leads from the issuer of ``certificate`` towards the root;
     a self-signed authority has none.
     """
 
@@ -117,7 +117,7 @@ class Authority:
 
     @classmethod
     def load(cls, certificate_path: Path, key_path: Path) -> Authority:
-        """Read an authority from PEM files; the certificate file may go on with the authorities above it.
+        """Read an authority from PEM files. In the certificate file the authorities above it may follow.
 
         Raises:
             CertificateError: names the file and what is wrong: unreadable, a key that others can read, a key that
@@ -138,7 +138,7 @@ class Authority:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the DER certificate, in hex: what two people compare to know that they mean the same one."""
+        """SHA-256 of the DER certificate, in hex: two people compare it to know that they have the same one."""
         return self.certificate.fingerprint(hashes.SHA256()).hex()
 
     def files(self, certificate_path: Path, key_path: Path) -> list[PemFile]:
@@ -166,7 +166,7 @@ class Authority:
         """Make a key and a certificate for a relay or a party.
 
         ``common_name`` is for people: no verifier of ours reads it as an identity. ``days`` is 825 or, if the
-        authority itself ends before that, as long as the authority lives. A relay's ``dns`` may begin with ``*.``.
+        authority expires earlier, until then. A relay's ``dns`` may begin with ``*.``.
 
         Raises:
             CertificateError: a name that could not be matched later, a life longer than the authority's, or a relay
@@ -176,13 +176,13 @@ class Authority:
         end = self.certificate.not_valid_after_utc
         if end <= now:
             raise CertificateError(
-                f"the authority {self.certificate.subject.rfc4514_string()} ended on {end:%Y-%m-%d}; make a new one"
+                f"the authority {self.certificate.subject.rfc4514_string()} expired on {end:%Y-%m-%d}; make a new one"
             )
         if days is None:
             not_after = min(_after(now, _LEAF_DAYS), end)
         elif (not_after := _after(now, days)) > end:
             raise CertificateError(
-                f"{days} days are longer than the authority lives (until {end:%Y-%m-%d}); "
+                f"{days} days are longer than the authority is valid (until {end:%Y-%m-%d}); "
                 f"ask for {(end - now).days} at most, or make a new authority"
             )
         names = _alternative_names(usage, dns, uris, ips)
@@ -210,10 +210,10 @@ class Authority:
     def revocation_list(
         self, revoked: Iterable[tuple[int, datetime]] = (), *, number: int, days: int
     ) -> x509.CertificateRevocationList:
-        """Sign a CRL of ``(serial number, revoked when)``, good for ``days`` or as long as the authority lives.
+        """Sign a CRL of ``(serial number, revoked when)``, valid for ``days``, but not longer than the authority.
 
         ``number`` is its CRLNumber, and must be above that of every CRL that this authority signed before:
-        verifiers may keep the higher one. :meth:`revoke` counts by itself.
+        verifiers may keep the higher one. :meth:`revoke` counts up by itself.
         """
         entries = [_revoked(serial, when) for serial, when in revoked]
         return self._sign_crl(entries, number, days, _now() - CLOCK_SKEW)
@@ -226,23 +226,24 @@ class Authority:
         days: int,
         when: datetime | None = None,
     ) -> x509.CertificateRevocationList:
-        """Sign the CRL after ``previous``: all that it revoked, and ``serials`` too; numbered and dated after it.
+        """Sign the next CRL after ``previous``: it revokes the same and ``serials``, with a higher number.
 
         ``when`` is the date of the new entries (default: now); a serial that was revoked before keeps its date.
-        Without serials this renews a CRL that is about to end.
+        Without serials it only renews the CRL.
 
         Raises:
-            CertificateError: ``previous`` is not this authority's, has no CRLNumber, or is dated in the future.
+            CertificateError: ``previous`` was not signed by this authority, has no CRLNumber, or has a date in the
+            future.
         """
         if previous.issuer != self.certificate.subject or not self._signed(previous):
             raise CertificateError(
                 f"the CRL is signed by {previous.issuer.rfc4514_string()} with a key that is not this authority's "
                 f"({self.certificate.subject.rfc4514_string()}); give the CRL that belongs to it"
             )
-        entries = {one.serial_number: one for one in previous}  # whole: with the reason, where one was given
+        entries = {one.serial_number: one for one in previous}  # with the reason, if one was given
         for serial in serials:
             entries.setdefault(serial, _revoked(serial, when or _now()))
-        # Two CRLs of one second would be equally new to OpenSSL, which compares these dates and not the numbers.
+        # OpenSSL compares these dates, not the numbers: two CRLs of one second would be equally new.
         this_update = max(_now() - CLOCK_SKEW, previous.last_update_utc + timedelta(seconds=1))
         if this_update > _now():
             raise CertificateError(
@@ -255,12 +256,12 @@ class Authority:
         self, revoked: Iterable[x509.RevokedCertificate], number: int, days: int, this_update: datetime
     ) -> x509.CertificateRevocationList:
         if number < 0:
-            raise CertificateError(f"a CRLNumber is not negative, as {number} is; count up from 1")
+            raise CertificateError(f"{number} is no CRLNumber: it must not be negative; count up from 1")
         now = _now()
         end = min(_after(now, days), self.certificate.not_valid_after_utc)
         if end <= now:
             raise CertificateError(
-                f"the authority {self.certificate.subject.rfc4514_string()} has ended and can sign no CRL; "
+                f"the authority {self.certificate.subject.rfc4514_string()} has expired and can sign no CRL; "
                 "make a new one"
             )
         builder = (
@@ -296,11 +297,11 @@ def _now() -> datetime:
 
 def _after(now: datetime, days: int) -> datetime:
     if days < 1:
-        raise CertificateError(f"{days} days is no life for a certificate; give 1 or more")
+        raise CertificateError(f"a certificate cannot be valid for {days} days; give 1 or more")
     try:
         return now + timedelta(days=days)
     except OverflowError:
-        raise CertificateError(f"{days} days is beyond the calendar; give fewer") from None
+        raise CertificateError(f"{days} days would end after the year 9999; give fewer") from None
 
 
 def _revoked(serial: int, when: datetime) -> x509.RevokedCertificate:
@@ -315,7 +316,7 @@ def _new_key(algorithm: Algorithm) -> ec.EllipticCurvePrivateKey | ed25519.Ed255
         return ec.generate_private_key(ec.SECP256R1())
     if algorithm == "ed25519":
         return ed25519.Ed25519PrivateKey.generate()
-    raise CertificateError(f"{algorithm!r} is not a key algorithm here; use one of {', '.join(get_args(Algorithm))}")
+    raise CertificateError(f"{algorithm!r} is not a known key algorithm; use one of {', '.join(get_args(Algorithm))}")
 
 
 def _hash_for(key: SigningKey) -> hashes.SHA256 | None:
@@ -326,7 +327,7 @@ def _hash_for(key: SigningKey) -> hashes.SHA256 | None:
 def _subject(common_name: str) -> x509.Name:
     if not 0 < len(common_name) <= _MAX_COMMON_NAME or not common_name.isprintable():
         raise CertificateError(
-            f"common name {common_name!r}: 1 to {_MAX_COMMON_NAME} printable characters, please; "
+            f"common name {common_name!r}: 1 to {_MAX_COMMON_NAME} printable characters are needed; "
             "it is a label for people, the identity is in the other names"
         )
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
@@ -338,10 +339,10 @@ def _alternative_names(
     if usage not in _PURPOSES:
         raise CertificateError(f"{usage!r} is not a usage; use one of {', '.join(_PURPOSES)}")
     if usage == "relay" and not (dns or ips):
-        raise CertificateError("a relay needs a DNS name or an IP address, or no function can verify it; give one")
+        raise CertificateError("a relay needs a DNS name or an IP address, by which functions verify it; give one")
     try:
-        # A client checks the relay's name as a host name, where one leading wildcard label is well defined. A
-        # party's names are matched by selectors, and there only the selector may have the wildcard.
+        # A client checks a relay's name as a host name, and there one leading wildcard label is well defined. The names
+        # of a party are matched by selectors, and only the selector may have a wildcard.
         hosts = [
             f"*.{dns_name(one[2:]).value}" if usage == "relay" and one.startswith("*.") else dns_name(one).value
             for one in dns
@@ -375,7 +376,7 @@ def _key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
 
 
 def _why_no_authority(certificate: x509.Certificate) -> str | None:
-    """What keeps ``certificate`` from being an authority's, or None."""
+    """Why ``certificate`` is not that of an authority, or None."""
     try:
         extensions = certificate.extensions
         if not extensions.get_extension_for_class(x509.BasicConstraints).value.ca:

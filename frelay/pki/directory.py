@@ -1,7 +1,7 @@
-"""An authority in a directory, as ``frelay ca`` keeps it: ``ca.pem``, ``ca.key`` and ``crl.pem``.
+"""The directory in which ``frelay ca`` keeps an authority: ``ca.pem``, ``ca.key`` and ``crl.pem``.
 
-Nothing else is kept: no register of what was issued, no counter, no lock file. What must go on from one command to the
-next, who is revoked and the CRL's number, is in ``crl.pem`` itself.
+There is nothing else: no register of what was issued, no counter, no lock file. The next command needs to know who is
+revoked and the number of the CRL, and both are in ``crl.pem`` itself.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from frelay.pki.files import (
 
 __all__ = ["AuthorityDirectory", "Revocation", "Revoked"]
 
-# Where no list says how long a list is good for: as long as the ones that `frelay init` writes.
+# How long a list is valid if no earlier list says it: as long as those that `frelay init` writes.
 _CRL_DAYS: Final = 3650
 _SERIAL: Final = re.compile(r"(?:0[xX])?([0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2})+|[0-9A-Fa-f]+)\Z")
-# One that ends in a slash of another directory, hides itself, or would take the place of the authority.
+# It excludes paths, hidden files, and the names of the authority's own files.
 _FILE_NAME: Final = re.compile(r"(?!ca\Z|crl\Z)[A-Za-z0-9_][A-Za-z0-9._-]*\Z")
 
 
 @dataclass(frozen=True, slots=True)
 class Revoked:
-    """A certificate that is on the list now: who it was, if its file was given, and since when if not since now."""
+    """A certificate that is on the list now. ``before`` is the date of an earlier revocation, if there was one."""
 
     serial: int
     certificate: x509.Certificate | None
@@ -54,7 +54,7 @@ class Revoked:
 
 @dataclass(frozen=True, slots=True)
 class Revocation:
-    """What a new list says of those that it was asked about, and of itself."""
+    """A new list, and the certificates that were given to be revoked."""
 
     path: Path
     number: int
@@ -71,35 +71,35 @@ class AuthorityDirectory:
 
     @classmethod
     def find(cls, path: Path | None) -> AuthorityDirectory:
-        """The directory ``path``, or if it is None this one or its ``certs``; raises CertificateError."""
+        """The directory ``path``; or, if that is None, the current one or its ``certs``. Raises CertificateError."""
         tried = [Path(), Path("certs")] if path is None else [path]
         for one in tried:
             if os.path.lexists(one / "ca.pem"):
                 return cls(one)
-        places = " and ".join(str(one / "ca.pem") for one in tried)
+        names = " and no ".join(str(one / "ca.pem") for one in tried)
         raise CertificateError(
-            f"no authority: there is no {places}; say where it is with --ca DIR, or make one with 'frelay ca init DIR'"
+            f"no authority: there is no {names}; say where it is with --ca DIR, or make one with 'frelay ca init DIR'"
         )
 
     @property
     def certificate(self) -> Path:
-        """The authority's certificate, which everybody may have."""
+        """The authority's certificate, which is public."""
         return self.path / "ca.pem"
 
     @property
     def key(self) -> Path:
-        """Its key, which nobody may have."""
+        """Its key, which is secret."""
         return self.path / "ca.key"
 
     @property
     def crl(self) -> Path:
-        """The list of what it revoked."""
+        """Its revocation list."""
         return self.path / "crl.pem"
 
     def create(self, common_name: str, *, days: int, algorithm: Algorithm, force: bool = False) -> list[Path]:
         """Make a new authority with an empty list; the directory is made if it is missing.
 
-        The list is good for as long as the authority. Returns the files written; raises CertificateError.
+        The list is valid as long as the authority. Returns the files written; raises CertificateError.
         """
         authority = Authority.create(common_name, days=days, algorithm=algorithm)
         crl = authority.revocation_list(number=1, days=days)
@@ -107,7 +107,7 @@ class AuthorityDirectory:
         return _write(self.path, files, force=force)
 
     def load(self) -> Authority:
-        """The authority, key and all; raises CertificateError."""
+        """The authority with its key; raises CertificateError."""
         return Authority.load(self.certificate, self.key)
 
     def keep(self, issued: Issued, name: str, *, directory: Path | None = None, force: bool = False) -> list[Path]:
@@ -121,18 +121,18 @@ class AuthorityDirectory:
         return _write(where, issued.files(where / f"{name}.pem", where / f"{name}.key"), force=force)
 
     def revoke(self, given: Sequence[str], *, days: int | None = None, is_new: bool = False) -> Revocation:
-        """Sign and write the next list: all that the last one has, and ``given``, each a certificate's file or serial.
+        """Sign and write the next list: what the last one has, and ``given``, each a file of a certificate or a serial.
 
-        ``days`` is how long it is good for, by default as long as the last one was. With ``is_new`` a list is begun
-        where there is none. Raises CertificateError; nothing was changed then.
+        ``days`` is how long it is valid, by default as long as the last one was. With ``is_new`` a list is begun if
+        there is none. Raises CertificateError; then nothing was changed.
         """
         authority = self.load()
         asked = [_find(one, authority) for one in given]
-        # Two commands at one time would each extend the same list, and the later one drop what the other revoked.
+        # Without the lock two commands could extend the same list, and the later one would lose what the other revoked.
         with _locked(self.path):
             previous = None if is_new and not os.path.lexists(self.crl) else self._last_crl()
             if previous is None:
-                # Above the number of whatever was counted up from 1 before, since verifiers keep the higher one.
+                # A lost list may have been counted up from 1. This number is higher, since verifiers keep the highest.
                 now = datetime.now(UTC).replace(microsecond=0)
                 crl = authority.revocation_list(
                     {serial: now for serial, _ in asked}.items(), number=int(now.timestamp()), days=days or _CRL_DAYS
@@ -154,20 +154,20 @@ class AuthorityDirectory:
     def _last_crl(self) -> x509.CertificateRevocationList:
         if not os.path.lexists(self.crl):
             raise CertificateError(
-                f"{self.crl}: there is no list to go on from; put the last one there, or begin one with --new "
+                f"{self.crl}: there is no list to extend; put the last one there, or begin one with --new "
                 "(then what was revoked before is let in again)"
             )
         if read_file(self.crl).count(b"-----BEGIN X509 CRL-----") > 1:
             raise CertificateError(
-                f"{self.crl}: holds several lists, and only this authority's can be renewed; keep that in a file of "
-                "its own, and join them where the relay reads them"
+                f"{self.crl}: holds several lists, but only that of this authority can be renewed; keep it in a file "
+                "of its own, and join the lists in the file that the relay reads"
             )
         return read_crl(self.crl)
 
 
 def _write(directory: Path, files: Sequence[PemFile], *, force: bool) -> list[Path]:
     with ExitStack() as undo:
-        # Nobody else's business, since keys are in it.
+        # Only for its owner, since it holds keys.
         make_directory(directory, 0o700, undo)
         written = write_together([*files, *git_ignore(directory)], force=force)
         undo.pop_all()
@@ -175,7 +175,7 @@ def _write(directory: Path, files: Sequence[PemFile], *, force: bool) -> list[Pa
 
 
 def _find(given: str, authority: Authority) -> tuple[int, x509.Certificate | None]:
-    """The serial that ``given`` means, and the certificate where it is a file."""
+    """The serial number of ``given``, and the certificate if ``given`` is a file."""
     path = Path(given)
     if not given or not os.path.lexists(path):
         number = _SERIAL.match(given)
@@ -201,13 +201,13 @@ def _find(given: str, authority: Authority) -> tuple[int, x509.Certificate | Non
 def _days_of(crl: x509.CertificateRevocationList) -> int:
     if crl.next_update_utc is None:
         return _CRL_DAYS
-    # Rounded up: it began a few minutes before it was signed, and one day is the least that there is.
+    # Rounded, since a list begins a few minutes before it was signed; at least one day.
     return max(1, round((crl.next_update_utc - crl.last_update_utc).total_seconds() / 86400))
 
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Be the only one here for a moment; the lock goes with the process, whatever becomes of it."""
+    """Lock the directory against other commands; the lock ends with the process, even if that is killed."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

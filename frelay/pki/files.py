@@ -1,12 +1,11 @@
-"""Certificates, keys and CRLs on disk: written as a set or not at all, read with an error a person can act on.
+"""Certificates, keys and CRLs on disk: they are written all together or not at all, and read with helpful errors.
 
-Writing has two dangers. A key that is world-readable for a moment has leaked, so it is *created* with its mode, not
-given it later. And a certificate without its key (or the reverse) is worse than neither, so :func:`write_together`
-first puts every file, whole and synced, under a temporary name in the directory where it belongs, and only then
-gives them their names. If any step fails, the names that were given are taken back, and what was replaced is put
-back: the directory is then as it was.
+Writing has two dangers. A key that is world-readable for a moment has leaked, so a key file is *created* with its mode.
+And a certificate without its key (or the reverse) is worse than neither. So :func:`write_together` first writes and
+syncs every file under a temporary name in its directory, and only then gives them their names. If a step fails, the
+new files are removed and the old ones are put back: the directory is then as it was before.
 
-A power cut between two of those renames can still leave a part of the set; each file of it is whole.
+A power cut between two of those renames can still leave a part of the set; but each file is whole.
 """
 
 from __future__ import annotations
@@ -49,13 +48,13 @@ _MODE: Final = 0o644  # the umask still applies
 _SECRET_MODE: Final = 0o600
 _KEYS: Final = "*.key"
 _GIT_IGNORE: Final = f"# Written by frelay: private keys belong in no repository.\n{_KEYS}\n".encode()
-# A chain of RSA certificates is some 10 KiB; a CRL of 100,000 entries is 4 MB. What is larger is another file.
+# A chain of RSA certificates has some 10 KiB, a CRL of 100,000 entries 4 MB. A larger file is something else.
 _MAX_FILE: Final = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class PemFile:
-    """What one file is to hold; ``secret`` ones are created with mode 0600."""
+    """A file to write; a ``secret`` one is created with mode 0600."""
 
     path: Path
     content: bytes = field(repr=False)
@@ -68,8 +67,8 @@ class PemFile:
 def write_together(files: Sequence[PemFile], *, force: bool = False) -> list[Path]:
     """Write all of ``files`` or none, and return their paths in order.
 
-    The directories must be there. A file that exists is refused unless ``force``; a directory or device in its
-    place always is.
+    The directories must exist. A file that exists is refused unless ``force``; a directory or a device of that name
+    always is.
 
     Raises:
         CertificateError: names the file and the remedy; nothing was changed.
@@ -103,7 +102,7 @@ def write_together(files: Sequence[PemFile], *, force: bool = False) -> list[Pat
 
 
 def make_directory(path: Path, mode: int, undo: ExitStack) -> None:
-    """Make ``path`` and what is missing above it; ``undo`` removes them again, as far as they are empty then.
+    """Make ``path`` and the missing directories above it; ``undo`` removes those of them that are still empty.
 
     Raises :class:`CertificateError`.
     """
@@ -121,10 +120,10 @@ def make_directory(path: Path, mode: int, undo: ExitStack) -> None:
 
 
 def git_ignore(*directories: Path) -> list[PemFile]:
-    """A ``.gitignore`` for the keys below ``directories``, each in the one before: for :func:`write_together`.
+    """A ``.gitignore`` for keys, for :func:`write_together`. Each of ``directories`` is inside the one before it.
 
-    It goes into the first that has none, and nothing is written where one ignores them already, or all have one: what
-    the user wrote there stays as it is.
+    It goes into the first directory that has none. A file of the user is never changed: if one ignores keys already, or
+    if all directories have one, nothing is written.
     """
     for directory in directories:
         path = directory / ".gitignore"
@@ -143,14 +142,14 @@ def _lines(path: Path) -> list[str]:
 
 
 def _remove_directory(path: Path) -> None:
-    with suppress(OSError):  # somebody else put something into it meanwhile
+    with suppress(OSError):  # another process put something into it meanwhile
         os.rmdir(path)
 
 
 def write_crl(path: Path, crl: x509.CertificateRevocationList, *, force: bool = False) -> Path:
-    """Put ``crl`` in the place of the CRL at ``path``, which must be of the same issuer and have a lower CRLNumber.
+    """Replace the CRL at ``path`` by ``crl``. The old one must have the same issuer and a lower CRLNumber.
 
-    With ``force`` whatever is there is replaced. Raises :class:`CertificateError`; nothing was changed then.
+    With ``force`` any file is replaced. Raises :class:`CertificateError`; then nothing was changed.
     """
     if not force and os.path.lexists(path):
         current = read_crl(path)
@@ -160,7 +159,7 @@ def write_crl(path: Path, crl: x509.CertificateRevocationList, *, force: bool = 
                 "choose another file, or overwrite it with --force"
             )
         if crl_number(current) >= crl_number(crl):
-            # To go back would let in again whom the newer one revoked.
+            # An older list would let in again what the newer one revoked.
             raise CertificateError(
                 f"{path}: holds CRL number {crl_number(current)}, which is not older than number {crl_number(crl)}; "
                 "sign a newer one, or overwrite it with --force"
@@ -169,7 +168,7 @@ def write_crl(path: Path, crl: x509.CertificateRevocationList, *, force: bool = 
 
 
 def crl_number(crl: x509.CertificateRevocationList) -> int:
-    """The CRLNumber of ``crl``; raises ``CertificateError`` where it has none, as RFC 5280 demands one."""
+    """The CRLNumber of ``crl``; raises ``CertificateError`` if it has none, since RFC 5280 requires one."""
     try:
         return crl.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
     except (x509.ExtensionNotFound, ValueError) as error:
@@ -202,15 +201,15 @@ def _give_name(temporary: Path, path: Path, replaced: list[Path], undo: ExitStac
         try:
             os.link(path, kept, follow_symlinks=False)
         except OSError:
-            # A file system without hard links: the name is missing for a moment, which a reader takes for a
-            # half-done write and tries again.
+            # A file system without hard links: for a moment there is no file of that name. A reader takes this for an
+            # unfinished write and tries again.
             os.rename(path, kept)
         replaced.append(kept)
         undo.callback(_put_back, kept, path)
         os.replace(temporary, path)
         return
     try:
-        # Unlike rename, link never replaces: a file that appeared since the check above survives.
+        # Unlike rename, link never replaces a file: one that appeared after the check above is kept.
         os.link(temporary, path)
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
@@ -222,7 +221,7 @@ def _give_name(temporary: Path, path: Path, replaced: list[Path], undo: ExitStac
 
 
 def _beside(path: Path, what: str) -> Path:
-    # The leading dot and the ending keep it out of any glob for certificates.
+    # With the leading dot and the ending, no glob for certificates matches it.
     return path.with_name(f".{path.name}.{secrets.token_hex(6)}.{what}")
 
 
@@ -233,7 +232,7 @@ def _remove(path: Path) -> None:
 
 def _put_back(kept: Path, path: Path) -> None:
     os.replace(kept, path)
-    # A rename between two names of the same file does nothing, and then the spare name is still there.
+    # A rename between two names of one file does nothing, so the spare name may still exist.
     _remove(kept)
 
 
@@ -255,7 +254,7 @@ def _cannot_write(path: Path, error: OSError) -> CertificateError:
         errno.EACCES: f"write access to {path.parent} is needed",
         errno.EEXIST: "it appeared just now; overwrite it with --force",
         errno.ENOSPC: "free some space",
-    }.get(error.errno or 0, "see to that and try again")
+    }.get(error.errno or 0, "correct that and try again")
     return CertificateError(f"{path}: cannot be written ({error.strerror or error}), nothing was changed: {remedy}")
 
 
@@ -263,12 +262,12 @@ def _cannot_write(path: Path, error: OSError) -> CertificateError:
 
 
 def certificates_pem(certificates: Iterable[x509.Certificate]) -> bytes:
-    """One PEM text of ``certificates``, in order."""
+    """The PEM text of ``certificates``, in order."""
     return b"".join(one.public_bytes(serialization.Encoding.PEM) for one in certificates)
 
 
 def key_pem(key: PrivateKeyTypes) -> bytes:
-    """The PKCS #8 PEM of ``key``, without a password: a relay starts with nobody there to type one."""
+    """The PKCS #8 PEM of ``key``, without a password: nobody is there to type one when a relay starts."""
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
@@ -315,12 +314,12 @@ def read_private_key(path: Path) -> PrivateKeyTypes:
             f"'openssl pkey -in {path} -out NEW' under umask 077"
         ) from None
     except (ValueError, UnsupportedAlgorithm) as error:
-        # The parser's text may quote the input, so it stays out of ours.
+        # The parser's text may quote the key, so our message leaves it out.
         raise CertificateError(f"{path}: no readable private key in it; it must be PEM, best PKCS #8") from error
 
 
 def read_file(path: Path, *, secret: bool = False) -> bytes:
-    """All of a file of PEM's size; a ``secret`` one must be its owner's alone. Raises :class:`CertificateError`."""
+    """The content of a PEM file; a ``secret`` one is its owner's alone. Raises :class:`CertificateError`."""
     try:
         with open(path, "rb", opener=_open_without_waiting) as stream:
             facts = os.fstat(stream.fileno())
@@ -339,5 +338,5 @@ def read_file(path: Path, *, secret: bool = False) -> bytes:
 
 
 def _open_without_waiting(name: str, flags: int) -> int:
-    # Opening a FIFO waits for its writer; a path given by mistake must not stop the program.
+    # Without O_NONBLOCK, opening a FIFO would wait for its writer, and a wrong path would hang the program.
     return os.open(name, flags | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -1,7 +1,7 @@
 """What ``frelay init DIR`` writes: a relay that runs as it is, with one route between two functions.
 
-All of it is made in memory first and then written together, so that a refused or failed ``init`` leaves no
-half-made directory behind to be puzzled over.
+Everything is made in memory first and then written together, so that an ``init`` that is refused or fails leaves no
+incomplete directory behind.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from frelay.protocol.identity import OddName, dns_name
 
 __all__ = ["initialise", "summary"]
 
-# Of the authority, and of the CRL too: a first relay must not stop after a month because nobody renewed an
-# empty list.
+# Of the authority and of the CRL: a first relay must not refuse everybody after a month because nobody renewed an empty
+# list.
 _DAYS: Final = 3650
 
 _RELAY_TOML: Final = """\
@@ -33,28 +33,28 @@ name = "relay-1"
 [tls]
 certificate = "certs/relay.pem"
 private_key = "certs/relay.key"     # mode 0600, or the relay refuses it
-client_ca = "certs/ca.pem"          # whoever shows a certificate of this authority may knock ...
-crl = "certs/crl.pem"               # ... unless it is revoked here; out of date, nobody is let in
+client_ca = "certs/ca.pem"          # the authority that issues the certificates of functions
+crl = "certs/crl.pem"               # certificates that are revoked; if this list is out of date, nobody is let in
 
 ADMIN
 [[route]]
 name = "demo"
 listen = "127.0.0.1:9001"           # ["0.0.0.0:9001", "[::]:9001"] for functions on other machines
-func1 = "dns:func1.demo"            # ... but only these two are let in: one function for each party,
-func2 = "dns:func2.demo"            # known by the names in its certificate
+func1 = "dns:func1.demo"            # only certificates with these names are let in: one name for each of the two
+func2 = "dns:func2.demo"            # parties
 """
 
 
 _LONGEST_SOCKET_PATH: Final = 107  # sun_path of unix(7), less its NUL
 
 _ADMIN: Final = """\
-[admin]                             # what frelay status, top and route talk to; for this user alone
+[admin]                             # frelay status, top and route connect to it; only this user may
 listen = "unix:frelay.sock"
 """
 
 _NO_ADMIN: Final = """\
-# [admin]                           # what frelay status, top and route talk to; commented out, because the path of a
-# listen = "unix:frelay.sock"       # Unix socket has at most 107 bytes and this directory's is too long for it
+# [admin]                           # frelay status, top and route connect to it; commented out, because the path of a
+# listen = "unix:frelay.sock"       # Unix socket has at most 107 bytes, and in this directory it would be longer
 """
 
 
@@ -92,7 +92,7 @@ def initialise(
         party = authority.issue(common_name=f"{who}.demo", dns=[f"{who}.demo"], usage="party", algorithm=algorithm)
         files += party.files(*pairs[who])
     files.append(crl_file(crl, authority.revocation_list(number=1, days=_DAYS)))
-    # In certs where DIR is somebody's repository, which has its own.
+    # It goes into certs if DIR has a .gitignore of its own.
     files += git_ignore(directory, certs)
     files.append(PemFile(config, _RELAY_TOML.replace("ADMIN\n", _admin(directory)).encode()))
 
@@ -110,7 +110,7 @@ def _admin(directory: Path) -> str:
 
 
 def summary(written: list[Path]) -> str:
-    """What to tell the person who ran ``frelay init``, given what :func:`initialise` returned."""
+    """The message of ``frelay init``, from what :func:`initialise` returned."""
     directory = written[-1].parent
     shown = [os.path.relpath(path, directory) for path in written]
     width = max(map(len, shown), default=0)
@@ -142,7 +142,7 @@ _MEANING: Final = {
 
 
 def _usable(host_name: str) -> list[str]:
-    # A machine's name may be anything its owner typed; one that no certificate can hold is left out.
+    # A machine may have a name that no certificate can hold; then it is left out.
     try:
         return [dns_name(host_name).value]
     except OddName:

@@ -1,8 +1,8 @@
-"""Who may read a private key's file: its owner, and of root's files one group that the relay is in.
+"""Checks who may read the file of a private key: only its owner; or, if root owns it, also a group of the relay.
 
-A key that others can read is refused, as ssh and PostgreSQL refuse it. One wider mode is safe: the file is root's, the
-group may read and not write it, and the relay is in that group. That is how Kubernetes mounts a Secret with
-``fsGroup``, read-only, so that nobody could change the mode.
+A key that others can read is refused, as ssh and PostgreSQL refuse it. One wider mode is safe: root owns the file, its
+group may read but not write it, and the relay is in that group. Kubernetes mounts a Secret with ``fsGroup`` in this
+way, read-only, so that nobody could change the mode.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 __all__ = ["objection_to_mode", "own_groups"]
 
-# Of root's file: no execution, no writing by the group, nothing for the others.
+# Even for a file of root: no execution, no writing by the group, nothing for others.
 _TOO_WIDE = stat.S_IXUSR | stat.S_IWGRP | stat.S_IXGRP | stat.S_IRWXO
 
 
@@ -23,7 +23,7 @@ def own_groups() -> frozenset[int]:
 
 
 def objection_to_mode(facts: os.stat_result, path: os.PathLike[str], groups: Iterable[int] | None = None) -> str | None:
-    """Why the key with these ``facts`` is read by too many, with the remedy; None where it is not.
+    """Why too many may read the key with these ``facts``, with the remedy; None if its mode is good.
 
     ``groups`` are the ids of the groups that its reader is in, or will be; by default those of this process.
     """

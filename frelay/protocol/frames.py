@@ -7,13 +7,13 @@ A frame on the wire, inside the outer TLS::
 
 Rules:
 
-1. A header is judged as soon as its four bytes are there, so an oversized frame is refused before a single byte of
+1. A header is checked as soon as its four bytes are there, so an oversized frame is refused before a single byte of
    its payload is kept.
-2. Types 0x01-0x7f are known or a protocol error. Types 0x80-0xff are advisory: skipped when unknown, and unknown
-   to this version they all are. They still obey rule 1.
-3. A payload is one JSON object. What JSON leaves open is closed here: no duplicate keys (two readers could choose
-   differently), no NaN or Infinity, no nesting beyond Python's own parser.
-4. Whatever bytes come in, the outcome is frames or :class:`~frelay.errors.RemoteProtocolError`; nothing else.
+2. A type from 0x01 to 0x7f that is unknown is a protocol error. Types 0x80-0xff are advisory: a reader skips those that
+   it does not know, and this version knows none of them. Rule 1 holds for them, too.
+3. A payload is one JSON object, in a strict form: no duplicate keys (two readers could choose differently), no NaN or
+   Infinity, no nesting deeper than Python's own parser allows.
+4. Any bytes give frames or :class:`~frelay.errors.RemoteProtocolError`; nothing else.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def encode_frame(type_: FrameType, payload: Mapping[str, Any]) -> bytes:
     """Encode one frame; raises LocalProtocolError if the payload is no JSON or does not fit the limit."""
     try:
         body = json.dumps(payload, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
-    except (ValueError, TypeError, RecursionError) as error:  # NaN, a lone surrogate, a type that JSON has not
+    except (ValueError, TypeError, RecursionError) as error:  # NaN, a lone surrogate, or a type that JSON lacks
         raise LocalProtocolError(f"the payload of {type_.name} cannot be JSON: {error}") from None
     if len(body) > MAX_PAYLOAD:
         raise LocalProtocolError(f"a {type_.name} payload of {len(body)} bytes (at most {MAX_PAYLOAD})")
@@ -71,8 +71,8 @@ def encode_frame(type_: FrameType, payload: Mapping[str, Any]) -> bytes:
 class FrameDecoder:
     """Turns chunks of any size into frames.
 
-    Feed what was read with :meth:`feed`, then call :meth:`next_frame` until it gives None. Between the calls at
-    most one incomplete frame stays inside, plus whatever the caller fed at once.
+    Pass what was read to :meth:`feed`, then call :meth:`next_frame` until it returns None. After that at most one
+    incomplete frame stays inside.
     """
 
     __slots__ = ("_buffer", "advisory_skipped")
@@ -80,21 +80,22 @@ class FrameDecoder:
     def __init__(self) -> None:
         self._buffer = bytearray()
         self.advisory_skipped = 0
-        """How many advisory frames were passed over; a caller may set a limit to it."""
+        """How many advisory frames were skipped; a caller may limit them."""
 
     def feed(self, data: bytes) -> None:
         """Take in bytes from the other side."""
         self._buffer += data
 
     def __len__(self) -> int:
-        """How many bytes are held that no frame was made of yet."""
+        """How many bytes are held that belong to no complete frame yet."""
         return len(self._buffer)
 
     @property
     def missing(self) -> int:
-        """How many more bytes make the frame that is held in part complete, or first its header; at least 1.
+        """How many bytes complete the header, or the frame, that is held in part; at least 1.
 
-        Only after :meth:`next_frame` gave None. Who reads no more than this reads nothing of what follows the frame.
+        Call it only after :meth:`next_frame` returned None. A caller that reads no more than this does not read beyond
+        the end of the frame.
         """
         held = len(self._buffer)
         if held < HEADER_SIZE:
@@ -147,7 +148,7 @@ def _parse(type_: FrameType, body: bytes) -> Mapping[str, Any]:
 def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        raise ValueError("a key stands twice in one object")
+        raise ValueError("an object has a key twice")
     return result
 
 

@@ -1,15 +1,15 @@
 """Who a function is: typed names, and the selectors that match them.
 
-A certificate can say the same text in several places (CN, DNS, URI, e-mail), and most identity mistakes of
-proxies come from comparing text without its type. So a :class:`Name` is always a kind *and* a value, and a
-:class:`Selector` only ever matches names of its own kind.
+A certificate can have the same text in several fields (CN, DNS, URI, e-mail), and most identity mistakes of proxies
+come from comparing text without its type. So a :class:`Name` is always a kind *and* a value, and a :class:`Selector`
+only matches names of its own kind.
 
 Rules, the same ones for the relay (route file) and for a function (``peer=``):
 
 1. ``dns:`` a SAN dNSName. Letters fold case (RFC 4343), nothing else does. ``*`` stands for exactly one whole label.
 2. ``uri:`` a SAN uniformResourceIdentifier, compared octet by octet. ``*`` stands for exactly one whole,
-   non-empty path segment behind ``//authority/``; never for a scheme or an authority, and never for a segment
-   that somebody may read as another path: ``.``, ``..`` or one with a percent-encoded octet.
+   non-empty path segment after ``//authority/``; never for a scheme or an authority, and never for a segment that
+   some readers take for another path: ``.``, ``..`` or one with a percent-encoded octet.
 3. ``spki:sha256:`` the SHA-256 of the DER SubjectPublicKeyInfo, 64 hex digits. No wildcard.
 4. A value that could be read in two ways is not a name at all (:func:`dns_name` and :func:`uri_names` refuse it):
    NUL and other control bytes, trailing or doubled dots, a wildcard *inside the certificate*, bytes outside ASCII
@@ -51,9 +51,9 @@ __all__ = [
 # service names use it, and it cannot be confused with anything.
 _LABEL: Final = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?\Z")
 _MAX_DNS: Final = 253
-# Some verifiers compare a dNSName with an IP address, others do not: so such a text names nobody here.
+# Some verifiers compare a dNSName with an IP address, others do not: so we refuse a name of this form.
 _DOTTED_QUAD: Final = re.compile(r"[0-9]+(?:\.[0-9]+){3}\Z")
-# Generous against RFC 3986's silence; SPIFFE says 2048 octets for a whole ID.
+# RFC 3986 sets no limit. SPIFFE sets 2048 octets for a whole ID.
 _MAX_URI: Final = 2048
 _URI_CHARS: Final = re.compile(r"[A-Za-z0-9\-._~:/?#\[\]@!$&'()*+,;=%]+\Z")
 _BROKEN_ESCAPE: Final = re.compile(r"%(?![0-9A-Fa-f]{2})")
@@ -97,12 +97,12 @@ def dns_name(value: str) -> Name:
 def uri_names(values: Sequence[str]) -> list[Name]:
     """Make names of all SAN URIs of one certificate together; raises :class:`OddName`.
 
-    They are judged together because SPIFFE allows exactly one URI in a certificate: with a second one beside a
-    SPIFFE ID nobody can say which of the two the issuer meant.
+    They are checked together because SPIFFE allows exactly one URI in a certificate: with a second one beside a SPIFFE
+    ID nobody can say which of the two the issuer meant.
     """
     for value in values:
         _check_uri(value)
-        # Printed and read back as a selector, it would stand for every name beside it.
+        # Used as a selector, its text would match other names, too (rule 5).
         if "*" in value:
             raise OddName(f"URI {value!r} has a wildcard; only selectors may")
     spiffe = [value for value in values if _is_spiffe(value)]
@@ -122,9 +122,9 @@ def spki_name(sha256_hex: str) -> Name:
 
 
 def spki_of_certificate(der: bytes) -> Name:
-    """The public-key pin of a DER certificate, over its SubjectPublicKeyInfo exactly as the certificate has it.
+    """The public-key pin of a DER certificate: the digest of its SubjectPublicKeyInfo, byte for byte as it is there.
 
-    Re-encoding a parsed key would not do: RSASSA-PSS keys and compressed EC points come back in other bytes, and
+    To parse and encode the key again would be wrong: RSASSA-PSS keys and compressed EC points get other bytes, and
     the pin would differ from the one that ``openssl x509 -pubkey`` gives. Raises :class:`OddName` for what is not
     a certificate.
     """
@@ -144,7 +144,7 @@ def spki_of_certificate(der: bytes) -> Name:
 
 
 def distinguished_name_sizes(der: bytes) -> tuple[int, int]:
-    """How many bytes the issuer and the subject of a DER certificate take; raises :class:`OddName` for what is none."""
+    """How many bytes the issuer and the subject of a DER certificate take; raises :class:`OddName` if it is none."""
     _, at, end = _der_element(der, 0, len(der), 0x30)
     _, at, end = _der_element(der, at, end, 0x30)
     if der[at : at + 1] == b"\xa0":
@@ -158,7 +158,7 @@ def distinguished_name_sizes(der: bytes) -> tuple[int, int]:
 
 
 def alternative_name_count(der: bytes) -> int:
-    """How many subject alternative names, of whatever kind, a DER certificate holds, without decoding one of them.
+    """How many subject alternative names, of any kind, a DER certificate holds; none of them is decoded.
 
     Raises :class:`OddName` for what is not a certificate.
     """
@@ -182,7 +182,7 @@ def alternative_name_count(der: bytes) -> int:
         _, name, names_end = _der_element(der, value, inside_end, 0x04)
         _, name, names_end = _der_element(der, name, names_end, 0x30)
         while name < names_end:
-            # In here, because there may be tens of thousands, and a call for each is most of the time.
+            # Inlined: there may be tens of thousands, and a call for each would take most of the time.
             length = der[name + 1] if name + 1 < names_end else 0x80
             name = name + 2 + length if length < 0x80 else _der_element(der, name, names_end, der[name])[0]
             count += 1
@@ -209,7 +209,7 @@ def _der_element(der: bytes, at: int, end: int, tag: int) -> tuple[int, int, int
 
 def _checked_dns(value: str, *, wildcard: bool) -> str:
     """``value`` with its letters folded, or OddName; with ``wildcard``, whole labels may be ``*``."""
-    # Before lower(): the Kelvin sign and its like fold *into* ASCII.
+    # Checked before lower(), which turns the Kelvin sign and some others *into* ASCII.
     if not value or not value.isascii():
         raise OddName(f"DNS name {value!a} is empty or not ASCII (write an international name as xn--...)")
     if len(value) > _MAX_DNS:
@@ -264,7 +264,7 @@ def _check_spiffe(value: str, *, wildcard: bool) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Selector:
-    """A pattern over names of one kind, made by :func:`parse_selector`; ``str()`` gives back its text."""
+    """A pattern for names of one kind, made by :func:`parse_selector`; ``str()`` returns its text."""
 
     kind: Kind
     pattern: str
@@ -299,7 +299,7 @@ def may_stand_under_wildcard(part: str) -> bool:
 
 
 def split_name(kind: Kind, value: str) -> tuple[object, list[str]]:
-    """Split a DNS name or a URI into what must be equal as a whole and the parts for which ``*`` may stand."""
+    """Split a DNS name or a URI into the part that must be equal, and the labels or segments that ``*`` may match."""
     return (None, value.split(".")) if kind is Kind.DNS else _split_uri(value)
 
 

@@ -1,9 +1,9 @@
 """The messages of frelay/1 as types: what a frame's JSON object may hold, checked key by key.
 
-One dataclass a frame type. Its fields are the payload's keys, and a field without a default is a required key, so
-the class *is* the layout. Reading follows three rules of the contract: unknown keys are ignored, a missing required
-key is a protocol error, and a known key with a wrong type is a protocol error (``null`` is a value like any other:
-right only where the layout says so).
+Each frame type has one dataclass. Its fields are the payload's keys, and a field without a default is a required key,
+so the class *is* the layout. Reading follows three rules of the contract: unknown keys are ignored, a missing required
+key is a protocol error, and a known key with a wrong type is a protocol error. ``null`` is a value like any
+other: it is right only where the layout allows it.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ REFUSAL_CODES: Final = frozenset(
 )
 
 _UUID: Final = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\Z")
-# https://www.w3.org/TR/trace-context/#traceparent-header: version, trace, parent and flags, of which version ff and
-# zeroes stand for nothing. A later version may have more behind a dash; version 00 has not.
+# https://www.w3.org/TR/trace-context/#traceparent-header: version, trace, parent and flags. Version ff is invalid, and
+# so are a trace or a parent of zeroes. A later version may have more after another dash; version 00 may not.
 _TRACEPARENT: Final = re.compile(
     r"(?P<known>(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2})(?P<more>-.*)?\Z", re.DOTALL
 )
-# Long enough for any route name, identity or sentence of ours; what is longer was not written in good faith.
+# Long enough for any route name, identity or sentence of ours. Longer text comes from an attacker or a bug.
 _MAX_TEXT: Final = 2100
 
 
@@ -133,7 +133,7 @@ class Paired:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """Relay to party: no, and why; ``retry_after`` in seconds, None where a retry would not help."""
+    """Relay to party: refused, and why; ``retry_after`` is in seconds, or None if a retry would not help."""
 
     TYPE: ClassVar = FrameType.REFUSED
     code: str
@@ -150,9 +150,9 @@ class Draining:
 
 
 def read_traceparent(text: str) -> str | None:
-    """The part of a W3C ``traceparent`` that version 00 has, or None if it is ill-formed.
+    """The part of a W3C ``traceparent`` that version 00 defines, or None if it is ill-formed.
 
-    Ill-formed is no error, here as in that specification: who is traced must not be worse off for it.
+    That is no error, as the specification says: a function must not be refused for a bad trace context.
     """
     found = _TRACEPARENT.match(text)
     if found is None or (found["more"] is not None and text.startswith("00")):
@@ -184,7 +184,7 @@ def _seconds(value: Any) -> float:
     try:
         seconds = float(value)
     except OverflowError:
-        raise ValueError("a number of seconds expected, not one beyond all clocks") from None
+        raise ValueError("a number of seconds expected, not one of that size") from None
     if not math.isfinite(seconds) or seconds < 0:
         raise ValueError("a number of seconds, 0 or more, expected")
     return seconds
@@ -256,7 +256,7 @@ _CHECKS: Final[Mapping[type[Message], Mapping[str, Callable[[Any], Any]]]] = {
         "ticket": _text,
         "limits": _object,
     },
-    # A code of a later version must still reach the person, so any text is read here.
+    # Any text is accepted as a code, so that a code of a later version still reaches the user.
     Refused: {"code": _text, "reason": _text, "retry_after": _or_null(_seconds)},
     Draining: {"reconnect_in": _seconds},
 }
@@ -288,7 +288,7 @@ _NULL_HAS_MEANING: Final = frozenset({"peer_seen", "retry_after"})
 
 
 def encode(message: Message) -> bytes:
-    """The frame of a message, ready for the wire; raises LocalProtocolError if it cannot be one."""
+    """Encode a message as a frame; raises LocalProtocolError if that is not possible."""
     payload = {
         f.name: value
         for f in fields(message)

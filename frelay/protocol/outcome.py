@@ -1,9 +1,8 @@
-"""How a pairing ended: one record a pairing, from a vocabulary small enough to learn.
+"""How a pairing ended: one record for each pairing, with an outcome from a small fixed set of words.
 
-The words are the value of ``outcome`` in the log, of the label ``outcome`` in the metrics and of the field in the
-API, so an operator can go from a graph to a log line without a dictionary. Whoever ends a pairing calls
-:meth:`Ending.decide`; the first reason wins, because what follows the first reason (a reset after a cut, say) is its
-consequence.
+The log, the metrics (label ``outcome``) and the API use the same words, so an operator can go from a graph to a log
+line. The code that ends a pairing calls :meth:`Ending.decide`. The first reason wins, because later ones are its
+consequence: for example, a reset follows a cut.
 """
 
 from __future__ import annotations
@@ -15,22 +14,22 @@ from typing import Literal
 __all__ = ["Ending", "Outcome", "Record", "Side"]
 
 Side = Literal["func1", "func2", "relay", "both"]
-"""Who ended it: a party, the relay by its policy, or both parties in good order."""
+"""Who ended the pairing: a party, the relay by its policy, or both parties by a clean end."""
 
 
 class Outcome(Enum):
     """Why a pairing ended."""
 
     CLOSED = "closed"
-    """Both directions were ended by their senders, and every byte before was delivered."""
+    """Both senders ended their direction, and every byte was delivered."""
     HUNG_UP = "hung-up"
-    """A party had ended its direction, all of it was delivered, and it closed without taking the rest of the other's.
+    """A party ended its direction, all of it was delivered, and it closed without reading the rest of the other's.
 
-    Ordinary: a client that has its answer and goes. The other party still gets every byte and the end."""
+    This is normal: a client has its answer and closes. The other party still got every byte and the end."""
     RESET = "reset"
     """A leg's connection was reset, or broke, while paired."""
     TRUNCATED = "truncated"
-    """A TLS leg ended by FIN without close_notify: its sender may have had more to say."""
+    """A TLS leg ended by FIN without close_notify: its sender may have had more to send."""
     HANDOFF_ABORTED = "handoff-aborted"
     """A leg went away between PAIRED and its close_notify."""
     HANDOFF_TIMEOUT = "handoff-timeout"
@@ -38,9 +37,9 @@ class Outcome(Enum):
     PROTOCOL_ERROR = "protocol-error"
     """A leg broke frelay/1 or TLS after PAIRED."""
     NOT_TLS = "not-tls"
-    """A raw leg's first bytes were no TLS record, where require_inner_tls holds."""
+    """The first bytes of a raw leg were no TLS record, and require_inner_tls demands one."""
     HALF_CLOSE_TIMEOUT = "half-close-timeout"
-    """One direction had ended, and the other stayed silent for half_close_timeout."""
+    """One direction had ended, and the other was silent for half_close_timeout."""
     IDLE_TIMEOUT = "idle-timeout"
     """No byte either way for idle_timeout."""
     STALL_TIMEOUT = "stall-timeout"
@@ -50,20 +49,20 @@ class Outcome(Enum):
     CERTIFICATE_EXPIRED = "certificate-expired"
     """A party's certificate reached its notAfter."""
     REVOKED = "revoked"
-    """A party's certificate is no longer accepted by the certificates or CRL loaded since."""
+    """The CA certificates or the CRL were reloaded, and no longer accept a party's certificate."""
     ROUTE_REMOVED = "route-removed"
     """The route was removed or replaced, and drain_timeout has passed since."""
     DRAINED = "drained"
     """The relay was told to end, and drain_timeout has passed or a second signal came."""
     DIAL_FAILED = "dial-failed"
-    """The service that the relay dials for this route could not be reached; no pairing came of it."""
+    """The relay could not reach the service that it dials for this route, so there was no pairing."""
     INTERNAL_ERROR = "internal-error"
     """A bug in frelay; the log has its traceback."""
 
 
 @dataclass(slots=True)
 class Ending:
-    """The decision why one pairing ends; the first one made stays."""
+    """Why one pairing ends; the first reason is kept."""
 
     outcome: Outcome | None = None
     side: Side | None = None
@@ -77,7 +76,7 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What is kept of a pairing that has ended, or could not begin. Bytes are those delivered; times are in seconds."""
+    """The facts of a pairing that ended, or could not begin. Bytes are those delivered; times are in seconds."""
 
     pairing: str
     route: str

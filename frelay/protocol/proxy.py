@@ -1,6 +1,6 @@
 """The PROXY protocol, versions 1 and 2, as a relay behind a load balancer reads it. Sans-I/O.
 
-The header stands before everything else on a connection, and says for whom the balancer opened it. Source:
+The header is the first thing on a connection, and says for which client the balancer opened it. Source:
 https://www.haproxy.org/download/3.0/doc/proxy-protocol.txt
 """
 
@@ -17,9 +17,9 @@ from frelay.errors import RemoteProtocolError
 __all__ = ["LONGEST_HEADER", "PROXY_SIGNATURES", "ProxyHeader", "parse_proxy_header"]
 
 LONGEST_HEADER: Final = 536
-"""Bytes of the longest header that is read: what the specification asks every sender to keep to, in version 2."""
+"""Bytes of the longest header that we accept: the limit that version 2 of the specification sets for senders."""
 _V1: Final = b"PROXY "
-# With its line end, by the specification.
+# With its line end; from the specification.
 _LONGEST_V1: Final = 107
 _V2: Final = b"\r\n\r\n\x00\r\nQUIT\n"
 _V2_START: Final = len(_V2) + 4
@@ -41,8 +41,8 @@ _UNIX_STREAM: Final = 0x31
 class ProxyHeader:
     """A whole header of ``length`` bytes.
 
-    ``source`` is the caller's IP address and port. It is None where the balancer does not name a caller: its own health
-    check (LOCAL), or a connection that has no IP address (UNKNOWN, a Unix socket).
+    ``source`` is the client's IP address and port. It is None if the balancer names no client: for its own health check
+    (LOCAL), or for a connection without an IP address (UNKNOWN, a Unix socket).
     """
 
     length: int
@@ -50,7 +50,7 @@ class ProxyHeader:
 
 
 def parse_proxy_header(data: bytes) -> ProxyHeader | int:
-    """The header that ``data`` begins with; or how many bytes of the connection it takes at least to know more.
+    """The header at the beginning of ``data``; or, if more data is needed, how many bytes at least in all.
 
     Raises RemoteProtocolError as soon as ``data`` cannot be the beginning of a header.
     """
@@ -76,14 +76,14 @@ def _parse_v1(data: bytes) -> ProxyHeader | int:
         return ProxyHeader(length, None)
     found = _V1_LINE.fullmatch(line)
     if found is None:
-        raise RemoteProtocolError("PROXY header: the line is not as version 1 has it")
+        raise RemoteProtocolError("PROXY header: the line is not in the form of version 1")
     family, source, destination, port, other_port = found.groups()
     kind = ipaddress.IPv4Address if family == "TCP4" else ipaddress.IPv6Address
     try:
         host = str(kind(source))
         kind(destination)
     except ValueError:
-        raise RemoteProtocolError(f"PROXY header: an address that is none of {family}") from None
+        raise RemoteProtocolError(f"PROXY header: an address does not belong to {family}") from None
     if max(int(port), int(other_port)) > 65535:
         raise RemoteProtocolError("PROXY header: a port beyond 65535")
     return ProxyHeader(length, (host, int(port)))
@@ -103,14 +103,14 @@ def _parse_v2(data: bytes) -> ProxyHeader | int:
     size = {_TCP4: 12, _TCP6: 36}.get(family, 0)
     if command == _PROXY:
         if family not in (_UNSPECIFIED, _TCP4, _TCP6, _UNIX_STREAM):
-            raise RemoteProtocolError(f"PROXY header: family and transport 0x{family:02x} are no stream")
+            raise RemoteProtocolError(f"PROXY header: family and transport 0x{family:02x} are not those of a stream")
         if rest < size:
             raise RemoteProtocolError("PROXY header: too short for its addresses")
     if len(data) < length:
         return length
     if command == _LOCAL or not size:
         return ProxyHeader(length, None)
-    # What follows the addresses are TLVs, of which none is of use here.
+    # After the addresses come TLVs; we use none of them.
     where = data[_V2_START : _V2_START + size]
     if family == _TCP4:
         return ProxyHeader(length, (socket.inet_ntop(socket.AF_INET, where[:4]), int.from_bytes(where[8:10], "big")))

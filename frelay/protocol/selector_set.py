@@ -1,12 +1,11 @@
-"""Many selectors at once: whether any of them matches a name, without trying one after the other.
+"""A set of selectors that quickly says whether any of them matches a name.
 
-A certificate has up to hundreds of names, and an address up to thousands of selectors; the product of both is what a
-member of one route could make the relay compute at each JOIN. Here a name costs one look-up among the exact selectors,
-and one for each way in which selectors with wildcards are built: their kind, what must be equal, how many parts they
-have, and which of those are ``*``.
+A certificate has up to hundreds of names, and an address up to thousands of selectors. If each were compared with each,
+one function could make the relay compute the product of both at every JOIN. Here a name costs one look-up among the
+exact selectors, and one for each shape of selector with wildcards. A shape is the kind, the part that must be equal,
+the number of parts, and which of them are ``*``.
 
-What matches is what :meth:`~frelay.protocol.identity.Selector.matches` says, no more and no less. Standard library
-only.
+The result is always that of :meth:`~frelay.protocol.identity.Selector.matches`. Standard library only.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from frelay.protocol.identity import Kind, Name, Selector, may_stand_under_wildc
 __all__ = ["SelectorSet"]
 
 _Shape = tuple[Kind, object, int]
-"""Kind, what must be equal outside the parts, and how many parts there are."""
-_Places = tuple[int, ...]
-"""Which of the parts are wildcards."""
+"""The kind, what must be equal outside the parts, and the number of parts."""
+_Wildcards = tuple[int, ...]
+"""The indexes of the parts that are wildcards."""
 
 
 class SelectorSet:
@@ -31,15 +30,15 @@ class SelectorSet:
 
     def __init__(self, selectors: Iterable[Selector] = ()) -> None:
         self._exact: Final[dict[Kind, set[str]]] = {kind: set() for kind in Kind}
-        self._wild: Final[dict[_Shape, dict[_Places, set[tuple[str, ...]]]]] = {}
+        self._wild: Final[dict[_Shape, dict[_Wildcards, set[tuple[str, ...]]]]] = {}
         for selector in selectors:
             if selector.is_exact:
                 self._exact[selector.kind].add(selector.pattern)
                 continue
             fixed, parts = split_name(selector.kind, selector.pattern)
-            places = tuple(place for place, part in enumerate(parts) if part == "*")
-            by_places = self._wild.setdefault((selector.kind, fixed, len(parts)), {})
-            by_places.setdefault(places, set()).add(tuple(parts))
+            wildcards = tuple(index for index, part in enumerate(parts) if part == "*")
+            by_wildcards = self._wild.setdefault((selector.kind, fixed, len(parts)), {})
+            by_wildcards.setdefault(wildcards, set()).add(tuple(parts))
 
     @classmethod
     def union(cls, sets: Iterable[SelectorSet]) -> SelectorSet:
@@ -48,10 +47,10 @@ class SelectorSet:
         for one in sets:
             for kind, patterns in one._exact.items():
                 whole._exact[kind].update(patterns)
-            for shape, by_places in one._wild.items():
+            for shape, by_wildcards in one._wild.items():
                 own = whole._wild.setdefault(shape, {})
-                for places, wanted in by_places.items():
-                    own.setdefault(places, set()).update(wanted)
+                for wildcards, wanted in by_wildcards.items():
+                    own.setdefault(wildcards, set()).update(wanted)
         return whole
 
     def matches(self, name: Name) -> bool:
@@ -61,11 +60,11 @@ class SelectorSet:
         if not self._wild or name.kind is Kind.SPKI:
             return False
         fixed, parts = split_name(name.kind, name.value)
-        for places, wanted in self._wild.get((name.kind, fixed, len(parts)), {}).items():
+        for wildcards, wanted in self._wild.get((name.kind, fixed, len(parts)), {}).items():
             masked = list(parts)
-            for place in places:
-                masked[place] = "*"
-            if tuple(masked) in wanted and all(may_stand_under_wildcard(parts[place]) for place in places):
+            for index in wildcards:
+                masked[index] = "*"
+            if tuple(masked) in wanted and all(may_stand_under_wildcard(parts[index]) for index in wildcards):
                 return True
         return False
 

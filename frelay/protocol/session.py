@@ -1,19 +1,18 @@
-"""Whose turn it is: the two state machines of frelay/1, one for each end of a leg.
+"""The two state machines of frelay/1, one for each end of a leg: they say which message may come next.
 
 The relay's end (:class:`RelaySession`)::
 
     JOINING --JOIN in--> JOINED --WAITING out--> WAITING --PAIRED out--> PAIRED
        \\________________\\________ REFUSED out _____/----> OVER
 
-The party's end (:class:`PartySession`) is its mirror. Neither does I/O: bytes that were read go in through
-``receive``, which gives the messages found in them; a message to send goes through ``send``, which gives the bytes.
-Both raise :class:`~frelay.errors.RemoteProtocolError` for what the other side may not say now, and
-:class:`~frelay.errors.LocalProtocolError` for what this side may not.
+The party's end (:class:`PartySession`) is its mirror. Neither does I/O: ``receive`` takes the bytes that were read and
+returns the messages in them; ``send`` takes a message and returns its bytes. Both raise
+:class:`~frelay.errors.RemoteProtocolError` if the other side may not send a message now, and
+:class:`~frelay.errors.LocalProtocolError` if this side may not.
 
-One race is part of the protocol: a PING may cross with PAIRED, so that its PONG reaches the relay after PAIRED was
-sent. That one PONG, and nothing else, is still taken in the state PAIRED; so is a LEAVE that crossed. And whoever has
-said its last word, REFUSED or LEAVE, may still be sent what the other side wrote before it could read that: it is
-decoded and dropped.
+Some messages may cross on the wire. A PONG may reach the relay after it has sent PAIRED, if its PING crossed with that;
+so may a LEAVE. In the state PAIRED these two are still accepted, and nothing else. After its last message, REFUSED or
+LEAVE, an end may still receive what the other side sent before it read that: such messages are decoded and dropped.
 """
 
 from __future__ import annotations
@@ -39,13 +38,13 @@ from frelay.protocol.messages import (
 
 __all__ = ["PartySession", "RelaySession", "State"]
 
-# A waiting leg has no reason to send advisory frames at all today; this many are patience with a later version,
-# and a bound on the work that one leg can cause.
+# Today a waiting leg has no reason to send advisory frames. A later version may send some; the limit bounds the work
+# that one leg can cause.
 _MAX_ADVISORY: Final = 64
 
 
 class State(Enum):
-    """How far a leg has come."""
+    """The state of a leg in the protocol."""
 
     JOINING = "joining"
     JOINED = "joined"
@@ -57,21 +56,21 @@ class State(Enum):
 class _Session:
     """What both ends share: the decoder, the state, and the bound on advisory frames."""
 
-    __slots__ = ("_decoder", "_said_last_word", "state")
+    __slots__ = ("_decoder", "_sent_last_message", "state")
 
     def __init__(self) -> None:
         self._decoder = FrameDecoder()
-        self._said_last_word = False
+        self._sent_last_message = False
         self.state = State.JOINING
 
     def receive(self, data: bytes) -> list[Message]:
-        """Take in what was read; give the messages that are complete. Raises RemoteProtocolError."""
+        """Take the bytes that were read; return the messages that are complete. Raises RemoteProtocolError."""
         self._decoder.feed(data)
         messages = []
         while (frame := self._decoder.next_frame()) is not None:
             message = decode(frame)
-            if not self._said_last_word:
-                self._judge(message)
+            if not self._sent_last_message:
+                self._check_turn(message)
                 messages.append(message)
         if self._decoder.advisory_skipped > _MAX_ADVISORY:
             raise RemoteProtocolError(f"more than {_MAX_ADVISORY} advisory frames")
@@ -79,7 +78,7 @@ class _Session:
 
     @property
     def is_inside_frame(self) -> bool:
-        """Whether a frame has come in part."""
+        """Whether a frame was received in part."""
         return len(self._decoder) > 0
 
     @property
@@ -92,7 +91,7 @@ class _Session:
         if len(self._decoder):
             raise RemoteProtocolError("the stream ended inside a frame")
 
-    def _judge(self, message: Message) -> None:
+    def _check_turn(self, message: Message) -> None:
         raise NotImplementedError
 
     def _refuse_message(self, message: Message) -> RemoteProtocolError:
@@ -111,10 +110,10 @@ class RelaySession(_Session):
 
     @property
     def pong_due(self) -> bool:
-        """Whether a PING was sent and its PONG has not come."""
+        """Whether a PING was sent and its PONG was not received yet."""
         return self._pong_due
 
-    def _judge(self, message: Message) -> None:
+    def _check_turn(self, message: Message) -> None:
         if isinstance(message, Join) and self.state is State.JOINING:
             self.state = State.JOINED
         elif isinstance(message, Pong) and self._pong_due and message.n == self._ping_number:
@@ -125,7 +124,7 @@ class RelaySession(_Session):
             raise self._refuse_message(message)
 
     def ping(self) -> bytes:
-        """The bytes of the next PING; at most one is under way at a time."""
+        """The bytes of the next PING; only one may wait for its PONG at a time."""
         if self._pong_due:
             raise LocalProtocolError("a PING is already under way")
         self._ping_number += 1
@@ -134,14 +133,14 @@ class RelaySession(_Session):
         return data
 
     def send(self, message: Message) -> bytes:
-        """The bytes of ``message``, moving the state on; raises LocalProtocolError if it is not its turn."""
+        """The bytes of ``message``, and advance the state; raises LocalProtocolError if it may not be sent now."""
         state, data = self.state, encode(message)
         if isinstance(message, Waiting) and state is State.JOINED:
             self.state = State.WAITING
         elif isinstance(message, Paired) and state in (State.JOINED, State.WAITING):
             self.state = State.PAIRED
         elif isinstance(message, Refused) and state in (State.JOINING, State.JOINED, State.WAITING):
-            self.state, self._said_last_word = State.OVER, True
+            self.state, self._sent_last_message = State.OVER, True
         elif not (isinstance(message, Ping | Draining) and state is State.WAITING):
             raise LocalProtocolError(f"{message.TYPE.name} while {state.value}")
         return data
@@ -152,24 +151,24 @@ class PartySession(_Session):
 
     __slots__ = ()
 
-    def _judge(self, message: Message) -> None:
+    def _check_turn(self, message: Message) -> None:
         if isinstance(message, Waiting) and self.state is State.JOINED:
             self.state = State.WAITING
         elif isinstance(message, Paired) and self.state in (State.JOINED, State.WAITING):
             self.state = State.PAIRED
         elif isinstance(message, Refused) and self.state in (State.JOINING, State.JOINED, State.WAITING):
-            # JOINING too: a relay that refuses by certificate may say so before it has read a JOIN.
+            # In JOINING too: a relay that refuses the certificate may say so before it reads a JOIN.
             self.state = State.OVER
         elif not (isinstance(message, Ping | Draining) and self.state in (State.JOINED, State.WAITING)):
             raise self._refuse_message(message)
 
     def send(self, message: Message) -> bytes:
-        """The bytes of ``message``, moving the state on; raises LocalProtocolError if it is not its turn."""
+        """The bytes of ``message``, and advance the state; raises LocalProtocolError if it may not be sent now."""
         data = encode(message)
         if isinstance(message, Join) and self.state is State.JOINING:
             self.state = State.JOINED
         elif isinstance(message, Leave) and self.state in (State.JOINED, State.WAITING):
-            self.state, self._said_last_word = State.OVER, True
+            self.state, self._sent_last_message = State.OVER, True
         elif not (isinstance(message, Pong) and self.state in (State.JOINED, State.WAITING)):
             raise LocalProtocolError(f"{message.TYPE.name} while {self.state.value}")
         return data

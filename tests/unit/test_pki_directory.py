@@ -69,7 +69,7 @@ def test_no_name_leaves_the_directory_or_takes_the_authoritys_place(home: Author
 
 def test_it_is_found_here_or_in_certs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CertificateError, match=r"there is no ca.pem and certs/ca.pem; say where it is with --ca"):
+    with pytest.raises(CertificateError, match=r"there is no ca.pem and no certs/ca.pem; say where it is with --ca"):
         AuthorityDirectory.find(None)
     AuthorityDirectory(Path("certs")).create("x", days=3, algorithm="p256")
     assert AuthorityDirectory.find(None).certificate == Path("certs/ca.pem")

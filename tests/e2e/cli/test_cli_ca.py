@@ -125,7 +125,7 @@ def test_a_wrong_call(tmp_path: Path, arguments: list[str], text: str) -> None:
     [
         (["party", "x", "--dns", "x_.acme."], "no selector could ever match it"),
         (["party", "ca", "--dns", "x.acme", "--force"], "cannot name the files"),
-        (["party", "x", "--dns", "x.acme", "--days", "9999"], "longer than the authority lives"),
+        (["party", "x", "--dns", "x.acme", "--days", "9999"], "longer than the authority is valid"),
         (["party", "x", "--dns", "x.acme", "--ca", "nowhere"], "there is no nowhere/ca.pem"),
         (["revoke", "no-such.pem"], "'no-such.pem': there is no such file"),
         (["show", "no-such.pem"], "no-such.pem: cannot be read"),
