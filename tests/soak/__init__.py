@@ -1,1 +1,1 @@
-"""Tests for what only time shows: ``soak.py`` for as long as one likes, ``test_churn.py`` for a moment."""
+"""Tests for faults that only time shows: ``soak.py`` runs as long as you ask, ``test_churn.py`` for seconds."""

@@ -1,9 +1,9 @@
-"""Is it flat? A straight line through what was measured each second, and by how much that may rise.
+"""Is it flat? A straight line through the samples of each second, and by how much it may rise.
 
-What churns goes up and down, so a single reading says nothing. The time after the warm-up is cut into slices, a line is
-fitted to their means, and what counts is its growth over that whole time. It must not be above what the quantity may
-grow for known reasons; where the growth is less certain than that, as in a short run on a noisy machine, twice its
-standard error is let pass. So a longer run is a stricter one, and a short one finds what is coarse.
+The samples go up and down, so a single one says nothing. The time after the warm-up is cut into slices, a line is
+fitted to their means, and its growth over that whole time is judged. The growth must not exceed what has known reasons.
+In a short run on a noisy machine the growth is uncertain, so twice its standard error is subtracted first. A longer run
+is therefore stricter; a short one finds large leaks only.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Gauge:
     because: str
     """Where that number comes from."""
     or_share: float = 0.0
-    """Or by this share of its mean, if that is more."""
+    """Or this share of its mean, if that is more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +44,13 @@ class Line:
 
     @property
     def growth(self) -> float:
-        """How much higher its end is."""
+        """How much higher it ends than it begins."""
         return self.ends[1] - self.begins[1]
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What came of one gauge."""
+    """The judgement of one gauge."""
 
     gauge: Gauge
     mean: float
@@ -59,17 +59,17 @@ class Finding:
 
     @property
     def may_grow(self) -> float:
-        """By how much."""
+        """The allowed growth, in the unit of the gauge."""
         return max(self.gauge.may_grow, self.gauge.or_share * self.mean)
 
     @property
     def is_flat(self) -> bool:
-        """Whether it may be called so."""
+        """Whether it grew by no more than that, its uncertainty allowed for."""
         return self.line.growth - 2 * self.line.error <= self.may_grow
 
 
 def warm_up(seconds: float) -> float:
-    """How much of a run does not count: until every kind of traffic was there, and the allocator has its arenas."""
+    """How many seconds of a run do not count: until all kinds of traffic run, and the allocator has its arenas."""
     return min(120.0, max(6.0, seconds / 5))
 
 
@@ -90,7 +90,7 @@ def fit(points: Sequence[tuple[float, float]]) -> Line:
 
 
 def judge(gauge: Gauge, points: Sequence[tuple[float, float]], *, after: float) -> Finding:
-    """Fit what came later than ``after`` seconds."""
+    """Fit a line to the samples later than ``after`` seconds."""
     counted = [point for point in points if point[0] >= after]
     values = [value for _, value in counted]
     return Finding(gauge, fmean(values), max(values), fit(counted))

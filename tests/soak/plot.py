@@ -19,7 +19,7 @@ _TOP: Final = 72
 _PANEL: Final = 96
 _GAP: Final = 44
 _BOTTOM: Final = 36
-# More points than pixels only make the file big.
+# More points than pixels would only make the file bigger.
 _MOST_POINTS: Final = 800
 
 _LIGHT: Final = """.grid { stroke: #d8dee4; stroke-width: 1 }
@@ -94,7 +94,7 @@ def _panel(panel: Panel, top: float, last: float, warm_up: float) -> Iterator[st
 
 
 def _thinned(points: Sequence[Point]) -> Sequence[Point]:
-    """The lowest and the highest of each few: no peak must fall out of the picture."""
+    """The lowest and the highest of every few points, so that no peak is lost."""
     share = 2 * math.ceil(len(points) / _MOST_POINTS)
     if share < 4:
         return points

@@ -1,8 +1,8 @@
 """How late is a relay's event loop? ``python tests/soak/probe.py PORT``, with a plain route at that port.
 
-One byte at a time goes through a pairing, from one socket of this process to another, and waits for nothing but the
-relay's loop and the machine. Each second prints a line of JSON: the median and the longest way in it, in milliseconds.
-A process of its own, so that it does not measure the load generator's loop instead.
+It sends one byte at a time through a pairing, from one of its sockets to another. Only the relay's loop and the machine
+can delay it. Each second it prints a line of JSON: the median and the longest delay, in milliseconds. It is a process
+of its own, so that it does not measure the event loop of the load generator.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from statistics import median
 from typing import Final
 
 _PAUSE: Final = 0.02
-_PATIENCE: Final = 60.0
-# A plain route's functions upgrade to TLS, and the relay insists that it begins like that.
+_TIMEOUT: Final = 60.0
+# On a plain route the relay insists that the first bytes look like TLS.
 _TLS_HEADER: Final = b"\x16\x03\x01"
 
 
 def main() -> None:
     """Probe until the connection ends."""
-    one, two = (socket.create_connection(("127.0.0.1", int(sys.argv[1])), _PATIENCE) for _ in range(2))
+    one, two = (socket.create_connection(("127.0.0.1", int(sys.argv[1])), _TIMEOUT) for _ in range(2))
     with one, two:
         for sock in (one, two):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -1,4 +1,4 @@
-"""What a soak has found: its samples, its verdict, and the two told as a table, as JSON and as curves."""
+"""The result of a soak: its samples and its verdict, as a table, as JSON and as curves."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ __all__ = ["GAUGES", "Result", "Sample", "as_json", "as_picture", "as_table"]
 
 GAUGES: Final = {
     "descriptors": Gauge("open descriptors", "", 8, "the pool keeps the pipes of the busiest moment, two ends each"),
-    "memory": Gauge("memory (RSS)", "MiB", 4, "arenas of Python and malloc, filled anew by whatever comes"),
-    "tasks": Gauge("tasks", "", 10, "three pairings more at the end than at the beginning, by chance"),
-    "lag": Gauge("loop lag, median", "ms", 5, "what others do on the machine, which may become twice as much", 1.0),
+    "memory": Gauge("memory (RSS)", "MiB", 4, "Python and malloc refill their arenas with other objects"),
+    "tasks": Gauge("tasks", "", 10, "by chance, three pairings more at the end than at the beginning"),
+    "lag": Gauge("loop lag, median", "ms", 5, "other load on the machine, which may double", 1.0),
 }
 
 
 @dataclass(slots=True)
 class Sample:
-    """What was seen in one second."""
+    """The readings of one second."""
 
     at: float
     descriptors: int
@@ -48,7 +48,7 @@ class Result:
     findings: list[Finding]
     before: dict[str, int]
     after: dict[str, int]
-    """What it held at rest, before and after."""
+    """What the relay held at rest, before and after."""
     scenes: dict[str, int]
     outcomes: Counter[str]
     troubles: Counter[str]
@@ -56,11 +56,11 @@ class Result:
 
     @property
     def is_good(self) -> bool:
-        """Whether all is as it must be."""
+        """Whether there was no fault."""
         return not self.faults()
 
     def faults(self) -> list[str]:
-        """What is not as it must be."""
+        """All faults, one sentence each."""
         found = [f"{f.gauge.name} grew by {f.line.growth:.1f} {f.gauge.unit}" for f in self.findings if not f.is_flat]
         found += [
             f"at rest it holds {self.after[name]} {name}, and held {count} before"

@@ -46,7 +46,7 @@ _REST: Final = 40.0
 
 
 class _Relay:
-    """The process, and what it logs."""
+    """The relay's process, and its log."""
 
     def __init__(self, process: trio.Process, ground: Ground) -> None:
         self.process: Final = process
@@ -58,7 +58,7 @@ class _Relay:
         self._tail = ""
 
     async def read_log(self) -> None:
-        """Read it to its end: who does not, stops the log."""
+        """Read the log to its end; a log that nobody reads would stall."""
         assert self.process.stderr is not None
         rest = b""
         async for chunk in self.process.stderr:
@@ -92,10 +92,10 @@ class _Relay:
         if not self.metrics:
             raise RuntimeError(f"the relay did not start: {self._tail}")
 
-    # --- looking at it -------------------------------------------------------------------------------------------
+    # --- samples -------------------------------------------------------------------------------------------------
 
-    async def look(self, at: float) -> Sample:
-        """One sample."""
+    async def sample(self, at: float) -> Sample:
+        """Read one sample."""
         directory = Path(f"/proc/{self.process.pid}")
         status = dict(line.split(":", 1) for line in (directory / "status").read_text().splitlines())
         ticks = (directory / "stat").read_text().rpartition(")")[2].split()
@@ -125,7 +125,7 @@ class _Relay:
         }
 
     async def settled(self) -> dict[str, int]:
-        """What it holds once that stays so: the connection that asked last may still be closing."""
+        """What it holds when that does not change any more: our last connection may still be closing."""
         found, before = await self.at_rest(), None
         while found != before:
             await trio.sleep(0.3)
@@ -133,13 +133,13 @@ class _Relay:
         return found
 
     async def at_rest(self) -> dict[str, int]:
-        """What it holds that must come back to the same number."""
+        """What it holds and must hold again at the end."""
         kinds = list(self._open_files())
         _, status = await ask(self._ground, "GET", "/v1/status")
         return {
             "sockets": sum(kind.startswith("socket:") for kind in kinds),
             "files": sum(not kind.startswith(("socket:", "pipe:")) for kind in kinds),
-            "tasks": (await self.look(0)).tasks,
+            "tasks": (await self.sample(0)).tasks,
             "legs": status["descriptors"]["legs"],
             "pairings": status["pairings"],
             "waiting legs": status["waiting"],
@@ -164,11 +164,11 @@ async def _echo(stream: trio.SSLStream[trio.SocketStream]) -> None:
             await stream.send_all(data)
         await stream.aclose()
     except trio.BrokenResourceError:
-        pass  # its caller is one of those that go without a word
+        pass  # a scene that closes without TLS's close_notify
 
 
 async def _kill(process: trio.Process) -> None:
-    # Its drain would be waited for in vain.
+    # SIGTERM would start a drain, which might not end.
     process.kill()
 
 
@@ -188,7 +188,7 @@ async def _probe(ground: Ground, found: list[tuple[float, float]]) -> None:
 async def _traffic(
     ground: Ground, relay: _Relay, cast: Sequence[Actor], seconds: float, troubles: Counter[str]
 ) -> list[Sample]:
-    """All of it for ``seconds``, with a look each second."""
+    """Run all scenes for ``seconds``, with a sample each second."""
     samples: list[Sample] = []
     lags: list[tuple[float, float]] = []
     over = trio.Event()
@@ -199,7 +199,7 @@ async def _traffic(
                 scenes.start_soon(actor.run, over, troubles)
             began = trio.current_time()
             while (at := trio.current_time() - began) < seconds and relay.process.returncode is None:
-                sample = await relay.look(at)
+                sample = await relay.sample(at)
                 if lags:
                     sample.lag, sample.longest_lag = lags[-1][0], max(longest for _, longest in lags)
                     lags.clear()
@@ -213,7 +213,7 @@ async def _traffic(
 
 
 async def run(options: argparse.Namespace, directory: Path) -> Result:
-    """Start everything, let it churn, look, and end it."""
+    """Start everything, run the traffic, judge, and end it."""
     certs = directory / "certs"
     listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
     ground = Ground(directory, f"127.0.0.1:{listeners[0].socket.getsockname()[1]}")
@@ -234,7 +234,7 @@ async def run(options: argparse.Namespace, directory: Path) -> Result:
                 stdin=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 check=False,
-                # Out of the terminal's reach: Ctrl-C is for us, and we end it.
+                # In a process group of its own: Ctrl-C must reach only us, and we end the relay.
                 process_group=0,
                 deliver_cancel=_kill,
             )
@@ -243,7 +243,7 @@ async def run(options: argparse.Namespace, directory: Path) -> Result:
         ground.pid = process.pid
         nursery.start_soon(relay.read_log)
         await relay.wait_ready()
-        before = await relay.settled()  # what is made once, for the first caller, is no leak
+        before = await relay.settled()  # by asking, so that what the first connection creates once is no leak
         cast = actors(ground, options.seed)
         samples = await _traffic(ground, relay, cast, options.seconds, troubles)
         progress("coming to rest")

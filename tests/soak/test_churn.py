@@ -22,8 +22,8 @@ from support.site import Site
 COUNT = int(os.environ.get("FRELAY_CHURN", "300"))
 WARM_UP = 99
 STEP = 100
-# What the allocator may keep between two measurements of a process that leaks nothing, in KiB: the arenas of Python and
-# malloc are filled anew by whatever comes. One leaked pairing is 10 KiB or more, so that 300 of them show.
+# By how much the memory of a process without leaks may grow, in KiB: Python and malloc refill their arenas with other
+# objects. A leaked pairing is 10 KiB or more, so 300 of them are found.
 SLACK = 2048
 
 
@@ -34,7 +34,7 @@ def rss(relay: RelayProcess) -> int:
 
 
 async def settled(relay: RelayProcess, descriptors: int) -> list[str]:
-    """The descriptors of the relay, once they are as many as before, or a few seconds later."""
+    """The descriptors of the relay, as soon as there are as many as before, or after 5 s."""
     found = open_descriptors(relay.process.pid)
     with trio.move_on_after(5):
         while len(found) != descriptors:
@@ -51,12 +51,12 @@ async def test_descriptors_and_memory_are_back_where_they_were(site: Site, capsy
         descriptors_at_start = len(open_descriptors(relay.process.pid))
         await churn(site, relay, WARM_UP, seed=0)
         descriptors = open_descriptors(relay.process.pid)
-        # Pipes that wait for their next use are all that may have come; a bulk has two.
+        # Only pooled pipes may be new; a bulk transfer has two.
         assert len(descriptors) <= descriptors_at_start + 2 * 2 + 2
         before, began = rss(relay), time.monotonic()
         for done in range(0, COUNT, STEP):
             await churn(site, relay, min(STEP, COUNT - done), seed=done)
-            # Looking for a line in a log of a million would take longer than the pairings.
+            # To search a log of a million lines would take longer than the pairings.
             relay.events[:] = relay.logged("listening")
             relay.stderr = ""
         took = time.monotonic() - began

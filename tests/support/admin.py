@@ -45,12 +45,12 @@ async def admin(site: Site, **options: Any) -> AsyncIterator[httpx.AsyncClient]:
 
 
 def keys(answer: httpx.Response) -> set[str | None]:
-    """The keys that an error answer complains of."""
+    """The keys that an error answer names."""
     return {problem["key"] for problem in answer.json()["problems"]}
 
 
 class Events:
-    """An open event stream, and what came of it so far."""
+    """An open event stream, and the events that have come so far."""
 
     def __init__(self) -> None:
         self.seen: list[dict[str, Any]] = []
@@ -90,7 +90,7 @@ async def events(api: httpx.AsyncClient, **headers: str) -> AsyncIterator[Events
 
 @asynccontextmanager
 async def forwarded(path: Path) -> AsyncIterator[int]:
-    """A loopback port that leads to a Unix socket, as `ssh -L` makes one: for programs that know no Unix sockets."""
+    """A loopback port that leads to a Unix socket, as with `ssh -L`: for programs that cannot use Unix sockets."""
     async with trio.open_nursery() as nursery:
 
         async def carry(client: trio.SocketStream) -> None:
@@ -118,7 +118,7 @@ async def forwarded(path: Path) -> AsyncIterator[int]:
 
 
 def can_bind(address: tuple[str, int]) -> bool:
-    """Whether an address is free, without the help of SO_REUSEADDR beyond TIME_WAIT."""
+    """Whether nobody listens at an address; connections in TIME_WAIT do not count."""
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -1,7 +1,7 @@
 """TLS clients that know nothing of frelay (docs/protocol.md, section 6): openssl, socat, stunnel, and Python's ``ssl``.
 
-:func:`bare_tunnel` runs one, with the face of an ``End`` of ``ends.py``: what is written to its local side comes out at
-the other party, and the other way round::
+:func:`bare_tunnel` runs one, with the methods of an ``End`` of ``ends.py``: what a test writes to its local side
+arrives at the other party, and the other way round::
 
     async with bare_tunnel("socat", site, relay.port(), "func1") as one:
         await one.send(b"question")
@@ -34,7 +34,7 @@ KINDS: Final[tuple[Kind, ...]] = ("s_client", "socat", "stunnel", "ssl")
 
 
 def installed(kind: Kind) -> Kind:
-    """``kind`` itself, once its program is there; see :func:`tool`. Call it in a fixture, so that the reason shows."""
+    """``kind`` itself if its program is installed; else skips (:func:`tool`). In a fixture, pytest shows why."""
     if kind != "ssl":
         tool("openssl" if kind == "s_client" else kind)
     return kind
@@ -44,7 +44,7 @@ class BareTunnel:
     """The local side of a bare tunnel. Sending and receiving may be done by two tasks at once."""
 
     can_half_close: bool = True
-    """Whether it passes the end of one direction on and goes on with the other."""
+    """Whether it passes on the end of one direction while the other goes on."""
 
     async def send(self, data: bytes) -> None:
         raise NotImplementedError
@@ -57,7 +57,7 @@ class BareTunnel:
         raise NotImplementedError
 
     async def left_in_order(self) -> bool:
-        """Whether it took its end for a clean one. Call it once both directions have ended."""
+        """Whether it reports a clean end. Call it when both directions have ended."""
         raise NotImplementedError
 
     async def receive_exactly(self, count: int) -> bytes:
@@ -101,7 +101,7 @@ class Program(BareTunnel):
             return await self.process.wait() == 0
 
     def thread_socket(self) -> socket.socket:
-        """The local end as a blocking socket for another thread, a TLS client's say; from here on only there."""
+        """The local end as a blocking socket for another thread, such as a TLS client; nobody else may use it then."""
         sock = socket.socket(fileno=os.dup(self.local.socket.fileno()))
         sock.settimeout(TIMEOUT)
         return sock
@@ -136,12 +136,12 @@ class PlainSslSocket(BareTunnel):
                 return b""
 
     async def send_eof(self) -> None:
-        # Only where nothing more comes before the other side has seen this: unwrap() also reads.
+        # unwrap() also reads: use it only where the other side sends nothing more until it has seen our close_notify.
         with suppress(ssl.SSLWantReadError):
             self._sock.unwrap()
 
     async def left_in_order(self) -> bool:
-        # A missing close_notify is an error of receive(), so it is known already.
+        # Without a close_notify receive() has failed already.
         return True
 
 
@@ -183,7 +183,7 @@ async def bare_tunnel(kind: Kind, site: Site, port: int, name: str) -> AsyncIter
             process: trio.Process = await nursery.start(
                 partial(trio.run_process, command, stdin=theirs, stdout=theirs, stderr=subprocess.PIPE, check=False)
             )
-        # -quiet makes s_client ignore the end of its input, and without that it would drop what still comes.
+        # With -quiet s_client ignores the end of its input; otherwise it would drop what still arrives.
         program = Program(process, ours, can_half_close=kind != "s_client")
         nursery.start_soon(program._read_stderr)
         try:

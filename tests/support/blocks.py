@@ -68,13 +68,13 @@ def blocks(page: str) -> tuple[Block, ...]:
 
 
 def find(page: str, having: str) -> Block:
-    """The one block of the page with this text."""
+    """The only block of the page with this text."""
     (found,) = (block for block in blocks(page) if having in block.text)
     return found
 
 
 class Running:
-    """A command that was started: what it says is read as it comes."""
+    """A command that runs; its output is read as it comes."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
@@ -104,7 +104,7 @@ class Running:
         return next(line for line in reversed(self.output.splitlines()) if text in line)
 
     def write(self, text: str, *, is_last: bool = False) -> None:
-        """Send it ``text``, and leave its input open unless that is the last of it."""
+        """Send it ``text``; close its input too if this is the last of it."""
         assert self.process.stdin is not None
         self.process.stdin.write(text)
         self.process.stdin.flush()
@@ -150,7 +150,7 @@ class Machine:
             "PATH": f"{programs}:{os.environ['PATH']}",
             "NO_COLOR": "1",
         }
-        # As in a clone that README's first command was run in.
+        # As in a clone in which README's first command has run.
         (directory / ".venv").symlink_to(programs.parent)
 
     def run(self, script: str, *, stdin: str = "", env: Mapping[str, str] | None = None) -> Said:
@@ -168,7 +168,7 @@ class Machine:
 
     @contextmanager
     def start(self, script: str, *, env: Mapping[str, str] | None = None) -> Iterator[Running]:
-        """Run a shell script meanwhile; it is stopped at the end."""
+        """Run a shell script in the background; it is stopped at the end."""
         process = subprocess.Popen(
             [*self._enter, "bash", "-c", script],
             env={**self.environment, **(env or {})},
@@ -187,12 +187,12 @@ class Machine:
 
 @contextmanager
 def machine(directory: Path, *names: str) -> Iterator[Machine]:
-    """A machine whose loopback has these host names: the names and ports of the pages lead there, and are free."""
+    """A machine whose loopback has these host names, so the names and ports of the pages lead there and are free."""
     needs_root("a network of its own")
     hosts = directory / "hosts"
     hosts.write_text(f"127.0.0.1 localhost {' '.join(names)}\n::1 localhost\n")
     made = f'mount --bind "{hosts}" /etc/hosts && {tool("ip")} link set lo up && echo made && exec cat'
-    # It ends with its input, also where the tests are killed.
+    # It ends when its input ends, so also when the tests are killed.
     holder = subprocess.Popen(
         [tool("unshare"), "--net", "--mount", "sh", "-c", made],
         stdin=subprocess.PIPE,

@@ -1,13 +1,13 @@
 """A real browser beside a Trio test: Debian's Chromium, driven by Playwright, on a thread of its own.
 
-Playwright's blocking API belongs to the thread that started it and must not run where Trio does, so a test hands it
-functions; a relay's admin API listens on a Unix socket, which no browser can reach, so a port of 127.0.0.1 is forwarded
-to it, as an operator does with ``ssh -L``::
+Playwright's blocking API belongs to the thread that started it, and must not run in Trio's thread. So a test passes
+functions to it. A browser cannot reach the Unix socket of a relay's admin API, so a port of 127.0.0.1 is forwarded to
+it, as an operator does with ``ssh -L``::
 
     async with forwarded(site.directory / "frelay.sock") as way, chromium.page(way.url) as view:
         await view.see(lambda page: expect(page.get_by_role("heading", name="Routes")).to_be_visible())
 
-A page that wrote an error to its console, or asked another host for anything, fails its test at the end.
+If a page wrote an error to its console or sent a request to another host, its test fails at the end.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["Browser", "Forwarded", "View", "browser", "forwarded"]
 
 T = TypeVar("T")
 
-# No sandbox, since CI runs as root in a container; and nothing that a browser does by itself.
+# No sandbox, since CI runs as root in a container. No request that the browser makes for itself.
 _OPTIONS: Final = (
     "--no-sandbox",
     "--disable-gpu",
@@ -54,7 +54,7 @@ class View:
         self.console: Final[list[str]] = []
         """The errors and warnings that the page has written so far."""
         self.elsewhere: Final[list[str]] = []
-        """What it has asked of anybody but the relay."""
+        """The requests that it has sent to other hosts than the relay."""
         page.on("console", self._note)
         page.on("pageerror", lambda error: self.console.append(str(error)))
         page.on("request", self._judge)
@@ -72,7 +72,7 @@ class View:
         return await self._owner.run(lambda: look(self._page))
 
     async def shoot(self, name: str, *, full: bool = True) -> None:
-        """A picture for whoever changes the page: into the directory FRELAY_SCREENSHOTS, if there is one."""
+        """Write a picture into the directory FRELAY_SCREENSHOTS, if that is set: for people who change the page."""
         directory = os.environ.get("FRELAY_SCREENSHOTS")
         if directory:
             await self.see(lambda page: page.screenshot(path=Path(directory) / f"{name}.png", full_page=full))
@@ -112,7 +112,7 @@ class Browser:
     async def page(
         self, url: str, *, width: int = 1280, height: int = 900, scheme: Literal["light", "dark"] = "light"
     ) -> AsyncIterator[View]:
-        """A page at ``url``, in a profile that is new."""
+        """A page at ``url``, in a new profile."""
 
         def open_page() -> View:
             assert self._chrome is not None
@@ -174,7 +174,7 @@ class Forwarded:
                 async for data in source:
                     await sink.send_all(data)
             except (trio.BrokenResourceError, trio.ClosedResourceError):
-                pass  # either end may go as it likes
+                pass  # either end may close at any time
             nursery.cancel_scope.cancel(reason="one end has gone")
 
         try:
@@ -187,7 +187,7 @@ class Forwarded:
             nursery.start_soon(copy, server, client)
 
     def cut(self) -> None:
-        """Nobody answers at the port any more, and what was open is closed."""
+        """Stop listening at the port, and close all connections."""
         self._served.cancel(reason="the test cuts the connection")
 
     async def mend(self) -> None:

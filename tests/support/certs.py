@@ -72,7 +72,7 @@ __all__ = [
 
 SPIFFE_ID: Final = "spiffe://acme/jobs/func1"
 
-# TESTPLAN 3: as octets, since not all of them can be written as text. None is `func1.demo` except in a sloppy eye.
+# TESTPLAN 3: as octets, since not all of them can be written as text. None of them equals `func1.demo`.
 ODD_DNS: Final[dict[str, bytes]] = {
     "nul": b"func1.demo\0.evil",
     "nul at the end": b"func1.demo\0",
@@ -130,8 +130,8 @@ ODD_SPIFFE: Final[dict[str, tuple[str, ...]]] = {
     "too long": ("spiffe://acme/jobs/func1/" + "x" * 2048,),
 }
 
-# TESTPLAN 5, beyond SPIFFE: proper URIs, each of somebody else than ``https://acme/jobs/func1``, which whoever
-# "normalises" URIs takes for it.
+# TESTPLAN 5, beyond SPIFFE: valid URIs, all different from ``https://acme/jobs/func1``. A verifier that normalises URIs
+# would take them for it.
 ODD_URIS: Final[dict[str, str]] = {
     "userinfo": "https://user@acme/jobs/func1",
     "userinfo look-alike": "https://acme@evil/jobs/func1",
@@ -168,7 +168,7 @@ class Credential:
     certificate: x509.Certificate
     private_key: SigningKey = field(repr=False)
     chain: tuple[x509.Certificate, ...] = field(repr=False)
-    """What the TLS peer is sent: the leaf, then the intermediates, never the root."""
+    """What is sent to the TLS peer: the leaf, then the intermediates, never the root."""
 
     @property
     def cert_pem(self) -> bytes:
@@ -194,7 +194,7 @@ class Credential:
 
 
 class TestAuthority:
-    """A certificate authority for one test. ``TestAuthority("other CA")`` is one that nobody trusts."""
+    """A certificate authority for one test. Nobody trusts ``TestAuthority("other CA")``."""
 
     __test__ = False  # the name is for readers; pytest should not collect it
 
@@ -210,7 +210,7 @@ class TestAuthority:
         ips: Sequence[str] = ("127.0.0.1", "::1"),
         common_name: str = "relay",
     ) -> Credential:
-        """What a relay has."""
+        """The certificate of a relay."""
         return _credential(self.authority.issue(common_name=common_name, dns=dns, ips=ips, usage="relay"), common_name)
 
     def party(
@@ -245,7 +245,7 @@ class TestAuthority:
         return self.odd(_san(dns, uris), name="server-only", purposes=[ExtendedKeyUsageOID.SERVER_AUTH])
 
     def client_only(self, *, dns: Sequence[str] = (), uris: Sequence[str] = ()) -> Credential:
-        """For clients only, as a template for "client certificates" makes them."""
+        """For clients only, as templates for "client certificates" say."""
         return self.odd(_san(dns, uris), name="client-only", purposes=[ExtendedKeyUsageOID.CLIENT_AUTH])
 
     def cn_only(self, text: str) -> Credential:
@@ -308,7 +308,7 @@ class TestAuthority:
     def rework(
         self, credential: Credential, edit: Callable[[list[bytes]], None], *, digest: hashes.HashAlgorithm | None = None
     ) -> bytes:
-        """The DER of ``credential`` with its signed part edited and signed anew: what no builder would make.
+        """``credential`` with its signed part edited as DER and signed again: what no builder would make.
 
         ``edit`` is given the DER elements of the TBSCertificate: version, serial number, signature algorithm, issuer,
         validity, subject, public key, extensions.
@@ -464,7 +464,7 @@ class TestAuthority:
 
 
 def self_signed(*, dns: Sequence[str] = (), uris: Sequence[str] = ()) -> Credential:
-    """A party's certificate that nobody vouches for."""
+    """A party's certificate that no authority has signed."""
     key = ec.generate_private_key(ec.SECP256R1())
     certificate = _sign(
         subject=_name("self-signed"), key=key, issuer=None, issuer_key=key, san=_san(dns, uris), ca=False
@@ -609,7 +609,7 @@ def _sign(
 
 
 def _write(path: Path, octets: bytes, mode: int) -> None:
-    # By rename, and with its mode from the start: a relay that is watching the directory never sees half a file.
+    # By rename, and with its mode from the start: a relay that watches the directory never sees half a file.
     temporary = path.with_name(f".{path.name}.writing")
     temporary.unlink(missing_ok=True)
     with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as stream:

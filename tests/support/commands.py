@@ -21,7 +21,7 @@ import trio
 from support.ports import reserved_port
 from support.relay import FRELAY_RUN
 from support.site import DEMO, Site
-from support.tools import answers, running
+from support.tools import running, wait_listening
 from support.waiting import TIMEOUT
 
 __all__ = [
@@ -37,13 +37,13 @@ __all__ = [
 ]
 
 FRELAY: Final = (sys.executable, "-m", "frelay")
-# A command that fails does so within a second or two; a machine may be fifty times as slow.
+# A command that fails takes a second or two; a busy machine may be fifty times as slow.
 COMMAND_TIMEOUT: Final = 60.0
 
 
 @dataclass(frozen=True)
 class Said:
-    """What a command that has ended said."""
+    """The exit code and the output of a command that has ended."""
 
     code: int
     stdout: str
@@ -51,7 +51,7 @@ class Said:
 
     @property
     def messages(self) -> list[str]:
-        """The lines on stderr; a traceback among them is a failure of the test that asks."""
+        """The lines on stderr; a traceback among them fails the test."""
         assert "Traceback" not in self.stderr, self.stderr
         return self.stderr.splitlines()
 
@@ -62,7 +62,7 @@ def frelay_command(
     env: Mapping[str, str] | None = None,
     timeout: float = COMMAND_TIMEOUT,
 ) -> Said:
-    """Run ``frelay ARGUMENTS`` to its end. Colours are off, as for any stream that is no terminal."""
+    """Run ``frelay ARGUMENTS`` to its end; without colours, since its streams are no terminal."""
     done = subprocess.run(
         [*FRELAY, *map(str, arguments)],
         cwd=cwd,
@@ -77,7 +77,7 @@ def frelay_command(
 
 
 async def ask(*arguments: str | Path, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Said:
-    """As :func:`frelay_command`, for a test whose own parties must go on answering meanwhile."""
+    """As :func:`frelay_command`, in a thread: the test's own parties can answer meanwhile."""
     return await trio.to_thread.run_sync(partial(frelay_command, *arguments, cwd=cwd, env=env))
 
 
@@ -163,16 +163,16 @@ async def command(line: list[str], env: Mapping[str, str] | None = None) -> Asyn
                 process.kill()
 
 
-# --- frelay run, by what the operating system shows of it -----------------------------------------------------------
+# --- frelay run, whose log goes elsewhere ---------------------------------------------------------------------------
 
 
 @asynccontextmanager
 async def relay_logging_to(
     site: Site, stderr: int, *options: str, shell: str | None = None
 ) -> AsyncIterator[tuple[trio.Process, int]]:
-    """A ``frelay run`` that is known by its port only, since its log goes to this descriptor; with that port.
+    """A ``frelay run`` whose log goes to this descriptor, and its port.
 
-    ``shell`` are redirections, for what a descriptor cannot say.
+    ``shell`` is a redirection of the shell, for what cannot be done with a descriptor.
     """
     with reserved_port() as port:
         config = site.write(DEMO.replace("127.0.0.1:0", f"127.0.0.1:{port}"))
@@ -180,7 +180,7 @@ async def relay_logging_to(
         if shell is not None:
             line = ["/bin/sh", "-c", f'exec "$@" {shell}', "sh", *line]
         async with running(line, stderr=stderr) as process:
-            await answers(port)
+            await wait_listening(port)
             yield process, port
 
 

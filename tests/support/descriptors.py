@@ -1,4 +1,4 @@
-"""The open descriptors of a process: which they are, and which have come since."""
+"""The open descriptors of a process, and those that were opened since an earlier look."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def open_descriptors(pid: int | str = "self") -> dict[int, str]:
 def opened_since(before: Mapping[int, str], pid: int | str = "self", pipes: PipePool | None = None) -> dict[int, str]:
     """The descriptors of a process that were not there at ``before``, which :func:`open_descriptors` gave.
 
-    A bare count would also change when the collector closes what an earlier test of this process has left. The free
-    pipes of ``pipes`` are left out: a pool keeps them, bounded, for the next transfer.
+    We do not compare counts: a count changes, too, when the garbage collector closes what an earlier test has left. The
+    free pipes of ``pipes`` are left out: the pool keeps a limited number of them for the next transfer.
     """
     pooled = {end for pipe in (pipes._free if pipes else ()) for end in (pipe.read_end, pipe.write_end)}
     now = open_descriptors(pid)

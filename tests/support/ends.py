@@ -1,15 +1,15 @@
 """Two ends of a pairing that look the same whatever their mode, and bulk traffic between them.
 
-A test about bytes should not care how a leg carries them. So an :class:`End` is a ``Party`` once it is
-paired, with one face for all modes::
+A test about bytes should not depend on how a leg carries them. So an :class:`End` is a ``Party`` that is paired, with
+the same methods for all modes::
 
     one, two = await join_ends(site, relay, "raw", "bare")       # any of MODES, or "plain" on a plain route
     await one.send(b"question")
     await one.send_eof()                                          # FIN, or close_notify
     assert await two.receive_to_end() == b"question"
 
-The relay is asked for nothing but its log line "handed off", so this works with a relay process too. Traffic by the
-megabyte is moved by :func:`exchange` in a thread of its own, where neither Trio nor the interpreter's lock slows it.
+Of the relay only its log line "handed off" is needed, so this works with a relay process too. :func:`exchange` moves
+megabytes in a thread of its own, since Trio would slow it down.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ require_inner_tls = false
 
 
 def block(size: int, seed: int = 0) -> bytes:
-    """Bytes in which no part can be taken for another."""
+    """Bytes in which no part repeats."""
     return random.Random(seed).randbytes(size)
 
 
@@ -124,7 +124,7 @@ class End:
         if not self.is_tls:
             await self.party.send_eof()
             return
-        # ``unwrap`` reads too, and takes data that is still to be read for a fault.
+        # ``unwrap`` reads too, and treats data that is still unread as a fault.
         try:
             while data := self.party.tls.read(65536):
                 self._decrypted += data
@@ -145,7 +145,7 @@ class End:
             return "reset" if not self.is_tls and self._is_dead() else "eof"
 
     def _is_dead(self) -> bool:
-        # A reset is reported once, and may have gone to a task that was sending; then it reads like FIN.
+        # Linux reports a reset once. If a task that was sending got the error, a read shows only an end.
         state: int = self.party.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
         return not self._eof_was_sent and state == _TCP_CLOSE
 
@@ -177,7 +177,7 @@ async def join_ends(
         await one.join(modes=wanted[mode1])
         await one.expect("WAITING")
     else:
-        # Who has no frames is not told; the log is. It also settles the order of arrival on a plain route.
+        # A party without frames is not told, so wait for the log. On a plain route this also settles who is first.
         await eventually(lambda: len(relay.logged("waiting", route=route)) > had_waited, "func1 waits")
     two = await _seated(site, relay, names[1], mode2, route)
     if mode2 in wanted:
@@ -195,12 +195,12 @@ async def join_ends(
 async def join_all(
     site: Site, relay: RelayInProcess | RelayProcess, pairs_of_modes: Sequence[tuple[Mode, Mode]] = PAIRS_OF_MODES
 ) -> list[tuple[End, End]]:
-    """A pairing in each of these combinations, all of them on one route."""
+    """A pairing for each of these combinations, all on one route."""
     return [await join_ends(site, relay, mode1, mode2) for mode1, mode2 in pairs_of_modes]
 
 
 def pause_reading(end: End, buffer: int = 65536) -> None:
-    """Make the kernel of ``end`` take little more than ``buffer`` bytes while nobody reads there."""
+    """Limit the receive buffer of ``end``, so that the kernel takes little more than ``buffer`` bytes while unread."""
     end.party.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
 
 
@@ -234,7 +234,7 @@ async def end_by_reset(victim: End, other: End) -> None:
 async def cut_in_mid_hand_off(
     site: Site, relay: RelayInProcess | RelayProcess, random_: random.Random, route: str = "demo"
 ) -> None:
-    """One party goes away somewhere between PAIRED and its close_notify, in one of the ways there are."""
+    """One party leaves between PAIRED and its close_notify, in one of several ways."""
     parties: list[Party] = [await site.party(relay, name, route=route) for name in ("func1", "func2")]
     await pair(*parties)
     random_.shuffle(parties)
@@ -271,13 +271,13 @@ _BLOCK: Final = random.Random(1).randbytes(_CHUNK)
 
 @dataclass
 class Channel:
-    """A TLS layer on top of a socket: the outer one of a tunnel, or the functions' own, alone or inside a tunnel."""
+    """A TLS layer on a socket: the outer TLS of a tunnel, or the functions' own TLS, alone or inside a tunnel."""
 
     tls: ssl.SSLObject
     incoming: ssl.MemoryBIO
     outgoing: ssl.MemoryBIO
     below: Channel | None = None
-    """The tunnel that it runs in."""
+    """The tunnel that carries it."""
 
     def take(self) -> bytes:
         """What is to be sent on the socket now."""
@@ -302,7 +302,7 @@ class Channel:
 
     @classmethod
     def over(cls, context: ssl.SSLContext, *, server_side: bool, server_hostname: str | None = None) -> Channel:
-        """A TLS layer whose handshake is still to come."""
+        """A TLS layer before its handshake."""
         incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         tls = context.wrap_bio(incoming, outgoing, server_side=server_side, server_hostname=server_hostname)
         return cls(tls, incoming, outgoing)
@@ -333,7 +333,7 @@ class _Traffic:
     pending: memoryview = field(default_factory=lambda: memoryview(b""))
 
     def next_chunk(self) -> bytes:
-        """The next bytes to send; each chunk is marked with its number, so that a swap shows."""
+        """The next bytes to send; each chunk carries its number, so that a swapped chunk is found."""
         size = min(_CHUNK, self.left)
         chunk = (self.seed.to_bytes(8, "big") + self.index.to_bytes(8, "big") + _BLOCK[16:])[:size]
         self.left -= size
@@ -342,7 +342,7 @@ class _Traffic:
 
 
 def thread_socket(end: End) -> socket.socket:
-    """The socket of ``end`` for use outside Trio; from here on only there."""
+    """The socket of ``end`` for use outside Trio; Trio may not use it any more."""
     sock = socket.socket(fileno=os.dup(end.party.socket.fileno()))
     sock.setblocking(False)
     return sock
@@ -451,5 +451,5 @@ def _end_and_read_end(sock: socket.socket, channel: Channel | None) -> None:
     if channel.below is not None:
         _end_and_read_end(sock, channel.below)
         return
-    # Closing alone would not do it: the descriptor is a duplicate.
+    # Closing alone sends no FIN: the descriptor is a duplicate.
     sock.shutdown(socket.SHUT_WR)

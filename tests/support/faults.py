@@ -1,17 +1,16 @@
-"""A network with a character: it stands between parties and relay, and does to their bytes what networks do.
+"""A network with faults between parties and relay: it does to their bytes what real networks do.
 
-It splits segments and merges them, delays them, and, where it is told to, lets a connection down at one byte of its
-choice. All of it follows from a seed, so whatever a seed has found can be found again (with the scheduler's share of
-luck; the bytes and where they are cut are always the same)::
+It splits, merges and delays segments and, if asked, breaks one connection at one byte. A seed decides all of it, so a
+failure can be repeated: the bytes and where they are cut are always the same, only the scheduling may differ::
 
-    async with a_network(Weather(seed=7)) as network, site.relay() as relay:
-        relay.network = network                     # relay.port() now leads through it, whoever asks
+    async with faulty_network(Conditions(seed=7)) as network, site.relay() as relay:
+        relay.network = network                     # relay.port() now leads through it, for all parties
 
-How a network lets a connection down, in :attr:`Weather.fault`:
+How a network breaks a connection (:attr:`Conditions.fault`):
 
 * ``cut``: both sides get FIN in the middle of everything, as from a proxy that is restarted.
 * ``reset``: both sides get RST.
-* ``silence``: nothing passes any more, and nobody is told.
+* ``silence``: nothing passes any more, without FIN or RST.
 """
 
 from __future__ import annotations
@@ -30,39 +29,39 @@ from typing import Final, Literal
 
 import trio
 
-__all__ = ["Fault", "FaultyNetwork", "Weather", "a_network", "descriptors_of_networks"]
+__all__ = ["Conditions", "Fault", "FaultyNetwork", "descriptors_of_networks", "faulty_network"]
 
 Fault = Literal["cut", "reset", "silence"]
 
-# Sizes of what is passed on at once: what cuts a TLS record header or a frame, a segment, and what fills a buffer.
+# How many bytes are passed on at once: the fine sizes cut TLS record headers and frames, the coarse ones fill buffers.
 _FINE: Final = (1, 2, 3, 5, 7, 24, 100, 500, 1460)
 _COARSE: Final = (1460, 4096, 16 * 1024, 64 * 1024)
-# Where everything that is not bulk happens: handshake, JOIN, the hand-off and the functions' first bytes.
+# The first bytes of a direction get fine sizes: handshake, JOIN, the hand-off and the functions' first bytes.
 _INTRICATE: Final = 8 * 1024
 _LONGEST_DELAY: Final = 0.005
 _TCP_CLOSE: Final = 7  # include/net/tcp_states.h
-# How often is looked for what the kernel tells nobody, in seconds.
-_LOOKS: Final = 0.005
-# Who has taken nothing for so many looks is not waited for.
+# How often to poll the kernel's send queue, in seconds: no event tells when it is empty.
+_POLL: Final = 0.005
+# After so many polls without progress we do not wait any longer.
 _STANDS_STILL: Final = 40
 
 
 @dataclass(frozen=True, slots=True)
-class Weather:
-    """What a network is like."""
+class Conditions:
+    """What a network does to the bytes."""
 
     seed: int
     delays: bool = True
-    """Whether it takes time. Without, it only splits and merges, and has passed on all it can whenever nothing runs."""
+    """Whether it delays bytes. If not, it only splits and merges, and when no task runs it has passed on all it can."""
     fault: Fault | None = None
     fault_within: int = 12_000
-    """The fault comes at one of the first so many bytes of one direction of one connection."""
+    """The fault comes within so many bytes of one direction of one connection."""
     connections: int = 2
-    """Among how many connections, in the order in which they come, the one with the fault is chosen."""
+    """The fault hits one of the first so many connections."""
 
 
-class _LetDownError(Exception):
-    """The moment of the fault has come."""
+class _FaultHits(Exception):
+    """It is time for the fault."""
 
 
 @dataclass
@@ -73,15 +72,15 @@ class _Connection:
     ended: set[trio.SocketStream] = field(default_factory=set)
     """The sides that were sent FIN."""
     broken: dict[trio.SocketStream, int] = field(default_factory=dict)
-    """The sides that were found to be gone, and with which error."""
+    """The sides whose connection broke, and with which error."""
 
     def note(self, side: trio.SocketStream, error: trio.BrokenResourceError) -> None:
-        """``side`` broke with ``error``. Linux tells of a reset once, and whoever comes later finds another error."""
+        """``side`` broke with ``error``. Linux reports a reset once; later calls get another error."""
         cause = error.__cause__
         self.broken.setdefault(side, (cause.errno or 0) if isinstance(cause, OSError) else 0)
 
     def was_reset(self, side: trio.SocketStream) -> bool:
-        """Whether ``side``, which reads as ended, is gone by an RST alone. It is EPIPE where FIN had come before."""
+        """Whether ``side``, which reads as ended, got an RST and no FIN before it. After a FIN the error is EPIPE."""
         if side in self.ended or not _is_dead(side):
             return False
         if side not in self.broken and side.socket.fileno() != -1:
@@ -90,10 +89,10 @@ class _Connection:
 
 
 class FaultyNetwork:
-    """Ways through this network; see :meth:`way_to`."""
+    """Carries connections; :meth:`way_to` gives the port that leads through it."""
 
-    def __init__(self, weather: Weather, nursery: trio.Nursery) -> None:
-        self.weather: Final = weather
+    def __init__(self, conditions: Conditions, nursery: trio.Nursery) -> None:
+        self.conditions: Final = conditions
         self.has_struck = False
         """Whether the fault has come."""
         self._nursery = nursery
@@ -103,10 +102,10 @@ class FaultyNetwork:
         self._listeners: set[socket.socket] = set()
         self._watches: set[select.epoll] = set()
         self.port_beyond: Final[dict[int, int]] = {}
-        """Under which port the other side sees a connection, by the port that it really comes from."""
-        chance = random.Random(f"fault {weather.seed}")
-        self._victim = (chance.randrange(weather.connections), chance.choice(("forth", "back")))
-        self._at = chance.randrange(weather.fault_within)
+        """The port under which the relay sees a connection, by the party's own port."""
+        chance = random.Random(f"fault {conditions.seed}")
+        self._victim = (chance.randrange(conditions.connections), chance.choice(("forth", "back")))
+        self._at = chance.randrange(conditions.fault_within)
 
     def way_to(self, port: int, host: str = "127.0.0.1") -> int:
         """A port of ``host`` that leads to ``port`` of it through this network."""
@@ -125,7 +124,7 @@ class FaultyNetwork:
         async def carry(near: trio.SocketStream) -> None:
             number, self._count = self._count, self._count + 1
             try:
-                # Whoever comes from 127.0.0.2 is seen to do so beyond, too; only the port is another.
+                # The far side sees the same address as we do, 127.0.0.2 say; only the port differs.
                 far = await trio.open_tcp_stream(host, port, local_address=near.socket.getpeername()[0])
             except OSError:
                 _reset(near)  # nobody listens there any more
@@ -136,7 +135,7 @@ class FaultyNetwork:
             await trio.serve_listeners(carry, [listener], handler_nursery=self._nursery)
 
     def descriptors(self) -> set[int]:
-        """What is open here: none of it is the relay's, though it may be of the same process."""
+        """The descriptors of this network. None is the relay's, even where relay and network share a process."""
         found = {stream.socket.fileno() for stream in self._open}
         found |= {listener.fileno() for listener in self._listeners}
         return found | {watch.fileno() for watch in self._watches}
@@ -146,22 +145,22 @@ class FaultyNetwork:
         try:
             self.port_beyond[near.socket.getpeername()[1]] = far.socket.getsockname()[1]
         except OSError:
-            pass  # it has gone before it was here
+            pass  # the caller has closed already
         self._open |= {near, far}
         try:
             async with trio.open_nursery() as both:
                 both.start_soon(self._carry, connection, "forth", near, far)
                 both.start_soon(self._carry, connection, "back", far, near)
-            # A side that is gone was not sent all of the other's. To close with that unread is RST, as from a host that
-            # is gone, but it must not destroy what was said before.
+            # A side that broke was not sent all bytes of the other. We close with these unread, so the kernel sends
+            # RST, as a dead host would. First wait, so that the RST does not destroy what was sent before.
             await _delivered(near)
             await _delivered(far)
         except* trio.BrokenResourceError:
-            # Either side was reset: then so is the other.
+            # One side was reset, so reset the other too.
             _reset(near)
             _reset(far)
-        except* _LetDownError:
-            await self._let_down(near, far)
+        except* _FaultHits:
+            await self._break(near, far)
         except* trio.ClosedResourceError:
             pass  # see go_down
         finally:
@@ -170,16 +169,16 @@ class FaultyNetwork:
             far.socket.close()
 
     def go_down(self) -> None:
-        """Reset all that goes through now."""
+        """Reset all connections."""
         for stream in self._open:
             _reset(stream)
 
     async def _carry(
         self, connection: _Connection, name: str, source: trio.SocketStream, sink: trio.SocketStream
     ) -> None:
-        weather, number = self.weather, connection.number
-        chance = random.Random(f"{weather.seed} {number} {name}")
-        left = self._at if weather.fault is not None and (number, name) == self._victim else None
+        conditions, number = self.conditions, connection.number
+        chance = random.Random(f"{conditions.seed} {number} {name}")
+        left = self._at if conditions.fault is not None and (number, name) == self._victim else None
         passed = 0
 
         async def receive() -> bytes:
@@ -187,11 +186,11 @@ class FaultyNetwork:
                 data = bytes(await source.receive_some(_size(chance, passed)))
             except trio.BrokenResourceError as error:
                 connection.note(source, error)
-                # An RST overtakes nothing that was acknowledged, and that it was, by us.
+                # A real RST does not overtake acknowledged bytes, and we have acknowledged these.
                 await _delivered(sink)
                 raise
             if data and chance.random() < 0.2:
-                # Merge: what comes next may yet travel with this.
+                # Merge: send the next bytes together with these, if there are any.
                 await self._pause(chance)
                 data += _what_is_there(source)
             return data
@@ -202,11 +201,11 @@ class FaultyNetwork:
                 piece, data = data[:size], data[size:]
                 if left is not None and len(piece) > left:
                     await sink.send_all(piece[:left])
-                    raise _LetDownError
+                    raise _FaultHits
                 try:
                     await sink.send_all(piece)
                 except trio.BrokenResourceError as error:
-                    # What the sink said before it broke is still under way; whoever reads it finds the break.
+                    # The other direction still carries what the sink sent before it broke, and will find the break.
                     connection.note(sink, error)
                     return
                 passed += len(piece)
@@ -220,7 +219,7 @@ class FaultyNetwork:
             await sink.send_eof()
         except trio.BrokenResourceError:
             return
-        # An RST may follow the FIN, from a host that takes no answer any more. No read finds it.
+        # After the FIN a host may send RST, if it takes no answer. No read shows that, so watch for EPOLLHUP.
         await self._hung_up(source)
         if source not in connection.ended:
             await _delivered(sink)
@@ -231,7 +230,7 @@ class FaultyNetwork:
         if stream.socket.fileno() == -1:
             return  # see go_down
         with select.epoll() as watch:
-            watch.register(stream.socket.fileno(), 0)  # EPOLLHUP comes unasked
+            watch.register(stream.socket.fileno(), 0)  # EPOLLHUP is always reported
             self._watches.add(watch)
             try:
                 await trio.lowlevel.wait_readable(watch.fileno())
@@ -239,14 +238,14 @@ class FaultyNetwork:
                 self._watches.discard(watch)
 
     async def _pause(self, chance: random.Random) -> None:
-        if self.weather.delays and chance.random() < 0.1:
+        if self.conditions.delays and chance.random() < 0.1:
             await trio.sleep(chance.uniform(0, _LONGEST_DELAY))
         elif chance.random() < 0.3:
             await trio.lowlevel.checkpoint()
 
-    async def _let_down(self, near: trio.SocketStream, far: trio.SocketStream) -> None:
+    async def _break(self, near: trio.SocketStream, far: trio.SocketStream) -> None:
         self.has_struck = True
-        match self.weather.fault:
+        match self.conditions.fault:
             case "reset":
                 _reset(near)
                 _reset(far)
@@ -255,7 +254,7 @@ class FaultyNetwork:
                     both.start_soon(_end, near)
                     both.start_soon(_end, far)
             case "silence":
-                # As if the cable were out; but when a side gives up, it must be able to close.
+                # As with a cut cable. But when a side gives up, it must be able to close.
                 await trio.sleep_forever()
 
 
@@ -271,7 +270,7 @@ def _is_dead(stream: trio.SocketStream) -> bool:
 
 
 async def _delivered(stream: trio.SocketStream) -> None:
-    """Wait until all that was sent is acknowledged; not for who takes nothing, nor for who is gone."""
+    """Wait until all that was sent is acknowledged, unless the peer takes nothing or is gone."""
     left, stands_still = -1, 0
     while not _is_dead(stream) and stands_still < _STANDS_STILL:
         before = left
@@ -279,7 +278,7 @@ async def _delivered(stream: trio.SocketStream) -> None:
         if left == 0:
             return
         stands_still = stands_still + 1 if left == before else 0
-        await trio.sleep(_LOOKS)
+        await trio.sleep(_POLL)
 
 
 def _what_is_there(stream: trio.SocketStream) -> bytes:
@@ -287,12 +286,12 @@ def _what_is_there(stream: trio.SocketStream) -> bytes:
     if stream.socket.fileno() != -1:  # see FaultyNetwork.go_down
         fcntl.ioctl(stream.socket.fileno(), termios.FIONREAD, count)
     if not any(count):
-        return b""  # and an error that is pending, which is told once, is left to the next read
+        return b""  # a pending error is reported once; leave it to the next read
     return stream.socket._sock.recv(65536)  # type: ignore[attr-defined, no-any-return]
 
 
 async def _end(stream: trio.SocketStream) -> None:
-    """FIN; what still comes is dropped, since to close with unread bytes would be RST."""
+    """Send FIN, and drop what still arrives: closing with unread bytes would send RST."""
     try:
         await stream.send_eof()
         while await stream.receive_some(65536):
@@ -311,15 +310,15 @@ _networks: Final[set[FaultyNetwork]] = set()
 
 
 def descriptors_of_networks() -> set[int]:
-    """The descriptors of this process that are networks'."""
+    """The descriptors of all networks of this process."""
     return {descriptor for network in _networks for descriptor in network.descriptors()}
 
 
 @asynccontextmanager
-async def a_network(weather: Weather) -> AsyncIterator[FaultyNetwork]:
-    """A network that is there for as long as the context."""
+async def faulty_network(conditions: Conditions) -> AsyncIterator[FaultyNetwork]:
+    """A network, until the context ends."""
     async with trio.open_nursery() as nursery:
-        network = FaultyNetwork(weather, nursery)
+        network = FaultyNetwork(conditions, nursery)
         _networks.add(network)
         try:
             yield network

@@ -27,7 +27,7 @@ async def met(
     *,
     one: Party | None = None,
 ) -> tuple[Party, Party]:
-    """func1 and func2, both told PAIRED, and neither has answered; ``one`` may be a func1 made before."""
+    """func1 and func2, both after PAIRED and before their answer; ``one`` may be a func1 made before."""
     one = one or await site.party(relay, "func1")
     two = await site.party(relay, "func2")
     await one.join(modes=[mode1])
@@ -42,14 +42,14 @@ async def met(
 async def forging_party(
     site: Site, relay: RelayInProcess | RelayProcess, keylog: Path, name: str = "func1"
 ) -> tuple[Party, RecordForge]:
-    """A party whose handshake is done, and the forge that writes its records from now on."""
+    """A party whose handshake is done, and the forge that writes its records from then on."""
     party = await site.connect(relay, name, context=log_keys(site.context(name), keylog))
     await party.handshake()
     return party, RecordForge(party.tls, keylog)
 
 
 def client_hello(site: Site, name: str = "func1") -> bytes:
-    """A true first flight of the functions' own TLS."""
+    """A real first flight of the functions' own TLS."""
     outgoing = ssl.MemoryBIO()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_cert_chain(*site.paths[name])
@@ -63,7 +63,7 @@ def client_hello(site: Site, name: str = "func1") -> bytes:
 
 @contextmanager
 def corked(party: Party) -> Iterator[None]:
-    """What is sent within leaves in as few segments as it can."""
+    """All that is sent within leaves in as few segments as possible."""
     party.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
     yield
     party.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
@@ -78,18 +78,18 @@ class TcpInfo:
 
 
 def tcp_info(party: Party) -> TcpInfo:
-    """What the kernel has counted on this connection."""
+    """The kernel's counts for this connection."""
     data = party.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 160)
     return TcpInfo(*struct.unpack_from("=Q", data, 128), *struct.unpack_from("=I", data, 156))
 
 
 async def relay_has_read(relay: RelayInProcess) -> None:
-    """Wait until the relay in this process has nothing to do: what could be read has been read."""
+    """Wait until the relay in this process has nothing to do: it has read all that was there."""
     await settled(0.002)
 
 
 async def is_silent(party: Party) -> bool:
-    """Whether the relay, which has had its turn, has sent nothing that is still to be read, and has not hung up."""
+    """Whether nothing from the relay is left to read, and it has not closed. Let it run before you ask."""
     await settled(0.002)
     try:
         party.socket._sock.recv(1, socket.MSG_PEEK)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""What a relay in the test's process holds: all that grows with its pairings, and must shrink with them.
+"""What a relay in the test's process holds: all that grows with its pairings, and must shrink again.
 
 ::
 
@@ -23,10 +23,10 @@ __all__ = ["Holdings", "as_before", "holdings"]
 
 @dataclass(frozen=True)
 class Holdings:
-    """Everything of a relay that grows with its pairings, and must shrink with them."""
+    """Everything in a relay that grows with its pairings, and must shrink again."""
 
     descriptors: Mapping[int, str]
-    """All of the process; only what has come since belongs to the relay and its parties."""
+    """Those of the whole process; only those opened since belong to the relay and its parties."""
     tasks: int
     """Those of the relay, not those of the test."""
     watched_wires: int
@@ -62,7 +62,7 @@ def _tasks_below(task: trio.lowlevel.Task | None) -> int:
 
 
 async def as_before(relay: RelayInProcess, before: Holdings) -> None:
-    """Wait until the relay holds what it held, and nothing that was opened since; a failure shows both."""
+    """Wait until the relay holds what it held at ``before``; a failure shows both."""
     nothing_opened = replace(before, descriptors={})
 
     def held() -> Holdings:

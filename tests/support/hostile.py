@@ -1,9 +1,9 @@
 """Strangers by the dozen, in a process of their own, so that what they do costs the test's own parties nothing.
 
 As a program: ``hostile.py PORT [--sources FIRST-LAST] KIND=COUNT...`` keeps so many of each kind connected, each for as
-long as the relay lets it, until it is killed. The kinds are the functions below whose names begin with ``be_``. They
-come from a few addresses of 127.0.1.0/24, and so not from where the test's parties do; ``--sources FIRST-LAST`` says
-otherwise. Once all have been connected at one time it prints a line.
+long as the relay lets it, until it is killed. The kinds are the functions below whose names begin with ``be_``. The
+connections come from 127.0.1.1 to 127.0.1.8 (``--sources`` changes that), not from the address of the test's parties.
+When all have been connected at the same time, it prints a line.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ async def be_half(stream: trio.SocketStream) -> None:
 
 
 async def be_whole(stream: trio.SocketStream) -> None:
-    """Say a whole ClientHello, and leave the relay's answer alone."""
+    """Say a whole ClientHello, and never read the relay's answer."""
     await stream.send_all(_client_hello())
     while await stream.receive_some(65536):
         pass
 
 
 async def be_in_pieces(stream: trio.SocketStream) -> None:
-    """Say a ClientHello of which the first record has four bytes, whole as they are."""
+    """Say a ClientHello whose first record has only four bytes."""
     hello = _client_hello()
     await stream.send_all(hello[:3] + b"\x00\x04" + hello[5:9])
     await stream.receive_some(1)
@@ -69,7 +69,7 @@ async def be_restless(stream: trio.SocketStream) -> None:
 
 
 async def be_garbage(stream: trio.SocketStream) -> None:
-    """Say what is no TLS, and wait for what comes of it."""
+    """Say something that is no TLS, and wait for the end."""
     await stream.send_all(b"\x00\xffgarbage" * 20)
     while await stream.receive_some(4096):
         pass
@@ -132,7 +132,7 @@ async def _be_all(port: int, sources: str, kinds: dict[str, int]) -> None:
 
 @asynccontextmanager
 async def strangers(port: int, *, sources: str = _SOURCES, **kinds: int) -> AsyncIterator[None]:
-    """So many of each kind, for as long as the context; all have been connected when it begins."""
+    """So many of each kind, until the context ends; all have been connected when it begins."""
     command = [sys.executable, __file__, str(port), "--sources", sources, *(f"{kind}={n}" for kind, n in kinds.items())]
     async with trio.open_nursery() as nursery:
         run = partial(trio.run_process, command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False)

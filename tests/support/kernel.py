@@ -1,8 +1,8 @@
-"""What Linux says of a relay process and of its connections: how a test knows that it has come to rest.
+"""What Linux says about a relay process and its connections: how a test knows that the relay is at rest.
 
-"Nothing has moved for half a second" is a guess about the machine: one that stalls for a second makes it wrong. What
-is asked here is a fact at any speed: that all which was sent has got as far as the relay's socket, and that the relay
-leaves it unread there and sleeps, through look after look in one and the same sleep.
+"Nothing has moved for half a second" is wrong on a machine that stalls for a second. The facts here hold at any speed:
+all that was sent has arrived in the relay's socket, the relay has not read it, and the relay is asleep, again and again
+in the same sleep.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from support.waiting import TIMEOUT, eventually
 
 __all__ = ["Queues", "fill", "has_arrived", "relays_queues", "resident", "rests"]
 
-# Less than what a fresh TCP window of Linux takes (64 KiB): so what the relay leaves unread never closes the window,
-# and a FIN can follow it. And more than the relay copies at once (16 KiB): so it turns to splice.
+# Less than a fresh TCP window of Linux (64 KiB), so that unread bytes never close the window and a FIN can follow them.
+# More than the relay copies at once (16 KiB), so that it begins to splice.
 _PIECE: Final = block(48 * 1024)
-# How often the relay must be found asleep in one and the same sleep. Once is enough but for the microsecond in which
-# the kernel has queued a segment and not yet woken the process.
-_LOOKS: Final = 10
+# How often we must find the relay in the same sleep. Once is not enough: for a microsecond the kernel has queued a
+# segment and has not woken the process yet.
+_POLLS: Final = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Queues:
-    """Of a connection, on the relay's side: bytes that it has not read, and that the party's kernel has not taken."""
+    """Of a connection, on the relay's side: bytes not read by the relay, and bytes not taken by the party's kernel."""
 
     unread: int
     undelivered: int
@@ -54,7 +54,7 @@ def relays_queues(end: End) -> Queues:
 
 
 def _sleep_of(relay: RelayProcess) -> tuple[int, ...] | None:
-    """Which of its sleeps the relay is in: how often it was taken off the processor. None while it is awake."""
+    """The number of the relay's current sleep (its context switches so far); None while it is awake."""
     directory = Path(f"/proc/{relay.process.pid}")
     if (directory / "stat").read_text().rpartition(")")[2].split()[0] != "S":
         return None
@@ -69,16 +69,16 @@ def resident(relay: RelayProcess) -> int:
 
 
 async def has_arrived(end: End) -> None:
-    """Wait until the relay's kernel has all that ``end`` sent, its FIN included."""
+    """Wait until the relay's kernel has all that ``end`` sent, with its FIN."""
     sock = end.party.socket._sock  # type: ignore[attr-defined]
     await eventually(lambda: unacknowledged(sock) == 0, "all that was sent is acknowledged")
 
 
 async def rests(relay: RelayProcess) -> None:
-    """Wait until the relay has nothing to do: it is found asleep again and again, and has not been awake between."""
+    """Wait until the relay has nothing to do: each look finds it in the same sleep."""
     looks, found = 0, None
     with trio.fail_after(TIMEOUT):
-        while looks < _LOOKS:
+        while looks < _POLLS:
             now = _sleep_of(relay)
             looks, found = (looks + 1 if now == found is not None else 0), now
             await trio.sleep(0.002)
@@ -87,7 +87,7 @@ async def rests(relay: RelayProcess) -> None:
 async def fill(relay: RelayProcess, source: End, sink: End) -> None:
     """Send from ``source`` until the relay reads no more of it, because ``sink``, where nobody reads, is full.
 
-    Nobody else may keep the relay busy meanwhile.
+    Nothing else may keep the relay busy at that time.
     """
     while True:
         await source.send(_PIECE)

@@ -1,8 +1,7 @@
-"""What systemd is to a service, as far as the service can see: somebody who listens, and who has bound sockets for it.
+"""What a service sees of systemd: a notify socket, and sockets that are bound before it starts.
 
-:class:`Manager` is the notify socket. :func:`activated` is the command line that starts a program with sockets passed,
-as ``systemd-socket-activate`` does: the descriptors become 3 and up, and LISTEN_PID names the very process that the
-program will be, which only that process itself can know.
+:class:`Manager` is the notify socket. :func:`activated` is a command line that starts a program with passed sockets, as
+``systemd-socket-activate`` does: the descriptors become 3 and up, and LISTEN_PID is the process of the program itself.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ __all__ = ["Manager", "activated", "listening"]
 _SHIM: Final = """
 import fcntl, os, sys
 descriptors, names, program = sys.argv[1].split(","), sys.argv[2], sys.argv[3:]
-# Out of the way first: one of them may stand where another has to go.
+# First to high numbers: one of them may have the number that another needs.
 high = [fcntl.fcntl(int(one), fcntl.F_DUPFD, 100) for one in descriptors]
 for one in descriptors:
     os.close(int(one))
@@ -50,11 +49,11 @@ class Manager:
         self.socket.close()
 
     def heard(self) -> list[str]:
-        """The words that are there now, those of the watchdog aside."""
+        """The messages that are there now, without those of the watchdog."""
         return [word for word in self.everything() if word != "WATCHDOG=1"]
 
     def everything(self) -> list[str]:
-        """The words that are there now."""
+        """The messages that are there now."""
         words = []
         try:
             while True:
@@ -63,7 +62,7 @@ class Manager:
             return words
 
     def fill_up(self) -> None:
-        """Make it one that has not read for long: no word more finds room, until somebody reads."""
+        """Fill its buffer, as if it had not read for long: nobody can send until it is read."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
             other.setblocking(False)
             other.connect(self.socket.getsockname())
@@ -71,10 +70,10 @@ class Manager:
                 while True:
                     other.send(b"STATUS=somebody else")
             except BlockingIOError:
-                pass  # as wanted
+                pass  # full, as wanted
 
     async def hear(self, *, watchdog: bool = False) -> str:
-        """The next word; those of the watchdog are passed over unless they are what is waited for."""
+        """The next message; messages of the watchdog are skipped unless the test waits for them."""
         with trio.fail_after(TIMEOUT):
             while True:
                 await trio.lowlevel.wait_readable(self.socket)
@@ -84,7 +83,7 @@ class Manager:
 
 
 def activated(sockets: Sequence[tuple[str, socket.socket]]) -> tuple[list[str], list[int]]:
-    """How to start a program with these sockets by name: what to put before its command line, and ``pass_fds``."""
+    """How to start a program with these named sockets: what to put before its command line, and ``pass_fds``."""
     descriptors = [sock.fileno() for _, sock in sockets]
     names = ":".join(name for name, _ in sockets)
     return [sys.executable, "-c", _SHIM, ",".join(map(str, descriptors)), names], descriptors
@@ -92,7 +91,7 @@ def activated(sockets: Sequence[tuple[str, socket.socket]]) -> tuple[list[str], 
 
 @contextmanager
 def listening(host: str = "127.0.0.1", port: int = 0) -> Iterator[socket.socket]:
-    """A socket as systemd would pass it; only for IPv6 where that is what ``host`` is."""
+    """A socket as systemd would pass it; for IPv6 alone if ``host`` is an IPv6 address."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if ":" in host:

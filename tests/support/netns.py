@@ -5,11 +5,11 @@ The relay lives in one namespace, and each place where functions are in another 
     async with network(site, "func1", "func2") as net:          # needs root, iproute2 and nftables
         async with net.relay_there(OPEN) as relay:                # a real `frelay run`
             one, two = await join_ends(net, relay)                # each party dials from the place of its name
-            net.cut("func1", to=True, back=False)                 # nothing arrives there any more, and nobody is told
+            net.cut("func1", to=True, back=False)                 # nothing arrives there any more, without an error
             net.mend("func1")
 
-A :class:`Network` is a ``Site`` whose parties dial from there. Nothing leaves the machine, and nothing of it
-is seen outside of the namespaces, which are gone at the end.
+A :class:`Network` is a ``Site`` whose parties dial from there. Nothing leaves the namespaces, and they are gone at the
+end.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _RELAY: Final = "relay"
 
 
 class Network(Site):
-    """A site whose relay and parties are in namespaces; the places beyond "func1" and "func2" play func1."""
+    """A site whose relay and parties are in namespaces; places other than "func1" and "func2" act as func1."""
 
     def __init__(self, site: Site, places: Sequence[str]) -> None:
         super().__init__(site.directory)
@@ -101,11 +101,11 @@ class Network(Site):
             yield relay
 
     async def dial(self, relay: RelayInProcess | RelayProcess | int, name: str | None, route: str) -> trio.SocketStream:
-        """As a site's, from the place of that name."""
+        """As :meth:`Site.dial`, from the place of that name."""
         assert name is not None
         assert isinstance(relay, RelayProcess)
         with _inside(self._namespace(name)):
-            # A socket is where it was made, whatever becomes of the thread.
+            # A socket belongs to the namespace where it was made, also when its thread moves.
             sock = trio.socket.socket()
         await sock.connect((f"10.99.{self._numbers[name]}.1", relay.port(route)))
         return trio.SocketStream(sock)
@@ -113,7 +113,7 @@ class Network(Site):
 
 @contextmanager
 def _inside(namespace: str) -> Iterator[None]:
-    """This thread is in that namespace; nothing in here may await."""
+    """Move this thread into that namespace; do not await in here."""
     libc = ctypes.CDLL(None, use_errno=True)
     with open("/proc/thread-self/ns/net") as before, open(f"/run/netns/{namespace}") as there:
         if libc.setns(there.fileno(), _CLONE_NEWNET):

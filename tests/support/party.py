@@ -1,4 +1,4 @@
-"""A party that holds every byte of its connection in its hand.
+"""A party whose connection a test controls byte by byte.
 
 :class:`Party` is a function written from docs/protocol.md on the standard library's ``ssl`` with memory BIOs, so a test
 decides which TLS record goes out when, and what goes out in the same segment. It shares no code with frelay::
@@ -60,7 +60,7 @@ class Party:
         self.tls = context.wrap_bio(self.incoming, self.outgoing, server_hostname=server_hostname)
         self.attempt = str(uuid.uuid4())
         self.leftover = b""
-        """Raw bytes that came before anyone asked for them; the relay must never send any before our close_notify."""
+        """Raw bytes that arrived early; the relay must never send any before our close_notify."""
         self._frames = b""
 
     @property
@@ -70,7 +70,7 @@ class Party:
     # --- TLS ---------------------------------------------------------------------------------------------------
 
     def take_outgoing(self) -> bytes:
-        """The TLS bytes that wait to be sent, taken away from the BIO."""
+        """Take the TLS bytes that wait to be sent out of the BIO."""
         return self.outgoing.read()
 
     async def flush(self) -> None:
@@ -79,7 +79,7 @@ class Party:
             await self.stream.send_all(data)
 
     async def pull(self) -> bool:
-        """Feed what the network has into TLS; False at EOF."""
+        """Feed received bytes into TLS; False at EOF."""
         data = await self.stream.receive_some(65536)
         if not data:
             self.incoming.write_eof()
@@ -99,7 +99,7 @@ class Party:
                 return
 
     def send_now(self, data: bytes) -> None:
-        """Put raw bytes into the kernel before any other task runs; they must be few enough to fit."""
+        """Send raw bytes before any other task runs; they must fit into the send buffer."""
         assert self.socket._sock.send(data) == len(data)  # type: ignore[attr-defined]
 
     async def send(self, data: bytes) -> None:
@@ -121,7 +121,7 @@ class Party:
                 return b""
 
     def take_in(self) -> None:
-        """Feed what is in the kernel now into TLS, so that a close sends FIN; with unread bytes it would send RST."""
+        """Feed all received bytes into TLS, so that a close sends FIN; with unread bytes it would send RST."""
         try:
             while data := self.socket._sock.recv(65536):  # type: ignore[attr-defined]
                 self.incoming.write(data)
@@ -171,7 +171,7 @@ class Party:
         await self.send_frame("JOIN", {"attempt": self.attempt, **fields})
 
     async def refusal(self) -> dict[str, Any]:
-        """The payload of REFUSED, which must be the relay's last word before an orderly end of its TLS stream."""
+        """The payload of REFUSED; an orderly end of the relay's TLS stream must follow it."""
         payload = await self.expect("REFUSED")
         with trio.fail_after(TIMEOUT):
             assert await self.next_frame() is None
@@ -180,14 +180,14 @@ class Party:
     async def alert(self) -> str:
         """OpenSSL's name of the fatal alert that the relay sends, e.g. ``TLSV1_ALERT_UNKNOWN_CA``; it must send one.
 
-        A TLS 1.3 client may see it in its handshake or, where its certificate was judged, only after that.
+        In TLS 1.3 the relay may judge the certificate when the client's handshake is done already, so we read on.
         """
         with trio.fail_after(TIMEOUT):
             try:
                 await self.handshake()
                 found: object = await self.receive()
             except ssl.SSLError as error:
-                # Python has no name for a few of them, and then only OpenSSL's sentence.
+                # For a few alerts Python has no name, only OpenSSL's sentence.
                 name = str(error.reason or error).upper().replace(" ", "_")
                 if "ALERT" in name:
                     return name
@@ -251,7 +251,7 @@ class Party:
 
 
 async def pair(one: Party, two: Party, **fields: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """JOIN on both, in this order; gives both PAIRED payloads."""
+    """JOIN on both, in this order; returns both PAIRED payloads."""
     await one.join(**fields)
     await one.expect("WAITING")
     await two.join(**fields)

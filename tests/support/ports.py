@@ -11,16 +11,17 @@ __all__ = ["free_port", "reserved_port"]
 
 @contextmanager
 def reserved_port() -> Iterator[int]:
-    """A port of 127.0.0.1 that nobody else is given meanwhile: for routes that share an address, which 0 never is."""
+    """A port of 127.0.0.1 that nobody else gets: for routes that share an address, where port 0 will not do."""
     with socket.socket() as sock:
-        # Bound but not listening: with SO_REUSEADDR on both the relay may bind it too, and port 0 never gives it out.
+        # Bound, not listening: with SO_REUSEADDR on both, the relay can bind it too. The kernel gives it to nobody
+        # else.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(("127.0.0.1", 0))
         yield sock.getsockname()[1]
 
 
 def free_port() -> int:
-    """A port that was free a moment ago, for servers that cannot be asked which one they have taken."""
+    """A port that was free a moment ago, for servers that cannot tell which port they have bound."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port: int = sock.getsockname()[1]

@@ -1,9 +1,9 @@
-"""TLS 1.3 records made by hand: what no TLS library sends, and what the relay must survive all the same.
+"""TLS 1.3 records made by hand: no TLS library sends them, and the relay must survive them.
 
-A :class:`RecordForge` takes over the sending half of a ``Party`` whose handshake is done, with the traffic
-secret that the standard library logs, and from then on every record that goes to the relay is made here: KeyUpdates by
-the thousand, empty records, alerts in the clear. The party's own ``send`` and ``close_notify`` must not be used any
-more, because its TLS counts records, too. The layouts are those of RFC 8446, sections 5 and 7.
+A :class:`RecordForge` takes over the sending half of a ``Party`` after its handshake, with the traffic secret that the
+standard library logs. From then on it makes every record that goes to the relay: thousands of KeyUpdates, empty
+records, unencrypted alerts. Do not use the party's own ``send`` and ``close_notify`` any more, because its TLS counts
+records too. The layouts are those of RFC 8446, sections 5 and 7.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ APPLICATION_DATA: Final = 23
 CLOSE_NOTIFY: Final = b"\x01\x00"
 """The alert, as it stands inside a record."""
 PLAIN_CLOSE_NOTIFY: Final = b"\x15\x03\x03\x00\x02" + CLOSE_NOTIFY
-"""A close_notify that anybody on the way could have written: not encrypted."""
+"""An unencrypted close_notify: anybody on the path can write it."""
 
 _CIPHERS: Final[dict[str, tuple[type[AESGCM] | type[ChaCha20Poly1305], int, HashAlgorithm]]] = {
     "TLS_AES_128_GCM_SHA256": (AESGCM, 16, SHA256()),
@@ -36,7 +36,7 @@ _CIPHERS: Final[dict[str, tuple[type[AESGCM] | type[ChaCha20Poly1305], int, Hash
 
 
 def log_keys(context: ssl.SSLContext, file: Path) -> ssl.SSLContext:
-    """Have ``context`` log its secrets to ``file``, which must serve one connection only; gives ``context``."""
+    """Let ``context`` log its secrets to ``file``, which must serve one connection only; returns ``context``."""
     context.keylog_filename = str(file)
     return context
 
@@ -71,7 +71,7 @@ class RecordForge:
         return header + self._cipher.encrypt(nonce, inner, header)
 
     def key_update(self, *, request: bool = False) -> bytes:
-        """A KeyUpdate; what follows it is under the new key."""
+        """A KeyUpdate; the records after it use the new key."""
         record = self.record(b"\x18\x00\x00\x01" + bytes([request]), HANDSHAKE)
         self.update_key()
         return record

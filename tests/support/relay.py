@@ -25,7 +25,7 @@ FRELAY_RUN: Final = (sys.executable, "-m", "frelay", "run")
 
 
 class RelayInProcess:
-    """A running relay in this process, and all that it logged."""
+    """A running relay in this process, and its log."""
 
     def __init__(
         self, relay: Relay, events: list[MutableMapping[str, Any]], task: trio.lowlevel.Task | None = None
@@ -33,17 +33,17 @@ class RelayInProcess:
         self.relay = relay
         self.events = events
         self.task = task
-        """What runs it, with all tasks of the relay below."""
+        """The relay's main task; all its other tasks are below it."""
         self.network: FaultyNetwork | None = None
-        """What lies between the parties and the relay; None: nothing."""
+        """The network between the parties and the relay; None: there is none."""
 
     def port(self, route: str = "demo") -> int:
-        """Where parties find ``route``."""
-        return _way(self.relay.bound(route)[0], self.network)
+        """The port to which parties connect for ``route``."""
+        return _port_to(self.relay.bound(route)[0], self.network)
 
     def own_port(self, route: str = "demo") -> int:
-        """Where the relay itself listens, whatever lies between."""
-        return _way(self.relay.bound(route)[0], None)
+        """The port that the relay itself has bound, without a network between."""
+        return _port_to(self.relay.bound(route)[0], None)
 
     def logged(self, event: str, **fields: Any) -> list[MutableMapping[str, Any]]:
         """The log entries of this name with these fields, so far."""
@@ -56,7 +56,7 @@ class RelayInProcess:
 
     @property
     def legs(self) -> int:
-        """How many connections of parties the relay holds now, in whatever state."""
+        """How many connections of parties the relay holds now, in any state."""
         return self.relay._admission.legs
 
     def waiting(self, route: str = "demo") -> tuple[int, int]:
@@ -110,12 +110,12 @@ class RelayProcess:
         return found[count - 1]
 
     def port(self, route: str = "demo") -> int:
-        """Where parties find ``route``."""
-        return _way(self.logged("listening", route=route)[-1]["address"], self.network)
+        """The port to which parties connect for ``route``."""
+        return _port_to(self.logged("listening", route=route)[-1]["address"], self.network)
 
     def own_port(self, route: str = "demo") -> int:
-        """Where the relay itself listens, whatever lies between."""
-        return _way(self.logged("listening", route=route)[-1]["address"], None)
+        """The port that the relay itself has bound, without a network between."""
+        return _port_to(self.logged("listening", route=route)[-1]["address"], None)
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
@@ -135,8 +135,8 @@ def address_seen(relay: RelayInProcess | RelayProcess, party: Party) -> str:
     return f"{host}:{port if relay.network is None else relay.network.port_beyond[port]}"
 
 
-def _way(address: str, network: FaultyNetwork | None) -> int:
-    """The port on which parties find who listens on ``address``."""
+def _port_to(address: str, network: FaultyNetwork | None) -> int:
+    """The port to which parties connect for a relay that listens on ``address``."""
     host, _, port = address.rpartition(":")
     if network is None:
         return int(port)

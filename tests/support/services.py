@@ -1,6 +1,6 @@
 """Services for the relay to dial, good and bad, and the function that calls one.
 
-A :class:`Service` counts who comes and gives each connection to its handler::
+A :class:`Service` counts its connections and gives each to its handler::
 
     async with serving(echo) as service:                       # echo, tls_echo(...), or a test's own
         async with site.relay(dialling(service)) as relay:
@@ -55,7 +55,7 @@ class Service:
     def __init__(self, host: str, port: int) -> None:
         self.address: Final = format_address((host, port))
         self.connections = 0
-        """How many have come so far."""
+        """How many connections came so far."""
 
 
 @asynccontextmanager
@@ -69,7 +69,7 @@ async def serving(handler: Handler, host: str = "127.0.0.1") -> AsyncIterator[Se
         try:
             await handler(stream)
         except trio.BrokenResourceError:
-            pass  # the other side was cut, as many a test means it to be
+            pass  # the other side was cut, as many tests want
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(trio.serve_listeners, handle, [listener])
@@ -78,13 +78,13 @@ async def serving(handler: Handler, host: str = "127.0.0.1") -> AsyncIterator[Se
 
 
 async def echo(stream: trio.abc.Stream) -> None:
-    """Send back what comes, to the end of it."""
+    """Send back all that comes, up to its end."""
     while data := await stream.receive_some(65536):
         await stream.send_all(data)
 
 
 def tls_echo(context: ssl.SSLContext) -> Handler:
-    """An echo inside the service's own TLS, of which the relay knows nothing."""
+    """An echo inside the service's own TLS; the relay does not see that."""
 
     async def handle(stream: trio.SocketStream) -> None:
         await echo(trio.SSLStream(stream, context, server_side=True))
@@ -163,7 +163,7 @@ async def call(site: Site, relay: RelayInProcess, caller: Caller = "raw", *, nam
 
 
 class EndStream(trio.abc.Stream):
-    """An :class:`~ends.End` as a Trio stream, for the function's own TLS on top of it."""
+    """An ``End`` as a Trio stream, for the function's own TLS on top of it."""
 
     def __init__(self, end: End) -> None:
         self._end = end

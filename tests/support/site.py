@@ -50,7 +50,7 @@ class Site:
         self.ca = ca or TestAuthority()
         self.ca_path = self.ca.write(directory)
         self.client_ca = self.ca_path
-        """What the relay verifies functions by; they verify the relay by ``ca_path``."""
+        """The CA by which the relay verifies functions; they verify the relay by ``ca_path``."""
         self.relay_paths = self.ca.relay().write(directory, "relay")
         self.credentials: dict[str, Credential] = {
             name: self.ca.party(dns=[f"{name}.demo"]) for name in ("func1", "func2")
@@ -60,7 +60,7 @@ class Site:
         }
         self.config = directory / "relay.toml"
         self.workers: int | None = None
-        """What :meth:`write` says of ``workers``; None for nothing."""
+        """The ``workers`` that :meth:`write` puts into the route file; None for none."""
         self.parties: list[Party] = []
 
     def add(self, name: str, credential: Credential) -> Credential:
@@ -90,7 +90,7 @@ client_ca = "{self.client_ca.name}"
     async def relay(
         self, routes: str = DEMO, *, sections: str = "", crl: bool = False, watch: bool = False
     ) -> AsyncIterator[RelayInProcess]:
-        """A relay in this process; leaves nothing behind, and says so if it does."""
+        """A relay in this process; a bug that it logged fails the test at the end."""
         relay = Relay(load(self.write(routes, sections=sections, crl=crl)), watch_files=watch)
         with structlog.testing.capture_logs() as events:
             async with trio.open_nursery() as nursery:
@@ -122,7 +122,7 @@ client_ca = "{self.client_ca.name}"
     ) -> AsyncIterator[RelayProcess]:
         """A ``frelay run`` process, ready; killed at the end if it still runs. ``launcher`` goes before its command.
 
-        With ``workers``, or FRELAY_WORKERS in the environment of the tests, the route file says so from here on.
+        ``workers``, or FRELAY_WORKERS in the environment of the tests, goes into the route file from here on.
         """
         self.workers = workers or int(os.environ.get("FRELAY_WORKERS", "0")) or None
         config = self.write(routes, sections=sections, crl=crl)

@@ -1,6 +1,6 @@
-"""Connected sockets and streams without a relay around them, for tests of the parts below it.
+"""Connected sockets and streams without a relay, for tests of the modules below it.
 
-Every maker gives two ends that are connected to each other; the caller closes both.
+Every function returns two ends that are connected to each other; the caller closes both.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def tcp_pair(buffer: int | None = None) -> tuple[socket.socket, socket.socket]:
         one = socket.socket()
         for sock in (listener, one):
             if buffer is not None:
-                # Before the connection, because the window that it announces depends on it.
+                # Before connecting, because the announced window depends on it.
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -56,7 +56,7 @@ def tcp_pair(buffer: int | None = None) -> tuple[socket.socket, socket.socket]:
 
 
 def unix_pair(buffer: int | None = None) -> tuple[socket.socket, socket.socket]:
-    """The two ends of a socketpair: what is written is there at once, and what is full stays full."""
+    """The two ends of a socketpair: written bytes arrive at once, and a full socket stays full."""
     one, other = socket.socketpair()
     for sock in (one, other):
         sock.setblocking(False)
@@ -66,9 +66,9 @@ def unix_pair(buffer: int | None = None) -> tuple[socket.socket, socket.socket]:
 
 
 def clog(sock: socket.socket, send: Callable[[bytes], object]) -> None:
-    """Fill a socket of :func:`unix_pair` to the brim with whole writes; the next one must wait.
+    """Fill a socket of :func:`unix_pair` completely, so that the next write must wait.
 
-    TCP cannot be filled for good: it goes on moving bytes behind our back.
+    A TCP socket does not stay full: the kernel goes on moving its bytes.
     """
     limit = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
     while int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder) < limit:
@@ -84,7 +84,7 @@ class ClientStream(TlsStream):
 
 
 def server_context(site: Site) -> SSL.Context:
-    """The relay's own context, as the route file makes it."""
+    """The relay's own context, made from the route file."""
     config = load(site.write())
     assert config.tls is not None
     return load_outer_tls(config.tls, source=config.path).context

@@ -1,4 +1,4 @@
-"""The whole suite through a network that faults: what FRELAY_THROUGH_FAULTS asks for (CONTRIBUTING.md)."""
+"""FRELAY_THROUGH_FAULTS: all tests reach their relay through a network with faults (CONTRIBUTING.md)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Final
 
 import pytest
 
-from support.faults import FaultyNetwork, Weather, a_network
+from support.faults import Conditions, FaultyNetwork, faulty_network
 
 __all__ = ["THROUGH_FAULTS", "direct", "network_asked_for"]
 
 THROUGH_FAULTS: Final = os.environ.get("FRELAY_THROUGH_FAULTS", "")
-"""A seed: then all parties of all tests reach their relay through a network that splits and merges segments by it.
+"""A seed: with it, all parties of all tests reach their relay through a network that splits and merges segments.
 
 Or a range of seeds, such as ``1-200``: then each test gets one of them, always the same, by its name.
 """
@@ -30,7 +30,7 @@ async def network_asked_for() -> AsyncIterator[FaultyNetwork | None]:
     if not THROUGH_FAULTS:
         yield None
         return
-    async with a_network(Weather(_seed_of_this_test(), delays=False)) as network:
+    async with faulty_network(Conditions(_seed_of_this_test(), delays=False)) as network:
         yield network
 
 

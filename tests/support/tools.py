@@ -20,9 +20,9 @@ import trio
 
 from support.waiting import TIMEOUT
 
-__all__ = ["answers", "cannot_be_looked_at", "library", "needs_root", "running", "tool"]
+__all__ = ["library", "needs_root", "running", "skip_or_fail", "tool", "wait_listening"]
 
-# What Debian calls the package, where it is not the program's own name.
+# Debian's package of a program, where its name is another.
 _PACKAGES: Final = {
     "go": "golang-go",
     "gofmt": "golang-go",
@@ -44,10 +44,10 @@ _PACKAGES: Final = {
 
 def tool(name: str) -> str:
     """The path of a program; without it the test is skipped, or fails where ``CI`` is set."""
-    # Servers are in a directory that is not on everybody's PATH.
+    # Servers are in directories that may not be on PATH.
     path = shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin")
     if path is None:
-        cannot_be_looked_at(f"{name} is not installed; on Debian: apt-get install {_PACKAGES.get(name, name)}")
+        skip_or_fail(f"{name} is not installed; on Debian: apt-get install {_PACKAGES.get(name, name)}")
     return path
 
 
@@ -55,17 +55,17 @@ def library(name: str, package: str) -> str:
     """The path of a shared library that is preloaded; without it the test is skipped, or fails where ``CI`` is set."""
     path = next((str(path) for path in Path("/usr/lib").glob(f"*/**/{name}")), None)
     if path is None:
-        cannot_be_looked_at(f"{name} is not installed; on Debian: apt-get install {package}")
+        skip_or_fail(f"{name} is not installed; on Debian: apt-get install {package}")
     return path
 
 
 def needs_root(what: str) -> None:
-    """Skip the test, or fail it where ``CI`` is set, unless it runs as root, which it needs for ``what``."""
+    """Skip the test, or fail it where ``CI`` is set, unless it runs as root; ``what`` needs that."""
     if os.geteuid() != 0:
-        cannot_be_looked_at(f"{what} takes root")
+        skip_or_fail(f"{what} takes root")
 
 
-def cannot_be_looked_at(text: str) -> NoReturn:
+def skip_or_fail(text: str) -> NoReturn:
     """Skip the test for this reason, or fail it where ``CI`` is set."""
     if os.environ.get("CI"):
         pytest.fail(text)
@@ -74,7 +74,7 @@ def cannot_be_looked_at(text: str) -> NoReturn:
 
 @asynccontextmanager
 async def running(line: list[str], *, stderr: int = subprocess.DEVNULL) -> AsyncIterator[trio.Process]:
-    """A program without input and output, its messages to the descriptor ``stderr`` aside; terminated at the end."""
+    """A running program without input and output; ``stderr`` gets its messages. It is terminated at the end."""
     async with trio.open_nursery() as nursery:
         process: trio.Process = await nursery.start(
             partial(
@@ -93,7 +93,7 @@ async def running(line: list[str], *, stderr: int = subprocess.DEVNULL) -> Async
                 process.terminate()
 
 
-async def answers(port: int) -> None:
+async def wait_listening(port: int) -> None:
     """Wait until somebody listens at ``port``."""
     with trio.fail_after(TIMEOUT):
         while True:

@@ -1,4 +1,4 @@
-"""How a test waits: for an event, never for time to pass; and what it does on a machine that stalls."""
+"""How a test waits for an event, and not for time to pass; and how it copes with a machine that stalls."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from typing import Final, TypeVar
 
 import trio
 
-__all__ = ["TIMEOUT", "at_any_pace", "eventually", "while_it_lasts"]
+__all__ = ["TIMEOUT", "before_it_expires", "despite_stalls", "eventually"]
 
 T = TypeVar("T")
 
 TIMEOUT: Final = 20.0
-"""Seconds after which a wait for an event is a failure; on an idle machine all of them take milliseconds."""
+"""Seconds after which a wait for an event has failed; on an idle machine each takes milliseconds."""
 
 
 async def eventually(condition: Callable[[], bool], what: str = "the condition", timeout: float = TIMEOUT) -> None:
-    """Wait until ``condition`` holds, looking often; a failure after ``timeout`` seconds."""
+    """Wait until ``condition`` holds; fails after ``timeout`` seconds."""
     deadline = trio.current_time() + timeout
     while not condition():
         assert trio.current_time() < deadline, f"{what} did not come true within {timeout} s"
         await trio.sleep(0.005)
 
 
-async def while_it_lasts(make: Callable[[float], datetime], use: Callable[[], Awaitable[T]]) -> tuple[T, float]:
-    """Use what soon ends, a certificate say, and have done before it does; on a slow machine one that lasts longer.
+async def before_it_expires(make: Callable[[float], datetime], use: Callable[[], Awaitable[T]]) -> tuple[T, float]:
+    """Make something that ends soon, such as a certificate, and use it before it ends. If that was too slow, try again.
 
-    ``make`` is given its life in seconds, and gives the end of it, as certificates write it: in whole seconds, so up to
-    one earlier. ``use`` may be called several times. Gives what that gave, and the end as a Unix time.
+    ``make`` is given the life in seconds, longer each time, and returns the end, in whole seconds as in certificates, so
+    up to a second earlier. ``use`` may be called several times. Returns the result of ``use``, and the end as Unix time.
     """
     for seconds in (2, 4, 8, 16, 32):
         ends = make(seconds).timestamp()
@@ -44,11 +44,11 @@ async def while_it_lasts(make: Callable[[float], datetime], use: Callable[[], Aw
     raise AssertionError("half a minute is not enough to use it")
 
 
-async def at_any_pace(test: Callable[[float], Awaitable[None]], limit: float) -> None:
-    """Run a test of what a time limit of ``limit`` seconds must not end; with a longer one where this machine stalls.
+async def despite_stalls(test: Callable[[float], Awaitable[None]], limit: float) -> None:
+    """Run a test in which a time limit of ``limit`` seconds must not strike; with a longer limit if the machine stalls.
 
-    Relay and parties share this process, so a pause of it looks like silence to a limit. What failed is tried again,
-    with four times the limit, if and only if the process was seen to stand still for a third of the limit.
+    Relay and parties share this process, so a pause of the process looks like silence. A failed test is tried again with
+    four times the limit, but only if the process stood still for a third of the limit.
     """
     for attempt in range(3):
         longest = 0.0

@@ -1,7 +1,7 @@
-"""Functions that call :func:`frelay.connect`, and relays that are none.
+"""Functions that call :func:`frelay.connect`, and fake relays.
 
-``connect`` blocks, and so does a :class:`~frelay.client.wire.Wire`; a relay in this process must go on meanwhile. So
-each call is made in a thread, with a limit on everything it does::
+``connect`` and :class:`~frelay.client.wire.Wire` block, but a relay in this process must go on. So each call is made in
+a thread, with a time limit::
 
     async with meet(site, relay) as (one, two):                    # both connected, func1 and func2
         await in_thread(one.sendall, b"question")
@@ -53,7 +53,7 @@ PAIRED: Final = frame(
 
 
 async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call something that blocks; it must have a limit of its own."""
+    """Call something that blocks; it must have a time limit of its own."""
     return await trio.to_thread.run_sync(partial(function, *args, **kwargs))
 
 
@@ -99,7 +99,7 @@ def read_to_end(wire: ssl.SSLSocket) -> bytes:
     return b"".join(iter(partial(wire.recv, 65536), b""))
 
 
-# --- relays that are none ---------------------------------------------------------------------------------------------
+# --- fake relays ------------------------------------------------------------------------------------------------------
 
 
 def read_frame(tls: ssl.SSLSocket) -> tuple[int, dict[str, Any]]:
@@ -138,7 +138,7 @@ def fake_relay(
         try:
             sock, _ = listener.accept()
             sock.settimeout(TIMEOUT)
-            # What a script has sent must be out, even if the next thing it does is to cut the connection.
+            # All that a script has sent must leave, even if the script then cuts the connection.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with (
                 sock,

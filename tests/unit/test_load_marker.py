@@ -20,7 +20,7 @@ TESTS: Final = Path(__file__).parents[1]
 COUNTS_OR_CLOCKS: Final = frozenset(
     {
         # tests/support/descriptors.py, holdings.py and waiting.py
-        *("open_descriptors", "opened_since", "holdings", "as_before", "at_any_pace", "while_it_lasts"),
+        *("open_descriptors", "opened_since", "holdings", "as_before", "despite_stalls", "before_it_expires"),
         # Trio and the standard library
         *("tasks_living", "current_time", "monotonic", "perf_counter", "process_time", "get_objects"),
         # tests/support/kernel.py

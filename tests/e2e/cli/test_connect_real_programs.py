@@ -19,7 +19,7 @@ from support.ends import block
 from support.ports import free_port
 from support.relay import RelayInProcess
 from support.site import Site
-from support.tools import answers, running, tool
+from support.tools import running, tool, wait_listening
 from support.waiting import TIMEOUT, eventually
 
 SIZE: Final = 100 * 1024 * 1024
@@ -131,7 +131,7 @@ async def test_redis_answers(site: Site) -> None:
     service = free_port()
     options = ["--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", str(site.directory)]
     async with running([server, "--port", str(service), *options]):
-        await answers(service)
+        await wait_listening(service)
         async with bridged(site, service) as (port, _):
             line = [client, "-h", "127.0.0.1", "-p", str(port)]
             assert await run([*line, "ping"]) == b"PONG\n"
@@ -163,7 +163,7 @@ async def test_ssh_goes_by_proxy_command(site: Site) -> None:
         "PidFile none\nStrictModes no\nUsePAM no\nPasswordAuthentication no\nPermitRootLogin yes\n"
     )
     async with running([sshd, "-D", "-f", str(config)]):
-        await answers(service)
+        await wait_listening(service)
         async with site.relay() as relay:
             place = f"127.0.0.1:{relay.port()}"
             async with command(arguments(site, place, "func2", "func1", "--to", f"127.0.0.1:{service}")):

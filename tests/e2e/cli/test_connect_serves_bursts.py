@@ -13,7 +13,7 @@ from support.connects import dial, offering, port_here, still_echoes
 from support.ports import free_port
 from support.services import echo, serving
 from support.site import DEMO, Site
-from support.tools import answers, running, tool
+from support.tools import running, tool, wait_listening
 from support.waiting import TIMEOUT, eventually
 
 
@@ -29,7 +29,7 @@ async def test_redis_benchmark_at_its_defaults(site: Site) -> None:
     benchmark, server, service = tool("redis-benchmark"), tool("redis-server"), free_port()
     options = ["--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", str(site.directory)]
     async with running([server, "--port", str(service), *options]), site.relay() as relay:
-        await answers(service)
+        await wait_listening(service)
         async with offering(site, relay, f"127.0.0.1:{service}") as there, port_here(site, relay) as (here, place):
             port = place.rpartition(":")[2]
             text = await run([benchmark, "-p", port, "-n", "2000", "-t", "ping_mbulk,set", "--csv"])

@@ -24,7 +24,7 @@ import frelay
 from frelay.client.options import Options
 from support.clients import CLIENTS, PAIRS_OF_CLIENTS, Client, ask, options, run_function
 from support.site import DEMO, Site
-from support.waiting import TIMEOUT, at_any_pace, eventually
+from support.waiting import TIMEOUT, despite_stalls, eventually
 
 STEPS: Final = ("waiting", "paired", "hand-off", "inner")
 ROOT: Final = Path(__file__).resolve().parents[3]
@@ -124,4 +124,4 @@ async def test_the_other_function_learns_it(site: Site, step: str, sign: signal.
             assert len(relay.logged("pairing ended")) == len(PAIRS_OF_CLIENTS)
             assert relay.legs == 0
 
-    await at_any_pace(go_one_by_one, 1.0)
+    await despite_stalls(go_one_by_one, 1.0)

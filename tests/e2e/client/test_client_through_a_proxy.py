@@ -16,7 +16,7 @@ from support.clients import CLIENTS, Client, answer, ask, meet, options, run_fun
 from support.commands import arguments, command
 from support.ports import free_port
 from support.site import Site
-from support.tools import answers, running, tool
+from support.tools import running, tool, wait_listening
 from support.waiting import TIMEOUT, eventually
 
 
@@ -146,7 +146,7 @@ async def tinyproxy(site: Site) -> AsyncIterator[str]:
     lines = [f"Port {port}", "Listen 127.0.0.1", "Timeout 600", "MaxClients 20", "Allow 127.0.0.1"]
     config.write_text("\n".join([*lines, "BasicAuth me secret", ""]))
     async with running([program, "-d", "-c", str(config)]):
-        await answers(port)
+        await wait_listening(port)
         yield f"http://me:secret@127.0.0.1:{port}"
 
 

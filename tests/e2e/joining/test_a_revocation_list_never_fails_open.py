@@ -25,7 +25,7 @@ from support.handoffs import relay_has_read
 from support.party import Party, pair
 from support.relay import RelayInProcess
 from support.site import Site
-from support.waiting import eventually, while_it_lasts
+from support.waiting import before_it_expires, eventually
 
 NO_LIST: Final = b"-----BEGIN X509 CRL-----\nAAAA\n-----END X509 CRL-----\n"
 
@@ -195,7 +195,7 @@ async def test_once_the_list_has_run_out_nobody_is_let_in(site: Site) -> None:
             await relay_has_read(relay)  # a client's handshake is over before the relay has judged its certificate
             return one, two, waiter, late
 
-        (paired1, paired2, waiter, late), ends = await while_it_lasts(running_out, come_in)
+        (paired1, paired2, waiter, late), ends = await before_it_expires(running_out, come_in)
         await trio.sleep(ends - time.time() + 1.1)  # for OpenSSL it holds through its last second
         assert await knock(site, relay, "func1") != "admitted"
         refused = await relay.log("refused", code="not-authorised")

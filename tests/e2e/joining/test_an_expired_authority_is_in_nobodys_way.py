@@ -22,7 +22,7 @@ from support.commands import frelay_command
 from support.party import pair
 from support.relay import RelayInProcess
 from support.site import Site
-from support.tools import cannot_be_looked_at
+from support.tools import skip_or_fail
 from support.waiting import TIMEOUT, eventually
 
 HOUR: Final = timedelta(hours=1)
@@ -215,7 +215,7 @@ async def test_who_comes_by_it_is_told_so(site: Site) -> None:
 async def test_the_whole_bundle_of_a_distribution(site: Site) -> None:
     """Hundreds of roots, with whatever is odd among them, twice, beside our own."""
     if not BUNDLE.exists():
-        cannot_be_looked_at(f"{BUNDLE} is not there; on Debian: apt-get install ca-certificates")
+        skip_or_fail(f"{BUNDLE} is not there; on Debian: apt-get install ca-certificates")
     content = BUNDLE.read_bytes()
     site.client_ca = site.directory / "anchors.pem"
     site.client_ca.write_bytes(content + content)

@@ -19,7 +19,7 @@ from support.relay import RelayInProcess
 from support.rounds import settled
 from support.services import CALLERS, Caller, EndStream, black_hole, call, dialling, echo, nobody, serving, tls_echo
 from support.site import DEMO, Site
-from support.tools import cannot_be_looked_at
+from support.tools import skip_or_fail
 from support.waiting import eventually
 
 OPEN = "require_inner_tls = false"
@@ -127,7 +127,7 @@ async def test_ipv6(site: Site) -> None:
         with socket.socket(socket.AF_INET6) as probe:
             probe.bind(("::1", 0))
     except OSError as error:
-        cannot_be_looked_at(f"there is no IPv6 here: {error}")
+        skip_or_fail(f"there is no IPv6 here: {error}")
     async with serving(echo, "::1") as service, site.relay(dialling(service, more=OPEN)) as relay:
         end = await call(site, relay)
         await end.send(b"six")

@@ -21,7 +21,7 @@ from support.handoffs import relay_has_read
 from support.party import Party, frame, pair
 from support.relay import RelayInProcess, address_seen
 from support.site import DEMO, Site
-from support.waiting import eventually, while_it_lasts
+from support.waiting import before_it_expires, eventually
 
 OTHER: Final = DEMO.replace('"demo"', '"other"')
 
@@ -34,7 +34,7 @@ async def joined(site: Site, relay: RelayInProcess, name: str = "func1", **field
 
 
 def ending(site: Site) -> Callable[[float], datetime]:
-    """For ``while_it_lasts``: func1's certificate under the name "ending"."""
+    """For ``before_it_expires``: func1's certificate under the name "ending"."""
 
     def make(seconds: float) -> datetime:
         credential = site.add("ending", site.ca.ending(seconds, dns=["func1.demo"]))
@@ -119,7 +119,7 @@ async def route_removed(site: Site) -> AsyncIterator[tuple[RelayInProcess, Party
 async def certificate_expired(site: Site) -> AsyncIterator[tuple[RelayInProcess, Party]]:
     """It waited beyond its notAfter: the other one comes, and policy is checked again before anybody is paired."""
     async with site.relay() as relay:
-        party, ends = await while_it_lasts(ending(site), partial(joined, site, relay, "ending"))
+        party, ends = await before_it_expires(ending(site), partial(joined, site, relay, "ending"))
         await trio.sleep(ends - time.time() + 0.1)
         await joined(site, relay, "func2")
         yield relay, party
@@ -205,7 +205,7 @@ async def test_a_new_leg_is_judged_between_its_handshake_and_its_join(site: Site
             await relay_has_read(relay)  # a client's handshake is over before the relay has judged its certificate
             return party
 
-        late, ends = await while_it_lasts(ending(site), shake_hands)
+        late, ends = await before_it_expires(ending(site), shake_hands)
         out = await site.party(relay, "revoked")
         homeless = await site.party(relay, "func1", route="other")
         # A connection keeps the certificates and routes that it was accepted under, so nothing more need be over.

@@ -17,7 +17,7 @@ from support.ends import OPEN, PAIRS_OF_MODES, PLAIN, End, Mode, block, join_all
 from support.relay import RelayInProcess
 from support.site import Site
 from support.through_faults import direct
-from support.waiting import at_any_pace, eventually
+from support.waiting import despite_stalls, eventually
 
 RATE = 200_000
 MODERATE = f"max_bytes_per_second = {RATE}\n"
@@ -78,7 +78,7 @@ async def test_a_route_carries_its_rate(site: Site, busy: str) -> None:
         each = [sum(since[at : at + ways]) for at in range(0, len(since), ways)]
         assert min(each) >= 0.6 * max(each)
 
-    await at_any_pace(carry, 3.0)
+    await despite_stalls(carry, 3.0)
 
 
 async def test_a_neighbour_route_is_not_bound_by_it(site: Site) -> None:

@@ -12,7 +12,7 @@ from support.descriptors import open_descriptors, opened_since
 from support.ends import OPEN, PAIRS_OF_MODES, End, join_all, join_ends
 from support.relay import RelayInProcess
 from support.site import Site
-from support.waiting import at_any_pace, eventually
+from support.waiting import despite_stalls, eventually
 
 LIMIT = 0.8
 LIMITS = f"[limits]\nhalf_close_timeout = {LIMIT}\n"
@@ -74,7 +74,7 @@ async def test_the_limit_counts_from_the_last_byte(site: Site) -> None:
             assert ended["outcome"] == "half-close-timeout"
             assert ended["duration"] > 2.7 * limit
 
-    await at_any_pace(speak_on, LIMIT)
+    await despite_stalls(speak_on, LIMIT)
 
 
 @pytest.mark.load

@@ -16,7 +16,7 @@ from support.party import TLS_HEADER, pair
 from support.relay import RelayInProcess
 from support.site import Site
 from support.through_faults import direct
-from support.waiting import at_any_pace, eventually, while_it_lasts
+from support.waiting import before_it_expires, despite_stalls, eventually
 
 ALL = len(PAIRS_OF_MODES)
 
@@ -63,7 +63,7 @@ async def test_a_byte_now_and_then_keeps_it(site: Site) -> None:
             await all_cut(pairs)
             await all_ended(relay, "idle-timeout", "relay", after=2.7 * limit)
 
-    await at_any_pace(say_a_byte, 0.8)
+    await despite_stalls(say_a_byte, 0.8)
 
 
 # --- stall_timeout --------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ async def test_a_reader_that_is_slow_but_alive_survives(site: Site) -> None:
             assert not relay.logged("pairing ended"), "a live reader was cut"
             assert len(received) == ALL
 
-    await at_any_pace(survive, 1.0)
+    await despite_stalls(survive, 1.0)
 
 
 @pytest.mark.load
@@ -151,7 +151,7 @@ async def test_a_pause_shorter_than_stall_timeout_is_forgiven_again_and_again(si
             await two.send_eof()
             assert (await relay.outcome())["outcome"] == "closed"
 
-    await at_any_pace(pause, 1.2)
+    await despite_stalls(pause, 1.2)
 
 
 # --- the ends of a life -----------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ async def test_a_certificate_that_expires_in_mid_pairing(site: Site, which: str)
         return pairs
 
     async with site.relay(OPEN) as relay:
-        pairs, ends = await while_it_lasts(ending, talk)
+        pairs, ends = await before_it_expires(ending, talk)
         await all_cut(pairs)
         assert time.time() >= ends
         await all_ended(relay, "certificate-expired", "relay", after=0)

@@ -11,7 +11,7 @@ from support.ends import OPEN, PAIRS_OF_MODES, End, Mode, block, join_all, join_
 from support.relay import RelayInProcess
 from support.site import Site
 from support.through_faults import direct
-from support.waiting import at_any_pace, eventually
+from support.waiting import despite_stalls, eventually
 
 MIB = 1024 * 1024
 
@@ -117,4 +117,4 @@ async def test_a_pause_longer_than_half_close_timeout(site: Site) -> None:
                 assert await one.receive_to_end() == b"thanks"
             await eventually(lambda: len(relay.logged("pairing ended", outcome="closed")) == len(pairs), "all closed")
 
-    await at_any_pace(pause, 0.5)
+    await despite_stalls(pause, 0.5)

@@ -22,7 +22,7 @@ from support.party import Party
 from support.relay import RelayProcess
 from support.site import Site
 from support.tools import library
-from support.waiting import TIMEOUT, while_it_lasts
+from support.waiting import TIMEOUT, before_it_expires
 
 HOUR: Final = 3600
 DAY: Final = 24 * HOUR
@@ -191,7 +191,7 @@ async def test_back_again_before_it_expires(site: Site, monkeypatch: pytest.Monk
         return await join_ends(site, relay, names=("short", "func2")), waiting
 
     async with site.relay(ROUTES, sections=SECTIONS) as relay:
-        (ends, waiting), _ = await while_it_lasts(make, come)
+        (ends, waiting), _ = await before_it_expires(make, come)
         now = time.time
         monkeypatch.setattr(time, "time", lambda: now() - DAY)
         await relay.log("the clock was set")

@@ -20,7 +20,7 @@ import trio
 
 from support.clients import CLIENTS, answer, ask, meet, options
 from support.ends import OPEN, PAIRS_OF_MODES, End, Mode, block
-from support.faults import Fault, Weather, a_network
+from support.faults import Conditions, Fault, faulty_network
 from support.party import Party
 from support.relay import RelayInProcess
 from support.site import Site
@@ -146,7 +146,7 @@ async def lives_on(site: Site, relay: RelayInProcess) -> None:
 async def test_bytes_arrive_through_any_weather(site: Site, seed: int) -> None:
     """TESTPLAN 14, 23, 25: segments are split, merged and delayed; both digests are right, and the end is clean."""
     one, two = cast(seed)
-    async with a_network(Weather(seed)) as network, site.relay(OPEN) as relay:
+    async with faulty_network(Conditions(seed)) as network, site.relay(OPEN) as relay:
         relay.network = network
         with trio.fail_after(3 * TIMEOUT):
             async with trio.open_nursery() as nursery:
@@ -171,7 +171,7 @@ async def test_what_the_network_breaks_ends_for_both(site: Site, seed: int, faul
     """
     one, two = cast(seed)
     limits = SHORT if fault == "silence" else PINGS
-    async with a_network(Weather(seed, fault=fault)) as network, site.relay(OPEN, sections=limits) as relay:
+    async with faulty_network(Conditions(seed, fault=fault)) as network, site.relay(OPEN, sections=limits) as relay:
         relay.network = network
         with trio.fail_after(3 * TIMEOUT):
             async with trio.open_nursery() as nursery:
@@ -209,7 +209,7 @@ async def test_our_clients_meet_through_any_weather(site: Site, seed: int) -> No
     chance = random.Random(f"clients {seed}")
     clients = (chance.choice(CLIENTS), chance.choice(CLIENTS))
     question, reply = block(chance.choice([1, 50_000]), 1), block(chance.choice([1, 50_000]), 2)
-    async with a_network(Weather(seed, connections=4)) as network, site.relay(OPEN) as relay:
+    async with faulty_network(Conditions(seed, connections=4)) as network, site.relay(OPEN) as relay:
         relay.network = network
         given = tuple(
             options(site, me, other, mode=chance.choice(["handoff", "ticket", "tunnel"]))

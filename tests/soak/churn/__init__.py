@@ -1,8 +1,8 @@
-"""Everything that comes to a relay in bad times, all at once: functions of every kind, strangers, and its own operator.
+"""The traffic of a soak, all at once: good functions of every kind, hostile strangers, and a restless operator.
 
-Each :class:`Actor` is one scene, played over and over by a task: open, do, close. A good scene must succeed each time,
-with every byte compared; a hostile one must be turned away in the way that the protocol says. What happens otherwise
-is a :class:`Trouble`. The scenes choose by a seeded generator, so a run can be had again, but for its timing.
+Each :class:`Actor` repeats one scene: open, do, close. A good scene must succeed each time, with every byte compared.
+A hostile one must be refused as the protocol says. Anything else is a :class:`Trouble`. The scenes choose by a seeded
+generator, so a run can be repeated, except for its timing.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ __all__ = ["CONSTANT", "Actor", "Ground", "Trouble", "actors", "ask"]
 
 @dataclass
 class Actor:
-    """One scene, and what came of it so far."""
+    """One scene, and how often it was played."""
 
     name: str
     play: Callable[[], Awaitable[None]]
     pause: float = 0.0
-    """Between two performances, in seconds."""
+    """Between two plays, in seconds."""
     times: int = 0
 
     async def run(self, over: trio.Event, troubles: Counter[str]) -> None:
-        """Play until ``over``, and to the end of the scene: one that is cut off would leave connections behind."""
+        """Play until ``over``. A scene is always played to its end: one cut short would leave connections open."""
         while not over.is_set():
             try:
                 with trio.fail_after(TIMEOUT):
@@ -52,7 +52,7 @@ def _told(error: BaseException) -> str:
 
 
 def actors(ground: Ground, seed: int) -> list[Actor]:
-    """All of them."""
+    """All actors."""
     random_ = random.Random(seed)
     good, bad, operator = Functions(ground, random_), Strangers(ground, random_), Operator(ground, random_)
     found = []

@@ -1,4 +1,4 @@
-"""Good functions, in every mode; their scenes must succeed each time."""
+"""Good functions, in every mode: their scenes must succeed each time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MODES: Final[tuple[Mode, ...]] = get_args(Mode)
 
 
 class Functions:
-    """Good ones; but for :meth:`reset`, where one of them crashes."""
+    """Good functions; only in :meth:`reset` one of the two crashes."""
 
     def __init__(self, ground: Ground, random_: random.Random) -> None:
         self._ground: Final = ground
@@ -57,7 +57,7 @@ class Functions:
                 await expect(one, message)
 
     async def half(self, route: str) -> None:
-        """A question, its end, and only then the answer."""
+        """A question, the end of that direction, and only then the answer."""
         one, two = await self._meet(route)
         async with one, two:
             for source, sink in ((one, two), (two, one)):
@@ -74,7 +74,7 @@ class Functions:
                 await trio.sleep(0.05)
 
     async def reset(self) -> None:
-        """One of the two goes without a word, while bytes are under way both ways."""
+        """One of the two closes abruptly, while both ways carry bytes."""
         ends = list(await self._meet("reset"))
         self._random.shuffle(ends)
         gone, other = ends
@@ -88,7 +88,7 @@ class Functions:
         await trio.aclose_forcefully(other)
 
     async def service(self) -> None:
-        """A function that calls a service, which is an echo in TLS of its own."""
+        """A function calls a service, which is an echo inside its own TLS."""
         options = self._ground.options("func1", self._random.choice(_MODES))
         async with await frelay.client.trio.connect(self._ground.address("service"), **options) as wire:
             message = BLOCK[: self._random.randrange(1, 1 << 16)]
@@ -113,7 +113,7 @@ class Functions:
                 nursery.start_soon(end.aclose)
 
     async def plain(self) -> None:
-        """Two bare sockets; every other time one of them is reset at the end."""
+        """Two plain sockets; half of the times one is reset at the end."""
         one, two = await self._ground.dial("plain"), await self._ground.dial("plain")
         async with one, two:
             await one.send_all(TLS_HEADER)

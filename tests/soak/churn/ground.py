@@ -1,4 +1,4 @@
-"""Where a soak happens: the relay's directory, its addresses, who may come, and its operator's line."""
+"""Where a soak happens: the relay's directory, its addresses, certificates, and its admin API."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from frelay.protocol.messages import Mode
 
 __all__ = ["CONSTANT", "TIMEOUT", "Ground", "Trouble", "ask"]
 
-# For a whole scene. On an idle machine the longest takes seconds; on a busy one a ping-pong has taken half a minute.
+# For a whole scene. The longest takes seconds on an idle machine; on a busy one a ping-pong took half a minute.
 TIMEOUT: Final = 120.0
 
 CONSTANT: Final = 3
-"""How many routes each of the three kinds of functions' meetings has to itself."""
+"""How many routes each of bulk, ping-pong and half-close has for itself."""
 
 _ROUTE_FILE: Final = """\
 [relay]
@@ -35,14 +35,14 @@ private_key = "certs/relay.key"
 client_ca = "certs/ca.pem"
 crl = "certs/crl.pem"
 
-[limits]                # short, so that whoever is silent has gone again within the run
+[limits]                # short, so that silent connections end within the run
 handshake_timeout = 2
 join_timeout = 2
 wait_timeout = 30
 ping_interval = 0.5
 pong_timeout = 20
 half_close_timeout = 30
-max_pre_auth_per_ip = 256       # all the world is one address here
+max_pre_auth_per_ip = 256       # all connections come from one address here
 
 [admin]
 listen = "unix:a.sock"
@@ -53,18 +53,18 @@ listen = "127.0.0.1:0"
 
 
 class Trouble(Exception):
-    """A scene went as it must not."""
+    """A scene had the wrong result."""
 
 
 @dataclass
 class Ground:
-    """Where it all happens: the relay's directory, its addresses, and who may come."""
+    """The relay's directory, its addresses, and a TLS context for each certificate."""
 
     directory: Path
     service: str
     """``host:port`` of the service that the relay dials."""
     ports: dict[str, int] = field(default_factory=dict)
-    """Of the routes, once they are known."""
+    """The ports of the routes, as soon as they are known."""
     pid: int = 0
     contexts: dict[str, ssl.SSLContext] = field(default_factory=dict)
 
@@ -74,7 +74,7 @@ class Ground:
         return self.directory / "relay.toml"
 
     def write(self) -> None:
-        """Certificates good and bad, and the route file."""
+        """Write good and bad certificates, and the route file."""
         initialise(self.directory, host_name="localhost")
         certs = self.directory / "certs"
         (self.directory / "routes.d").mkdir()
@@ -117,7 +117,7 @@ class Ground:
         return context
 
     def bare_context(self, name: str) -> ssl.SSLContext:
-        """Without frames."""
+        """A context for a bare tunnel: without ALPN."""
         return self._context(name, alpn=False)
 
     def options(self, me: str, mode: Mode) -> Options:
@@ -143,7 +143,7 @@ class Ground:
 
 
 async def ask(ground: Ground, method: str, path: str, body: Any = None) -> tuple[int, Any]:
-    """The status and the JSON of an answer of the admin API."""
+    """Send a request to the admin API; returns the status and the JSON of its answer."""
     content = b"" if body is None else json.dumps(body).encode()
     head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
     stream = await trio.open_unix_socket(ground.directory / "a.sock")

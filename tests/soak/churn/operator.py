@@ -1,4 +1,4 @@
-"""The operator of a relay, with a nervous hand: what it does must be done, or be refused with nothing changed."""
+"""A restless operator: each of its changes must be made, or be refused with nothing changed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Operator"]
 
 
 class Operator:
-    """Whoever runs the relay has a nervous hand."""
+    """An operator who changes the relay all the time."""
 
     def __init__(self, ground: Ground, random_: random.Random) -> None:
         self._ground: Final = ground
@@ -23,7 +23,7 @@ class Operator:
         self._number = 0
 
     async def act(self) -> None:
-        """One of the things that an operator does."""
+        """One change by the operator."""
         await self._random.choice(
             (self._hang_up, self._storm, self._add_and_delete, self._reload, self._look, self._slip)
         )()
@@ -60,7 +60,7 @@ class Operator:
                 raise Trouble(f"{path} was answered {status}")
 
     async def _slip(self) -> None:
-        """A slip of the pen: the reload is refused, and nothing changes."""
+        """A typing error: the reload is refused, and nothing changes."""
         try:
             self._rewrite(self._ground.configuration() + "\n[[route")
             status, answer = await ask(self._ground, "POST", "/v1/reload")

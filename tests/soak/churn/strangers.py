@@ -1,4 +1,4 @@
-"""Whoever is up to no good, or has no luck: each must be turned away in the way that the protocol says."""
+"""Hostile or unlucky callers: each must be refused as the protocol says."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["Strangers"]
 
 
 class _Party:
-    """A function that speaks frelay/1 by hand, to stop in the middle of it."""
+    """A function that speaks frelay/1 step by step, so that it can stop in the middle."""
 
     def __init__(self, stream: trio.SSLStream[trio.SocketStream]) -> None:
         self.stream: Final = stream
@@ -31,7 +31,7 @@ class _Party:
 
     @classmethod
     async def join(cls, ground: Ground, route: str, name: str, mode: Mode) -> _Party:
-        """One that was told WAITING."""
+        """A function that has received WAITING."""
         tls = trio.SSLStream(await ground.dial(route), ground.contexts[name], server_hostname="localhost")
         party = cls(tls)
         await tls.send_all(party._session.send(messages.Join(attempt=str(uuid.uuid4()), modes=(mode,))))
@@ -56,16 +56,16 @@ class _Party:
         await self.stream.send_all(self._session.send(message))
 
     def reset(self) -> None:
-        """Go by RST."""
+        """Close by RST."""
         reset(self.stream.transport_stream)
 
     def close(self) -> None:
-        """Go without a word."""
+        """Close without a close_notify."""
         self.stream.transport_stream.socket.close()
 
 
 class Strangers:
-    """Whoever is up to no good, or has no luck."""
+    """Hostile or unlucky callers."""
 
     def __init__(self, ground: Ground, random_: random.Random) -> None:
         self._ground: Final = ground
@@ -104,7 +104,7 @@ class Strangers:
         two.close()
 
     async def lonely(self) -> None:
-        """Nobody comes; it answers a PING, and then it goes, in one of three ways."""
+        """No partner comes; it answers a PING, and then leaves in one of three ways."""
         party = await _Party.join(self._ground, "lonely", "func1", "handoff")
         ping = await party.expect(messages.Ping)
         await party.say(messages.Pong(ping.n))
@@ -116,7 +116,7 @@ class Strangers:
         party.reset() if how == 1 else party.close()
 
     async def refused(self) -> None:
-        """A certificate that does not let anybody in here."""
+        """A certificate that the relay refuses."""
         name = self._random.choice(("stranger", "revoked", "foreign", "nobody"))
         try:
             await _Party.join(self._ground, "door", name, "handoff")
@@ -129,14 +129,14 @@ class Strangers:
         raise Trouble(f"{name} was let in")
 
     async def garbage(self) -> None:
-        """Bytes that are no TLS, or a page for a browser."""
+        """Bytes that are no TLS, or the request of a browser."""
         stream = await self._ground.dial("door")
         words = self._random.choice((os.urandom(200), b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"FRELAY/1 " + b"0" * 65))
         await stream.send_all(words)
         await _is_turned_away(stream)
 
     async def frames(self) -> None:
-        """A good certificate, and then nonsense."""
+        """A good certificate, and then bytes that are no frames."""
         tls = trio.SSLStream(
             await self._ground.dial("door"), self._ground.contexts["func1"], server_hostname="localhost"
         )
@@ -151,7 +151,7 @@ class Strangers:
         tls.transport_stream.socket.close()
 
     async def silence(self) -> None:
-        """It connects, and that is all."""
+        """It connects and sends nothing."""
         await _is_turned_away(await self._ground.dial("door"))
 
     async def drip(self) -> None:
@@ -179,7 +179,7 @@ def _broken_is_fine() -> Iterator[None]:
 
 
 async def _is_turned_away(stream: trio.SocketStream) -> None:
-    """The connection ends, with an alert at most before."""
+    """The connection ends; an alert may come before."""
     with _broken_is_fine():
         received = b""
         while data := await stream.receive_some():

@@ -1,4 +1,4 @@
-"""What the scenes do with a stream, whatever carries it: bytes that must arrive, and ends of every kind."""
+"""What the scenes do with a stream of any kind: send bytes that must arrive, and end it in every way."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["BLOCK", "TLS_HEADER", "carry", "expect", "expect_end", "flood", "is_
 
 TLS_HEADER: Final = b"\x16\x03\x01"
 BLOCK: Final = random.Random(1).randbytes(1 << 21)
-"""What is sent, as much of it as is wanted."""
+"""The bytes that scenes send, or a part of them."""
 
 
 async def carry(source: trio.abc.HalfCloseableStream, sink: trio.abc.HalfCloseableStream, size: int) -> None:

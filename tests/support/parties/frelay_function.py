@@ -37,7 +37,7 @@ def main() -> None:
             wire.sendall(data)
     story["missing"] = left
     story["sent"], story["received"] = hashlib.sha256(data).hexdigest(), received.hexdigest()
-    # Whatever is not of the standard library, of ours, or of this script.
+    # All modules but those of the standard library, of frelay and of this script.
     story["foreign"] = sorted(
         name
         for name in {module.partition(".")[0] for module in sys.modules} - {"frelay", "__main__", "__mp_main__"}
