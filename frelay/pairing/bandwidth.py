@@ -4,7 +4,7 @@ The relay receives and sends each byte once, in either direction. So there is on
 its pairings, and for both directions together.
 
 It is a token bucket, kept as the one number that such a bucket needs: the time from which the next bytes may go. A turn
-is paid for when it is taken, not when it is requested. So when a pairing ends while it waits, nobody has to wait for
+is paid for when it is taken, not when it is requested. So when a pairing ends while it waits, no other has to wait for
 the bytes that it did not send.
 
 Fair queueing decides whose turn is next. Each requested turn gets a number: the bytes that its pairing has sent,

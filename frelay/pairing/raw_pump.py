@@ -167,7 +167,7 @@ class RawPump:
     def on_idle(self) -> None:
         """Give the pipe back if it is empty, and have the kernel check the source once more.
 
-        The next bulk transfer takes a pipe again. The check is for one arrival that epoll reports to nobody: bytes that
+        The next bulk transfer takes a pipe again. The check is for one arrival that epoll does not report: bytes that
         came before their urgent pointer, in a segment from a TCP that is not like Linux's.
         """
         if not self._in_pipe:

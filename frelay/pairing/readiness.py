@@ -34,7 +34,7 @@ Rules:
    once per sample, for arrivals that we do not know of.
 2. A step never waits, and it is bounded in bytes and in records: a greedy pairing gets one step a round like all
    others. Small messages come first in a round. After each round Trio gets its turn if there is anything for it.
-3. epoll reports ERR and HUP even when nobody asks for them. If no pump waits for the socket then, an error ends the
+3. epoll reports ERR and HUP even if no interest is set. If no pump waits for the socket then, an error ends the
    pairing: the reset of a raw leg must not go unnoticed behind back-pressure. (The reset of a tunnel does, until its
    pump has delivered what it holds, or stall_timeout strikes.) Two things end nothing, and would spin: a HUP alone
    (both directions are shut, and input is unread), and the reset of a party that had sent its FIN, behind bytes that

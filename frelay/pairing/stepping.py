@@ -70,7 +70,7 @@ class PolledSocket:
         self.writer: Steppable | None = None
         """The pump whose sink this is, if it is stepped when the sink has room, or has a budget."""
         self.error: OSError | None = None
-        """How the connection broke, once a pump was told of it."""
+        """How the connection broke, once a pump has learnt it."""
         self.mask: int | None = None
         """The mask registered with epoll; None while the socket is not in the set."""
 

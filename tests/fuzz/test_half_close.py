@@ -51,7 +51,7 @@ T = TypeVar("T")
 
 TIMEOUT: Final = 20.0
 CONTENT: Final = random.Random(0).randbytes(1 << 20)
-"""What is sent, over and over; the two directions begin at different places, so that nothing can be mistaken."""
+"""What is sent, again and again. The directions begin at different places, so their bytes cannot be confused."""
 OTHER_START: Final = 333_333
 
 Kind = Literal["raw", "tls"]
@@ -114,7 +114,7 @@ class End:
         self.is_lost = False
         """Whether the connection was reset, by this end or the other."""
         self.stuck = 0
-        """Bytes that OpenSSL was offered, has sent in part, and must be offered again before anything else."""
+        """Bytes that OpenSSL has sent in part, and must get again before any others."""
         self._is_ending = False
 
     def write(self, data: Callable[[int], bytes], count: int) -> int:
@@ -194,10 +194,10 @@ class Queue:
         self.receiver = receiver
         self.start = start
         self.sent = 0
-        """Bytes that the sender's kernel took for certain."""
+        """How many bytes the sender's kernel has certainly taken."""
         self.received = 0
         self.is_ended = False
-        """Whether the sender has said that there is no more."""
+        """Whether the sender has ended the direction."""
         self.end_was_seen = False
 
     @property
@@ -217,7 +217,7 @@ class Queue:
             return 0
         data = self.receiver.read(count)
         if data == b"":
-            assert self.is_ended, "an end that nobody said"
+            assert self.is_ended, "an end that its sender did not send"
             assert self.in_flight == 0, "an end before all bytes"
             self.end_was_seen = True
         if not data:
@@ -339,7 +339,7 @@ class HalfClose(RuleBasedStateMachine):
         self.before = open_descriptors()
         self.fate = fate
         self.is_spoiled = False
-        """Whether the worst that may happen to this pairing has happened."""
+        """Whether a cut, a reset or a cancellation has already hit this pairing."""
         # So small a pipe is full with one page, and few small messages change how much a read requests.
         self.constants = ExitStack()
         pipe_size = 4096 if way == "tiny pipes" else 1 << 20
@@ -431,7 +431,7 @@ class HalfClose(RuleBasedStateMachine):
     # --- what must hold ------------------------------------------------------------------------------------------
 
     @invariant()
-    def nobody_is_cut_who_gave_no_reason(self) -> None:
+    def no_leg_is_cut_without_a_reason(self) -> None:
         if self.trio is not None and not self.is_spoiled:
             assert not self.middle.cuts
             assert not any(end.is_lost for end in self.ends)

@@ -160,7 +160,7 @@ async def test_pairings_get_equal_parts(autojump_clock: trio.testing.MockClock, 
 
 
 @pytest.mark.load
-async def test_a_word_now_and_then_is_not_kept_waiting_by_bulk(autojump_clock: trio.testing.MockClock) -> None:
+async def test_a_short_message_now_and_then_does_not_wait_for_bulk(autojump_clock: trio.testing.MockClock) -> None:
     """It waits only for the current turn, however many others wait for theirs."""
     bandwidth = Bandwidth(1_000_000)
     async with trio.open_nursery() as nursery:
@@ -235,7 +235,9 @@ async def test_a_pump_that_waits_for_its_turn_says_so(autojump_clock: trio.testi
 
 
 @pytest.mark.load
-async def test_who_goes_while_it_waits_leaves_the_turn_to_the_others(autojump_clock: trio.testing.MockClock) -> None:
+async def test_a_pairing_that_ends_while_it_waits_leaves_its_turn_to_others(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
     """Its pairing ends; the other direction and the other pairings go on."""
     bandwidth = Bandwidth(1_000_000)
     share = Share(bandwidth)
@@ -250,7 +252,7 @@ async def test_who_goes_while_it_waits_leaves_the_turn_to_the_others(autojump_cl
 
 
 @pytest.mark.load
-async def test_turns_of_those_who_have_gone_are_given_back(autojump_clock: trio.testing.MockClock) -> None:
+async def test_turns_of_pairings_that_have_ended_are_given_back(autojump_clock: trio.testing.MockClock) -> None:
     """Sixty pairings request a kilobyte each and end. A pairing that comes then waits for none of these."""
     bandwidth = Bandwidth(5000)
     began = trio.current_time()
@@ -264,7 +266,7 @@ async def test_turns_of_those_who_have_gone_are_given_back(autojump_clock: trio.
 
 
 @pytest.mark.load
-async def test_who_is_next_and_goes_leaves_the_turn_to_the_one_after_it(
+async def test_when_the_next_pairing_ends_the_turn_goes_to_the_one_after_it(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     """And that one goes in time, although it was not told to check the clock."""

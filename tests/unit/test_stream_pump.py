@@ -170,7 +170,7 @@ async def test_records_of_one_byte_keep_nobody_waiting(site: Site) -> None:
 
 
 @pytest.mark.parametrize("how", ["cut", "garbage"])
-async def test_what_one_direction_has_met_the_other_calls_by_the_same_name(site: Site, how: str) -> None:
+async def test_both_directions_report_the_same_cause(site: Site, how: str) -> None:
     """Whichever of the two finds it first: a cut does not become a reset because bytes were on their way there."""
     one, near = tcp_pair()
     server = TlsStream(one, server_context(site))

@@ -1,4 +1,4 @@
-"""What the watch takes for bytes that a receiver does not accept."""
+"""Which bytes the watch counts as not accepted by their receiver."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Idle:
 
 @pytest.mark.parametrize("hangs_up", [False, True])
 async def test_what_a_party_has_left_untaken_is_pending_until_it_has_gone(hangs_up: bool) -> None:
-    """After that it is nobody's stall: what the party sent before may be delivered for a long time yet."""
+    """When the party has gone, they are no stall: what it sent before may still be delivered for a long time."""
     sink, far = tcp_pair(8192)
     try:
         while select.select([], [sink], [], 0)[1]:

@@ -21,7 +21,7 @@ from support.waiting import TIMEOUT, eventually
 
 MIB = 1024 * 1024
 ONE_RECORD = 16384
-"""What of early data the relay may hold in its TLS: a look whether close_notify comes next takes one record in."""
+"""How much early data the relay's TLS may hold: to check whether close_notify comes next, it reads one record."""
 
 
 async def lonely(site: Site, relay: RelayInProcess, mode: Mode) -> End:
@@ -141,7 +141,7 @@ async def test_more_early_data_than_the_kernel_holds(site: Site, early: Mode, la
 
 
 @pytest.mark.parametrize("mode", ["bare", "plain"])
-async def test_who_resets_with_early_data_is_not_paired(site: Site, mode: Mode) -> None:
+async def test_a_party_that_resets_with_early_data_is_not_paired(site: Site, mode: Mode) -> None:
     """Its place is given up when the next party would be paired with it."""
     async with site.relay(ROUTES[mode], sections="[limits]\nping_interval = 0.2\n") as relay:
         one = await lonely(site, relay, mode)

@@ -32,7 +32,7 @@ stall_timeout = 3
 keepalive = [1, 1, 2]
 user_timeout = 3
 """
-"""By default it takes minutes: longer than TIMEOUT, so that a relay that does not heed these fails."""
+"""The defaults take minutes, longer than TIMEOUT, so a relay that ignores these values fails the test."""
 
 CUTS = {"both ways": (True, True), "to func1 only": (True, False), "from func1 only": (False, True)}
 DATA = block(1 << 18)

@@ -18,7 +18,7 @@ from support.waiting import TIMEOUT, eventually
 
 GRACE: Final = "certificate_grace = 3600\n"
 LIFE: Final = 3.0
-"""Seconds that a certificate is good for, which the tests have to sit through."""
+"""Seconds that a certificate is valid; the tests have to wait for it."""
 
 
 def short_lived(site: Site, name: str = "func2", seconds: float = LIFE) -> Credential:
@@ -43,7 +43,7 @@ async def are_cut(*ends: End) -> None:
             assert await end.ended() in ("reset", "truncated")
 
 
-async def test_a_running_pairing_goes_on_and_nobody_comes_in(site: Site) -> None:
+async def test_a_running_pairing_goes_on_and_no_leg_is_admitted(site: Site) -> None:
     credential = short_lived(site)
     async with site.relay(OPEN, sections=f"[limits]\n{GRACE}") as relay:
         ends = await join_ends(site, relay)
@@ -54,7 +54,7 @@ async def test_a_running_pairing_goes_on_and_nobody_comes_in(site: Site) -> None
         await talk(*ends)
 
 
-async def test_who_waits_is_judged_by_its_notafter(site: Site) -> None:
+async def test_a_waiting_leg_has_no_grace(site: Site) -> None:
     credential = short_lived(site)
     async with site.relay(OPEN, sections=f"[limits]\n{GRACE}") as relay:
         party = await site.party(relay, "func2")
@@ -77,14 +77,14 @@ async def test_the_grace_ends(site: Site) -> None:
         assert record["detail"] == "the certificate of func2 has expired, 4 s ago"
 
 
-async def test_a_route_may_have_another(site: Site) -> None:
+async def test_a_route_may_have_a_grace_of_its_own(site: Site) -> None:
     short_lived(site)
     async with site.relay(OPEN + "certificate_grace = 0\n", sections=f"[limits]\n{GRACE}") as relay:
         await are_cut(*await join_ends(site, relay))
         assert (await relay.outcome())["detail"] == "the certificate of func2 has expired"
 
 
-async def test_a_revocation_takes_no_heed_of_it(site: Site) -> None:
+async def test_a_revocation_ends_it_without_grace(site: Site) -> None:
     credential = short_lived(site)
     site.ca.write_crl(site.directory, site.ca.crl())
     async with site.relay(OPEN, sections=f"[limits]\n{GRACE}", crl=True) as relay:
@@ -97,7 +97,7 @@ async def test_a_revocation_takes_no_heed_of_it(site: Site) -> None:
         assert (await relay.outcome())["outcome"] == "revoked"
 
 
-async def test_nor_does_the_removal_of_the_route(site: Site) -> None:
+async def test_the_removal_of_the_route_ends_it_without_grace(site: Site) -> None:
     credential = short_lived(site)
     sections = f"[relay]\ndrain_timeout = 0.2\n[limits]\n{GRACE}"
     other = OPEN.replace('"demo"', '"other"')
@@ -110,7 +110,7 @@ async def test_nor_does_the_removal_of_the_route(site: Site) -> None:
         assert (await relay.outcome())["outcome"] == "route-removed"
 
 
-async def test_nor_does_max_lifetime(site: Site) -> None:
+async def test_max_lifetime_ends_it_without_grace(site: Site) -> None:
     credential = short_lived(site)
     async with site.relay(OPEN + "max_lifetime = 8\n", sections=f"[limits]\n{GRACE}") as relay:
         ends = await join_ends(site, relay)

@@ -259,7 +259,7 @@ async def test_turns_of_pairings_that_are_gone_are_given_back(site: Site) -> Non
 
 
 @pytest.mark.load
-async def test_a_word_goes_before_the_backlog_of_others(site: Site) -> None:
+async def test_a_short_message_goes_before_the_backlog_of_others(site: Site) -> None:
     """One turn for each of thirty backlogs would take six seconds; a short message waits for one turn."""
     async with site.relay(OPEN + "max_bytes_per_second = 5000\n") as relay:
         talker = await join_ends(site, relay)

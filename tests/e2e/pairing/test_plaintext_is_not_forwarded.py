@@ -91,7 +91,7 @@ async def test_tls_that_comes_byte_by_byte_goes_through_whole(site: Site, other:
 
 @pytest.mark.parametrize("other", ["raw", "tunnel"])
 @pytest.mark.parametrize("first", [b"\x16", b"\x16\x03"])
-async def test_an_end_before_the_bytes_could_be_judged(site: Site, first: bytes, other: Mode) -> None:
+async def test_an_end_before_the_bytes_could_be_checked(site: Site, first: bytes, other: Mode) -> None:
     """TESTPLAN 20: one or two bytes of a TLS record and then FIN are no TLS, and are not forwarded."""
     async with site.relay() as relay:
         one, two = await join_ends(site, relay, "raw", other)
@@ -124,7 +124,7 @@ async def test_plaintext_behind_close_notify_in_one_segment(site: Site) -> None:
         await check_refused(relay, "func1")
 
 
-async def test_only_the_beginning_is_looked_at(site: Site) -> None:
+async def test_only_the_first_bytes_are_checked(site: Site) -> None:
     """The relay does not filter what follows."""
     async with site.relay() as relay:
         one, two = await join_ends(site, relay, "raw", "raw")
@@ -156,7 +156,7 @@ async def test_the_default_trusts_what_is_encrypted_to_the_relay(site: Site, mod
 @pytest.mark.parametrize(
     ("mode1", "mode2"), [("tunnel", "tunnel"), ("bare", "raw"), ("tunnel", "raw"), ("raw", "bare")]
 )
-async def test_always_asks_inner_tls_of_tunnels_too(site: Site, mode1: Mode, mode2: Mode) -> None:
+async def test_always_demands_inner_tls_of_tunnels_too(site: Site, mode1: Mode, mode2: Mode) -> None:
     """TESTPLAN 20: ``"always"``."""
     async with site.relay(ALWAYS) as relay:
         one, two = await join_ends(site, relay, mode1, mode2)

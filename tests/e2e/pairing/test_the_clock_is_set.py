@@ -27,7 +27,7 @@ from support.waiting import TIMEOUT, before_it_expires
 HOUR: Final = 3600
 DAY: Final = 24 * HOUR
 ROUTES: Final = OPEN + OPEN.replace('"demo"', '"lobby"') + "wait_timeout = 3600\n"
-"""One for pairings, and one where nobody meets anybody before the test says so."""
+"""One route for pairings, and one where no leg meets another before the test wants it."""
 
 # A waiting leg has a timer for its pings, and a clock that jumps must not make any of them early or late.
 SECTIONS: Final = "[limits]\nping_interval = 0.2\npong_timeout = 60\n"
