@@ -7,6 +7,7 @@ it, because the socket may report no further event. The tests are about this cha
 from __future__ import annotations
 
 import socket
+import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -19,11 +20,13 @@ from frelay.errors import RemoteProtocolError, Truncated
 from frelay.net.sockets import close_with_reset
 from frelay.net.streams import RawStream
 from frelay.pairing.pump import Cut
+from frelay.pairing.readiness import ReadinessSet
 from frelay.pairing.stream_pump import StreamPump
 from frelay.protocol.outcome import Outcome, Side
 from frelay.tls.stream import TlsStream
+from support.joined import receive, send
 from support.party import Party
-from support.rounds import CountedRounds, nothing_is_ready
+from support.rounds import CountedRounds, nothing_is_ready, settled
 from support.site import Site
 from support.streams import server_context, tcp_pair
 from support.waiting import eventually
@@ -221,3 +224,33 @@ async def test_a_message_costs_no_turn_of_the_pumps_task(site: Site) -> None:
         finally:
             trio.lowlevel.remove_instrument(steps)
     assert steps.count == 0
+
+
+class Reluctant(RawStream):
+    """Takes few bytes without waiting, like a socket that is nearly full."""
+
+    def send_now(self, data: memoryview) -> int:
+        return super().send_now(data[:1000])
+
+
+@pytest.mark.parametrize("sink_of", [RawStream, Reluctant])
+async def test_a_stream_pump_keeps_nothing_while_it_waits(sink_of: type[RawStream]) -> None:
+    (inner1, one), (inner2, two) = tcp_pair(1 << 20), tcp_pair(1 << 20)
+    readiness = ReadinessSet()
+    pump = StreamPump(RawStream(inner1), sink_of(inner2), sides=FORTH, readiness=readiness)
+    await send(one, bytes(50_000))
+    tracemalloc.start()
+    try:
+        with trio.fail_after(TIMEOUT):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(readiness.run)
+                nursery.start_soon(pump.run)
+                assert await receive(two, 50_000) == bytes(50_000)
+                await settled(0.01)
+                assert pump.moved == 50_000
+                assert tracemalloc.get_traced_memory()[0] < 50_000
+                nursery.cancel_scope.cancel()
+    finally:
+        tracemalloc.stop()
+        for sock in (inner1, inner2, one, two):
+            close_with_reset(sock)
