@@ -22,6 +22,8 @@ from bench.measuring.cpu import read_cpu, read_memory
 from bench.measuring.flags import output_directory, output_file
 from bench.measuring.load import BenchError
 
+ROOT = Path(__file__).parents[2]
+
 MACHINE: AboutMachine = {
     "cpu": "a CPU",
     "cpus": 2,
@@ -135,6 +137,21 @@ def test_the_readme_gets_one_table_of_six_lines() -> None:
     # Without TLS nobody is let in: the figure beside frelay's is that of HAProxy with mutual TLS.
     assert "| Letting one function in by mutual TLS: CPU µs | - | - | 7 | - |" in lines
     assert "![bulk](docs/bench-bulk-cpu.svg)" in lines
+
+
+def test_the_pages_show_what_the_saved_run_holds(tmp_path: Path) -> None:
+    """Otherwise: ``python bench/compare.py --from docs/bench.json --update-readme``."""
+    docs = ROOT / "docs"
+    record = read_record(docs / "bench.json")
+    pictures = write_pictures(record, tmp_path)
+    for picture in pictures:
+        assert picture.read_text("utf-8") == (docs / picture.name).read_text("utf-8"), picture.name
+    page = (docs / "benchmarks.md").read_text("utf-8")
+    section = as_markdown(record, {path.name: text for path, text in pictures.items()})
+    assert with_section(page, "compare.py", section) == page
+    readme = (ROOT / "README.md").read_text("utf-8")
+    bulk = next(text for path, text in pictures.items() if path.name == "bench-bulk-cpu.svg")
+    assert with_section(readme, "compare.py", as_summary(record, f"![{bulk}](docs/bench-bulk-cpu.svg)")) == readme
 
 
 @pytest.mark.parametrize(
