@@ -1,9 +1,10 @@
-"""Charges: who holds a leg or a pairing of a route, where places are shared fairly.
+"""Charges: to which holder a leg or a pairing counts, where functions share a limit fairly.
 
-A side of a route that several functions may be (a list, a group, a wildcard, a plain route's ``allow_from``) is charged
-to the function that came; on a plain route, which knows no names, to its address. A side that only one name can fill is
-charged to nobody within its route, since a route cannot starve itself; and neither is a service. In the relay, where
-routes compete, a pairing with such sides only is charged to its route; where there is only one route, to nobody.
+If several functions can be a party of a route (a list, a group, a wildcard, a plain route's ``allow_from``), its legs
+are charged to the function that came; on a plain route, which knows no names, to the address. If only one name can be
+the party, or it is a service, it is charged to nobody within its route, because there it competes with nobody. In the
+relay, where routes compete, a pairing of two such parties is charged to its route; if there is only one route, to
+nobody.
 
 Pure: decided from the configuration of one route.
 """
@@ -22,7 +23,7 @@ __all__ = ["Charges"]
 
 
 class Charges:
-    """Whom the legs and pairings of one route are charged to."""
+    """The holders to which the legs and pairings of one route are charged."""
 
     def __init__(self, route: Route) -> None:
         self._route: Final = f"route {route.name}"
@@ -31,27 +32,27 @@ class Charges:
             party for party, side in sides if route.outer == "none" or _is_shared(side)
         )
         self.is_alone = False
-        """Whether the relay has no other route now, for which places would have to be kept."""
+        """Whether the relay has no other route now, with which this one would compete."""
 
     def waiting(self, leg: Leg) -> str:
-        """Whom a leg that waits is charged to in the relay's descriptors: its function, or its side of the route."""
+        """The holder of a waiting leg's descriptors: its function, or its side of the route."""
         return leg.holder if leg.party in self._shared else f"{self._route}, {leg.party}"
 
     def in_route(self, *legs: Leg) -> tuple[str, ...]:
-        """Whom a pairing is charged to among those of the route; of one of its legs alone, what that leg adds."""
+        """The holders of a pairing of these legs within the route; for one leg alone, what that leg adds."""
         return tuple(leg.holder for leg in legs if leg.party in self._shared)
 
     def in_relay(self, *legs: Leg) -> tuple[str, ...]:
-        """Whom a pairing is charged to among those of the relay; of one of its legs alone, what that leg adds."""
+        """The holders of a pairing of these legs within the relay; for one leg alone, what that leg adds."""
         if self._shared:
             return self.in_route(*legs)
         return () if self.is_alone else (self._route,)
 
     def paired(self, leg: Leg, other: Leg) -> tuple[str, ...]:
-        """Whom the descriptors of ``leg`` are charged to, which is paired with ``other``."""
+        """The holders of the descriptors of ``leg``, which is paired with ``other``."""
         return self.in_route(leg) or self.in_relay(leg, other)
 
 
 def _is_shared(side: Party) -> bool:
-    """Whether several functions may be it."""
+    """Whether several functions can be this party."""
     return isinstance(side, tuple) and (len(side) > 1 or any(not one.is_exact for one in side))

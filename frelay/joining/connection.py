@@ -167,11 +167,12 @@ class IncomingConnection:
                 return True
             await wait_for_end(self._sock)
         if stranger.stage is not Stage.RUNNING:
-            text = f"held back for {longest:g} s, and no turn came (limits.max_pre_auth, limits.max_pre_auth_per_ip)"
+            keys = "limits.max_pre_auth, limits.max_pre_auth_per_ip"
+            text = f"held back for {longest:g} s, because too many handshakes were running ({keys})"
             self._log.note_refusal(Refusal("limit", text))
             return False
         if not is_open(self._sock):
-            raise ConnectionBroken("it went while it was held back")
+            raise ConnectionBroken("the client ended it while it was held back")
         # The relay held the connection back, so that time does not count against its handshake_timeout.
         self._accepted_at += trio.current_time() - began
         return True
@@ -181,7 +182,7 @@ class IncomingConnection:
     async def _run_plain(self, route: LiveRoute) -> None:
         objection = None if route.admits_address(self._source[0]) else "address not in allow_from"
         if self._lacks_address:
-            objection = "the PROXY header names no address, so none that is in allow_from"
+            objection = "the PROXY header names no address, so allow_from cannot admit it"
         if objection is not None:
             self._log.note_refusal(Refusal("not-authorised", objection))
             return
@@ -195,7 +196,7 @@ class IncomingConnection:
         line = self._sock.recv(TICKET_LINE_LENGTH)
         ticket = parse_ticket_line(line)
         if ticket is None or not self._shared.tickets.redeem(ticket, self._listener, self._sock, self._slot):
-            self._log.note_refusal(Refusal("not-authorised", "no such ticket, or no longer"))
+            self._log.note_refusal(Refusal("not-authorised", "the ticket is unknown, used or expired"))
             return
         self._slot.admit()
         self._is_ticket_taken = True

@@ -1,17 +1,17 @@
-"""Services: a party that is a place, which the relay dials when the other party is here.
+"""Services: a party that is an address, which the relay dials when the other party is here.
 
-A route with ``func2 = { dial = "HOST:PORT" }`` has callers on one side only. A caller comes in like any other: its
-certificate is verified, its JOIN read, its place in the lobby taken. Only then is the service dialled, once for each
-caller, so a stranger cannot make the relay open a connection; and the target stands in the route file, so a caller
-cannot choose one. While the relay dials the caller is a waiting leg with all that belongs to it: it is pinged, it may
-leave, its retry replaces it, a reload may withdraw it, and each of these ends the call.
+A route with ``func2 = { dial = "HOST:PORT" }`` has callers on one side only. A caller comes in like any function: the
+relay verifies its certificate, reads its JOIN and lets it wait in the lobby. Only then the relay dials the service,
+once for each caller, so a stranger cannot make the relay open a connection. The target stands in the route file, so a
+caller cannot choose it. While the relay dials, the caller is an ordinary waiting leg: it is pinged, it may leave, its
+retry replaces it, and a reload may evict it. Each of these ends the dialling.
 
-The finished connection arrives in the lobby like a function's, with two differences. It is meant for the caller that
-it was opened for, and not for whoever has waited longest, who has a call of its own. And it never waits: it is paired
-in the moment in which it is there, or closed.
+The connection to the service is matched like a function's leg, with two differences. It is matched with the caller that
+it was opened for, not with the one that has waited longest, because each caller has a connection of its own. And it
+never waits: it is paired as soon as it is open, or closed.
 
-The relay does not speak to the service. The bytes on that leg are raw from the first one, and where
-``require_inner_tls`` holds they must be TLS from its side, too.
+The relay sends nothing of its own to the service. The bytes on that leg are raw from the first one, and with
+``require_inner_tls`` the service must answer in TLS, too.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from frelay.protocol.refusal import Refusal
 
 __all__ = ["DialledLeg", "bring_service"]
 
-# Where the service is and what is wrong with it is the operator's to know: the log has it, the caller has not.
+# Only the operator may know where the service is and what is wrong with it: the log says it, the caller is not told.
 _UNREACHABLE: Final = Refusal("wait-timeout", "the service of this route cannot be reached", retry_after=1.0)
 
 
@@ -50,11 +50,11 @@ class DialledLeg(PlainLeg):
 
 
 class _Unreachable(Exception):
-    """The service could not be reached; the text says why, for the log."""
+    """Control flow: the service could not be reached; the text says why, for the log."""
 
 
 class _TooLate(Exception):
-    """The caller's own time was up, which says nothing of the service."""
+    """Control flow: the caller could not wait longer, which says nothing about the service."""
 
 
 async def bring_service(
@@ -67,16 +67,16 @@ async def bring_service(
     admission: Admission,
     journal: Journal,
 ) -> Pairing | None:
-    """Dial ``service`` for the caller who waits in ``place``; gives their pairing, which is then the caller's to run.
+    """Dial ``service`` for ``caller``, which waits; gives the pairing of both, which nobody runs yet.
 
-    None if there is none, and ``place`` has the verdict that its leg is to be told: the service was not there within
-    ``limit`` seconds, or policy or a limit spoke against the pairing. The service's connection is then closed.
+    None if there is no pairing: the service did not answer within ``limit`` seconds, or policy or a limit forbids the
+    pairing. Then ``caller`` was evicted with the reason, and the connection to the service is closed.
 
-    A service that had all the time that the route gives it, or that failed, has a record with outcome ``dial-failed``.
-    Where the caller could not wait that long there is none: it is counted as a caller that was refused.
+    A service that failed, or did not answer in the time that the route gives it, gets a record with the outcome
+    ``dial-failed``. If only the caller could not wait that long, there is no record: the caller counts as refused.
     """
     log: Any = structlog.get_logger("frelay.dial").bind(route=route.name, service=service.identity)
-    # Asked before the service is troubled, and once more when it is there.
+    # Checked before the relay dials, and again when the service has answered.
     if (refusal := route.lack_of_room(caller.leg)) is not None:
         route.lobby.evict(caller, refusal)
         return None
@@ -111,7 +111,7 @@ async def bring_service(
 
 
 def _match(leg: DialledLeg, caller: Waiter, route: LiveRoute) -> Pairing | None:
-    """Pair the service with its caller, if that is still there and both may."""
+    """Pair the service with its caller, if the caller still waits and both may be paired."""
     if caller.verdict is not None:
         return None  # its verdict was decided at the moment when the service answered
     found = route.match_with(caller, leg)
@@ -123,7 +123,7 @@ def _match(leg: DialledLeg, caller: Waiter, route: LiveRoute) -> Pairing | None:
 
 
 def _record(caller: Waiter, route: LiveRoute, service: Service, detail: str, duration: float) -> Record:
-    """A call in vain has its record like any pairing: who watches the outcomes sees a service that is down."""
+    """The record of a service that could not be reached, so that an operator who watches the outcomes sees it."""
     identities = {caller.leg.party: caller.leg.identity, service.party: service.identity}
     return Record(
         pairing=new_pairing_id(),
@@ -145,7 +145,7 @@ def _record(caller: Waiter, route: LiveRoute, service: Service, detail: str, dur
 async def _reach(
     address: Address | UnixAddress, limit: float, tcp: TcpSection, *, is_callers_limit: bool
 ) -> socket.socket:
-    """A connected, tuned, non-blocking socket within ``limit`` seconds, the look-up of the name included.
+    """A connected, tuned, non-blocking socket within ``limit`` seconds, which include the look-up of the name.
 
     Raises _Unreachable, or _TooLate if the limit was the caller's own.
     """
@@ -165,7 +165,7 @@ async def _reach(
             raise _Unreachable(f"the name does not resolve: {error.strerror}") from error
         except OSError as error:
             raise _Unreachable(_why(error)) from error
-        # Taken out of Trio's wrapper: from here on it is a leg's socket like those that accept() gives.
+        # Taken out of Trio's wrapper: from here on it is a leg's socket like one from accept().
         sock = socket.socket(fileno=stream.socket.detach())
         try:
             sock.setblocking(False)
@@ -178,7 +178,7 @@ async def _reach(
 
 
 def _where(sock: socket.socket, target: Address | UnixAddress) -> str:
-    """The address that answered, of those that the name has."""
+    """The address that answered; the name may have several."""
     if isinstance(target, UnixAddress):
         return str(target)
     try:
@@ -189,12 +189,12 @@ def _where(sock: socket.socket, target: Address | UnixAddress) -> str:
 
 
 def _why(error: OSError) -> str:
-    """What each of the attempts ended with; Trio keeps the errors of all addresses behind its own."""
+    """Why each attempt failed; the cause of Trio's error holds the errors of all addresses."""
     attempts = error.__cause__.exceptions if isinstance(error.__cause__, BaseExceptionGroup) else (error,)
     return ", ".join(dict.fromkeys(_text(attempt) for attempt in attempts if isinstance(attempt, OSError)))
 
 
 def _text(error: OSError) -> str:
-    # Not its own text, which may repeat the address and, with it, be as long as the name has addresses.
+    # Not str(error): it may repeat the address, so the text would grow with the number of addresses.
     text = os.strerror(error.errno) if error.errno else str(error)
     return text[:1].lower() + text[1:]

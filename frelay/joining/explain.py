@@ -1,12 +1,12 @@
 """Why a certificate is let in or not: the relay's own checks, one after the other, without a relay.
 
-Nothing is decided here. :func:`examine` puts the questions to those who decide when a function dials: the TLS context
-by a rehearsed handshake, ``OuterTls.judge``, and ``choice``. What this module adds is the order of the checks, a
-remedy for each, and hints where a name comes near.
+Nothing is decided here. :func:`examine` asks the same code that decides when a function dials: the TLS context, by a
+dry-run handshake, ``OuterTls.judge`` and ``select_route``. This module adds the order of the checks, a remedy for each
+(:mod:`frelay.joining.remedies`), and hints about near misses (:mod:`frelay.joining.near_misses`).
 
 OpenSSL stops at the first thing that is wrong. So the check that refuses is exact, those before it have passed, and
-those after it were not reached. One thing is said of them all the same, since it is what a person wants to know: which
-routes the names would fit once the rest is mended.
+those after it were not reached. One exception, because a person wants to know it: which routes the names would fit once
+the rest is corrected.
 
 ``as_json`` of a :class:`Verdict` is a stable shape; keys may be added to it, none goes or changes its meaning:
 
@@ -19,7 +19,7 @@ routes the names would fit once the rest is mended.
 * ``refusal``: null, or ``code`` (REFUSED's, and the log's), ``reason`` (as the log has it), and what the function sees:
   ``alert`` (of TLS, or null) or ``told`` (the sentence of the REFUSED frame, or null);
 * ``hints``: sentences;
-* ``warnings``: sentences on what the relay lets in, and the other function would refuse: see :func:`_inner_warnings`.
+* ``warnings``: sentences on what the relay lets in and the other function would refuse: see :func:`_inner_warnings`.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class SeenRefusal:
 
 @dataclass(frozen=True, slots=True)
 class RouteFit:
-    """A route that the names fit, with the parties that they may play there."""
+    """A route that the names fit, with the parties that the function may play there."""
 
     route: str
     parties: tuple[PartyMatch, ...]
@@ -168,7 +168,7 @@ def examine(
     plain = tuple(one.name for one in asked if one.outer == "none")
     guarded = [one for one in asked if one.outer != "none"]
     if trust is None or not guarded:
-        # Nobody asks for a certificate, so none is refused.
+        # No route asks for a certificate, so none is refused.
         return Verdict(facts, (), (), 0, plain, None, ())
     identity = identities(chain[0])
     names = identity.names
@@ -203,9 +203,9 @@ def examine(
 
 
 def _inner_warnings(chain: Sequence[x509.Certificate], found: Sequence[RouteFit]) -> Iterator[str]:
-    """Why a function that is let in fails all the same: in the inner TLS func2 is the server, and shows what it has.
+    """Why a function that the relay lets in may fail in the inner TLS, where func2 is the server.
 
-    What func1 needs there, clientAuth, the relay has asked for already.
+    func1 needs clientAuth there, which the relay has already checked.
     """
     servers = [one.route for one in found if any(match.party == "func2" for match in one.parties)]
     if not servers:
@@ -235,7 +235,7 @@ def _verify(
         checks = [Check(name, "ok", _passed(name, rehearsal, trust, facts)) for name, _ in _STAGES]
         if rehearsal.peer is None or (late := trust.judge(rehearsal.peer)) is None:
             return checks, None
-        # Its time ran out within the last milliseconds: a handshake would have been let in, and the leg refused.
+        # It expired within the last milliseconds: its handshake would succeed, and the relay would refuse its leg.
         stage, remedy = ("signature and dates", "issue a new one")
         if late.code != "certificate-expired":
             stage, remedy = ("revocation", "publish a list that is in date")
@@ -246,7 +246,7 @@ def _verify(
     if rehearsal.unshown is not None:
         refusing = "key"
     if refusing is None:
-        # An error that no stage of ours has: how far OpenSSL came before it is not known.
+        # An error of no stage that we know: how many checks OpenSSL passed before it is not known.
         checks = [Check(name, "not reached") for name, _ in _STAGES]
         return [*checks, Check("verification", "refuses", refusal.reason, "see OpenSSL's manual")], refusal
     checks = []
@@ -304,7 +304,7 @@ def _names(facts: CertificateFacts) -> Check:
 def _route(
     asked: Sequence[Route], found: Sequence[RouteFit], names: tuple[Name, ...], config: Config
 ) -> tuple[Check, SeenRefusal | None]:
-    """Whether any of the routes asked for lets these names in, and if none does, what the relay answers."""
+    """Whether one of the routes asked for lets these names in, and if none does, how the relay refuses."""
     if found:
         shown = ", ".join(
             f"{one.route} as {' or '.join(match.party for match in one.parties)}" for one in found[:_HINTS]
@@ -326,7 +326,7 @@ def _route(
         )
         refusal = SeenRefusal.by_frame(error.refusal)
         return Check("route", "refuses", text, remedy), refusal
-    raise AssertionError("a route chosen for a certificate that fits none")
+    raise AssertionError("a route was selected for a certificate that fits none")
 
 
 def _wanted(route: Route, party: PartyName) -> str:
@@ -345,7 +345,7 @@ def _neighbours(route: Route, config: Config) -> list[Route]:
 
 
 def _how_to_ask(route: Route, parties: Sequence[PartyMatch], shared: Mapping[ListenerKey, int]) -> str | None:
-    """What a function must say beside showing its certificate; None where that is enough."""
+    """What a function must say in addition to showing its certificate; None if the certificate is enough."""
     says = []
     key = max(listener_keys(route), key=lambda one: shared[one])
     if shared[key] > 1:

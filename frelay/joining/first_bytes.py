@@ -1,9 +1,9 @@
-"""The first bytes of a connection, looked at while they are still in the kernel.
+"""The first bytes of a connection, which stay in the kernel until they are complete.
 
-Until they are whole nothing is read, and no TLS state is made: a connection that is silent, or dribbles, is a
-descriptor and a task. SO_RCVLOWAT has the kernel wake us only when as many bytes are there as are needed next.
+Until then the relay reads nothing and makes no TLS state. So a connection that is silent, or sends byte by byte, costs
+a descriptor and a task only. SO_RCVLOWAT makes the kernel wake the task only when as many bytes are there as it needs.
 
-First bytes that cannot become anything the relay knows are an error as soon as they show it.
+If the bytes cannot become anything that the relay knows, that is an error as soon as they show it.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ _RECORD_HEADER: Final = 5
 # RFC 8446, 5.1. More is an error in any record that is not encrypted.
 _LONGEST_RECORD: Final = 16384
 _TICKET_START: Final = b"FRELAY/1 "
-# The kernel may wake us early where it is short of memory; then this is how often we look, in seconds.
-_LOOK: Final = 0.05
+# The kernel may wake the task too early if it is short of memory; then the task checks this often, in seconds.
+_POLL_INTERVAL: Final = 0.05
 
 
 class Opening(enum.Enum):
     """What a connection begins with."""
 
     TLS = enum.auto()
-    """A whole TLS record of the handshake: a ClientHello, it claims."""
+    """A complete TLS record of type handshake, which should be a ClientHello."""
     TICKET = enum.auto()
-    """As many bytes as a ticket line has; or fewer, which cannot become one."""
+    """As many bytes as a ticket line has, or fewer that cannot become one."""
 
 
 async def wait_for_opening(sock: socket.socket) -> Opening:
-    """Wait until the first bytes are whole, and leave them in the kernel.
+    """Wait until the first bytes are complete, and leave them in the kernel.
 
     Raises RemoteProtocolError if they are neither a TLS handshake nor a ticket line, and ConnectionBroken if the
-    connection ends before.
+    connection ends before they are complete.
     """
     try:
         start = await _peek(sock, 1)
@@ -74,7 +74,7 @@ async def wait_for_opening(sock: socket.socket) -> Opening:
 async def take_proxy_header(sock: socket.socket) -> ProxyHeader:
     """Read the PROXY header that a connection must begin with, and not a byte more.
 
-    Raises RemoteProtocolError if it is none, and ConnectionBroken if the connection ends before it is whole.
+    Raises RemoteProtocolError if there is none, and ConnectionBroken if the connection ends before it is complete.
     """
     try:
         needed = 1
@@ -90,9 +90,9 @@ async def take_proxy_header(sock: socket.socket) -> ProxyHeader:
 
 
 async def wait_for_end(sock: socket.socket) -> None:
-    """Wait until the other side ends a connection whose first bytes stay in the kernel; raises ConnectionBroken."""
+    """Raise ConnectionBroken when the other side ends the connection; its first bytes stay in the kernel."""
     try:
-        # Some more may come, and tells nothing. It is looked at a few times, not for every byte.
+        # More bytes may come, and mean nothing. The task wakes for them a few times, not for every byte.
         for more in (1, 16, 256, 4096):
             await _wait_for(sock, _available(sock) + more)
     finally:
@@ -106,7 +106,7 @@ async def _peek(sock: socket.socket, count: int) -> bytes:
 
 
 async def _wait_for(sock: socket.socket, count: int) -> None:
-    """Wait until ``count`` bytes are there."""
+    """Wait until ``count`` bytes can be read."""
     if _available(sock) >= count:
         return
     _wake_at(sock, count)
@@ -116,7 +116,7 @@ async def _wait_for(sock: socket.socket, count: int) -> None:
             return
         if not is_open(sock):
             raise ConnectionBroken("the connection ended before its first bytes were whole")
-        await trio.sleep(_LOOK)
+        await trio.sleep(_POLL_INTERVAL)
 
 
 def _wake_at(sock: socket.socket, count: int) -> None:

@@ -1,20 +1,20 @@
-"""Legs without frames: whoever cannot speak frelay/1, and is welcome all the same.
+"""Legs without frames: for functions that do not speak frelay/1.
 
-Three kinds, by what their route and their handshake say:
+The route and the handshake decide which of three kinds a leg is:
 
-* :class:`BareLeg`: outer mTLS without ALPN. Any TLS client; it stays in TLS for good (docs/protocol.md, section 6).
-* :class:`HelloLeg`: the same on a route with ``handoff = "hello"``, for the oldest clients: one line in, the same line
-  back, once, and from there on a raw socket, without a close_notify either way (section 9).
+* :class:`BareLeg`: outer mTLS without ALPN. Any TLS client; it stays in TLS to the end (docs/protocol.md, section 6).
+* :class:`HelloLeg`: the same on a route with ``handoff = "hello"``, for the oldest clients. The client sends one line,
+  gets it back once, and from then on has a raw socket, without a close_notify in either direction (section 9).
 * :class:`PlainLeg`: no outer TLS at all (section 7).
 
-None of them can be told anything before it is paired, so they wait in silence, and a refusal is a close. What they send
-early stays in the kernel.
+The relay can tell such a function nothing before it is paired. So these legs wait in silence, and a refusal is a close.
+What they send early stays in the kernel.
 
-The hello hand-off has no boundary that TLS itself would guard. Our side of it is exact: OpenSSL reads record by
-record, so what the client sends raw is still in the kernel when we stop. The client's side is not: its TLS library may
-read ahead, and would swallow raw bytes that arrive with the echo. So nothing raw is sent to it until the kernel says
-that the echo was acknowledged, and ``hello_settle`` seconds have passed for the client to have read it. That is a guess
-about the client, the only one in frelay; tickets need none.
+In the hello hand-off no close_notify marks where TLS ends. The relay's side is exact all the same: OpenSSL reads record
+by record, so raw bytes of the client are still in the kernel when the relay stops reading TLS. The client's side is
+not: its TLS library may read ahead and swallow raw bytes that arrive with the echo. So the relay sends nothing raw
+until the kernel says that the echo was acknowledged and ``hello_settle`` seconds have passed, in which the client can
+read it. That is a guess about the client, the only one in frelay; tickets need none.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ __all__ = ["BareLeg", "HelloLeg", "PlainLeg"]
 
 # The protocol's limit for the line, its line end included.
 _LINE_LIMIT: Final = 512
-# How often the kernel is asked whether the echo was acknowledged, in seconds; nothing tells by itself.
-_LOOK: Final = 0.005
+# How often the kernel is asked whether the echo was acknowledged, in seconds; it does not notify.
+_POLL_INTERVAL: Final = 0.005
 
 
 async def _attend_silent(leg: Leg, ping_interval: float) -> LegGone:
@@ -54,8 +54,8 @@ async def _attend_silent(leg: Leg, ping_interval: float) -> LegGone:
         while True:
             if leg.is_gone():
                 return LegGone("left")
-            # Early data, which nobody may read yet: readability says nothing any more, and what is left is to ask
-            # the kernel now and then whether the connection still stands.
+            # The party sent early data, which must stay unread. So the socket is readable from now on, and the relay
+            # has to ask the kernel from time to time whether the connection still stands.
             if is_dead(sock):
                 return LegGone("the connection broke")
             await trio.sleep(ping_interval)
@@ -64,7 +64,7 @@ async def _attend_silent(leg: Leg, ping_interval: float) -> LegGone:
 
 
 class BareLeg(TlsLeg):
-    """A leg without frames: any TLS client. What it sends, but for one record, is in the kernel until it is paired."""
+    """A leg without frames: any TLS client. Until it is paired, all that it sends but one record is in the kernel."""
 
     async def attend(self, *, ping_interval: float, pong_timeout: float) -> LegGone:
         return await _attend_silent(self, ping_interval)
@@ -97,7 +97,7 @@ class HelloLeg(TlsLeg):
             if len(self._line) > _LINE_LIMIT:
                 raise RemoteProtocolError(f"more than {_LINE_LIMIT} bytes without the end of the line")
             if b"\n" in self._line[:-1]:
-                raise RemoteProtocolError("TLS data behind the line; only raw bytes may follow it")
+                raise RemoteProtocolError("TLS data after the line; only raw bytes may follow it")
         return self._line
 
     async def attend(self, *, ping_interval: float, pong_timeout: float) -> LegGone:
@@ -113,7 +113,7 @@ class HelloLeg(TlsLeg):
         while unacknowledged(sock) > 0:
             if is_dead(sock):
                 raise ConnectionBroken("the client went away before it acknowledged the echo")
-            await trio.sleep(_LOOK)
+            await trio.sleep(_POLL_INTERVAL)
         await trio.sleep(self._settle)
 
     async def refuse(self, refusal: Refusal) -> None:

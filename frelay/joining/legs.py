@@ -1,25 +1,25 @@
-"""Legs in outer TLS, from "verified" to "raw or in TLS, and paired"; this module is the hand-off.
+"""Legs in outer TLS, from the verified certificate to the paired leg, raw or in TLS; the hand-off is here.
 
 Theory of operation: the hand-off
 =================================
 
-The functions want a raw TCP stream to each other, and what they have is a TLS connection each to the relay. Leaving TLS
-on a live connection goes wrong in one way only: somebody reads a byte that belongs to the other layer. TLS bytes left
-on the wire are read as raw ones, or raw bytes are swallowed by a TLS library that reads ahead. So the order is fixed
+The functions want a raw TCP stream to each other; what each has is a TLS connection to the relay. Leaving TLS on a live
+connection can fail in one way only: one side reads a byte that belongs to the other layer. Either TLS bytes that are
+left on the wire are read as raw ones, or a TLS library that reads ahead swallows raw bytes. So the order is fixed
 (docs/protocol.md, section 4), and the relay closes first:
 
 1. The relay writes PAIRED and ``close_notify``. From then on it writes nothing in TLS.
 2. The party reads both, answers with its own ``close_notify``, and owns a raw socket.
 3. The relay reads that leg's TLS stream to its ``close_notify``. It reads record by record (see
    :mod:`frelay.tls.stream`), so raw bytes behind the ``close_notify`` stay in the kernel, even in one segment.
-4. Only then, and this is what makes it safe for a party whose library reads ahead, may a raw byte be sent to it: the
-   party has stopped reading TLS before it wrote the ``close_notify`` that the relay has now seen.
+4. Only then may the relay send a raw byte to the party. That is safe even if the party's library reads ahead, because
+   the party stopped reading TLS before it wrote the ``close_notify`` that the relay has now seen.
 
-So a leg becomes raw by what the *party* said, never by a time-out or a guess, and the two legs of a pairing do it
-independently; one that is ready waits, and what its party sends meanwhile waits in the kernel.
+So a leg becomes raw when the *party* says so, never after a time-out or by a guess. The two legs of a pairing do this
+independently: the one that is ready first waits, and what its party sends meanwhile waits in the kernel.
 
-A party whose TLS library cannot give the socket back asks for a ticket instead (mode "ticket"): its leg goes on with
-the connection on which it brings that (:mod:`frelay.joining.tickets`), and the TLS one is closed.
+A party whose TLS library cannot give the socket back asks for a ticket instead (mode "ticket"). It brings the ticket on
+a second connection (:mod:`frelay.joining.tickets`); its leg continues on that one, and the TLS connection is closed.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ from frelay.tls.stream import TlsStream
 
 __all__ = ["LINGER_TIME", "FramedLeg", "TlsLeg"]
 
-# A refusal is one small record; a party that does not take it in this time gets the close without it.
+# A refusal is one small record. If the party does not read it in this time, the connection is closed without it.
 _REFUSAL_TIME: Final = 2.0
-# How long a linger after a refusal or a last alert may hold a descriptor.
+# How long the close after a refusal or an alert may wait for the other side, holding a descriptor.
 LINGER_TIME: Final = 1.0
 
 
-# Stands in for the session of a leg that has none any more.
+# Replaces the session of a leg that needs none any more.
 _NO_SESSION: Final = RelaySession()
 
 
@@ -89,7 +89,7 @@ class TlsLeg(Leg):
         return self._stream
 
     def become_raw(self, sock: socket.socket) -> None:
-        """From now on the leg is this bare socket. The TLS state, about 50 KiB of it, is freed here."""
+        """From now on the leg is this bare socket. Its TLS state, about 50 KiB, is freed here."""
         self._raw = RawStream(sock)
         self._stream = None
 
@@ -108,11 +108,11 @@ class TlsLeg(Leg):
                     await self.tls.send_last(last_frames)
                 else:
                     await self.tls.send_eof()
-            # The TLS state has done its work, and a linger is no reason to keep 50 KiB.
+            # Free the TLS state, 50 KiB, before the wait.
             self._stream = None
             await close_after_linger(sock, LINGER_TIME)
         except (ConnectionBroken, RemoteProtocolError):
-            pass  # it is gone; there is nobody left to tell
+            pass  # the party has gone, so it cannot be told
         finally:
             self.close()
 
@@ -126,7 +126,7 @@ class FramedLeg(TlsLeg):
         self._ping_is_out = False
         self._end_of_wait: LegGone | Refusal | None = None
         self.ticket_issuer: TicketIssuer | None = None
-        """Where it gets its ticket, in mode "ticket"."""
+        """Issues its ticket, in mode "ticket"."""
 
     async def receive_join(self) -> Join:
         """The party's JOIN; raises RemoteProtocolError, ConnectionBroken or Truncated."""
@@ -137,7 +137,7 @@ class FramedLeg(TlsLeg):
             for message in self._session.receive(data):
                 if isinstance(message, Join):
                     if self._session.state is not State.JOINED:
-                        raise RemoteProtocolError("LEAVE in one breath with JOIN")
+                        raise RemoteProtocolError("LEAVE came together with JOIN")
                     return message
 
     async def welcome(self, message: Waiting) -> None:
@@ -152,8 +152,8 @@ class FramedLeg(TlsLeg):
         session = self._session
         try:
             while True:
-                patience = pong_timeout if session.pong_due else ping_interval
-                with trio.move_on_after(patience) as pause:
+                timeout = pong_timeout if session.pong_due else ping_interval
+                with trio.move_on_after(timeout) as pause:
                     while True:
                         was_due = session.pong_due
                         data = await self.tls.receive_some()
@@ -173,7 +173,7 @@ class FramedLeg(TlsLeg):
                     await self.tls.send_all(session.ping())
                     self._ping_is_out = True
                 if pause.cancelled_caught:
-                    return LegGone(f"took no PING for {pong_timeout:g} s")
+                    return LegGone(f"did not read PING within {pong_timeout:g} s")
         except RemoteProtocolError as error:
             return Refusal("protocol-error", str(error))
         except ConnectionBroken as error:
@@ -211,9 +211,9 @@ class FramedLeg(TlsLeg):
         return handoff_timeout
 
     async def _begin_by_ticket(self, message: Paired) -> None:
-        """Give the party a ticket, wait for the connection that it brings it on, and go on with that one."""
+        """Give the party a ticket, wait for the connection that brings it, and continue on that connection."""
         if self.ticket_issuer is None:
-            raise AssertionError("a leg in ticket mode that nobody gave a desk")
+            raise AssertionError("a leg in ticket mode without a ticket issuer")
         with self.ticket_issuer.issue() as pending:
             await self.tls.send_all(self._session.send(replace(message, ticket=pending.ticket)))
             fault: ConnectionBroken | RemoteProtocolError | None = None
@@ -222,15 +222,16 @@ class FramedLeg(TlsLeg):
                 async def watch() -> None:
                     nonlocal fault
                     try:
-                        # Its close_notify is no departure: the ticket may be on its way.
+                        # A close_notify does not mean that the party has left: its ticket may be on the way.
                         while data := await self.tls.receive_some():
                             self._take(data)
                     except (BrokenStream, TruncatedStream):
-                        # Nor is a break: some TLS libraries cannot end a connection in order before they open another.
+                        # Nor does a broken connection: some TLS libraries cannot close one in order before they open
+                        # another.
                         pass
                     except (ConnectionBroken, RemoteProtocolError) as error:
                         fault = error
-                        nursery.cancel_scope.cancel(reason="the party gave its ticket up")
+                        nursery.cancel_scope.cancel(reason="the party broke the protocol")
 
                 nursery.start_soon(watch)
                 await pending.arrived.wait()
@@ -252,12 +253,12 @@ class FramedLeg(TlsLeg):
             old_slot.release()
 
     async def _take_last_frame(self) -> None:
-        """Read the PONG to a PING that crossed with PAIRED, and not a byte more: what follows is the tunnel's.
+        """Read the PONG to a PING that crossed with PAIRED, and not a byte more: what follows belongs to the tunnel.
 
-        Left there, it would be the first bytes that the other function gets.
+        An unread PONG would be forwarded to the other function as its first bytes.
         """
         session = self._session
-        # A PING that was cancelled before it was written is due, too, but has no PONG.
+        # A PING that was cancelled before it was written counts as due, but no PONG will come.
         while (session.pong_due and self._ping_is_out) or session.is_inside_frame:
             data = await self.tls.receive_some(session.missing)
             if not data:

@@ -1,9 +1,9 @@
 """A listener: one address, its accept loop, and a task for each connection that comes in.
 
-The loop must outlive everything that comes through it, and wait for none of it: nobody's silence keeps the next
-connection in the kernel's queue. What there may be of strangers is bounded behind it (:mod:`frelay.net.strangers`). A
-connection's own fault ends that connection's task and nothing else, and when descriptors run out the loop pauses and
-tries again, rather than spinning on a readiness that cannot be served.
+The loop survives whatever a connection does, and never waits for one: a silent connection does not keep the next one in
+the kernel's queue. :mod:`frelay.net.strangers` limits how many strangers there may be. A fault of a connection ends
+that connection's task and nothing else. When descriptors run out, the loop pauses and tries again, so that it does not
+spin.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from frelay.net.sockets import accept, close, format_address
 __all__ = ["Listener"]
 
 _PAUSE: Final = 0.1
-# EAGAIN: somebody else was quicker. The others, after accept(2): that connection died while it queued, or a firewall
-# forbids it, which is its own business.
+# EAGAIN: another process has accepted it. The others, as accept(2) says: the connection died while it queued, or a
+# firewall forbids it; the next one may be good.
 _NOT_THIS_ONE: Final = frozenset(
     {
         errno.EAGAIN,
@@ -44,14 +44,14 @@ _NOT_THIS_ONE: Final = frozenset(
         errno.ETIMEDOUT,
     }
 )
-# Legs that are being told good-bye get this long before their listener's scope ends.
+# How long, in seconds, a stopped listener waits for the refusals of its waiting legs to be sent.
 _GOODBYE: Final = 3.5
 
 
 class Listener:
     """One bound address. Bind with :meth:`open`; then give :meth:`serve` a task, which ends by :meth:`stop`.
 
-    An address that goes while its routes stay elsewhere is left by :meth:`leave`: those who wait there wait on.
+    If an address goes and its routes stay at other addresses, call :meth:`leave`: the legs that wait here wait on.
     """
 
     def __init__(self, address: Address, sockets: Sequence[socket.socket]) -> None:
@@ -65,7 +65,7 @@ class Listener:
 
     @classmethod
     def open(cls, address: Address, places: Sequence[Address]) -> Listener:
-        """Bind and listen at ``places``, which are what ``address`` stands for; raises OSError with nothing bound."""
+        """Bind and listen at ``places``, the IP addresses of ``address``; raises OSError, and then nothing is bound."""
         return cls(address, bind(address, places))
 
     @property
@@ -89,7 +89,7 @@ class Listener:
         self.close()
 
     def stop(self) -> None:
-        """As :meth:`leave`, and give the legs that wait here only the time to be told why. Idempotent."""
+        """As :meth:`leave`; and the legs that wait here have only the time in which they are told why. Idempotent."""
         self.leave()
         if not self._is_stopped:
             self._is_stopped = True
@@ -130,7 +130,7 @@ class Listener:
         self, sock: socket.socket, connections: trio.Nursery, context: Callable[[], AcceptContext], admission: Admission
     ) -> None:
         pausing = False
-        # Not `while True`: a drain on the heels of a reload stops a listener before this task's first step.
+        # Not `while True`: a drain just after a reload may stop a listener before this task runs for the first time.
         while sock.fileno() != -1:
             try:
                 await trio.lowlevel.wait_readable(sock)
@@ -143,10 +143,10 @@ class Listener:
                     connections.start_soon(self._receive, connection, source, context(), Slot(admission))
             except OSError as error:
                 if sock.fileno() == -1:
-                    return  # stopped before this task had its turn
+                    return  # it was stopped before this task ran again
                 if error.errno in _NOT_THIS_ONE:
                     continue
-                # EMFILE, ENFILE, ENOBUFS, ENOMEM as a rule. Whatever it is, to raise it would end the whole relay.
+                # Usually EMFILE, ENFILE, ENOBUFS or ENOMEM. No error is raised here, as it would end the whole relay.
                 if not pausing:
                     self._log.error("cannot accept", reason=str(error), remedy="raise the descriptor limit")
                 pausing = True
@@ -156,5 +156,5 @@ class Listener:
         try:
             await IncomingConnection(sock, source, context, slot).run()
         except Exception:
-            # One leg's fault, ours even, must not end its neighbours.
+            # A fault of one connection, or a bug of ours, must not end the others.
             self._log.exception("a bug in frelay ended this connection", address=format_address(source))

@@ -1,6 +1,6 @@
-"""Near misses: where a name of a refused certificate comes near what a route wants, and what the difference is.
+"""Near misses: where a name of a refused certificate is nearly what a route wants, and what the difference is.
 
-Hints for a person, as a wrong letter or a name in the wrong field is easy to miss. They decide nothing.
+They are hints for a person, who easily misses a wrong letter or a name in the wrong field. They decide nothing.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _nearness(claim: Claim, selector: Selector) -> tuple[int, str] | None:
     elif "*" in wanted and text.casefold().endswith(wanted.rpartition("*")[2]):
         return 4, f"the certificate's {shown} has another number of labels, and '*' stands for exactly one"
     if _is_alike(text.rstrip(".").casefold(), wanted.casefold()):
-        return 5, f"the certificate's {shown} is like it, and not the same"
+        return 5, f"the certificate's {shown} is similar, but not the same"
     return None
 
 

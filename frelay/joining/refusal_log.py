@@ -1,9 +1,9 @@
-"""What strangers were refused for, told to the log and the journal; of a flood so much that it can be read.
+"""The refusals of strangers, for the log and the journal; those of a flood are summed up, so that they can be read.
 
-Each of the first few in a second is told as it is, with its address. What comes beyond that in the same second is
-counted by what it was, and told at the end of the second in one line for each kind, with ``count`` and the address of
-the last. So no refusal is lost from the counts, and no stranger fills the log or drives all else out of the last
-refusals that an operator is shown.
+The first few refusals of a second are written one by one, each with its address. Further refusals in the same second
+are counted by kind; at the end of the second each kind gets one line, with ``count`` and the last address. So the
+counts miss no refusal, and a stranger can neither fill the log nor push all others out of the last refusals that the
+operator sees.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["StrangersRefused"]
 
 # More than a person reads, and 100 KB a minute.
 _TOLD_A_SECOND: Final = 20
-# Reasons are our own words, or OpenSSL's; if there were ever more of them at one time, these are enough.
+# Reasons come from our code or from OpenSSL, so there are few. This limits the memory if that is ever wrong.
 _MOST_KINDS: Final = 64
 _PAUSE: Final = 1.0
 
@@ -31,7 +31,7 @@ class StrangersRefused:
     def __init__(self, journal: Journal) -> None:
         self._journal: Final = journal
         self._told = 0
-        """How many were told in this second."""
+        """How many were written in this second."""
         self._untold: Final[dict[tuple[str, str, str | None], LegRefused]] = {}
         self._begun = trio.Event()
         self._log: Any = structlog.get_logger("frelay.reception")
@@ -58,7 +58,7 @@ class StrangersRefused:
         self._journal.note(entry)
 
     def flush(self) -> None:
-        """Tell what was counted."""
+        """Write what was counted."""
         self._told = 0
         entries = list(self._untold.values())
         self._untold.clear()
@@ -66,7 +66,7 @@ class StrangersRefused:
             self._tell(entry)
 
     async def run(self) -> None:
-        """Tell what was counted at the end of each second, until cancelled, and then once more."""
+        """Write what was counted at the end of each second until cancelled, and then once more."""
         try:
             while True:
                 await self._begun.wait()

@@ -28,7 +28,7 @@ def remedy_for(
         case 0:
             return "issue it again, with a key that TLS 1.3 knows, such as P-256 or Ed25519"
         case 18 if failure.authority is None:
-            return f"have it issued by an authority of {client_ca}; a certificate cannot vouch for itself"
+            return f"have it issued by an authority of {client_ca}; a self-signed certificate is not trusted"
         case 2 | 19 | 20 | 21 if not facts.names:
             return "its extensions cannot be parsed, so OpenSSL finds no issuer for it: issue it again with others"
         case 2 | 18 | 19 | 20 | 21 if failure.authority is not None:
@@ -39,8 +39,8 @@ def remedy_for(
         case 2 | 19 | 20 | 21 if (rehearsal.missing or facts.issuer) in trust.authorities:
             return (
                 f"the authority that issued {'it' if len(rehearsal.path) < 2 else rehearsal.path[-1]} has the same "
-                f"name as one of {client_ca}, and another key: issue that again with this one, or add the other to the "
-                "file"
+                f"name as one of {client_ca}, and another key: have it issued again by the one in the file, or add the "
+                "other one to the file"
             )
         case 2 | 19 | 20 | 21:
             return (
@@ -61,20 +61,20 @@ def remedy_for(
         case 66:
             return "issue it with a stronger key, such as P-256 or Ed25519"
         case 67 | 68:
-            return f"replace {authority}, whose key or signature is too weak to be believed"
+            return f"replace {authority}, whose key or signature is too weak"
         case 3 | 33:
             issuer = certificate_at(min(failure.depth + 1, len(rehearsal.path) - 1), rehearsal)
             return f"{crl} must hold a list of every authority of the chain; add that of {issuer}"
         case 5 | 8 | 15 | 16 | 35 | 36 | 44 | 54:
             issuer = certificate_at(min(failure.depth + 1, len(rehearsal.path) - 1), rehearsal)
             return (
-                f"the list of {issuer} in {crl} does not count for it: publish a complete one, signed by that "
-                "authority itself, and about such certificates"
+                f"the list of {issuer} in {crl} does not cover it: publish a complete one, signed by that authority "
+                "itself, that covers such certificates"
             )
         case 12 | 11:
             return f"publish a list that is in date to {crl}; `frelay ca revoke` without a certificate renews it"
         case 23 if is_own:
-            return "issue a new certificate with a new key; what is revoked stays so"
+            return "issue a new certificate with a new key; a revoked one stays revoked"
         case 23:
             return f"{authority} is revoked, and with it all that it issued: have the certificate issued by another"
         case 10 if is_own:

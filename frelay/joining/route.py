@@ -1,8 +1,8 @@
-"""A route as it lives: its configuration, its lobby, its pairings.
+"""A route that serves: its configuration, its lobby and its pairings.
 
-Here the one decision of the relay is made, synchronously: :meth:`LiveRoute.match` takes a leg that has just been
-admitted, and gives it its partner, or nothing. Between the look at the queue and the taking there is no await, so no
-other task can have another opinion.
+The one decision of the relay is made here, synchronously: :meth:`LiveRoute.match` takes a leg that has just been
+admitted, and pairs it with the leg that has waited longest, if there is one. Between looking at the queue and taking
+the leg nothing is awaited, so no other task can take the same leg.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from frelay.tls.context import OuterTls
 
 __all__ = ["UNFINISHED", "LiveRoute", "Service", "Unfinished"]
 
-# How many who may not be paired any more one match sends away before everybody else has a turn.
-_SENT_AWAY_AT_ONCE: Final = 16
+# How many waiters that may not be paired any more one match evicts before other tasks have a turn.
+_EVICTED_AT_ONCE: Final = 16
 
 
 class Unfinished(Enum):
@@ -43,19 +43,19 @@ class Unfinished(Enum):
 
 
 UNFINISHED: Final = Unfinished.UNFINISHED
-"""Many who waited were sent away, and others may wait yet: ask again after a checkpoint."""
+"""Many waiters were evicted, and there may be more: call match() again after a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """The party of a route that is a place to dial, and how long that may take."""
+    """The party of a route that the relay dials, and its address."""
 
     party: PartyName
     target: Dial
 
     @property
     def identity(self) -> str:
-        """What its functions and the log are told of it."""
+        """Its name for the other function and for the log."""
         return f"dial:{self.target.address}"
 
 
@@ -81,7 +81,7 @@ class LiveRoute:
         self._allowed: Final = NetworkSet(route.allow_from)
         self._proxies: Final = NetworkSet(route.proxy_protocol)
         self._pool: Final = new_pairing_pool()
-        # The pairings of a route that this one replaces go on for a while, and at the rate of one budget together.
+        # The pairings of a route that this one replaces continue for a while, and share the budget of this one.
         self._bandwidth: Bandwidth | None = None if instead_of is None else instead_of._bandwidth
         self._set_rate(route.limits.max_bytes_per_second)
         self._pairing_terms = self._terms(policy_ends_pairings)
@@ -94,15 +94,15 @@ class LiveRoute:
         return self.config.name
 
     def retune(self, route: Route, limits: Limits, *, policy_ends_pairings: bool) -> None:
-        """Take over new limits: for legs and pairings that come from now on."""
+        """Take over new limits, for legs and pairings that come from now on."""
         self.config, self.limits = route, limits
         self.lobby.max_waiting = route.limits.max_waiting_per_party
         self._set_rate(route.limits.max_bytes_per_second)
         self._pairing_terms = self._terms(policy_ends_pairings)
 
     def _set_rate(self, rate: int | None) -> None:
-        # The budget is the route's, so those who share it already share the new one, too. Pairings that began without
-        # one have pumps that cannot be held to it, and stay without.
+        # Pairings that share the route's budget get its new rate, too. Pairings that began without a budget have pumps
+        # that cannot keep to one, and stay without.
         if self._bandwidth is not None:
             self._bandwidth.rate = rate
         elif rate is not None:
@@ -127,7 +127,7 @@ class LiveRoute:
         return host in self._proxies
 
     def party_by_arrival(self) -> PartyName:
-        """On a plain route the party is a matter of arrival: whoever waits is met by the next, as func2."""
+        """The party of a leg that arrives now on a plain route: func2 if a func1 waits, else func1."""
         return "func2" if self.lobby.count("func1") else "func1"
 
     @property
@@ -140,19 +140,19 @@ class LiveRoute:
     def longest_wait(self) -> float:
         """How long a leg may wait here at most, in seconds.
 
-        Where a service is dialled nobody else will come, so ``connect_timeout`` bounds it as well.
+        If the relay dials a service, no other function will come, so ``connect_timeout`` bounds it as well.
         """
         limit = self.config.limits.wait_timeout
         return limit if self.service is None else min(limit, self.service.target.connect_timeout)
 
     def wait_limit(self, leg: Leg) -> float:
-        """How long ``leg`` may wait here, in seconds: what it said, and at most :attr:`longest_wait`."""
+        """How long ``leg`` may wait here, in seconds: as long as it said, and at most :attr:`longest_wait`."""
         return self.longest_wait if leg.wait is None else min(leg.wait, self.longest_wait)
 
     # --- matching ----------------------------------------------------------------------------------------------
 
     def objection(self, leg: Leg) -> Refusal | None:
-        """Why ``leg`` may not be here now: policy, or the lobby's own rules; None if it may."""
+        """Why ``leg`` cannot enter now, by its certificate or by the rules of the lobby; None if it can."""
         return self._policy(leg) or self.lobby.objection(leg)
 
     def _policy(self, leg: Leg) -> Refusal | None:
@@ -167,7 +167,7 @@ class LiveRoute:
 
         None if no leg of the other party waits; a refusal if ``leg`` may not be paired now.
         """
-        for _ in range(_SENT_AWAY_AT_ONCE):
+        for _ in range(_EVICTED_AT_ONCE):
             waiter = self.lobby.head(opposite(leg.party))
             if waiter is None:
                 return None

@@ -1,7 +1,7 @@
-"""The runner: it gives each pairing a task, and does what is due when a pairing starts and when it has ended.
+"""The runner gives each pairing its task, and does the book-keeping when a pairing starts and when it has ended.
 
-What is due: the descriptors of both legs are charged to those who pair, and given back at the end; the journal learns
-of the start and of the record; the route and the registry of routes let go of the pairing.
+At the start it charges the descriptors of both legs to their holders and notes the start in the journal. At the end it
+notes the record, takes the pairing out of its route, and releases the slots of both legs.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Tickets: a raw leg for parties whose TLS library cannot give the socket back (docs/protocol.md, section 7).
 
-The party gets 32 random bytes in PAIRED and shows them on a second, plain TCP connection to the same address, which
-then *is* the leg. So a ticket is a bearer's right to one leg of one pairing, and is treated as such: it is good once,
-for a few seconds, at the listeners of its route, and a caller with a wrong one learns nothing, not even how wrong.
+The party gets 32 random bytes in PAIRED, and sends them on a second, plain TCP connection to the same address. That
+connection then *is* the leg. Anyone who has the ticket can take the leg, so it is valid once, for a few seconds, at the
+listeners of its route. A caller with a wrong ticket gets no answer, so it learns nothing.
 
-Only the SHA-256 of a ticket is kept, and it is the key of a dictionary: how long a look-up takes tells nothing that
-would help to guess the ticket itself. The last comparison is in constant time all the same.
+Tickets are looked up by their SHA-256, so that the time of a look-up does not help to guess a ticket. The last
+comparison takes constant time as well.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def parse_ticket_line(line: bytes) -> str | None:
 
 
 class PendingTicket:
-    """One ticket that is out: whoever brings it brings the socket of the leg."""
+    """One ticket that was issued and not used yet. The connection that brings it becomes the leg's."""
 
     __slots__ = ("_brought", "_listeners", "arrived", "ticket")
 
@@ -53,19 +53,19 @@ class PendingTicket:
         return hmac.compare_digest(self.ticket, ticket) and listener in self._listeners
 
     def bring(self, sock: socket.socket, slot: Slot) -> None:
-        """Somebody came with the ticket, on this connection."""
+        """The connection ``sock`` brought the ticket."""
         self._brought = (sock, slot)
         self.arrived.set()
 
     def take(self) -> tuple[socket.socket, Slot]:
-        """The connection that was brought; from here on the caller's to close."""
+        """The connection that brought the ticket; from now on the caller closes it."""
         if self._brought is None:
             raise AssertionError("nobody has brought this ticket")
         brought, self._brought = self._brought, None
         return brought
 
     def drop(self) -> None:
-        """Close what was brought and never taken: its leg went in the same moment."""
+        """Close a connection that brought the ticket and was not taken, because the leg ended at the same moment."""
         if self._brought is not None:
             sock, slot = self.take()
             close_with_reset(sock)
@@ -73,7 +73,7 @@ class PendingTicket:
 
 
 class TicketRegistry:
-    """All tickets that are out in this relay."""
+    """All tickets of this relay that are issued and not used yet."""
 
     def __init__(self) -> None:
         self._pending: Final[dict[bytes, PendingTicket]] = {}
@@ -83,7 +83,7 @@ class TicketRegistry:
 
     @contextmanager
     def issue(self, listeners: frozenset[Hashable]) -> Iterator[PendingTicket]:
-        """A new ticket for one leg; it is void once the context is left."""
+        """A new ticket for one leg; it becomes invalid when the context is left."""
         pending = PendingTicket(listeners)
         key = _key(pending.ticket)
         self._pending[key] = pending
@@ -94,7 +94,7 @@ class TicketRegistry:
             pending.drop()
 
     def redeem(self, ticket: str, listener: Hashable, sock: socket.socket, slot: Slot) -> bool:
-        """Give ``sock`` to whoever waits for ``ticket``; False, and nothing has changed, if nobody does."""
+        """Give ``sock`` to the leg that waits for ``ticket``; False if there is none, and then nothing has changed."""
         pending = self._pending.get(_key(ticket))
         if pending is None or not pending.fits(ticket, listener):
             return False
@@ -104,7 +104,7 @@ class TicketRegistry:
 
 
 class TicketIssuer:
-    """Where the legs of one route get their tickets, which are good at any of its listeners."""
+    """Issues the tickets for the legs of one route. They are valid at any of its listeners."""
 
     __slots__ = ("_listeners", "_registry", "timeout")
 
@@ -112,10 +112,10 @@ class TicketIssuer:
         self._registry: Final = registry
         self._listeners: Final = frozenset(listeners)
         self.timeout: Final = timeout
-        """How long a ticket is good, in seconds."""
+        """How long a ticket is valid, in seconds."""
 
     def issue(self) -> AbstractContextManager[PendingTicket]:
-        """A new ticket; void once the context is left."""
+        """A new ticket; it becomes invalid when the context is left."""
         return self._registry.issue(self._listeners)
 
 

@@ -249,7 +249,7 @@ def test_plain_routes_look_at_no_certificate(site: Site) -> None:
             "'*' stands for exactly one whole segment",
         ),
         ("dns:*.jobs.acme", lambda ca: ca.party(dns=["a.b.jobs.acme"]), "'*' stands for exactly one"),
-        ("dns:func1.demo", lambda ca: ca.party(dns=["fucn1.demo"]), "'fucn1.demo' is like it, and not the same"),
+        ("dns:func1.demo", lambda ca: ca.party(dns=["fucn1.demo"]), "'fucn1.demo' is similar, but not the same"),
         (f"spki:sha256:{'0' * 64}", lambda ca: ca.party(dns=["x.demo"]), "was the key renewed?"),
     ],
 )

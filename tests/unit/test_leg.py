@@ -97,7 +97,7 @@ async def test_who_takes_no_ping_has_gone(site: Site) -> None:
     async with waiting_leg(site) as (leg, stream, _):
         stream.is_stuck = True
         end = await leg.attend(ping_interval=0.01, pong_timeout=0.05)
-        assert end == LegGone("took no PING for 0.05 s")
+        assert end == LegGone("did not read PING within 0.05 s")
 
 
 @pytest.mark.parametrize("mode", ["tunnel", "handoff"])

@@ -169,7 +169,7 @@ async def test_allow_from_goes_by_the_header(site: Site) -> None:
             assert await ends(stream) == b""
         assert [event["reason"] for event in relay.logged("refused", code="not-authorised")] == [
             "address not in allow_from",
-            *["the PROXY header names no address, so none that is in allow_from"] * 2,
+            *["the PROXY header names no address, so allow_from cannot admit it"] * 2,
         ]
         for stream in streams:
             await trio.aclose_forcefully(stream)

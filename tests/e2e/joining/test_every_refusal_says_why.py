@@ -423,7 +423,7 @@ async def test_who_goes_before_it_has_come_in_is_in_the_log(site: Site, has_join
             await party.send_raw(party.close_notify())
         refused = await relay.log("refused")
         assert refused["code"] == "protocol-error"
-        assert refused["reason"] == ("LEAVE in one breath with JOIN" if has_joined else "the party left without a JOIN")
+        assert refused["reason"] == ("LEAVE came together with JOIN" if has_joined else "the party left without a JOIN")
 
 
 @pytest.mark.load

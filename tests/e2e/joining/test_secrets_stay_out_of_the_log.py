@@ -53,7 +53,9 @@ async def test_a_ticket_pairing_at_debug_level(site: Site, tmp_path: Path, forma
     finally:
         os.close(log)
     text = path.read_text()
-    assert text.count("no such ticket, or no longer") == 2, "this log tells of tickets, or it would show nothing"
+    assert text.count("the ticket is unknown, used or expired") == 2, (
+        "this log tells of tickets, or it would show nothing"
+    )
     assert "pairing ended" in text
     for ticket in (used, unused, _WRONG):
         # Nor a part of it that would make the rest easy to guess.

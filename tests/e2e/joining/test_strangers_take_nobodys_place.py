@@ -148,7 +148,8 @@ async def test_who_gets_no_turn_is_told_to_the_operator(site: Site, monkeypatch:
         assert await is_closed(held[0].stream)
         (refused,) = relay.logged("refused", code="limit")
         assert refused["reason"] == (
-            "held back for 0.5 s, and no turn came (limits.max_pre_auth, limits.max_pre_auth_per_ip)"
+            "held back for 0.5 s, because too many handshakes were running "
+            "(limits.max_pre_auth, limits.max_pre_auth_per_ip)"
         )
 
 
