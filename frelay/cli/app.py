@@ -167,20 +167,28 @@ def demo() -> None:
 
 @app.command()
 def connect(
-    address: Annotated[str, typer.Argument(help="The relay.", metavar="HOST:PORT", envvar="FRELAY_ADDRESS")],
+    address: Annotated[
+        str, typer.Argument(help="The address of the relay.", metavar="HOST:PORT", envvar="FRELAY_ADDRESS")
+    ],
     cert: Annotated[Path, typer.Option(help="This function's certificate.", metavar="FILE", envvar="FRELAY_CERT")],
-    ca: Annotated[Path, typer.Option(help="Who vouches for the relay.", metavar="FILE", envvar="FRELAY_CA")],
+    ca: Annotated[
+        Path, typer.Option(help="The CAs that issue the relay's certificate.", metavar="FILE", envvar="FRELAY_CA")
+    ],
     peer: Annotated[
         list[str],
-        typer.Option(help="Who the other function must be, e.g. dns:func2.acme; of several any.", envvar="FRELAY_PEER"),
+        typer.Option(
+            help="The name that the other function must have, e.g. dns:func2.acme; of several, one of them.",
+            envvar="FRELAY_PEER",
+        ),
     ],
     key: Annotated[
-        Path | None, typer.Option(help="Its key, if --cert does not hold it.", metavar="FILE", envvar="FRELAY_KEY")
+        Path | None,
+        typer.Option(help="The key of --cert, if that file does not hold it.", metavar="FILE", envvar="FRELAY_KEY"),
     ] = None,
     listen: Annotated[
         str | None,
         typer.Option(
-            help="Make each connection to this port, or to unix:PATH, a pairing.",
+            help="Listen at this port, or at unix:PATH: each connection becomes a pairing.",
             metavar="HOST:PORT",
             envvar="FRELAY_LISTEN",
         ),
@@ -193,16 +201,22 @@ def connect(
     ] = None,
     exec_: Annotated[
         str | None,
-        typer.Option("--exec", help="Run this command on one pairing.", metavar="COMMAND", envvar="FRELAY_EXEC"),
+        typer.Option(
+            "--exec",
+            help="Run this command; its input and output are one pairing.",
+            metavar="COMMAND",
+            envvar="FRELAY_EXEC",
+        ),
     ] = None,
     route: Annotated[
-        str | None, typer.Option(help="The route, where several share the address.", envvar="FRELAY_ROUTE")
+        str | None, typer.Option(help="The route, if several share the address.", envvar="FRELAY_ROUTE")
     ] = None,
     party: Annotated[
-        str | None, typer.Option(help="func1 or func2, where the certificate fits both.", envvar="FRELAY_PARTY")
+        str | None, typer.Option(help="func1 or func2, if the certificate fits both.", envvar="FRELAY_PARTY")
     ] = None,
     server_name: Annotated[
-        str | None, typer.Option(help="The name in the relay's certificate.", envvar="FRELAY_SERVER_NAME")
+        str | None,
+        typer.Option(help="The name in the relay's certificate, if it is not HOST.", envvar="FRELAY_SERVER_NAME"),
     ] = None,
     wait: Annotated[
         float | None, typer.Option(help="Seconds for joining and waiting together.", envvar="FRELAY_WAIT", min=0.001)
@@ -210,20 +224,31 @@ def connect(
     mode: Annotated[str, typer.Option(help="handoff, ticket or tunnel.", envvar="FRELAY_MODE")] = "handoff",
     inner_cert: Annotated[
         Path | None,
-        typer.Option(help="Another certificate for the other function.", metavar="FILE", envvar="FRELAY_INNER_CERT"),
+        typer.Option(
+            help="The certificate for the other function, if it is not --cert.",
+            metavar="FILE",
+            envvar="FRELAY_INNER_CERT",
+        ),
     ] = None,
-    inner_key: Annotated[Path | None, typer.Option(help="Its key.", metavar="FILE", envvar="FRELAY_INNER_KEY")] = None,
+    inner_key: Annotated[
+        Path | None, typer.Option(help="The key of --inner-cert.", metavar="FILE", envvar="FRELAY_INNER_KEY")
+    ] = None,
     inner_ca: Annotated[
         Path | None,
-        typer.Option(help="Who vouches for the other function.", metavar="FILE", envvar="FRELAY_INNER_CA"),
+        typer.Option(
+            help="The CAs that issue the other function's certificate, if not --ca.",
+            metavar="FILE",
+            envvar="FRELAY_INNER_CA",
+        ),
     ] = None,
     alpn: Annotated[
-        list[str] | None, typer.Option(help="A protocol to agree on with the other function.", envvar="FRELAY_ALPN")
+        list[str] | None,
+        typer.Option(help="An application protocol to agree on with the other function.", envvar="FRELAY_ALPN"),
     ] = None,
     proxy: Annotated[
         str | None,
         typer.Option(
-            help="http://HOST:PORT to go through; '' for none. Otherwise HTTPS_PROXY and NO_PROXY count.",
+            help="The HTTP proxy, http://HOST:PORT; '' for none. Without it HTTPS_PROXY and NO_PROXY count.",
             metavar="URL",
             envvar="FRELAY_PROXY",
         ),
@@ -240,18 +265,16 @@ def connect(
         int,
         typer.Option(help="With --to: how many pairings at once.", metavar="N", envvar="FRELAY_CONCURRENCY", min=1),
     ] = 64,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Say nothing but failures.", envvar="FRELAY_QUIET")
-    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Report only failures.", envvar="FRELAY_QUIET")] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Report each step on stderr, a JSON line each.", envvar="FRELAY_JSON")
+        bool, typer.Option("--json", help="Report each step on stderr as one JSON line.", envvar="FRELAY_JSON")
     ] = False,
 ) -> None:
     """Join a route, and use the wire to the other function as standard input and output, or as a local port.
 
     Exit codes: 0 clean end, 1 failed, 2 usage, 3 refused by the relay, 4 nobody came.
     """
-    from frelay.cli.connect.command import Local, connect_command
+    from frelay.cli.connect.command import LocalOptions, connect_command
     from frelay.client.options import Options
 
     if party not in (None, "func1", "func2"):
@@ -284,7 +307,7 @@ def connect(
         code = connect_command(
             address,
             options,
-            Local(listen, to, exec_, concurrency),
+            LocalOptions(listen, to, exec_, concurrency),
             as_json=as_json,
             is_quiet=quiet,
             always=retry == "always",

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import trio
 
-from frelay.cli.connect.command import Local, connect_command
+from frelay.cli.connect.command import LocalOptions, connect_command
 from frelay.cli.connect.listen import Port
 from frelay.cli.connect.report import Report
 from frelay.cli.connect.service import Service
@@ -133,5 +133,5 @@ def test_the_command_itself(site: Site, capsys: pytest.CaptureFixture[str], monk
     monkeypatch.setattr("frelay.cli.connect.command.trio.run", odd)
     cert, key = site.paths["func1"]
     options = Options(cert=cert, key=key, ca=site.ca_path, peer="dns:func2.demo")
-    assert connect_command("127.0.0.1:1", options, Local(listen="127.0.0.1:0")) == 1
+    assert connect_command("127.0.0.1:1", options, LocalOptions(listen="127.0.0.1:0")) == 1
     assert capsys.readouterr().err == "frelay: unexpected error, a bug in frelay: KeyError: 'odd'\n"

@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from frelay.cli.connect import hangup
-from frelay.cli.connect.hangup import hung_up
+from frelay.cli.connect.hangup import wait_hung_up
 from support.waiting import TIMEOUT
 
 Pair = tuple[socket.socket, trio.socket.SocketType]
@@ -29,13 +29,13 @@ def pair() -> Iterator[Pair]:
 async def is_found_gone(sock: trio.socket.SocketType) -> bool:
     """Whether it is seen within a few looks; True as soon as it is."""
     with trio.move_on_after(TIMEOUT) as limit:
-        await hung_up(sock)
+        await wait_hung_up(sock)
     return not limit.cancelled_caught
 
 
 async def stays(sock: trio.socket.SocketType) -> bool:
     with trio.move_on_after(0.3) as limit:
-        await hung_up(sock)
+        await wait_hung_up(sock)
     return limit.cancelled_caught
 
 

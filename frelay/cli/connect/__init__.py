@@ -1,1 +1,1 @@
-"""``frelay connect``: a local program, port or service, joined to a route."""
+"""``frelay connect``: it connects a local program, port or service to the other function of a route."""

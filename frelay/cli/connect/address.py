@@ -1,4 +1,4 @@
-"""Local addresses of ``frelay connect``: ``HOST:PORT`` or ``unix:PATH``, to listen at and to dial."""
+"""Local addresses of ``frelay connect``, ``HOST:PORT`` or ``unix:PATH``: how to listen there and how to dial them."""
 
 from __future__ import annotations
 
@@ -17,61 +17,61 @@ from frelay.cli.connect.local import LocalSocket
 from frelay.client.options import split_address
 from frelay.errors import FrelayError
 
-__all__ = ["LocalError", "check_dial_address", "check_listen_address", "dial_local", "listening", "shown"]
+__all__ = ["LocalError", "address_text", "check_dial_address", "check_listen_address", "dial_local", "listening"]
 
 _UNIX: Final = "unix:"
 _MAX_UNIX_PATH: Final = 107  # sun_path of unix(7), less its NUL
-# The kernel takes the lesser of this and net.core.somaxconn: callers wait there when we are slow.
+# How many callers may wait in the kernel when we are slow. The kernel uses net.core.somaxconn if that is smaller.
 _BACKLOG: Final = 4096
-# A service here that does not answer by then would hold its caller, and a place, for the two minutes of a SYN.
+# Without it a service that does not answer would hold its caller and a pairing for two minutes, until the SYN fails.
 _DIAL_TIMEOUT: Final = 10.0
 _BUSY_PAUSE: Final = 0.05
 _NO_SUCH_FAMILY: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
 class LocalError(FrelayError):
-    """Nothing can listen at an address here, or no service answers there; the text names the address and the reason."""
+    """We cannot listen at a local address, or no service answers there; the text names the address and the reason."""
 
 
-def _unix_path(place: str) -> Path | None:
+def _unix_path(address: str) -> Path | None:
     """The path of ``unix:PATH``, or None for another kind of address; raises ValueError."""
-    if not place.startswith(_UNIX):
+    if not address.startswith(_UNIX):
         return None
-    text = place.removeprefix(_UNIX)
+    text = address.removeprefix(_UNIX)
     if not text or "\0" in text:
-        raise ValueError(f"{place!r} is no address: write unix:PATH")
+        raise ValueError(f"{address!r} is no address: write unix:PATH")
     if len(os.fsencode(text)) > _MAX_UNIX_PATH:
-        raise ValueError(f"{place!r}: the path of a Unix socket has at most {_MAX_UNIX_PATH} bytes")
+        raise ValueError(f"{address!r}: the path of a Unix socket has at most {_MAX_UNIX_PATH} bytes")
     return Path(text)
 
 
-def check_dial_address(place: str) -> None:
-    """Raise ValueError if ``place`` is no address of a service."""
-    if _unix_path(place) is None:
-        _or_unix(place)
+def check_dial_address(address: str) -> None:
+    """Raise ValueError if ``address`` cannot be dialled."""
+    if _unix_path(address) is None:
+        _split_host_and_port(address)
 
 
-def check_listen_address(place: str) -> None:
-    """Raise ValueError if ``place`` is nothing to listen at; port 0 is any that is free."""
-    if _unix_path(place) is None:
-        _host_and_port(place)
+def check_listen_address(address: str) -> None:
+    """Raise ValueError if we cannot listen at ``address``. Port 0 means any free port."""
+    if _unix_path(address) is None:
+        _split_listen_address(address)
 
 
-def _or_unix(place: str) -> tuple[str, int]:
+def _split_host_and_port(address: str) -> tuple[str, int]:
     try:
-        return split_address(place)
+        return split_address(address)
     except ValueError as error:
         raise ValueError(f"{error}, or unix:PATH") from None
 
 
-def _host_and_port(place: str) -> tuple[str, int]:
-    if place.endswith(":0"):
-        return _or_unix(f"{place[:-1]}1")[0], 0
-    return _or_unix(place)
+def _split_listen_address(address: str) -> tuple[str, int]:
+    if address.endswith(":0"):
+        return _split_host_and_port(f"{address[:-1]}1")[0], 0
+    return _split_host_and_port(address)
 
 
-def shown(address: object) -> str:
-    """What ``getsockname`` gave, as people write it."""
+def address_text(address: object) -> str:
+    """The result of ``getsockname`` as people write it."""
     if isinstance(address, tuple):
         host, port = address[:2]
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -82,20 +82,20 @@ def shown(address: object) -> str:
 
 
 @contextmanager
-def listening(place: str) -> Iterator[list[trio.socket.SocketType]]:
-    """Sockets that listen at ``place``, all addresses of a name; closed at the end. Raises LocalError."""
+def listening(address: str) -> Iterator[list[trio.socket.SocketType]]:
+    """Sockets that listen at ``address``, one for each IP address of a name; closed at the end. Raises LocalError."""
     try:
-        path = _unix_path(place)
-        socks = _bind_tcp(*_host_and_port(place)) if path is None else [_bind_unix(path)]
+        path = _unix_path(address)
+        socks = _bind_tcp(*_split_listen_address(address)) if path is None else [_bind_unix(path)]
     except OSError as error:
-        raise LocalError(f"cannot listen on {place}: {error.strerror or error}") from error
+        raise LocalError(f"cannot listen on {address}: {error.strerror or error}") from error
     made = None if path is None else _file_of(path)
     try:
         yield [trio.socket.from_stdlib_socket(sock) for sock in socks]
     finally:
         for sock in socks:
             sock.close()
-        # Another process may have put its own socket there meanwhile.
+        # Remove only our own file: another process may have put its socket there meanwhile.
         if path is not None and made is not None and _file_of(path) == made:
             path.unlink(missing_ok=True)
 
@@ -111,7 +111,7 @@ def _bind_tcp(host: str, port: int) -> list[socket.socket]:
         try:
             socks.append(_bind_one(family, address))
         except OSError as error:
-            # localhost is ::1 as well, also where this kernel or container has no IPv6.
+            # localhost also resolves to ::1 on a kernel or container without IPv6.
             if error.errno in _NO_SUCH_FAMILY:
                 missing = error
                 continue
@@ -139,7 +139,7 @@ def _bind_one(family: int, address: object) -> socket.socket:
 
 
 def _bind_unix(path: Path) -> socket.socket:
-    """A listening Unix socket for this user alone; what a killed process has left there is replaced."""
+    """A listening Unix socket that only this user may use. It replaces the file that a killed process left."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     umask = os.umask(0o177)
     try:
@@ -161,7 +161,7 @@ def _bind_unix(path: Path) -> socket.socket:
 
 
 def _is_left_over(path: Path) -> bool:
-    """Whether ``path`` is a socket at which nobody listens any more; raises OSError for what is no socket."""
+    """Whether ``path`` is a socket where no process listens any more; raises OSError if it is no socket."""
     if not stat.S_ISSOCK(path.lstat().st_mode):
         raise FileExistsError(errno.EEXIST, "there is a file of that name already, which is no socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
@@ -180,23 +180,23 @@ def _file_of(path: Path) -> tuple[int, int] | None:
 # --- dialling ---------------------------------------------------------------------------------------------------------
 
 
-async def dial_local(place: str) -> LocalSocket:
-    """A connection to the service at ``place``; raises LocalError."""
+async def dial_local(address: str) -> LocalSocket:
+    """A connection to the service at ``address``; raises LocalError."""
     try:
         with trio.fail_after(_DIAL_TIMEOUT):
-            path = _unix_path(place)
-            sock = await _dial_tcp(*split_address(place)) if path is None else await _dial_unix(path)
+            path = _unix_path(address)
+            sock = await _dial_tcp(*split_address(address)) if path is None else await _dial_unix(path)
     except trio.TooSlowError:
-        raise LocalError(f"no connection to the local service {place}: it does not answer") from None
+        raise LocalError(f"no connection to the local service {address}: it does not answer") from None
     except OSError as error:
-        raise LocalError(f"no connection to the local service {place}: {_reason(error)}") from error
+        raise LocalError(f"no connection to the local service {address}: {_reason(error)}") from error
     return LocalSocket(sock)
 
 
 async def _dial_tcp(host: str, port: int) -> trio.socket.SocketType:
     sock = (await trio.open_tcp_stream(host, port)).socket
     if sock.getsockname() == sock.getpeername():
-        # Nobody listens, and the kernel chose that very port for our end: TCP then connects a socket to itself.
+        # No process listens there, and the kernel chose that same port for our end: TCP connected the socket to itself.
         sock.close()
         raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
     return sock
@@ -206,7 +206,7 @@ async def _dial_unix(path: Path) -> trio.socket.SocketType:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)
-        # EAGAIN: its queue is full. Unlike TCP the kernel does not go on by itself, and tells of no change.
+        # EAGAIN: the service's queue is full. Unlike for TCP, the kernel does not retry, and reports no change.
         while (number := sock.connect_ex(os.fspath(path))) == errno.EAGAIN:  # noqa: ASYNC110
             await trio.sleep(_BUSY_PAUSE)
         if number:
@@ -219,10 +219,10 @@ async def _dial_unix(path: Path) -> trio.socket.SocketType:
 
 
 def _reason(error: BaseException) -> str:
-    """Why all addresses failed: trio keeps that in a group behind its own sentence."""
+    """Why all addresses failed: trio has the reasons in a group behind its own error."""
     cause = error.__cause__
     if isinstance(cause, BaseExceptionGroup):
         return "; ".join(dict.fromkeys(_reason(one) for one in cause.exceptions))
     number = getattr(error, "errno", None)
-    # A positive one is the kernel's, to which trio adds the address; the resolver's have their own sentence.
+    # A positive errno is the kernel's, and trio adds the address to its text. The resolver's errors have a text.
     return os.strerror(number) if number and number > 0 else getattr(error, "strerror", None) or str(error)

@@ -1,14 +1,15 @@
-"""The bridge of ``frelay connect``: bytes between a local side and the wire to the other function.
+"""The bridge of ``frelay connect``: it copies bytes between a local side and the wire to the other function.
 
-The two directions are carried each for itself, so an end of one (FIN, a closed pipe, close_notify) arrives as an end of
-that one, and the other goes on. The rules:
+It copies each direction alone. So an end of one direction (FIN, a closed pipe, close_notify) is passed on as the end of
+that direction, and the other goes on. The rules:
 
-* a side that breaks while it is read from (a reset, an end without close_notify) cuts the other side too: nothing may
-  look complete that is not;
-* a side that breaks while it is written to stops that direction only. What it had said before it went is still to be
-  carried, as with a server that answers early and closes.
+* if reading from a side fails (a reset, an end without close_notify), the bridge cuts the other side too: incomplete
+  data must not look complete;
+* if writing to a side fails, only that direction stops. The bridge still copies what that side sent before, for example
+  the answer of a server that answers early and closes.
 
-The bridge ends the wire. The local side stays its owner's, who ends it in order after a return and cuts it otherwise.
+The bridge closes the wire. The caller owns the local side: it closes that in order after a return, and cuts it after an
+error.
 """
 
 from __future__ import annotations
@@ -30,16 +31,16 @@ _CHUNK: Final = 262144
 _RESET: Final = frozenset(
     {errno.ECONNRESET, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN}
 )
-_INSIDE: Final = "the local side"
-_OUTSIDE: Final = "the other function"
+_LOCAL: Final = "the local side"
+_PEER: Final = "the other function"
 
 
 class Broken(FrelayError):
-    """A side broke; the text says which and how."""
+    """The local side or the wire broke; the text says which and how."""
 
 
-class _Carrier:
-    """One direction, with what it has carried so far."""
+class _Direction:
+    """One direction, and how many bytes it has copied."""
 
     def __init__(self, source: str, sink: str, check_first: Callable[[bytes], None] | None = None) -> None:
         self._source: Final = source
@@ -48,17 +49,17 @@ class _Carrier:
         self._dropping: Final = trio.CancelScope()
         self.count = 0
         self.lost: str | None = None
-        """Why bytes of this direction were dropped, though its source went on."""
+        """Why bytes of this direction were dropped although its source went on."""
         self.reset: OSError | None = None
-        """How the sink's connection broke, where that was a reset and not only an end of its reading."""
+        """The error of the sink, if its connection was reset. A sink that only stopped reading has none."""
 
-    async def carry(
-        self, source: trio.abc.ReceiveStream, sink: trio.abc.HalfCloseableStream, opposite: _Carrier
+    async def copy(
+        self, source: trio.abc.ReceiveStream, sink: trio.abc.HalfCloseableStream, opposite: _Direction
     ) -> None:
-        """Carry to the source's end; raises Broken where the source breaks.
+        """Copy until the source ends; raises Broken if the source breaks.
 
-        Once the sink takes nothing more, bytes are dropped as long as the opposite direction goes on. They are still
-        read, since a program that cannot write may not read either, and then that direction would never end.
+        If the sink takes no more, drop the source's bytes as long as the opposite direction goes on. We must still read
+        them: a program that cannot write may stop reading too, and then the opposite direction would never end.
         """
         try:
             while True:
@@ -67,7 +68,7 @@ class _Carrier:
                     self._check_first(data)
                     self._check_first = None
                 if not data and opposite.reset is not None:
-                    # Writing was told of the reset, and the kernel tells only once: this is no end.
+                    # This is no end. The kernel reports a reset only once, and the opposite direction's write got it.
                     raise Broken(f"{self._source} broke: {opposite.reset}")
                 try:
                     if not data:
@@ -77,7 +78,7 @@ class _Carrier:
                 except trio.BrokenResourceError as error:
                     if not data:
                         return
-                    self._lose(error)
+                    self._on_sink_failure(error)
                     break
                 self.count += len(data)
             with self._dropping:
@@ -90,14 +91,14 @@ class _Carrier:
         try:
             return bytes(await source.receive_some(_CHUNK))
         except (trio.BrokenResourceError, OSError) as error:
-            # frelay's own say more than what OpenSSL calls it.
+            # An error of ours says more than OpenSSL's.
             text = error if isinstance(error, FrelayError) else error.__cause__ or error
             raise Broken(f"{self._source} broke: {text}") from error
 
-    def _lose(self, error: trio.BrokenResourceError) -> None:
+    def _on_sink_failure(self, error: trio.BrokenResourceError) -> None:
         self.lost = f"{self._sink} takes nothing more: {error.__cause__ or error}"
         cause = error.__cause__ or error.__context__
-        # After a FIN it would be EPIPE: see tcp_reset in net/ipv4/tcp_input.c.
+        # A reset after a FIN is EPIPE, which is not in this list: see tcp_reset in net/ipv4/tcp_input.c.
         if isinstance(cause, OSError) and cause.errno in _RESET:
             self.reset = cause
 
@@ -105,15 +106,15 @@ class _Carrier:
 async def bridge(
     local: LocalSide, wire: TrioWire, report: Report, check_first: Callable[[bytes], None] | None = None
 ) -> None:
-    """Carry both directions to their ends, and end the wire. Raises Broken; then the wire was cut.
+    """Copy both directions to their ends, and close the wire. If it raises Broken, it has cut the wire.
 
-    ``check_first`` sees the first bytes from the wire before the local side does; what it raises ends the bridge.
+    ``check_first`` gets the first bytes from the wire before the local side does. An error from it ends the bridge.
     """
-    out, back = _Carrier(_INSIDE, _OUTSIDE), _Carrier(_OUTSIDE, _INSIDE, check_first)
+    out, back = _Direction(_LOCAL, _PEER), _Direction(_PEER, _LOCAL, check_first)
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(out.carry, local, wire, back)
-            nursery.start_soon(back.carry, wire, local, out)
+            nursery.start_soon(out.copy, local, wire, back)
+            nursery.start_soon(back.copy, wire, local, out)
         if out.lost is not None:
             await local.linger()
     except BaseException as error:
@@ -123,7 +124,7 @@ async def bridge(
             raise
         report.ended(wire, out.count, back.count, str(broken))
         raise broken from None
-    # In order also where one side took not everything: the last bytes of the other must still arrive.
+    # Close in order also if one side did not take everything: the last bytes for the other must still arrive.
     await wire.aclose()
     lost = out.lost or back.lost
     report.ended(wire, out.count, back.count, lost)
@@ -132,7 +133,7 @@ async def bridge(
 
 
 def _only_error(error: BaseException) -> BaseException | None:
-    """What ended the nursery; None if that was several things, such as a cancellation and a bug."""
+    """The one error that ended the nursery; None if there were several, such as a cancellation and a bug."""
     if not isinstance(error, BaseExceptionGroup):
         return error
     found = [_only_error(one) for one in error.exceptions]

@@ -1,7 +1,7 @@
-"""``frelay connect``: a pairing as standard input and output, as a local port, or as the way to a local service.
+"""The command ``frelay connect``: it checks its options and runs one of the four local ends.
 
-What each local side is stands in connect_local, how bytes are carried in connect_bridge, ``--listen`` in
-connect_listen and ``--to`` in connect_service.
+The local ends are standard input and output and a command (both here), ``--listen`` (listen.py) and ``--to``
+(service.py). local.py has the kinds of local streams; bridge.py copies the bytes.
 
 Exit codes: 0 clean end, 1 failed, 2 usage, 3 refused by the relay, 4 nobody came.
 """
@@ -30,15 +30,15 @@ from frelay.client.retry import read_retry
 from frelay.client.trio import TrioWire
 from frelay.errors import CertificateError, FrelayError
 
-__all__ = ["Local", "connect_command"]
+__all__ = ["LocalOptions", "connect_command"]
 
-# Seconds that a command has to end after SIGTERM.
+# Seconds that the command of --exec has to end after SIGTERM.
 _COMMAND_GRACE: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Local:
-    """What the wire is joined to; nothing given means standard input and output. ``concurrency`` belongs to ``to``."""
+class LocalOptions:
+    """The local end of the wire; none given means standard input and output. ``concurrency`` belongs to ``to``."""
 
     listen: str | None = None
     to: str | None = None
@@ -48,7 +48,7 @@ class Local:
 
 async def _with_stdio(joiner: Joiner, report: Report) -> int:
     """One pairing, with standard input and output."""
-    return await _once(joiner, report, lambda wire: bridge(Stdio(), wire, report))
+    return await _run_once(joiner, report, lambda wire: bridge(Stdio(), wire, report))
 
 
 async def _with_command(command: str, joiner: Joiner, report: Report) -> int:
@@ -69,16 +69,16 @@ async def _with_command(command: str, joiner: Joiner, report: Report) -> int:
             await bridge(pipes, wire, report)
             code = await process.wait()
         finally:
-            await _end(process)
+            await _end_process(process)
             await trio.aclose_forcefully(pipes)
         if code != 0:
             raise Broken(f"the command ended with exit code {code}")
 
-    return await _once(joiner, report, run)
+    return await _run_once(joiner, report, run)
 
 
-async def _end(process: trio.Process) -> None:
-    """End a command that has not ended by itself, before its input ends: it must not take that for a whole input."""
+async def _end_process(process: trio.Process) -> None:
+    """Stop a command that still runs. Do it before its input closes, which it could take for a complete input."""
     with trio.CancelScope(shield=True):
         if process.returncode is None:
             process.terminate()
@@ -89,7 +89,7 @@ async def _end(process: trio.Process) -> None:
             await process.wait()
 
 
-async def _once(joiner: Joiner, report: Report, use: Callable[[TrioWire], Awaitable[None]]) -> int:
+async def _run_once(joiner: Joiner, report: Report, use: Callable[[TrioWire], Awaitable[None]]) -> int:
     try:
         await use(await joiner.join())
     except FrelayError as error:
@@ -99,7 +99,7 @@ async def _once(joiner: Joiner, report: Report, use: Callable[[TrioWire], Awaita
 
 
 async def _until_signal(run: Callable[[], Awaitable[int]], *, is_service: bool) -> int:
-    """``run``, or what the first SIGINT or SIGTERM makes of it: told to the relay, and 0 for a service."""
+    """The exit code of ``run``. The first SIGINT or SIGTERM cancels it, which tells the relay; then 0 for a service."""
     code = 1
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with trio.open_nursery() as nursery:
@@ -118,11 +118,17 @@ async def _until_signal(run: Callable[[], Awaitable[int]], *, is_service: bool) 
 
 
 def connect_command(
-    address: str, options: Options, local: Local, *, as_json: bool = False, is_quiet: bool = False, always: bool = False
+    address: str,
+    options: Options,
+    local: LocalOptions,
+    *,
+    as_json: bool = False,
+    is_quiet: bool = False,
+    always: bool = False,
 ) -> int:
-    """Run ``frelay connect`` to its end; gives the exit code. Raises ValueError where an argument cannot be read.
+    """Run ``frelay connect`` to its end and return the exit code. Raises ValueError if an argument cannot be read.
 
-    ``always`` lets ``--to`` outlive every failure, that of a file that is missing now included.
+    With ``always``, ``--to`` goes on after every failure, also if a file is missing now.
     """
     is_service = bool(local.listen or local.to)
     report = Report(as_json=as_json, is_quiet=is_quiet)
@@ -137,13 +143,13 @@ def connect_command(
     if local.to is not None:
         check_dial_address(local.to)
     try:
-        # Before anything is opened, so that a wrong file is found now and not by the first caller.
+        # Check the arguments and files before anything is opened, so that not the first caller finds a wrong file.
         JoinPlan.make(address, **options)
     except CertificateError as error:
         if not (local.to and always):
             report.fail(error)
             return 1
-        read_selectors(options["peer"])  # the one argument that is judged after the files
+        read_selectors(options["peer"])  # make() checks this argument only after the files
     except FrelayError as error:
         report.fail(error)
         return exit_code(error)

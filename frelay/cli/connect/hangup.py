@@ -1,10 +1,11 @@
-"""Has a caller hung up? Told without reading from it, since its bytes belong to a pairing that is still to come.
+"""How ``--listen`` notices that a caller has hung up. It must not read: the caller's bytes are for the pairing to come.
 
-A reset says so, and so does a Unix socket whose other end is closed. A FIN does not: a caller that has said all that it
-has to say (``printf x | nc -N``) ends its direction too, and waits for the answer. So after a FIN
+A reset says so, and so does a Unix socket whose other end is closed. A FIN alone does not: a caller that has sent
+everything (``printf x | nc -N``) also ends its direction, and then waits for the answer. So after a FIN
 
-1. the kernel is asked (sock_diag(7)), where the caller's socket is one of this machine: is it still some process's?
-2. of a caller elsewhere we know only what it sent: nothing at all means that it has gone, bytes that it waits.
+1. if the caller's socket is on this machine, we ask the kernel (sock_diag(7)) whether a process still owns it;
+2. if the caller is on another machine, we know only what it sent: after no byte at all we assume that it has gone,
+   otherwise that it waits.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from typing import Final
 
 import trio
 
-__all__ = ["hung_up"]
+__all__ = ["wait_hung_up"]
 
-# How often a caller that has ended its direction is looked at: its exit sends us nothing more.
-_LOOK: Final = 1.0
+# Seconds between two checks of a caller that has ended its direction: when it exits, it sends nothing more.
+_CHECK_INTERVAL: Final = 1.0
 
 # linux/netlink.h, linux/sock_diag.h, linux/inet_diag.h
 _NETLINK_SOCK_DIAG: Final = 4
@@ -36,22 +37,22 @@ _STATE_AT: Final = _HEADER.size + 1
 _INODE_AT: Final = _HEADER.size + 4 + 48 + 16  # after inet_diag_msg's family and state, its id, and four numbers
 
 
-async def hung_up(sock: trio.socket.SocketType) -> None:
+async def wait_hung_up(sock: trio.socket.SocketType) -> None:
     """Wait until the caller at the other end of ``sock`` has gone."""
     try:
         poller = select.epoll()
     except OSError:
-        # Too many open files. The pairing to come will find out.
+        # Too many open files. If the caller is gone, the pairing to come will notice it.
         await trio.sleep_forever()
     with poller:
-        # Not EPOLLIN, which is there from the caller's first byte on.
+        # Not EPOLLIN, which is set from the caller's first byte on.
         poller.register(sock.fileno(), select.EPOLLRDHUP)
         await trio.lowlevel.wait_readable(poller.fileno())
         if _is_reset(poller):
             return
-        poller.modify(sock.fileno(), 0)  # what is left of its events: EPOLLHUP and EPOLLERR
+        poller.modify(sock.fileno(), 0)  # from now on only EPOLLHUP and EPOLLERR
         while _may_be_there(sock):
-            with trio.move_on_after(_LOOK):
+            with trio.move_on_after(_CHECK_INTERVAL):
                 await trio.lowlevel.wait_readable(poller.fileno())
                 return
 
@@ -62,12 +63,12 @@ def _is_reset(poller: select.epoll) -> bool:
 
 def _may_be_there(sock: trio.socket.SocketType) -> bool:
     if sock.family == socket.AF_UNIX:
-        return True  # its close is EPOLLHUP
+        return True  # when it closes, EPOLLHUP comes
     try:
         here, there = sock.getsockname(), sock.getpeername()
         found = _has_owner(sock.family, there, here)
     except OSError:
-        return False  # it is reset by now
+        return False  # the connection was reset meanwhile
     if found is not None:
         return found
     return _has_sent(sock)
@@ -86,21 +87,21 @@ def _plain(sock: trio.socket.SocketType) -> socket.socket:
 
 
 def _has_owner(family: int, local: tuple[object, ...], remote: tuple[object, ...]) -> bool | None:
-    """Whether the socket of this machine with these addresses is still some process's; None if it is not to be seen.
+    """Whether a process still owns the socket of this machine with these addresses; None if the kernel cannot tell.
 
-    A socket that its process has closed lives on in the kernel for a while, without an inode.
+    After its process has closed it, a socket stays in the kernel for a while, but without an inode.
     """
     try:
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG) as netlink:
-            netlink.settimeout(_LOOK)  # the kernel answers within the call; this is for kernels that are none
+            netlink.settimeout(_CHECK_INTERVAL)  # Linux answers at once; an emulation of it may never answer
             netlink.send(_question(family, local, remote))
             answer = netlink.recv(8192)
     except OSError:
-        return None  # a sandbox without it
+        return None  # a sandbox may forbid it
     if len(answer) < _INODE_AT + 4 or _HEADER.unpack_from(answer)[1] == _NLMSG_ERROR:
         return None
     if answer[_STATE_AT] == _TCP_LISTEN:
-        return None  # the kernel's second choice, where there is no such connection
+        return None  # there is no such connection, so the kernel answered for the listening socket
     inode: int = struct.unpack_from("=I", answer, _INODE_AT)[0]
     return inode != 0
 

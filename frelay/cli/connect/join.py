@@ -1,4 +1,4 @@
-"""One join of ``frelay connect``, and how long to pause before the next one."""
+"""How ``frelay connect`` joins, what a failure means for its exit code, and how long it pauses before the next join."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from frelay.client.trio import TrioWire, join
 from frelay.errors import FrelayError, Refused
 from frelay.protocol.messages import Message
 
-__all__ = ["Joiner", "back_off", "exit_code", "is_nobody_came"]
+__all__ = ["Joiner", "back_off", "exit_code", "is_wait_timeout"]
 
 
 class Joiner:
-    """Joins the route of one command line, as often as it is asked to; all files are read again each time."""
+    """Joins the route of the command line. Each join reads all files again."""
 
     def __init__(self, address: str, options: Options, report: Report) -> None:
         self._address: Final = address
@@ -27,7 +27,7 @@ class Joiner:
         self.wait: Final = options.get("wait")
 
     async def join(self) -> TrioWire:
-        """A wire to the other function, by the command line's own ``--wait`` and ``--retry``."""
+        """A wire to the other function; ``--wait`` and ``--retry`` count."""
         options = self._options.copy()
         options["on_status"] = self._report.status
         return await self._connect(options)
@@ -35,7 +35,7 @@ class Joiner:
     async def join_once(
         self, wait: float | None, on_status: Callable[[Message], None], *, as_service: bool = False
     ) -> TrioWire:
-        """A wire, or the first failure; MetAnotherService where both ends would be a service."""
+        """A wire, without a retry; raises MetAnotherService if both functions are a ``--to``."""
         options = self._options.copy()
         options["retry"] = None
         options["wait"] = wait
@@ -53,19 +53,19 @@ class Joiner:
 
 
 def exit_code(error: FrelayError) -> int:
-    """What the process ends with after ``error``."""
+    """The exit code of the process after ``error``."""
     if isinstance(error, Refused):
         return 4 if error.code == "wait-timeout" else 3
     return 1
 
 
-def is_nobody_came(error: FrelayError) -> bool:
-    """Whether the wait just ended, which is no fault of anybody."""
+def is_wait_timeout(error: FrelayError) -> bool:
+    """Whether nobody came in time, which is no fault."""
     return isinstance(error, Refused) and error.code == "wait-timeout"
 
 
 def back_off(retry: Retry, error: FrelayError, failures: int) -> float:
-    """Seconds to wait after any error, by the rule of ``retry``, its number of tries aside."""
+    """Seconds to wait after any error, as ``retry`` says; its number of tries does not count."""
     at_least = (error.retry_after or 0.0) if isinstance(error, Refused) else 0.0
     ceiling = min(retry.longest, retry.first * 2.0 ** min(failures, 64))
     return at_least + random.uniform(ceiling / 2, ceiling)  # noqa: S311  not a secret

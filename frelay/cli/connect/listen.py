@@ -1,9 +1,9 @@
 """``frelay connect --listen``: each connection to a local port becomes a pairing.
 
-Every caller has a task of its own, which owns its socket, joins the route for it, and ends in one line on stderr at
-worst. At most eight of them join at once, the others wait here in the order in which they came: a route has few places
-for waiting functions, and is shared. Nothing is read from a caller before it is paired, so what it sends early waits in
-the kernel, and a join can be tried again without a loss.
+Every caller has its own task. The task owns the caller's socket and joins the route for it; its failure is one line on
+stderr and ends nothing else. At most eight callers join at once, and the others wait here in their order: a route has
+few places for waiting functions, and others need them too. We read nothing from a caller before it is paired. So what
+it sends early waits in the kernel, and we can join again without losing it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Final
 
 import trio
 
-from frelay.cli.connect.address import LocalError, listening, shown
+from frelay.cli.connect.address import LocalError, address_text, listening
 from frelay.cli.connect.bridge import bridge
-from frelay.cli.connect.hangup import hung_up
-from frelay.cli.connect.join import Joiner, back_off, is_nobody_came
+from frelay.cli.connect.hangup import wait_hung_up
+from frelay.cli.connect.join import Joiner, back_off, is_wait_timeout
 from frelay.cli.connect.local import LocalSocket
 from frelay.cli.connect.report import Report
 from frelay.client.retry import Retry
@@ -30,20 +30,20 @@ from frelay.protocol.messages import Message, Paired
 __all__ = ["Port", "raise_descriptor_limit"]
 
 MOST_JOINING: Final = 8
-# What the relay says when there is no place or no partner now; each passes by itself.
+# The relay's codes for "no place" or "no partner" at the moment. Each passes without a change.
 _PASSING: Final = frozenset({"queue-full", "limit", "wait-timeout", "draining"})
-# A certificate and its key are two files: between the two writes of a renewal they do not fit each other.
+# A certificate and its key are two files. During a renewal one of them is already new, and they do not fit each other.
 _TRIES_WITH_BAD_FILES: Final = 3
-# A caller's socket, its watch or its wire, and in mode ticket the second connection of a join.
+# The caller's socket, the descriptor of its watch or the wire, and in mode ticket the second connection of a join.
 _DESCRIPTORS_OF_ONE: Final = 3
 _DESCRIPTORS_OF_OURS: Final = 64
-_UNLIMITED: Final = 1_048_576  # what fs.nr_open is unless somebody has changed it
+_UNLIMITED: Final = 1_048_576  # the default of fs.nr_open
 _FULL: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _PAUSE_WHEN_FULL: Final = 0.1
 
 
 def raise_descriptor_limit() -> int:
-    """Allow this process as many descriptors as it may have; gives that number."""
+    """Raise this process's limit of descriptors as far as it may; returns the new limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -55,22 +55,22 @@ def raise_descriptor_limit() -> int:
 class Port:
     """A local address whose connections become pairings."""
 
-    def __init__(self, place: str, joiner: Joiner, retry: Retry | None, report: Report) -> None:
-        self._place: Final = place
+    def __init__(self, address: str, joiner: Joiner, retry: Retry | None, report: Report) -> None:
+        self._address: Final = address
         self._joiner: Final = joiner
         self._retry: Final = retry
         self._report: Final = report
-        self._joining: Final = trio.Semaphore(MOST_JOINING)
+        self._join_slots: Final = trio.Semaphore(MOST_JOINING)
         most = (raise_descriptor_limit() - _DESCRIPTORS_OF_OURS) // _DESCRIPTORS_OF_ONE
-        self._callers: Final = trio.Semaphore(max(MOST_JOINING, most))
+        self._caller_slots: Final = trio.Semaphore(max(MOST_JOINING, most))
 
     async def serve(self) -> int:
-        """Serve until cancelled; returns an exit code only where nothing can listen there."""
+        """Serve until cancelled; returns an exit code only if it cannot listen at the address."""
         try:
-            with listening(self._place) as listeners:
+            with listening(self._address) as listeners:
                 async with trio.open_nursery() as nursery:
                     for listener in listeners:
-                        self._report.listening(shown(listener.getsockname()))
+                        self._report.listening(address_text(listener.getsockname()))
                         nursery.start_soon(self._accept, listener, nursery)
         except* LocalError as group:
             self._report.fail(group.exceptions[0])
@@ -79,12 +79,12 @@ class Port:
     async def _accept(self, listener: trio.socket.SocketType, nursery: trio.Nursery) -> None:
         is_full = False
         while True:
-            await self._callers.acquire()  # the rest wait in the kernel
+            await self._caller_slots.acquire()  # more callers wait in the kernel
             try:
                 sock, _ = await listener.accept()
             except OSError as error:
-                # Else the network's errors of one caller, as accept(2) says; the next accept gives another.
-                self._callers.release()
+                # Other errors belong to one connection, as accept(2) says; the next accept returns another one.
+                self._caller_slots.release()
                 if error.errno in _FULL:
                     if not is_full:
                         self._report.fail(LocalError(f"new callers must wait: {error.strerror}"))
@@ -92,17 +92,17 @@ class Port:
                     await trio.sleep(_PAUSE_WHEN_FULL)
                 continue
             except BaseException:
-                self._callers.release()
+                self._caller_slots.release()
                 raise
             is_full = False
             nursery.start_soon(self._serve, sock)
 
     async def _serve(self, sock: trio.socket.SocketType) -> None:
-        """One caller from accept to its end. Raises nothing."""
+        """Serve one caller from accept to its end. Raises nothing."""
         try:
             local = LocalSocket(sock)
             try:
-                wire = await self._join_while_it_waits(sock)
+                wire = await self._join_unless_hung_up(sock)
                 if wire is None:
                     self._report.hung_up()
                     return
@@ -113,20 +113,20 @@ class Port:
             finally:
                 local.cut()
         except Exception as error:
-            # A bug of ours, or of a library: it ends this caller, and not the port with all others.
+            # A bug of ours or of a library ends this caller, not the port with all the others.
             self._report.bug(error)
         finally:
             sock.close()
-            self._callers.release()
+            self._caller_slots.release()
 
-    async def _join_while_it_waits(self, sock: trio.socket.SocketType) -> TrioWire | None:
-        """A wire for the caller, or None if it hung up before there was one; raises FrelayError."""
+    async def _join_unless_hung_up(self, sock: trio.socket.SocketType) -> TrioWire | None:
+        """A wire for the caller, or None if it hung up first; raises FrelayError."""
         wire: TrioWire | None = None
         failure: FrelayError | None = None
         async with trio.open_nursery() as nursery:
 
             async def watch() -> None:
-                await hung_up(sock)
+                await wait_hung_up(sock)
                 nursery.cancel_scope.cancel(reason="the caller hung up")
 
             nursery.start_soon(watch)
@@ -140,30 +140,30 @@ class Port:
         return wire
 
     async def _join(self) -> TrioWire:
-        """Join within ``--wait``, again and again where that can help; raises FrelayError."""
+        """Join within ``--wait``, and join again as long as that can help; raises FrelayError."""
         wait = self._joiner.wait
         deadline = math.inf if wait is None else trio.current_time() + wait
-        turn = _Turn(self._joining)
+        slot = _JoinSlot(self._join_slots)
         tries = failures = 0
         try:
             while True:
                 with trio.move_on_at(deadline) as limit:
-                    await turn.take()
+                    await slot.take()
                 left = deadline - trio.current_time()
                 if limit.cancelled_caught or left <= 0:
                     raise _nobody_came(wait)
                 try:
-                    return await self._joiner.join_once(None if wait is None else left, turn.on_status(self._report))
+                    return await self._joiner.join_once(None if wait is None else left, slot.on_status(self._report))
                 except FrelayError as error:
                     pause = self._pause_after(error, tries, failures)
                     if pause is None or trio.current_time() + pause >= deadline:
-                        raise _nobody_came(wait) if is_nobody_came(error) else error from None
+                        raise _nobody_came(wait) if is_wait_timeout(error) else error from None
                     self._report.retrying(error, pause)
-                    failures = 0 if is_nobody_came(error) else failures + 1
+                    failures = 0 if is_wait_timeout(error) else failures + 1
                     tries += 1
                 await trio.sleep(pause)
         finally:
-            turn.give_back()
+            slot.give_back()
 
     def _pause_after(self, error: FrelayError, tries: int, failures: int) -> float | None:
         if isinstance(error, Refused) and error.code in _PASSING:
@@ -174,29 +174,29 @@ class Port:
 
 
 def _nobody_came(wait: float | None) -> Refused:
-    """The whole wait, of which the relay saw the last part only."""
+    """The refusal for the caller's whole wait: the relay knows only the wait of the last join."""
     return Refused("wait-timeout", f"nobody came within {wait or 0:g} s", retry_after=0.0)
 
 
-class _Turn:
-    """One caller's turn to join: held from before JOIN to PAIRED. The partner's handshake may be slow."""
+class _JoinSlot:
+    """The right of one caller to join, held from before JOIN to PAIRED. A partner's slow handshake does not hold it."""
 
-    def __init__(self, turns: trio.Semaphore) -> None:
-        self._turns: Final = turns
+    def __init__(self, slots: trio.Semaphore) -> None:
+        self._slots: Final = slots
         self._is_held = False
 
     async def take(self) -> None:
         if not self._is_held:
-            await self._turns.acquire()
+            await self._slots.acquire()
             self._is_held = True
 
     def give_back(self) -> None:
         if self._is_held:
             self._is_held = False
-            self._turns.release()
+            self._slots.release()
 
     def on_status(self, report: Report) -> Callable[[Message], None]:
-        """What a join is given: it passes the relay's messages on, and ends the turn with PAIRED."""
+        """The ``on_status`` for a join: it reports the relay's messages, and gives the slot back at PAIRED."""
 
         def on_status(message: Message) -> None:
             report.status(message)

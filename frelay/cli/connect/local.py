@@ -1,7 +1,7 @@
-"""The local sides of ``frelay connect``: standard input and output, a command's, and a socket.
+"""The local sides of ``frelay connect`` as streams: standard input and output, the pipes of a command, and a socket.
 
-Each has one owner, who ends it: ``await aclose()`` in order, or ``cut()``. Both may be called
-again, and then do nothing.
+The owner of a side closes it, in order with ``await aclose()`` or abruptly with ``cut()``. A second call of either does
+nothing.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ from frelay.net.tcp import unacknowledged
 
 __all__ = ["LocalSide", "LocalSocket", "Pipes", "Stdio", "fill_standard_descriptors", "standard_output_is_closed"]
 
-# A pipe holds 64 KiB unless somebody has changed it.
+# The default capacity of a pipe.
 _PIPE_CHUNK: Final = 65536
-# As long as the wire's own farewell: what a program still sends is read so that it can read what we sent.
+# As long as the wire lingers when it closes. Meanwhile we read what the program still sends, so that it can read too.
 _LINGER_LIMIT: Final = 2.0
 _LINGER_POLL: Final = 0.01
 _CUT_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 _FLUSH_ON_CLOSE: Final = struct.pack("ii", 0, 0)
-# Idle, interval, count, as the relay's [tcp] keepalive: a caller whose machine died must not stay for ever.
+# Idle, interval, count, as the relay's [tcp] keepalive: the connection of a caller whose machine died must end.
 _KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
 
 
 class LocalSide(trio.abc.HalfCloseableStream):
-    """What the wire is joined to."""
+    """The stream that the bridge joins to the wire."""
 
     @abstractmethod
     def cut(self) -> None:
-        """End it so that its other end does not take what it got for all of it, as far as its kind allows."""
+        """Close it so that its other end sees a cut and no clean end, if this kind of stream can show that."""
 
     async def linger(self) -> None:
-        """Let what was written arrive before a cut."""
+        """Wait until what was written has arrived, before a cut."""
         await trio.lowlevel.checkpoint()
 
 
 class LocalSocket(LocalSide):
     """A TCP or Unix connection on this machine.
 
-    Until :meth:`aclose` every close of it is an RST, also the kernel's where this process is killed.
-    A Unix socket knows no RST: its other end gets ECONNRESET only if we leave bytes unread, and an end otherwise.
+    Before :meth:`aclose` every close is an RST, also the kernel's own close if this process is killed. A Unix socket
+    has no RST: its other end gets ECONNRESET only if we leave bytes unread, and otherwise an end.
     """
 
     def __init__(self, sock: trio.socket.SocketType) -> None:
@@ -78,19 +78,19 @@ class LocalSocket(LocalSide):
         await self._stream.send_eof()
 
     async def linger(self) -> None:
-        """Read what still comes until what we sent has arrived, for two seconds at most."""
+        """Read what still comes until everything we sent has arrived; two seconds at most."""
         with trio.move_on_after(_LINGER_LIMIT):
             try:
                 while await self._stream.receive_some(_PIPE_CHUNK):
                     pass
             except (trio.BrokenResourceError, trio.ClosedResourceError):
-                return  # it has gone by itself
+                return  # the other end is gone
             sock: Any = self.socket  # it has fileno()
-            while unacknowledged(sock):  # noqa: ASYNC110  of acknowledgements nothing tells
+            while unacknowledged(sock):  # noqa: ASYNC110  the kernel reports no acknowledgement
                 await trio.sleep(_LINGER_POLL)
 
     async def aclose(self) -> None:
-        """End it in order."""
+        """Close it in order."""
         if not self._is_closed:
             self._is_closed = True
             if self.socket.family != socket.AF_UNIX:
@@ -99,24 +99,24 @@ class LocalSocket(LocalSide):
         await trio.lowlevel.checkpoint()
 
     def cut(self) -> None:
-        """End it by RST."""
+        """Close it by RST."""
         if not self._is_closed:
             self._is_closed = True
             self.socket.close()
 
 
 class Stdio(LocalSide):
-    """Standard input and output, whatever they are; blocking calls in threads.
+    """Standard input and output, whatever they are, by blocking calls in threads.
 
-    Not as non-blocking descriptors: that flag is shared with every process that has the same terminal or pipe, and a
-    regular file knows no readiness at all. Where another process has set it, poll(2) waits.
+    We do not set the descriptors to non-blocking: every process with the same terminal or pipe shares that flag, and a
+    regular file has no readiness. If another process has set the flag, we wait by poll(2).
     """
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """See :meth:`trio.abc.ReceiveStream.receive_some`."""
         if sys.__stdin__ is None:
             await trio.lowlevel.checkpoint()
-            return b""  # closed: as good as empty
+            return b""  # a closed standard input counts as empty
         return await trio.to_thread.run_sync(_read, max_bytes or _PIPE_CHUNK, abandon_on_cancel=True)
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
@@ -134,23 +134,23 @@ class Stdio(LocalSide):
         """See :meth:`trio.abc.HalfCloseableStream.send_eof`."""
         await trio.lowlevel.checkpoint()
         if stat.S_ISSOCK(os.fstat(1).st_mode):
-            # As inetd gives it: descriptor 0 is the same socket, and closing 1 alone would tell nobody.
+            # Under inetd, descriptors 0 and 1 are one socket: closing 1 alone would end nothing for the other side.
             with socket.socket(fileno=os.dup(1)) as sock:
                 try:
                     sock.shutdown(socket.SHUT_WR)
                 except OSError:
-                    pass  # its other end is gone
-        # Not closed: the next file opened would become standard output.
+                    pass  # the other end is gone
+        # Put /dev/null there. After a close the next opened file would become standard output.
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.close(null)
 
     async def aclose(self) -> None:
-        """Leave the descriptors to the end of the process."""
+        """Do nothing: the descriptors stay open until the process ends."""
         await trio.lowlevel.checkpoint()
 
     def cut(self) -> None:
-        """Leave it to the exit code."""
+        """Do nothing: only the exit code can tell of a cut."""
 
 
 def _read(size: int) -> bytes:
@@ -181,7 +181,7 @@ def standard_output_is_closed() -> bool:
 
 
 def fill_standard_descriptors() -> None:
-    """Put /dev/null where descriptor 0, 1 or 2 is closed: the next socket opened would else be standard output."""
+    """Open /dev/null in place of a closed descriptor 0, 1 or 2. Otherwise the next socket would get that number."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)
@@ -194,7 +194,7 @@ def fill_standard_descriptors() -> None:
 
 
 class Pipes(LocalSide):
-    """The input and output of a process, with an end of each that has no error where the process has gone."""
+    """The input and output of a command."""
 
     def __init__(self, stdio: trio.StapledStream[Any, Any]) -> None:
         self._stdio = stdio
@@ -221,4 +221,4 @@ class Pipes(LocalSide):
         await self._stdio.aclose()
 
     def cut(self) -> None:
-        """Leave it to the signal that ends the process."""
+        """Do nothing: a signal ends the command."""

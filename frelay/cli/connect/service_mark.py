@@ -1,9 +1,9 @@
-"""How two ``frelay connect --to`` that meet each other notice it: each would dial its service, and nobody would call.
+"""How two ``frelay connect --to`` notice that they are paired. Each would dial its service, and neither would call.
 
-The TLS client of the two says what it is by SNI, with a name that no other function uses; a function of any other kind
-has one certificate, and ignores the name. A TLS server that is a ``--to`` knows it, and answers with a sentence that
-nobody else would begin with, and an end. An alert would be the usual answer, but in the place of a ServerHello the
-relay takes it for plaintext.
+The one that is the TLS client sends an SNI that no other function uses. Any other kind of TLS server ignores it. A
+``--to`` that is the TLS server recognises it, finishes the handshake, and sends a sentence that no other function would
+begin with, and an end. A TLS alert would be the usual answer, but the relay takes an alert in place of a ServerHello
+for plaintext.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from frelay.protocol.messages import Message
 
 __all__ = ["MetAnotherService", "check_first_bytes", "join_as_service"]
 
-_MARK: Final = "to.frelay.invalid"  # RFC 2606: nobody can own it
+_SERVICE_SNI: Final = "to.frelay.invalid"  # RFC 2606: no one can own this name
 _ANSWER: Final = b"\0frelay: I am a --to as well, and nobody calls.\n\0"
-# For telling the other one, which may not read.
-_PATIENCE: Final = 5.0
+# For sending the answer: the other function may not read.
+_ANSWER_TIMEOUT: Final = 5.0
 
 
 class MetAnotherService(FrelayError):
-    """Both functions of this pairing are a ``--to``."""
+    """Both functions of this pairing are a ``frelay connect --to``."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -39,22 +39,22 @@ class MetAnotherService(FrelayError):
 
 
 async def join_as_service(plan: JoinPlan, on_status: Callable[[Message], None] | None) -> TrioWire:
-    """Join, as :func:`frelay.client.trio.join` does; raises MetAnotherService where we are the TLS server of two."""
-    is_marked = False
+    """Join like :func:`frelay.client.trio.join`. If the peer is a ``--to`` and we are the server, MetAnotherService."""
+    met_service = False
 
-    def look_at_name(tls: ssl.SSLSocket | ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
-        nonlocal is_marked
-        is_marked = name == _MARK
+    def check_sni(tls: ssl.SSLSocket | ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
+        nonlocal met_service
+        met_service = name == _SERVICE_SNI
 
-    plan.inner["server"].sni_callback = look_at_name
-    wire = await join(replace(plan, inner_name=_MARK), on_status)
-    if is_marked:
+    plan.inner["server"].sni_callback = check_sni
+    wire = await join(replace(plan, inner_name=_SERVICE_SNI), on_status)
+    if met_service:
         try:
-            with trio.move_on_after(_PATIENCE):
+            with trio.move_on_after(_ANSWER_TIMEOUT):
                 await wire.send_all(_ANSWER)
                 await wire.aclose()
         except trio.BrokenResourceError:
-            pass  # it has noticed already, or gone
+            pass  # the other function has noticed it already, or is gone
         finally:
             await trio.aclose_forcefully(wire)
         raise MetAnotherService
@@ -62,6 +62,6 @@ async def join_as_service(plan: JoinPlan, on_status: Callable[[Message], None] |
 
 
 def check_first_bytes(wire: TrioWire, data: bytes) -> None:
-    """Raise MetAnotherService if ``data``, the first that came, is the answer to our mark."""
+    """Raise MetAnotherService if ``data``, the first bytes of the peer, is the answer to our SNI."""
     if wire.paired.role == "client" and data == _ANSWER:
         raise MetAnotherService
