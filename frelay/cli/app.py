@@ -58,54 +58,18 @@ def run(
     watch: Annotated[bool, typer.Option(help="Reload when a file of the configuration changes.")] = True,
 ) -> None:
     """Run the relay. SIGHUP reloads, SIGTERM drains, a second SIGTERM stops now."""
-    from frelay.relay.logging import LEVELS, configure
+    from frelay.relay.logging import LEVELS
 
     if log_format not in ("console", "json"):
         raise typer.BadParameter("write console or json", param_hint="--log-format")
     if log_level not in LEVELS:
         raise typer.BadParameter(f"write one of {', '.join(LEVELS)}", param_hint="--log-level")
 
-    import gc
-    import signal
+    from frelay.relay.run import run as run_relay
 
-    import trio
-
-    from frelay.config.load import load
-    from frelay.net.passed_sockets import PassedSockets
-    from frelay.relay import privileges
-    from frelay.relay.service_manager import ServiceManager
-
-    # The relay obeys it as long as it runs. What comes before that, or after, would kill the process, and with it the
-    # exit code of a clean drain.
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        first = load(config)
-    except ConfigError as error:
-        from frelay.relay.prepare import with_all_problems
-
-        raise with_all_problems(config, error) from error
-    privileges.give_up(first)  # before the log, which has a thread
-    configure("json" if log_format == "json" else "console", log_level)
-    inherited, service_manager = PassedSockets.from_environment(), ServiceManager.from_environment()
-    if first.relay.worker_count == 1:
-        from frelay.relay.relay import Relay
-
-        relay = Relay(first, watch_files=watch, inherited=inherited, service_manager=service_manager)
-    else:
-        from frelay.relay.workers.supervisor import Supervisor
-
-        relay = Supervisor(
-            first,
-            watch_files=watch,
-            inherited=inherited,
-            service_manager=service_manager,
-            log_format=log_format,
-            log_level=log_level,
-        )
-    # What was loaded until now stays until the end: the collector need not look through all of it again and again.
-    gc.collect()
-    gc.freeze()
-    raise typer.Exit(trio.run(relay.run))
+    as_json = log_format == "json"
+    code = run_relay(config, watch_files=watch, log_format="json" if as_json else "console", log_level=log_level)
+    raise typer.Exit(code)
 
 
 @app.command()

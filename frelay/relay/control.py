@@ -1,20 +1,17 @@
-"""What a running relay tells its operator, and what an operator may change: the relay's side of the admin API.
+"""The control of a relay: what it tells its operator, and what an operator may change.
 
-Looks are views of what is there at that moment, made anew for each caller; nothing is kept for them. A change goes
-through the same door as a reload (:meth:`~frelay.relay.relay.Relay.edit`), so that an added route is judged by the
-rules of the route file, and is bound and on disk before anybody is told so.
+This is the relay's side of the admin API. A change takes the same way as a reload
+(:meth:`~frelay.relay.relay.Relay.edit`): the rules of the route file judge an added route, and it is bound and on disk
+before the caller has its answer.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from frelay import __version__
 from frelay.admin.control import (
@@ -28,58 +25,44 @@ from frelay.admin.control import (
     Unwritable,
 )
 from frelay.admin.model import (
-    CertificateView,
-    DescriptorView,
-    LegView,
     PairingsView,
-    PairingView,
-    PartyView,
     ProblemView,
     RefusalView,
     ReloadedView,
     ReloadView,
     RoutesView,
-    RouteTrafficView,
     RouteView,
     StatusView,
     TrafficView,
-    WaitingView,
     problem_view,
 )
 from frelay.config.dump import dump_config, dump_route
 from frelay.config.model import Config
 from frelay.config.route_files import RouteFileEdit, route_file, route_file_content
 from frelay.errors import ConfigError, Problem
-from frelay.joining.lobby import Waiter
-from frelay.journal import RouteTotals
-from frelay.protocol.messages import PartyName
+from frelay.relay.relay import Relay
+from frelay.relay.views import Views, certificates_of, etag_of
 
-if TYPE_CHECKING:
-    from frelay.joining.route import LiveRoute
-    from frelay.pairing.leg import Leg
-    from frelay.pairing.pairing import Pairing
-    from frelay.relay.relay import Relay
-
-__all__ = ["RelayControl", "etag_of"]
-
-_PARTIES: Final[tuple[PartyName, PartyName]] = ("func1", "func2")
-_NOBODY: Final = WaitingView(func1=[], func2=[])
+__all__ = ["RelayControl"]
 
 
 class RelayControl(Control):
-    """The control of one relay."""
+    """The control of ``relay``; ``views`` show what it serves."""
 
-    def __init__(self, relay: Relay) -> None:
+    def __init__(self, relay: Relay, views: Views) -> None:
         self._relay: Final = relay
+        self._views: Final = views
         self.journal = relay.journal
 
-    # --- looks -----------------------------------------------------------------------------------------------------
+    # --- views -----------------------------------------------------------------------------------------------------
 
     @property
     def why_not_ready(self) -> str | None:
         trust, now = self._relay.trust, time.time()
         if self.is_draining:
             return "draining: it takes nothing new any more"
+        if (reason := self._views.why_not_ready) is not None:
+            return reason
         if trust is not None and now > trust.not_after:
             return "tls.certificate has expired: no function will trust it"
         if trust is not None and trust.has_expired_list(now):
@@ -91,31 +74,11 @@ class RelayControl(Control):
         return self._relay.is_draining
 
     async def counts(self) -> Counts:
-        relay, routes, totals = self._relay, self._relay.routes, self.journal.totals
-        running = Counter({name: 0 for name in totals if name})
-        moved: Counter[tuple[str, PartyName]] = Counter()
-        for pairing in relay.pairings:
-            running[pairing.route] += 1
-            for party, count in pairing.bytes_moved.items():
-                moved[pairing.route, party] += count
-        for name in running:
-            moved[name, "func1"] += totals[name].bytes_func1_to_func2
-            moved[name, "func2"] += totals[name].bytes_func2_to_func1
-        return Counts(
-            pairings=running,
-            waiting={(name, party): live.lobby.count(party) for name, live in routes.items() for party in _PARTIES},
-            bytes_moved=moved,
-            outcomes={(name, word): count for name in running for word, count in totals[name].outcomes.items()},
-            refusals={(name, code): count for name in ("", *running) for code, count in totals[name].refusals.items()},
-            reloaded_at=relay.last_reload_at,
-            reload_was_accepted=relay.last_reload_error is None,
-            certificates=tuple(self._certificates()),
-            durations={name: found.copy() for name, found in self.journal.durations.items()},
-        )
+        return await self._views.counts()
 
     async def status(self) -> StatusView:
+        load = await self._views.load()
         relay = self._relay
-        routes = relay.routes.values()
         error = relay.last_reload_error
         return StatusView(
             name=relay.config.relay.name,
@@ -127,21 +90,16 @@ class RelayControl(Control):
             now=time.time(),
             config=str(relay.config.path),
             routes=len(relay.config.routes),
-            pairings=len(relay.pairings),
-            waiting=sum(route.lobby.count("func1") + route.lobby.count("func2") for route in routes),
+            pairings=load.pairings,
+            waiting=load.waiting,
             last_reload=ReloadView(
                 at=relay.last_reload_at,
                 ok=error is None,
                 problems=[] if error is None else [problem_view(problem) for problem in error.problems],
                 restart_only=list(relay.needs_restart),
             ),
-            certificates=list(self._certificates()),
-            descriptors=DescriptorView(
-                open=len(os.listdir("/proc/self/fd")),
-                limit=relay.admission.descriptor_limit,
-                legs=relay.admission.legs,
-                leg_budget=relay.admission.leg_budget,
-            ),
+            certificates=list(certificates_of(relay)),
+            descriptors=load.descriptors,
             refusals=[
                 RefusalView(
                     at=entry.at,
@@ -156,94 +114,20 @@ class RelayControl(Control):
                 )
                 for entry in reversed(self.journal.refusals)
             ],
+            workers=list(load.workers),
         )
-
-    def _certificates(self) -> Iterator[CertificateView]:
-        section, trust = self._relay.config.tls, self._relay.trust
-        if section is None or trust is None:
-            return
-        yield CertificateView(
-            what="certificate", file=str(section.certificate), subject=trust.subject, not_after=trust.not_after
-        )
-        yield CertificateView(
-            what="client_ca", file=str(section.client_ca), subject=None, not_after=trust.authorities_not_after
-        )
-        if section.crl is not None and trust.crl_next_update is not None:
-            yield CertificateView(what="crl", file=str(section.crl), subject=None, not_after=trust.crl_next_update)
 
     async def routes(self) -> RoutesView:
-        # Once through all pairings, and not once a route.
-        under_way = self._bytes_under_way()
-        return RoutesView(routes=[self._view(route, under_way) for route in self._relay.routes.values()])
+        return await self._views.routes()
 
     async def route(self, name: str) -> RouteView:
-        return self._view(self._find(name), self._bytes_under_way())
-
-    def _find(self, name: str) -> LiveRoute:
-        route = self._relay.routes.get(name)
-        if route is None:
-            raise UnknownRoute(f"there is no route {name!r}")
-        return route
-
-    def _bytes_under_way(self) -> dict[str, dict[PartyName, int]]:
-        under_way: dict[str, dict[PartyName, int]] = {}
-        for pairing in self._relay.pairings:
-            moved = under_way.setdefault(pairing.route, {"func1": 0, "func2": 0})
-            for party, count in pairing.bytes_moved.items():
-                moved[party] += count
-        return under_way
-
-    def _view(self, route: LiveRoute, under_way: Mapping[str, Mapping[PartyName, int]]) -> RouteView:
-        config = route.config
-        written = dump_route(config)
-        traffic = self._traffic(route, under_way)
-        return RouteView(
-            **written,
-            bound=self._relay.bound(route.name),
-            file=str(config.source),
-            is_editable=config.source != self._relay.config.path,
-            etag=etag_of(written),
-            waiting=traffic.waiting,
-            pairings=traffic.pairings,
-            outcomes=traffic.outcomes,
-            refusals=traffic.refusals,
-            bytes_func1_to_func2=traffic.bytes_func1_to_func2,
-            bytes_func2_to_func1=traffic.bytes_func2_to_func1,
-        )
+        return await self._views.route(name)
 
     async def traffic(self) -> TrafficView:
-        under_way = self._bytes_under_way()
-        return TrafficView(
-            now=time.time(),
-            last_reload_at=self._relay.last_reload_at,
-            routes=[self._traffic(route, under_way) for route in self._relay.routes.values()],
-        )
-
-    def _traffic(self, route: LiveRoute, under_way: Mapping[str, Mapping[PartyName, int]]) -> RouteTrafficView:
-        totals = self.journal.totals.get(route.name) or RouteTotals()
-        moved = under_way.get(route.name) or {"func1": 0, "func2": 0}
-        return RouteTrafficView(
-            name=route.name,
-            waiting=self._waiting(route),
-            pairings=len(route.pairings),
-            outcomes=dict(totals.outcomes),
-            refusals=dict(totals.refusals),
-            bytes_func1_to_func2=totals.bytes_func1_to_func2 + moved["func1"],
-            bytes_func2_to_func1=totals.bytes_func2_to_func1 + moved["func2"],
-        )
-
-    def _waiting(self, route: LiveRoute) -> WaitingView:
-        func1, func2 = ([self._leg(waiter) for waiter in route.lobby.waiting(party)] for party in _PARTIES)
-        return WaitingView(func1=func1, func2=func2) if func1 or func2 else _NOBODY
-
-    def _leg(self, waiter: Waiter) -> LegView:
-        leg = waiter.leg
-        since = time.time() - self._relay.age(waiter.since)
-        return LegView(identity=leg.identity, address=leg.address, mode=leg.mode, since=since)
+        return await self._views.traffic()
 
     async def pairings(self) -> PairingsView:
-        now = time.time()
-        return PairingsView(pairings=[_pairing(pairing, now) for pairing in self._relay.pairings])
+        return await self._views.pairings()
 
     def configuration(self) -> dict[str, Any]:
         return dump_config(self._relay.config)
@@ -342,29 +226,3 @@ class RelayControl(Control):
 
 def _views(problems: tuple[Problem, ...]) -> list[ProblemView]:
     return [problem_view(problem) for problem in problems]
-
-
-def etag_of(written: Mapping[str, Any]) -> str:
-    """The ETag of a route, from :func:`~frelay.config.dump.dump_route`."""
-    text = json.dumps(written, sort_keys=True)
-    return f'"{hashlib.sha256(text.encode()).hexdigest()[:32]}"'
-
-
-def _pairing(pairing: Pairing, now: float) -> PairingView:
-    moved = pairing.bytes_moved
-    return PairingView(
-        id=pairing.id,
-        route=pairing.route,
-        func1=_party(pairing.legs["func1"]),
-        func2=_party(pairing.legs["func2"]),
-        since=pairing.since,
-        age=max(0.0, now - pairing.since),
-        waited=pairing.waited,
-        is_handed_off=pairing.is_handed_off,
-        bytes_func1_to_func2=moved["func1"],
-        bytes_func2_to_func1=moved["func2"],
-    )
-
-
-def _party(leg: Leg) -> PartyView:
-    return PartyView(identity=leg.identity, address=leg.address, mode=leg.mode)

@@ -7,6 +7,7 @@ reload. Nothing is bound here, and no part of a running relay is loaded.
 from __future__ import annotations
 
 from collections.abc import MutableMapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from frelay.config.load import load_sections
@@ -17,7 +18,15 @@ from frelay.relay.privileges import groups_in_force
 from frelay.tls.context import OuterTls
 from frelay.tls.loading import load_outer_tls
 
-__all__ = ["prepare", "with_all_problems"]
+__all__ = ["TlsFiles", "prepare", "with_all_problems"]
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """The files of ``[tls]`` as they were read, and the time at which they were found good."""
+
+    contents: dict[Path, bytes] = field(repr=False)
+    at: float
 
 
 def prepare(

@@ -1,16 +1,16 @@
-"""The inspection: after a reload everybody who is in is judged again, by the certificates and lists in force now.
+"""The recheck: after a reload, everybody who is in is judged again, by the certificates and lists in force now.
 
-A handshake asks once, and what it found holds for as long as nothing is loaded. So this is not done by the clock: a new
-CA bundle or CRL is the only thing that can make a certificate unacceptable, but for its own end, and everybody has a
-deadline for that already. Who waits is refused with the code that a handshake would have given; a pairing ends with
-outcome ``revoked``, unless ``policy_ends_pairings`` is off.
+A handshake verifies a certificate once, and the result holds until something is loaded. Only a new CA bundle or CRL can
+make a certificate unacceptable, apart from its own end, and every leg has a deadline for that already. So the recheck
+follows reloads and not the clock. A leg that waits is refused with the code that a handshake would have given; a
+pairing ends with outcome ``revoked``, unless ``policy_ends_pairings`` is off.
 
-That deadline is a date, though, and Trio's clock knows no dates. So one task watches the two clocks side by side, and
-when somebody sets the one with the date (or the machine sleeps, in which the other stands still), it has all those
-deadlines reckoned again: :func:`follow_clock`.
+The deadline of a leg is a date, though, and Trio's clock knows no dates. So one task, :func:`follow_clock`, compares
+the two clocks. When somebody sets the clock that has the date, or the machine sleeps, in which Trio's clock stands
+still, it has all those deadlines computed again.
 
-Thousands of pairings take seconds of OpenSSL's time, in which the bytes of everybody else go on: there is a checkpoint
-after each, and a certificate that many legs share is verified once.
+To verify the certificates of thousands of pairings takes seconds of OpenSSL's time. The bytes of everybody else go on
+meanwhile: there is a checkpoint after each certificate, and one that many legs share is verified once.
 """
 
 from __future__ import annotations
@@ -18,26 +18,65 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final
+from typing import Any, Final
 
 import structlog
 import trio
 
 from frelay.joining.route import LiveRoute
+from frelay.joining.routes import RouteRegistry
 from frelay.protocol.messages import PartyName
 from frelay.protocol.outcome import Outcome
 from frelay.protocol.refusal import Refusal
+from frelay.relay.active_config import ActiveConfig
 from frelay.tls.context import Credential, OuterTls
 
-__all__ = ["follow_clock", "recheck_credentials", "reload_at_expiry"]
+__all__ = ["CredentialRecheck", "follow_clock", "recheck_credentials", "reload_at_expiry"]
 
 # Seconds. notAfter counts whole ones, and a clock that NTP slews takes half an hour to get this far off.
-_CLOCK_LOOK: Final = 1.0
+_CLOCK_INTERVAL: Final = 1.0
 _CLOCK_TOLERANCE: Final = 1.0
 _LONGEST_SLEEP: Final = 60.0
 _PARTIES: Final[tuple[PartyName, ...]] = ("func1", "func2")
-# How many are woken before everybody else has a turn.
+# How many legs and pairings are woken before everybody else has a turn.
 _AT_ONCE: Final = 64
+
+
+class CredentialRecheck:
+    """Judges everybody in ``registry`` again whenever :meth:`request` was called, by what is then ``active``."""
+
+    def __init__(self, active: ActiveConfig, registry: RouteRegistry, log: Any) -> None:
+        self._active: Final = active
+        self._registry: Final = registry
+        self._log: Final[Any] = log
+        self._requested = trio.Event()
+
+    def request(self) -> None:
+        """Have everybody judged again; called when a configuration was put in force."""
+        self._requested.set()
+
+    @property
+    def is_requested(self) -> bool:
+        """Whether a recheck was requested that has not begun."""
+        return self._requested.is_set()
+
+    async def run(self) -> None:
+        """Recheck on request, until cancelled."""
+        while True:
+            await self._requested.wait()
+            self._requested = trio.Event()
+            active = self._active
+            if active.trust is None:
+                continue
+            try:
+                await recheck_credentials(
+                    self._registry.all,
+                    active.trust,
+                    ends_pairings=active.config.relay.policy_ends_pairings,
+                )
+            except Exception:
+                # As with a reload: a bug must not end the pairings of everybody.
+                self._log.exception("a bug in frelay ended the inspection after this reload")
 
 
 async def recheck_credentials(routes: Sequence[LiveRoute], trust: OuterTls, *, ends_pairings: bool) -> None:
@@ -57,7 +96,7 @@ async def recheck_credentials(routes: Sequence[LiveRoute], trust: OuterTls, *, e
 
 
 def _judge(credential: Credential, trust: OuterTls, known: dict[Credential, Refusal | None]) -> Refusal | None:
-    """What ``trust`` says of a certificate; dates are not asked for, since every leg has a deadline for its own."""
+    """What ``trust`` says of a certificate, apart from dates: every leg has a deadline for those."""
     if credential not in known:
         known[credential] = trust.verify(credential)
     return known[credential]
@@ -67,7 +106,7 @@ async def _judge_pairings(
     routes: Sequence[LiveRoute], trust: OuterTls, known: dict[Credential, Refusal | None]
 ) -> None:
     for pairing in [pairing for route in routes for pairing in route.pairings.values()]:
-        # For those that began while policy_ends_pairings was off; it is nothing new to all others.
+        # Only pairings that began while policy_ends_pairings was off are changed by this.
         pairing.end_with_certificates()
         for party, leg in pairing.legs.items():
             credential = leg.credential
@@ -81,17 +120,17 @@ async def _judge_pairings(
 
 
 async def follow_clock(routes: Callable[[], Iterable[LiveRoute]]) -> None:
-    """Have the ends of all certificates in ``routes`` reckoned again whenever the clock was set."""
+    """Compute the deadlines of all certificates in ``routes`` again whenever the clock was set."""
     log = structlog.get_logger("frelay.inspection")
-    reckoned_by = _ahead()
+    ahead = _ahead()
     while True:
-        await trio.sleep(_CLOCK_LOOK)
-        step = _ahead() - reckoned_by
+        await trio.sleep(_CLOCK_INTERVAL)
+        step = _ahead() - ahead
         if abs(step) < _CLOCK_TOLERANCE:
             continue
-        reckoned_by += step
+        ahead += step
         log.warning("the clock was set", seconds=round(step, 3))
-        # As it was at this moment: who comes later reckons by the new date anyway.
+        # Those who are here at this moment: legs that come later go by the new date anyway.
         everybody: list[Callable[[], None]] = []
         for route in routes():
             everybody += (waiter.recompute_expiry for party in _PARTIES for waiter in route.lobby.waiting(party))
@@ -105,8 +144,8 @@ async def follow_clock(routes: Callable[[], Iterable[LiveRoute]]) -> None:
 async def reload_at_expiry(trust: Callable[[], OuterTls | None], request_reload: Callable[[], None]) -> None:
     """Request a reload whenever an authority in force has expired; ``trust`` gives what is in force.
 
-    An expired one is left out of what is loaded. Until then it could stand in the way: of a newer certificate with its
-    name, or of an authority that it once issued and that is trusted by itself.
+    Loading leaves an expired authority out. Until then it could make OpenSSL refuse certificates: those of a newer
+    authority with its name, or of an authority that it once issued and that is trusted by itself.
     """
     told = 0.0
     while True:
@@ -117,10 +156,10 @@ async def reload_at_expiry(trust: Callable[[], OuterTls | None], request_reload:
         if left <= 0 and end != told:
             told = end
             request_reload()
-        # Not all at once, for the clock may be set meanwhile.
-        await trio.sleep(min(max(left, _CLOCK_LOOK), _LONGEST_SLEEP))
+        # In several sleeps, because the clock may be set meanwhile.
+        await trio.sleep(min(max(left, _CLOCK_INTERVAL), _LONGEST_SLEEP))
 
 
 def _ahead() -> float:
-    """How far the clock with the date is ahead of Trio's, which nobody can set."""
+    """Seconds that the clock with the date is ahead of Trio's, which nobody can set."""
     return time.time() - trio.current_time()

@@ -49,7 +49,8 @@ from frelay.joining.route import LiveRoute
 from frelay.journal import Entry, HandshakeDone
 from frelay.protocol.messages import Mode, PartyName
 from frelay.relay.control import RelayControl
-from frelay.relay.relay import Relay
+from frelay.relay.run import make_relay
+from frelay.relay.views import LocalViews
 from support.descriptors import open_descriptors, opened_since
 from support.ends import End, block
 from support.party import Party
@@ -242,8 +243,8 @@ class World:
             leftover.unlink()
         self.write_list()
         self.write_file()
-        self.relay = Relay(load(self.site.config), watch_files=False)
-        self.control = RelayControl(self.relay)
+        self.relay = make_relay(load(self.site.config), watch_files=False)
+        self.control = RelayControl(self.relay, LocalViews(self.relay))
         self.events = self._patches.enter_context(structlog.testing.capture_logs())
         self._patches.enter_context(self.relay.journal.listen(self._hear))
         self.routes["a"] = Route("a", "straight")
@@ -280,11 +281,11 @@ class World:
             "slots": inner.admission.strangers.running,
             "strangers": inner.admission.strangers.holders,
             "pairings": len(inner.pairings),
-            "pairings in all": inner._forwarding.pairings,
-            "retired": len(inner._now.registry.retired),
-            "pipes": inner._forwarding.pipes.descriptors,
-            "wires": len(inner._forwarding.readiness),
-            "tickets": len(inner._shared.tickets),
+            "pairings in all": inner.parts.forwarding.pairings,
+            "retired": len(inner.parts.registry.retired),
+            "pipes": inner.parts.forwarding.pipes.descriptors,
+            "wires": len(inner.parts.forwarding.readiness),
+            "tickets": len(inner.parts.shared.tickets),
         }
         assert not any(holdings.values()), holdings
         assert not opened_since(self.descriptors)
@@ -313,7 +314,7 @@ class World:
                 for name, live in relay.routes.items()
             },
             "pairings": {name: pairings(live) for name, live in relay.routes.items()},
-            "retired": sorted((live.name, pairings(live)) for live in relay._now.registry.retired),
+            "retired": sorted((live.name, pairings(live)) for live in relay.parts.registry.retired),
             "totals": {
                 name: (
                     dict(totals.outcomes),
@@ -324,7 +325,7 @@ class World:
             },
             "legs": relay.admission.legs,
             "slots": relay.admission.strangers.running,
-            "tickets": len(relay._shared.tickets),
+            "tickets": len(relay.parts.shared.tickets),
             "handshakes": self._handshakes_seen,
         }
 

@@ -41,7 +41,7 @@ class Holdings:
 
 def holdings(relay: RelayInProcess) -> Holdings:
     inner = relay.relay
-    admission, forwarding = inner._admission, inner._forwarding
+    admission, forwarding = inner.parts.admission, inner.parts.forwarding
     return Holdings(
         descriptors=open_descriptors(),
         tasks=_tasks_below(relay.task),
@@ -49,7 +49,7 @@ def holdings(relay: RelayInProcess) -> Holdings:
         pipes_in_use=forwarding.pipes.in_use,
         waiting=relay.waiting(),
         pairings=len(inner.pairings),
-        retired_routes=len(inner._now.registry.retired),
+        retired_routes=len(inner.parts.registry.retired),
         legs=admission.legs,
         handshakes=admission.strangers.running,
         hosts_with_strangers=admission.strangers.holders,
@@ -66,7 +66,7 @@ async def as_before(relay: RelayInProcess, before: Holdings) -> None:
     nothing_opened = replace(before, descriptors={})
 
     def held() -> Holdings:
-        opened = opened_since(before.descriptors, pipes=relay.relay._forwarding.pipes)
+        opened = opened_since(before.descriptors, pipes=relay.relay.parts.forwarding.pipes)
         return replace(holdings(relay), descriptors=opened)
 
     try:

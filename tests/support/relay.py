@@ -57,7 +57,7 @@ class RelayInProcess:
     @property
     def legs(self) -> int:
         """How many connections of parties the relay holds now, in any state."""
-        return self.relay._admission.legs
+        return self.relay.parts.admission.legs
 
     def waiting(self, route: str = "demo") -> tuple[int, int]:
         """How many legs wait on a route as (func1, func2)."""

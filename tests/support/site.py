@@ -24,7 +24,7 @@ import structlog
 import trio
 
 from frelay.config.load import load
-from frelay.relay.relay import Relay
+from frelay.relay.run import make_relay
 from support.certs import Credential, TestAuthority
 from support.party import Party
 from support.relay import FRELAY_RUN, RelayInProcess, RelayProcess
@@ -91,7 +91,7 @@ client_ca = "{self.client_ca.name}"
         self, routes: str = DEMO, *, sections: str = "", crl: bool = False, watch: bool = False
     ) -> AsyncIterator[RelayInProcess]:
         """A relay in this process; a bug that it logged fails the test at the end."""
-        relay = Relay(load(self.write(routes, sections=sections, crl=crl)), watch_files=watch)
+        relay = make_relay(load(self.write(routes, sections=sections, crl=crl)), watch_files=watch)
         with structlog.testing.capture_logs() as events:
             async with trio.open_nursery() as nursery:
                 await nursery.start(relay.run)

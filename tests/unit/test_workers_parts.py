@@ -30,8 +30,8 @@ from frelay.journal import (
 )
 from frelay.net.channel import Channel, ChannelEnded
 from frelay.protocol.outcome import Outcome, Record
+from frelay.relay.prepare import TlsFiles
 from frelay.relay.workers.codec import (
-    Papers,
     counts_from_json,
     counts_to_json,
     entry_from_json,
@@ -41,9 +41,11 @@ from frelay.relay.workers.codec import (
     key_to_json,
     problem_from_json,
     problem_to_json,
+    tls_files_from_json,
+    tls_files_to_json,
 )
+from frelay.relay.workers.outbox import Outbox
 from frelay.relay.workers.placement import clusters, spread
-from frelay.relay.workers.worker import _Outbox
 
 KEYS = [ListenerKey(Address("127.0.0.1", port)) for port in range(9001, 9009)]
 
@@ -179,7 +181,7 @@ async def test_an_end_is_told_and_not_a_message() -> None:
 async def test_a_worker_that_is_not_listened_to_drops_the_oldest() -> None:
     """Traffic does not wait, memory is bounded, and an answer comes after what was noted before it."""
     with channels() as (one, two):
-        outbox = _Outbox(one)
+        outbox = Outbox(one)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(outbox.run)
             # It has something on its way that fills the kernel's buffers, and whoever should read it does not.
@@ -242,6 +244,6 @@ def test_small_things_are_the_same_at_the_other_end() -> None:
         assert key_from_json([*key_to_json(key)]) == key
     problem = Problem(Path("/a/b.toml"), "no", key="route[0].listen", line=3, is_conflict=True)
     assert problem_from_json(problem_to_json(problem)) == problem
-    papers = Papers({Path("/a/key.pem"): b"\0secret"}, 1.5)
-    assert Papers.from_json(papers.to_json()) == papers
-    assert "secret" not in repr(papers)
+    files = TlsFiles({Path("/a/key.pem"): b"\0secret"}, 1.5)
+    assert tls_files_from_json(tls_files_to_json(files)) == files
+    assert "secret" not in repr(files)

@@ -1,11 +1,11 @@
-"""What stands in the messages: entries of the journal, counts, configurations and problems, as JSON and back."""
+"""The codec of the channel between supervisor and workers: entries, counts, files and problems as JSON, and back."""
 
 from __future__ import annotations
 
 from base64 import b64decode, b64encode
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,9 +22,9 @@ from frelay.journal import (
     PairingStarted,
 )
 from frelay.protocol.outcome import Outcome, Record
+from frelay.relay.prepare import TlsFiles
 
 __all__ = [
-    "Papers",
     "counts_from_json",
     "counts_to_json",
     "entry_from_json",
@@ -34,12 +34,14 @@ __all__ = [
     "key_to_json",
     "problem_from_json",
     "problem_to_json",
+    "tls_files_from_json",
+    "tls_files_to_json",
 ]
 
 
 # --- the journal -------------------------------------------------------------------------------------------------
 
-# What concerns functions. Reloads and the drain are the supervisor's own, and a handshake is in the counts.
+# The entries about functions. Reloads and the drain are the supervisor's own, and the counts hold the handshakes.
 _TOLD: Final[Mapping[str, type[Entry]]] = {
     kind.kind: kind for kind in (LegWaits, LegRefused, PairingStarted, PairingEnded)
 }
@@ -47,12 +49,12 @@ _FIELDS: Final = {kind: tuple(one.name for one in fields(kind)) for kind in (*_T
 
 
 def is_told(entry: Entry) -> bool:
-    """Whether a worker tells its supervisor of it."""
+    """Whether a worker tells its supervisor of ``entry``."""
     return type(entry) in _FIELDS
 
 
 def entry_to_json(entry: Entry) -> dict[str, Any]:
-    """An entry that :func:`is_told`."""
+    """An entry for which :func:`is_told` is true."""
     # Not asdict(): it copies deeply, and there may be thousands of entries a second.
     table = {name: getattr(entry, name) for name in _FIELDS[type(entry)]}
     if isinstance(entry, PairingEnded):
@@ -76,7 +78,7 @@ _PAIRS: Final = ("waiting", "bytes_moved", "outcomes", "refusals")
 
 
 def counts_to_json(counts: Counts) -> dict[str, Any]:
-    """What a worker counts; what is the same in all of them, the supervisor knows."""
+    """What each worker counts by itself; the supervisor adds what is the same for all of them."""
     return {
         "pairings": dict(counts.pairings),
         **{name: [[*key, count] for key, count in getattr(counts, name).items()] for name in _PAIRS},
@@ -107,24 +109,17 @@ def counts_from_json(table: Mapping[str, Any]) -> Counts:
 # --- configurations ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Papers:
-    """The files of ``[tls]`` as they were read, and the time at which they were found good."""
+def tls_files_to_json(files: TlsFiles) -> dict[str, Any]:
+    """The files of ``[tls]``."""
+    return {
+        "at": files.at,
+        "contents": {str(path): b64encode(data).decode() for path, data in files.contents.items()},
+    }
 
-    contents: dict[Path, bytes] = field(repr=False)
-    at: float
 
-    def to_json(self) -> dict[str, Any]:
-        """As JSON."""
-        return {
-            "at": self.at,
-            "contents": {str(path): b64encode(data).decode() for path, data in self.contents.items()},
-        }
-
-    @classmethod
-    def from_json(cls, table: Mapping[str, Any]) -> Papers:
-        """From JSON."""
-        return cls({Path(path): b64decode(data) for path, data in table["contents"].items()}, table["at"])
+def tls_files_from_json(table: Mapping[str, Any]) -> TlsFiles:
+    """The files again."""
+    return TlsFiles({Path(path): b64decode(data) for path, data in table["contents"].items()}, table["at"])
 
 
 def key_to_json(key: ListenerKey) -> list[str | None]:

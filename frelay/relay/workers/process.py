@@ -1,4 +1,4 @@
-"""A worker as its supervisor has it: a process, its channel, and what was heard of it last."""
+"""A worker process as its supervisor sees it: the process, the channel to it, and the last that it reported."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from frelay.relay.workers.codec import counts_from_json, entry_from_json, proble
 
 __all__ = ["WorkerLost", "WorkerProcess"]
 
-# A worker whose channel has ended has nothing left to wait for. After this many seconds it is killed.
-_FAREWELL: Final = 5.0
-# What systemd says to the process that it started, and to no other.
+# A worker whose channel has ended ends by itself. If it has not after this many seconds, it is killed.
+_EXIT_TIMEOUT: Final = 5.0
+# systemd sets these for the process that it has started, and for no other.
 _NOT_FOR_WORKERS: Final = frozenset(
     {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"}
 )
@@ -50,7 +50,7 @@ class _Question:
 class WorkerProcess:
     """One worker process. Give :meth:`run` a task; it ends with the process.
 
-    ``note`` is told of every entry of its journal that the supervisor is told of.
+    ``note`` is called with each entry of its journal that it tells the supervisor.
     """
 
     def __init__(self, process: subprocess.Popen[bytes], sock: socket.socket, note: Callable[[Entry], None]) -> None:
@@ -62,20 +62,20 @@ class WorkerProcess:
         self._news = trio.Event()
         self._open: Final[dict[int, _Question]] = {}
         self.ended: Final = trio.Event()
-        """Whether it can be asked no more."""
+        """Set once it cannot be asked any more."""
         self._log: Final[Any] = structlog.get_logger("frelay.workers")
         self.counts: Counts | None = None
-        """The last that it told; None before the first."""
+        """The last counts that it has sent; None before the first."""
         self.messages_heard = 0
 
     @classmethod
     def spawn(cls, number: int, note: Callable[[Entry], None], *, log_format: str, log_level: str) -> WorkerProcess:
-        """Start one; raises OSError. It blocks for as long as the kernel takes for that, a few milliseconds."""
+        """Start a worker process; raises OSError. It blocks for the few milliseconds that the kernel takes for that."""
         ours, theirs = socket.socketpair()
         try:
             with theirs, _signals_held_back():
                 process = subprocess.Popen(  # noqa: S603  our own interpreter and module
-                    # -P: a directory that happens to be the current one holds no part of frelay.
+                    # -P: do not import frelay from the current directory.
                     [
                         sys.executable,
                         "-P",
@@ -90,7 +90,7 @@ class WorkerProcess:
                     pass_fds=[theirs.fileno()],
                     env={
                         **{name: value for name, value in os.environ.items() if name not in _NOT_FOR_WORKERS},
-                        # Where this process has found frelay and all that it needs, the worker finds it, too.
+                        # So that the worker finds frelay and its libraries where this process has found them.
                         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
                     },
                 )
@@ -126,19 +126,19 @@ class WorkerProcess:
         return code
 
     async def _ended(self) -> int:
-        # In a thread of its own each: workers that end together must not stand in a queue.
+        # Each in a thread of its own: workers that end together must not wait for each other.
         wait, limiter = self._process.wait, trio.CapacityLimiter(1)
-        with trio.move_on_after(_FAREWELL):
+        with trio.move_on_after(_EXIT_TIMEOUT):
             return await trio.to_thread.run_sync(wait, abandon_on_cancel=True, limiter=limiter)
         self._process.kill()
         return await trio.to_thread.run_sync(wait, limiter=trio.CapacityLimiter(1))
 
     # --- asking ------------------------------------------------------------------------------------------------
 
-    async def ask(self, what: str, *, patience: float, sockets: Sequence[socket.socket] = (), **details: Any) -> Any:
-        """Have it do something, and give its answer.
+    async def ask(self, what: str, *, timeout: float, sockets: Sequence[socket.socket] = (), **details: Any) -> Any:
+        """Ask it to do something; gives its answer.
 
-        Raises WorkerLost if there is none within ``patience`` seconds, ConfigError if it refuses.
+        Raises WorkerLost if there is none within ``timeout`` seconds, ConfigError if it refuses.
         """
         if self.ended.is_set():
             raise WorkerLost("it has ended")
@@ -147,21 +147,21 @@ class WorkerProcess:
         self._outbox.append(question)
         self._news.set()
         try:
-            with trio.move_on_after(patience):
+            with trio.move_on_after(timeout):
                 await question.is_over.wait()
         finally:
             del self._open[number]
-            # Whoever asked may now close the sockets.
+            # The caller may close the sockets now, so they must not be sent later.
             if question in self._outbox:
                 self._outbox.remove(question)
         if question.answer is None:
-            raise WorkerLost(self._why_silent(patience))
+            raise WorkerLost(self._why_silent(timeout))
         if "problems" in question.answer:
             raise ConfigError([problem_from_json(problem) for problem in question.answer["problems"]])
         return question.answer["value"]
 
-    def _why_silent(self, patience: float) -> str:
-        return "it has ended" if self.ended.is_set() else f"it did not answer within {patience:g} s"
+    def _why_silent(self, timeout: float) -> str:
+        return "it has ended" if self.ended.is_set() else f"it did not answer within {timeout:g} s"
 
     async def _write(self) -> None:
         try:
@@ -172,7 +172,7 @@ class WorkerProcess:
                 self._news = trio.Event()
                 await self._news.wait()
         except ChannelEnded:
-            pass  # the reader is told as well
+            pass  # the task that reads learns it as well
 
     # --- hearing -----------------------------------------------------------------------------------------------
 
@@ -182,13 +182,13 @@ class WorkerProcess:
                 received = await self._channel.receive()
             except ChannelEnded:
                 return
-            received.close()  # there are none
+            received.close()  # a worker sends no sockets
             self.messages_heard += 1
             try:
                 self._hear(received.message)
             except Exception:
                 # It must not end the other workers.
-                self._log.exception("a bug in frelay: a worker said what nobody understands", pid=self.pid)
+                self._log.exception("a bug in frelay: a worker sent a message that cannot be understood", pid=self.pid)
                 self.kill()
                 return
 
@@ -207,10 +207,10 @@ class WorkerProcess:
 
 @contextmanager
 def _signals_held_back() -> Iterator[None]:
-    """Have a process that is started now begin with these blocked, until it has said what it makes of them.
+    """A process that is started in this scope begins with these signals blocked, until it has set its handlers.
 
-    A Ctrl-C goes to all processes of a terminal, systemd's SIGTERM to all of a service, and in its first moments a
-    worker would die of either instead of being drained.
+    A Ctrl-C goes to all processes of a terminal, and systemd's SIGTERM to all of a service. In its first moments a
+    worker would die of either, and would not be drained.
     """
     signals = {signal.SIGHUP, signal.SIGINT, signal.SIGTERM}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)

@@ -25,7 +25,9 @@ import trio
 from frelay.errors import ConfigError
 from frelay.protocol.messages import REFUSAL_CODES
 from frelay.protocol.outcome import Outcome
+from frelay.relay.control import RelayControl
 from frelay.relay.relay import Relay
+from frelay.relay.views import LocalViews
 from support.ends import OPEN, block, end_by_reset, end_in_order, join_ends
 from support.party import pair
 from support.ports import reserved_port
@@ -235,8 +237,7 @@ async def test_bytes_are_counted_while_they_flow(site: Site) -> None:
 async def test_no_look_sees_bytes_twice_or_not_at_all(site: Site) -> None:
     """A counter that falls for one scrape counts for its rate as one that began anew."""
     async with scraped(site) as (relay, _):
-        assert relay.relay._servers is not None
-        control = relay.relay._servers._control
+        control = RelayControl(relay.relay, LocalViews(relay.relay))
         ends = [await join_ends(site, relay) for _ in range(8)]
         expected = 8 * 5000
         for one, two in ends:
@@ -502,8 +503,8 @@ def test_nothing_of_it_is_there_without_the_section(site: Site) -> None:
     """Neither a port nor the half second that it takes to load."""
     config = site.write(DEMO)
     code = (
-        "import sys, trio\nfrom frelay.config.load import load\nfrom frelay.relay.relay import Relay\n"
-        f"relay = Relay(load({str(config)!r}), watch_files=False)\n"
+        "import sys, trio\nfrom frelay.config.load import load\nfrom frelay.relay.run import make_relay\n"
+        f"relay = make_relay(load({str(config)!r}), watch_files=False)\n"
         "async def main():\n"
         "    async with trio.open_nursery() as nursery:\n"
         "        await nursery.start(relay.run)\n"

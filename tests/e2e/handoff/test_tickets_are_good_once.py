@@ -67,7 +67,7 @@ async def test_the_connection_that_brings_the_ticket_is_the_leg(site: Site) -> N
         assert await one.receive() == b""
         assert (await relay.outcome())["outcome"] == "closed"
         await raw.aclose()
-        await eventually(lambda: relay.relay._admission.legs == 0, "the slots are given back")
+        await eventually(lambda: relay.relay.parts.admission.legs == 0, "the slots are given back")
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ async def test_a_party_that_dies_with_its_ticket_ends_the_pairing_in_time(site: 
         assert (record["outcome"], record["side"]) == ("handoff-timeout", "func1")
         assert await two.ended() == "reset"
         assert await answer(await bring(relay, f"FRELAY/1 {ticket}\n".encode())) == b""
-        assert len(relay.relay._shared.tickets) == 0
+        assert len(relay.relay.parts.shared.tickets) == 0
 
 
 SAID = {

@@ -37,7 +37,7 @@ async def test_a_listener_stopped_at_the_moment_of_a_call(site: Site, end: str, 
             keeper2 = await site.party(relay, "func2", route="other")
             await pair(keeper1, keeper2)
             # What a reload ends with, without the threads that it loads its files in: at the turn that we choose.
-            listener = next(found for key, found in relay.relay._now.listeners.items() if "demo" in str(key))
+            listener = next(found for key, found in relay.relay.parts.active.listeners.items() if "demo" in str(key))
             calls = [call(relay.port()) for _ in range(3)]
             for _ in range(turns):
                 await trio.lowlevel.cancel_shielded_checkpoint()

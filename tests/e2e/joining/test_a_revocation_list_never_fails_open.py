@@ -18,7 +18,7 @@ import trio
 from frelay.config.load import load
 from frelay.errors import ConfigError
 from frelay.pki.files import certificates_pem
-from frelay.relay.relay import Relay
+from frelay.relay.run import make_relay
 from frelay.tls.loading import load_outer_tls
 from support.certs import Credential, TestAuthority
 from support.handoffs import relay_has_read
@@ -110,7 +110,7 @@ def test_a_list_of_another_authority_is_refused(site: Site, name: str) -> None:
 
 async def test_a_relay_with_a_bad_list_binds_nothing(site: Site) -> None:
     site.ca.write_crl(site.directory, site.ca.expired_crl())
-    relay = Relay(load(site.write(crl=True)), watch_files=False)
+    relay = make_relay(load(site.write(crl=True)), watch_files=False)
     with pytest.raises(ConfigError):
         await relay.run()
     assert not relay.routes

@@ -256,7 +256,7 @@ def sockets(relay: RelayInProcess) -> dict[str, int]:
 
 
 def _listeners(relay: RelayInProcess) -> list[Listener]:
-    return list(relay.relay._now.listeners.values())
+    return list(relay.relay.parts.active.listeners.values())
 
 
 async def test_an_address_that_comes_or_goes_leaves_the_route_alone(site: Site, port: int) -> None:

@@ -14,7 +14,7 @@ from frelay.config.load import load
 from frelay.pairing.pipes import PipePool
 from frelay.pairing.raw_pump import RawPump
 from frelay.protocol.outcome import Outcome
-from frelay.relay.relay import Relay
+from frelay.relay.run import make_relay
 from support.descriptors import open_descriptors, opened_since
 from support.ends import OPEN, End, block, join_ends, pause_reading
 from support.relay import RelayInProcess
@@ -85,7 +85,7 @@ async def test_a_pairing_cancelled_with_bytes_in_its_pipe(site: Site) -> None:
         pairing.expire_at(trio.current_time(), Outcome.MAX_LIFETIME, "cut by the test")
         assert await two.ended() == "reset"
         assert (await relay.outcome())["outcome"] == "max-lifetime"
-        pipes = relay.relay._forwarding.pipes
+        pipes = relay.relay.parts.forwarding.pipes
         check_pool(pipes)
         site.hang_up()
         await eventually(lambda: not opened_since(before, pipes=pipes), "the descriptors are back")
@@ -101,7 +101,7 @@ async def test_a_party_that_resets_with_bytes_for_it_in_the_pipe(site: Site) -> 
         await clog(relay, one, two)
         two.party.reset()
         assert (await relay.outcome())["outcome"] == "reset"
-        check_pool(relay.relay._forwarding.pipes)
+        check_pool(relay.relay.parts.forwarding.pipes)
         await bulk_is_clean(site, relay)
 
 
@@ -114,14 +114,14 @@ async def test_a_route_removed_with_bytes_in_a_pipe(site: Site) -> None:
         site.write(other, sections="[relay]\ndrain_timeout = 0.2\n")
         await relay.relay.reload()
         assert (await relay.outcome())["outcome"] == "route-removed"
-        check_pool(relay.relay._forwarding.pipes)
+        check_pool(relay.relay.parts.forwarding.pipes)
 
 
 @pytest.mark.load
 async def test_the_whole_relay_cancelled_with_bytes_in_pipes(site: Site) -> None:
     """TESTPLAN 29: cancelling the relay's own task cuts every pairing, and leaves no descriptor and no complaint."""
     before = open_descriptors()
-    inner = Relay(load(site.write(OPEN)), watch_files=False)
+    inner = make_relay(load(site.write(OPEN)), watch_files=False)
     with structlog.testing.capture_logs() as events:
         async with trio.open_nursery() as nursery:
             await nursery.start(inner.run)
@@ -134,6 +134,6 @@ async def test_the_whole_relay_cancelled_with_bytes_in_pipes(site: Site) -> None
     assert [record["outcome"] for record in relay.logged("pairing ended")] == ["drained"] * 2
     for end in (two, three, four):
         assert await end.ended() == "reset"
-    check_pool(inner._forwarding.pipes)
+    check_pool(inner.parts.forwarding.pipes)
     site.hang_up()
     assert not opened_since(before)

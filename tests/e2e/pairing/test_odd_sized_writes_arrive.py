@@ -76,7 +76,7 @@ async def test_ping_pongs_go_on_after_bulk(site: Site, mode: Mode) -> None:
                     assert await two.receive_exactly(1) == bytes([number])
                     await two.send(bytes([number]))
                     assert await one.receive_exactly(1) == bytes([number])
-        pipes = relay.relay._forwarding.pipes
+        pipes = relay.relay.parts.forwarding.pipes
         assert pipes.in_use == 0, "a pairing that is chatty again holds no pipe"
         if mode == "raw":
             assert pipes.descriptors > 0, "the bulk was not spliced, so this test shows nothing"

@@ -29,7 +29,7 @@ async def feed(end: End, data: bytes) -> None:
 
 
 async def spliced(relay: RelayInProcess) -> None:
-    await eventually(lambda: relay.relay._forwarding.pipes.in_use > 0, "the pump has turned to splice")
+    await eventually(lambda: relay.relay.parts.forwarding.pipes.in_use > 0, "the pump has turned to splice")
 
 
 # --- no loss --------------------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ async def test_both_directions_spliced_at_once(site: Site) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(feed, one, forth)
             nursery.start_soon(feed, two, back)
-            await eventually(lambda: relay.relay._forwarding.pipes.in_use == 2, "one pipe a direction")
+            await eventually(lambda: relay.relay.parts.forwarding.pipes.in_use == 2, "one pipe a direction")
             nursery.start_soon(receive, "forth", two)
             nursery.start_soon(receive, "back", one)
         assert found == {"forth": forth, "back": back}
@@ -122,7 +122,7 @@ async def test_a_reset_in_the_middle_of_a_splice(site: Site, who: str) -> None:
         assert (ended["outcome"], ended["side"]) == ("reset", who)
         if who == "func1":
             assert await two.ended() == "reset"
-        pipes = relay.relay._forwarding.pipes
+        pipes = relay.relay.parts.forwarding.pipes
         await eventually(lambda: pipes.in_use == 0, "no pipe is in use")
 
 

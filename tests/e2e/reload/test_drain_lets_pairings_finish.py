@@ -104,7 +104,7 @@ async def test_the_doors_are_shut_before_it_is_said(site: Site, monkeypatch: pyt
                     answers.append(connect(port))
 
         assert connect(port) == 0
-        monkeypatch.setattr(relay.relay, "_log", DialsAtOnce())
+        monkeypatch.setattr(relay.relay._backend, "_log", DialsAtOnce())
         relay.relay.drain(reason="the test says so")
         monkeypatch.undo()
     assert answers == [errno.ECONNREFUSED]

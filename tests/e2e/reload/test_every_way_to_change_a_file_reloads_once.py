@@ -17,7 +17,7 @@ import pytest
 import trio
 
 from frelay.config.load import load
-from frelay.relay.relay import Relay
+from frelay.relay.run import make_relay
 from support.ends import join_ends
 from support.party import TLS_HEADER
 from support.relay import RelayInProcess
@@ -237,7 +237,7 @@ async def test_a_configmap_that_is_swapped(site: Site) -> None:
         site.ca.relay(common_name="the second one").write(site.directory, "relay")
         swap(site, volume, "v2", text_with(site, DEMO + route("a")))
         assert await reloaded(relay, 1) == ["a", "demo"]
-        trust = relay.relay._now.trust
+        trust = relay.relay.parts.active.trust
         assert trust is not None
         assert "the second one" in trust.subject
         swap(site, volume, "v3", text_with(site, DEMO + route("b")))
@@ -269,7 +269,7 @@ async def test_files_that_come_after_the_route_file_that_names_them(site: Site) 
         await relay.log(REFUSED)
         site.ca.relay(common_name="the next one").write(site.directory, "next")
         await reloaded(relay, 1)
-        trust = relay.relay._now.trust
+        trust = relay.relay.parts.active.trust
         assert trust is not None
         assert "the next one" in trust.subject
         # And from now on they are watched like any others, and the old ones no longer.
@@ -297,7 +297,7 @@ async def test_routes_dir_is_watched(site: Site) -> None:
 
 async def test_a_change_before_the_relay_was_ready_is_not_lost(site: Site) -> None:
     """The file is loaded once more after the watcher has marked it, so that no change falls between the two."""
-    late = Relay(load(site.write(DEMO)), watch_files=True)
+    late = make_relay(load(site.write(DEMO)), watch_files=True)
     site.write(DEMO + route("a"))
     async with trio.open_nursery() as nursery:
         await nursery.start(late.run)

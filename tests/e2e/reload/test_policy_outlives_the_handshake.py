@@ -59,7 +59,7 @@ async def are_cut(*ends: End) -> None:
 
 async def inspected(relay: RelayInProcess) -> None:
     """Wait until the last reload's inspection is over."""
-    await eventually(lambda: not relay.relay._now.inspection_due.is_set(), "the inspection begins")
+    await eventually(lambda: not relay.relay.parts.recheck.is_requested, "the inspection begins")
     await trio.testing.wait_all_tasks_blocked()
 
 

@@ -201,7 +201,7 @@ async def test_the_old_configuration_stays_whole(site: Site, change: Callable[[S
             one, two = await join_ends(site, relay)
             await one.send(TLS_HEADER + b"before")
             assert await two.receive_exactly(9) == TLS_HEADER + b"before"
-            config, trust, port = relay.relay.config, relay.relay._now.trust, relay.port()
+            config, trust, port = relay.relay.config, relay.relay.parts.active.trust, relay.port()
             route = relay.relay.routes["demo"]
             descriptors = open_descriptors()
 
@@ -211,7 +211,7 @@ async def test_the_old_configuration_stays_whole(site: Site, change: Callable[[S
             assert reason in logged
             assert reason in kept_reason(relay)
             assert relay.relay.config is config
-            assert relay.relay._now.trust is trust
+            assert relay.relay.parts.active.trust is trust
             assert relay.relay.routes == {"demo": route}
             assert relay.port() == port
             assert not opened_since(descriptors)

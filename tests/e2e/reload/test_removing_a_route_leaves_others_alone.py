@@ -60,12 +60,14 @@ async def test_the_other_route_notices_nothing(site: Site) -> None:
         one, two = await join_ends(site, relay, route="b")
         waiter = await waiting(site, relay, "b")
         live, port = relay.relay.routes["b"], relay.port("b")
-        listener = relay.relay._now.listeners[next(key for key in relay.relay._now.listeners if "route b" in str(key))]
+        listener = relay.relay.parts.active.listeners[
+            next(key for key in relay.relay.parts.active.listeners if "route b" in str(key))
+        ]
         await reload(site, relay, B)
         assert list(relay.relay.routes) == ["b"]
         assert relay.relay.routes["b"] is live
         assert relay.port("b") == port
-        assert listener in relay.relay._now.listeners.values()
+        assert listener in relay.relay.parts.active.listeners.values()
         await talks(one, two)
         func2 = await site.party(relay, "func2", route="b")
         await func2.join()
@@ -127,7 +129,7 @@ async def test_its_pairings_may_end_within_drain_timeout(site: Site) -> None:
         assert await one.receive() == b""
         assert (await relay.outcome())["outcome"] == "closed"
         assert not relay.relay.pairings
-        await eventually(lambda: not relay.relay._now.registry.retired, "the route is forgotten")
+        await eventually(lambda: not relay.relay.parts.registry.retired, "the route is forgotten")
 
 
 @pytest.mark.load
@@ -146,7 +148,7 @@ async def test_its_pairings_end_at_drain_timeout(site: Site) -> None:
         assert (ended["outcome"], ended["side"], ended["route"]) == ("route-removed", "relay", "a")
         assert ended["detail"] == "the route 'a' was removed or replaced"
         await talks(three, four)
-        await eventually(lambda: not relay.relay._now.registry.retired, "the route is forgotten")
+        await eventually(lambda: not relay.relay.parts.registry.retired, "the route is forgotten")
         assert len(relay.logged("pairing ended")) == 1
 
 
@@ -175,12 +177,12 @@ async def test_a_replaced_route(site: Site) -> None:
             one, two = await join_ends(site, relay, route="a")
             waiter = await waiting(site, relay, "a")
             old = relay.relay.routes["a"]
-            listeners = dict(relay.relay._now.listeners)
+            listeners = dict(relay.relay.parts.active.listeners)
             other = route("a", port).replace("func1.demo", "func3.demo").replace("func2.demo", "func4.demo")
             await reload(site, relay, other, drain_timeout=1.0)
             assert (await waiter.party.refusal())["code"] == "route-removed"
             assert relay.relay.routes["a"] is not old
-            assert relay.relay._now.listeners == listeners, "the same address: the same socket, and no gap"
+            assert relay.relay.parts.active.listeners == listeners, "the same address: the same socket, and no gap"
             stranger = await site.party(relay, "func1", route="a")
             await stranger.join()
             assert (await stranger.refusal())["code"] == "not-authorised"
@@ -247,12 +249,12 @@ async def test_a_shared_address_outlives_one_of_its_routes(site: Site) -> None:
     with reserved_port() as port:
         a, b = route("a", port), route("b", port)
         async with site.relay(a + b) as relay:
-            listeners = dict(relay.relay._now.listeners)
+            listeners = dict(relay.relay.parts.active.listeners)
             waiter = await site.party(relay, "func1", route="a")
             await waiter.join(route="a")
             await waiter.expect("WAITING")
             await reload(site, relay, b)
-            assert relay.relay._now.listeners == listeners
+            assert relay.relay.parts.active.listeners == listeners
             assert (await waiter.refusal())["code"] == "route-removed"
             one = await site.party(relay, "func1", route="b")
             await one.join(route="a")

@@ -173,7 +173,7 @@ async def fewer_legs_and_pipes(site: Site, relay: RelayInProcess) -> None:
     admission = relay.relay.admission
     assert 2 * admission.leg_budget <= admission.descriptor_limit * 0.01
     taken = 0
-    pipes = relay.relay._forwarding.pipes
+    pipes = relay.relay.parts.forwarding.pipes
     held = []
     while (pipe := pipes.take()) is not None:
         held.append(pipe)

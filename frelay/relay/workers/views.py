@@ -1,8 +1,7 @@
-"""What a supervisor tells its operator: the workers' answers as one, made when it is asked for.
+"""Views of what worker processes serve: their answers as one, made when they are asked for.
 
-Changes need nothing of their own: they go through :meth:`~frelay.relay.relay.Relay.edit`, as everywhere, and are in
-force in all workers before they are answered. A worker that is down or does not answer is not waited for. Its routes
-are there with what was counted up to then, and nobody on them.
+A worker that is down or does not answer is not waited for. Its routes are shown with what was counted up to then, and
+with nobody at them.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from frelay.admin.control import Counts, UnknownRoute
 from frelay.admin.model import (
@@ -22,131 +21,127 @@ from frelay.admin.model import (
     RouteView,
     StatusView,
     TrafficView,
-    WaitingView,
     WorkerView,
 )
 from frelay.config.dump import dump_route
 from frelay.config.model import Route
 from frelay.journal import Distribution
-from frelay.relay.control import RelayControl, etag_of
+from frelay.relay.relay import Relay
+from frelay.relay.views import NOBODY, Load, certificates_of, etag_of
+from frelay.relay.workers.fleet import Fleet
 
-if TYPE_CHECKING:
-    from frelay.relay.workers.supervisor import Supervisor
-
-__all__ = ["SupervisorControl"]
-
-_NOBODY: Final = WaitingView(func1=[], func2=[])
+__all__ = ["WorkerViews"]
 
 
-class SupervisorControl(RelayControl):
-    """The control of a relay with workers."""
+class WorkerViews:
+    """Views of the routes of ``relay``, which the workers of ``fleet`` serve."""
 
-    def __init__(self, supervisor: Supervisor) -> None:
-        super().__init__(supervisor)
-        self._supervisor: Final = supervisor
+    def __init__(self, relay: Relay, fleet: Fleet) -> None:
+        self._relay: Final = relay
+        self._fleet: Final = fleet
 
     @property
     def why_not_ready(self) -> str | None:
-        down = [post.number for post in self._supervisor.posts if post.process is None]
-        if down and not self.is_draining:
-            return f"worker {down[0]} is down, and is being started again"
-        return super().why_not_ready
+        """The first worker that is down; None if all are there."""
+        down = [slot.number for slot in self._fleet.slots if slot.process is None]
+        return f"worker {down[0]} is down, and is being started again" if down else None
 
     # --- numbers -----------------------------------------------------------------------------------------------
 
     async def counts(self) -> Counts:
-        supervisor = self._supervisor
-        await supervisor.look("counts")
-        found = [post.counts for post in supervisor.posts if post.counts is not None]
-        # A name of the configuration has its series, whether its worker has ever told of it or not.
-        none = dict.fromkeys((route.name for route in supervisor.config.routes), 0)
+        """The relay in numbers: the sums of all workers."""
+        relay, slots = self._relay, self._fleet.slots
+        await self._fleet.poll("counts")
+        found = [slot.counts for slot in slots if slot.counts is not None]
+        # Every route of the configuration has its series, even if its worker has not counted anything for it.
+        none = dict.fromkeys((route.name for route in relay.config.routes), 0)
         return Counts(
             pairings=_sum([none, *(one.pairings for one in found)]),
             waiting=_sum(one.waiting for one in found),
             bytes_moved=_sum(one.bytes_moved for one in found),
             outcomes=_sum(one.outcomes for one in found),
             refusals=_sum(one.refusals for one in found),
-            reloaded_at=supervisor.last_reload_at,
-            reload_was_accepted=supervisor.last_reload_error is None,
-            certificates=tuple(self._certificates()),
+            reloaded_at=relay.last_reload_at,
+            reload_was_accepted=relay.last_reload_error is None,
+            certificates=tuple(certificates_of(relay)),
             durations=_all_durations([one.durations for one in found]),
             loop_lag=max((one.loop_lag for one in found), default=0.0),
             tasks=sum(one.tasks for one in found),
-            workers=tuple(post.process.pid for post in supervisor.posts if post.process is not None),
-            restarts={post.number: post.restarts for post in supervisor.posts},
+            workers=tuple(slot.process.pid for slot in slots if slot.process is not None),
+            restarts={slot.number: slot.restarts for slot in slots},
         )
 
-    # --- views -------------------------------------------------------------------------------------------------
-
-    async def status(self) -> StatusView:
-        supervisor = self._supervisor
-        found = {
-            number: StatusView.model_validate(answer) for number, answer in (await supervisor.look("status")).items()
-        }
-        own = await super().status()
-        names: dict[int, list[str]] = {post.number: [] for post in supervisor.posts}
-        for route in supervisor.config.routes:
-            names[supervisor.post_of(route.name).number].append(route.name)
-        return own.model_copy(
-            update={
-                "pairings": sum(status.pairings for status in found.values()),
-                "waiting": sum(status.waiting for status in found.values()),
-                "descriptors": _all_descriptors([status.descriptors for status in found.values()]),
-                "workers": [
-                    WorkerView(
-                        number=post.number,
-                        pid=None if post.process is None else post.process.pid,
-                        restarts=post.restarts,
-                        routes=names[post.number],
-                        descriptors=found[post.number].descriptors if post.number in found else None,
-                    )
-                    for post in supervisor.posts
-                ],
-            }
+    async def load(self) -> Load:
+        """How much all workers have to carry, together and each."""
+        fleet = self._fleet
+        found = {number: StatusView.model_validate(answer) for number, answer in (await fleet.poll("status")).items()}
+        names: dict[int, list[str]] = {slot.number: [] for slot in fleet.slots}
+        for route in self._relay.config.routes:
+            names[fleet.slot_of(route).number].append(route.name)
+        return Load(
+            pairings=sum(status.pairings for status in found.values()),
+            waiting=sum(status.waiting for status in found.values()),
+            descriptors=_all_descriptors([status.descriptors for status in found.values()]),
+            workers=tuple(
+                WorkerView(
+                    number=slot.number,
+                    pid=None if slot.process is None else slot.process.pid,
+                    restarts=slot.restarts,
+                    routes=names[slot.number],
+                    descriptors=found[slot.number].descriptors if slot.number in found else None,
+                )
+                for slot in fleet.slots
+            ),
         )
+
+    # --- routes and pairings -----------------------------------------------------------------------------------
 
     async def routes(self) -> RoutesView:
-        found = _by_name(await self._supervisor.look("routes"))
+        """All routes in force."""
+        found = _by_name(await self._fleet.poll("routes"))
         return RoutesView(
             routes=[
                 RouteView.model_validate(found[route.name]) if route.name in found else self._absent(route)
-                for route in self._supervisor.config.routes
+                for route in self._relay.config.routes
             ]
         )
 
     async def route(self, name: str) -> RouteView:
-        route = self._supervisor.config.routes_by_name.get(name)
+        """One route in force; raises UnknownRoute."""
+        route = self._relay.config.routes_by_name.get(name)
         if route is None:
             raise UnknownRoute(f"there is no route {name!r}")
-        found = _by_name(await self._supervisor.look("routes", [self._supervisor.post_of(name)]))
+        found = _by_name(await self._fleet.poll("routes", self._fleet.slot_of(route)))
         return RouteView.model_validate(found[name]) if name in found else self._absent(route)
 
     async def traffic(self) -> TrafficView:
-        found = _by_name(await self._supervisor.look("traffic"))
+        """What goes on at all routes."""
+        found = _by_name(await self._fleet.poll("traffic"))
         return TrafficView(
             now=time.time(),
-            last_reload_at=self._supervisor.last_reload_at,
+            last_reload_at=self._relay.last_reload_at,
             routes=[
                 RouteTrafficView.model_validate(found.get(route.name) or self._absent_traffic(route))
-                for route in self._supervisor.config.routes
+                for route in self._relay.config.routes
             ],
         )
 
     async def pairings(self) -> PairingsView:
-        answers = await self._supervisor.look("pairings")
+        """All pairings that run."""
+        answers = await self._fleet.poll("pairings")
         return PairingsView(
             pairings=[PairingView.model_validate(pairing) for answer in answers.values() for pairing in answer]
         )
 
     def _absent_traffic(self, route: Route) -> RouteTrafficView:
-        """A route whose worker does not answer: what was counted, and nobody there."""
-        counts, name = self._supervisor.post_of(route.name).counts, route.name
+        """The traffic of a route whose worker does not answer: what was counted, and nobody there."""
+        counts, name = self._fleet.slot_of(route).counts, route.name
         outcomes = {} if counts is None else {word: n for (of, word), n in counts.outcomes.items() if of == name}
         refusals = {} if counts is None else {code: n for (of, code), n in counts.refusals.items() if of == name}
         moved: Mapping[Any, int] = {} if counts is None else counts.bytes_moved
         return RouteTrafficView(
             name=name,
-            waiting=_NOBODY,
+            waiting=NOBODY,
             pairings=0,
             outcomes=outcomes,
             refusals=refusals,
@@ -159,9 +154,9 @@ class SupervisorControl(RelayControl):
         traffic = self._absent_traffic(route)
         return RouteView(
             **written,
-            bound=self._supervisor.bound(route.name),
+            bound=self._relay.bound(route.name),
             file=str(route.source),
-            is_editable=route.source != self._supervisor.config.path,
+            is_editable=route.source != self._relay.config.path,
             etag=etag_of(written),
             **{key: value for key, value in dict(traffic).items() if key != "name"},
         )
