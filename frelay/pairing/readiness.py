@@ -30,8 +30,8 @@ Rules:
    stream is never. It is level-triggered, except for a pump that has read its source empty (``Interest.ARRIVAL``): edge
    triggering saves the kernel a second look at the socket that would find nothing. If a short read can have left
    something, epoll reports more than ``EPOLLIN``, and the pump then registers its socket again: the kernel checks the
-   socket anew and reports what is there. This renewed check is the one thing that we rely on. A pump also does it when it
-   falls idle, for arrivals that we do not know of.
+   socket anew and reports what is there. This renewed check is the one thing that we rely on. A pump also does it when
+   it falls idle, for arrivals that we do not know of.
 2. A step never waits, and it is bounded in bytes and in records: a greedy pairing gets one step a round like all
    others. Small messages come first in a round. After each round Trio gets its turn if there is anything for it.
 3. epoll reports ERR and HUP even if no interest is set. If no pump waits for the socket then, an error ends the
