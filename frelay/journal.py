@@ -1,11 +1,12 @@
-"""The journal of a relay: what happened, told once, to everyone who wants to know.
+"""The journal of a relay: each event is noted once and passed to all listeners.
 
-The log is for reading afterwards; metrics, the event stream of the admin API and the dashboard want the same facts as
-data, at once. So each fact is noted here as a typed entry, by whoever makes it true, and the journal passes it on to
-its listeners, keeps the last refusals, and adds up what must never be lost between two looks: the totals of each route.
+The log is read afterwards. The metrics, the event stream of the admin API and the dashboard need the same facts at once
+and as data. So the code that causes an event notes it here as a typed entry. The journal passes the entry to its
+listeners, keeps the last refusals, and adds up the totals of each route, which must not lose an event between two
+scrapes.
 
-Standard library only, synchronous, and never an error for the one who notes: a listener that raises is dropped, because
-a broken view of the traffic must not end the traffic.
+Standard library only, and synchronous. Noting never raises an error: a listener that raises is dropped, because a
+broken view of the traffic must not end the traffic.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ __all__ = [
     "RouteTotals",
 ]
 
-# Enough for a person to see what is going on; whoever wants all of them reads the log or the event stream.
+# Enough for a person to see what is going on. The log and the event stream have all refusals.
 _REFUSALS_KEPT: Final = 100
 
-# Seconds. From a local party to the default handshake_timeout; from a partner that is there already to beyond
-# wait_timeout; from one answered question to max_lifetime.
+# Upper bounds in seconds. handshake: from a local party to the default handshake_timeout. wait: from a partner that
+# waits already to more than wait_timeout. pairing: from one request and its answer to max_lifetime.
 _BOUNDS: Final[Mapping[str, tuple[float, ...]]] = {
     "handshake": (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
     "wait": (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
@@ -51,7 +52,7 @@ _BOUNDS: Final[Mapping[str, tuple[float, ...]]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """Something that happened; ``at`` is in seconds since the epoch, ``kind`` its name in the event stream."""
+    """An event. ``at`` is in seconds since the epoch; ``kind`` is its name in the event stream."""
 
     kind: ClassVar[str]
     at: float = field(default_factory=time.time)
@@ -59,7 +60,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HandshakeDone(Entry):
-    """A party's outer TLS handshake was finished, ``seconds`` after its connection was accepted."""
+    """A party finished its outer TLS handshake, ``seconds`` after its connection was accepted."""
 
     kind: ClassVar[str] = "handshake"
     seconds: float
@@ -79,11 +80,11 @@ class LegWaits(Entry):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LegRefused(Entry):
-    """A connection was refused: with ``code`` where it could be told, and for ``reason`` in any case.
+    """A connection was refused for ``reason``. ``code`` was sent to it if that was possible.
 
-    ``route``, ``party`` and ``identity`` are None as far as they were not known yet; ``certificate`` is one line about
-    the certificate that was shown, escaped, or None. ``count`` above 1 stands for so many of one kind in one second, of
-    strangers; ``address`` is then that of the last.
+    ``route``, ``party`` and ``identity`` are None if they were not known yet. ``certificate`` describes the certificate
+    that was shown, in one escaped line, or is None. With ``count`` above 1 the entry stands for so many refusals of the
+    same kind, of strangers, in one second; ``address`` is then the last one.
     """
 
     kind: ClassVar[str] = "refused"
@@ -99,7 +100,7 @@ class LegRefused(Entry):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairingStarted(Entry):
-    """Two legs were matched; ``waited`` is how long the first of them had waited, in seconds."""
+    """Two legs were matched. ``waited`` is how long the first one had waited, in seconds."""
 
     kind: ClassVar[str] = "paired"
     pairing: str
@@ -111,7 +112,7 @@ class PairingStarted(Entry):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairingEnded(Entry):
-    """A pairing is over, and this is its record."""
+    """A pairing has ended, with this record."""
 
     kind: ClassVar[str] = "ended"
     record: Record
@@ -119,9 +120,9 @@ class PairingEnded(Entry):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reloaded(Entry):
-    """A configuration was put in force; ``kept`` counts routes, the others are their names.
+    """A configuration was put in force. ``kept`` counts routes; the other fields hold names of routes.
 
-    ``restart_only`` are the keys in which it differs from what runs, and that only a restart changes.
+    ``restart_only`` holds the keys whose new value needs a restart.
     """
 
     kind: ClassVar[str] = "reloaded"
@@ -134,7 +135,7 @@ class Reloaded(Entry):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReloadRefused(Entry):
-    """A configuration was not put in force, and the one before it stays."""
+    """A configuration was refused, and the one before it stays in force."""
 
     kind: ClassVar[str] = "reload-refused"
     problems: tuple[Problem, ...]
@@ -142,7 +143,7 @@ class ReloadRefused(Entry):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draining(Entry):
-    """The relay takes nothing new any more, and ends within ``seconds``."""
+    """The relay takes no new connections any more, and ends within ``seconds``."""
 
     kind: ClassVar[str] = "draining"
     reason: str
@@ -151,7 +152,7 @@ class Draining(Entry):
 
 @dataclass(slots=True)
 class RouteTotals:
-    """What has been on one route since it is there. Bytes are those of pairings that have ended."""
+    """The counts of one route since it was added. Bytes are those of pairings that have ended."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     refusals: Counter[str] = field(default_factory=Counter)
@@ -161,41 +162,44 @@ class RouteTotals:
 
 @dataclass(slots=True)
 class Distribution:
-    """How many durations there were up to each of ``bounds`` and beyond the last, and their sum, in seconds."""
+    """A histogram of durations in seconds: their number in each bucket, and their sum.
+
+    ``bounds`` are the upper bounds of the buckets; ``counts`` has one bucket more, for longer durations.
+    """
 
     bounds: tuple[float, ...]
     counts: list[int]
     total: float = 0.0
 
     def add(self, seconds: float) -> None:
-        """One more."""
+        """Add one duration."""
         self.counts[bisect_left(self.bounds, seconds)] += 1
         self.total += seconds
 
     def plus(self, other: Distribution) -> Distribution:
-        """Both together; they must have the same bounds."""
+        """The sum of both, which must have the same bounds."""
         counts = [one + two for one, two in zip(self.counts, other.counts, strict=True)]
         return Distribution(self.bounds, counts, self.total + other.total)
 
     def copy(self) -> Distribution:
-        """As it is now."""
+        """A copy of its current state."""
         return Distribution(self.bounds, list(self.counts), self.total)
 
 
 class Journal:
-    """What happened in one relay. Note with :meth:`note`, follow with :meth:`listen`."""
+    """The journal of one relay: add entries with :meth:`note`, follow them with :meth:`listen`."""
 
     def __init__(self) -> None:
         self.refusals: Final[deque[LegRefused]] = deque(maxlen=_REFUSALS_KEPT)
-        """The last ones, oldest first."""
+        """The last refusals, oldest first."""
         self.totals: Final[dict[str, RouteTotals]] = {"": RouteTotals()}
-        """By the name of a route that is there; ``""`` holds the refusals that belong to none: of those who had not
-        come as far as to a route, or whose route was gone by then."""
+        """By the name of the route. ``""`` holds the refusals of connections without a route: they were refused before
+        a route was chosen, or their route had been removed."""
         self.durations: Final = {
             name: Distribution(bounds, [0] * (len(bounds) + 1)) for name, bounds in _BOUNDS.items()
         }
-        """``handshake``: from accept to its end, of those that succeeded; ``wait``: of the first party of a pairing for
-        the second; ``pairing``: of those that have ended."""
+        """``handshake``: from accept to the end of the handshake, if it succeeded. ``wait``: how long the first party
+        of a pairing waited for the second. ``pairing``: of pairings that have ended."""
         self._listeners: Final[list[Callable[[Entry], None]]] = []
 
     def note(self, entry: Entry) -> None:
@@ -221,20 +225,20 @@ class Journal:
                 self._listeners.remove(listener)
 
     def _totals_of(self, route: str | None) -> RouteTotals:
-        # A removed route tells its waiting legs after it is forgotten; an entry made for them would never go again.
+        # A removed route refuses its waiting legs after it is forgotten. Totals made for these would stay for ever.
         return self.totals.get(route or "", self.totals[""])
 
     def keep(self, route: str) -> None:
-        """There is such a route: add up what happens on it, from now on or further."""
+        """The route exists: keep totals for it from now on, or continue to."""
         self.totals.setdefault(route, RouteTotals())
 
     def forget(self, route: str) -> None:
-        """The route is gone, and its last pairing too: routes come and go by the API, and their names would pile up."""
+        """The route and its last pairing have ended: drop its totals, because names of removed routes would pile up."""
         self.totals.pop(route, None)
 
     @contextmanager
     def listen(self, listener: Callable[[Entry], None]) -> Iterator[None]:
-        """Have ``listener`` called with each entry, synchronously, as long as the context is open."""
+        """Call ``listener`` with each entry, synchronously, as long as the context is open."""
         self._listeners.append(listener)
         try:
             yield

@@ -1,13 +1,13 @@
 """Health and metrics over plain HTTP: ``/healthz``, ``/readyz`` and ``/metrics``.
 
-A scrape must be exact, and no function may feel it. All who ask at a time share one (:mod:`frelay.admin.sharing`), and
-what was begun for somebody who has gone is dropped. What is live (routes, who waits, bytes under way) is copied out
-of the control in one synchronous look: no pairing can end in the middle of it, and be counted twice or not at all. The
-thousands of lines are then made of that copy in another thread.
+A scrape must be exact and must not delay any function. Callers that ask at the same time share one scrape
+(:mod:`frelay.admin.sharing`), and a scrape that no caller waits for any more is dropped. The live figures (routes,
+waiting legs, bytes of running pairings) are copied in one synchronous step, so no pairing can end during it and be
+counted twice or not at all. Another thread then turns the copy into the thousands of lines.
 
-The names and labels are a contract, which docs/metrics.md explains and ``deploy/`` builds on. A label never holds what
-a stranger can choose, nor an identity or an address: each new value would be a series more, for ever, and a metrics
-store is read by more people than a log.
+The names and labels are a contract that docs/metrics.md explains and ``deploy/`` uses. A label never holds text that a
+stranger can choose, an identity or an address: each new value would add a series for ever, and more people read metrics
+than logs.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ from frelay.tls.context import openssl_version
 __all__ = ["Metrics", "metrics_app"]
 
 _DURATIONS: Final = {
-    "handshake": "From a connection's accept to the end of its outer TLS handshake, of those that succeeded.",
+    "handshake": "Time from accept to the end of the outer TLS handshake; only handshakes that succeeded.",
     "wait": "How long the first party of a pairing had waited for the second when they were matched.",
-    "pairing": "From the match of two parties to the close of both, of pairings that have ended.",
+    "pairing": "Time from the match of two parties to the close of both; only pairings that have ended.",
 }
 _DIRECTIONS: Final[dict[PartyName, str]] = {"func1": "func1_to_func2", "func2": "func2_to_func1"}
 
@@ -68,7 +68,7 @@ _ENCODERS: Final[Mapping[str, Callable[[Collector], bytes]]] = {
 
 
 class Metrics:
-    """The metrics of one relay. Give :meth:`run` a task."""
+    """The metrics of one relay. Run :meth:`run` in a task."""
 
     def __init__(self, control: Control) -> None:
         self._control: Final = control
@@ -76,15 +76,15 @@ class Metrics:
         self._scrapes: Final[Shared[str, bytes]] = Shared(self._scrape)
 
     async def run(self) -> None:
-        """Measure how late the loop is, and make the scrapes that are asked for, until cancelled."""
+        """Measure the delay of the event loop, and make scrapes on request, until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._lag.watch)
             nursery.start_soon(self._scrapes.run)
 
     async def expose(self, accept: str) -> tuple[bytes, str]:
-        """Everything as it is now, and its content type: OpenMetrics if the ``Accept`` header wants that, else text.
+        """All metrics as they are now, and their content type: OpenMetrics if ``Accept`` prefers it, otherwise text.
 
-        It is made once for all who ask at a time, and not at all once they have gone.
+        Callers that ask at the same time share one scrape; it is dropped if all of them disconnect.
         """
         kind = openmetrics.CONTENT_TYPE_LATEST if _wants_openmetrics(accept) else _TEXT_TYPE
         return await self._scrapes.get(kind), kind
@@ -97,38 +97,38 @@ class Metrics:
             for kind in batch.wanted:
                 try:
                     batch.results[kind] = _ENCODERS[kind](scrape)
-                except _Forsaken:
+                except _Abandoned:
                     return
 
-        # Not abandoned when it is cancelled: two such threads would only take the interpreter's lock from each other.
+        # A cancelled scrape waits for its thread: two such threads would only compete for the interpreter's lock.
         await trio.to_thread.run_sync(encode)
 
 
-class _Forsaken(Exception):
-    """Nobody waits for this scrape any more."""
+class _Abandoned(Exception):
+    """Control flow: no caller waits for this scrape any more."""
 
 
 class _Scrape(Collector):
-    """All that one scrape tells. Safe in a thread: it has copies, and asks nobody but the kernel.
+    """The metrics of one scrape. Another thread may use it: it has copies of the figures and only queries the kernel.
 
-    ``is_forsaken`` is asked for every series; once it says so, the scrape ends with :class:`_Forsaken`.
+    ``is_abandoned`` is called for each series; when it returns True, the scrape ends with :class:`_Abandoned`.
     """
 
-    def __init__(self, counts: Counts, loop_lag: float, tasks: int, is_forsaken: Callable[[], bool]) -> None:
+    def __init__(self, counts: Counts, loop_lag: float, tasks: int, is_abandoned: Callable[[], bool]) -> None:
         self._counts: Final = counts
         self._loop_lag: Final = loop_lag
         self._tasks: Final = tasks
-        self._is_forsaken: Final = is_forsaken
+        self._is_abandoned: Final = is_abandoned
 
     def collect(self) -> Iterator[Metric]:
         counts = self._counts
         yield _build_info()
-        yield from _route_families(counts, self._is_forsaken)
+        yield from _route_families(counts, self._is_abandoned)
         for name, distribution in counts.durations.items():
             yield _histogram(f"frelay_{name}_seconds", _DURATIONS[name], distribution)
         yield GaugeMetricFamily(
             "frelay_config_last_reload_successful",
-            "1 if the last configuration was put in force, 0 if it was refused and the one before it stays.",
+            "1 if the last configuration was put in force, 0 if it was refused and the one before it stays in force.",
             value=float(counts.reload_was_accepted),
         )
         yield GaugeMetricFamily(
@@ -139,12 +139,12 @@ class _Scrape(Collector):
         yield from _certificate_families(counts.certificates)
         yield GaugeMetricFamily(
             "frelay_loop_lag_seconds",
-            f"The most that the event loop was late to wake a sleeping task in the last {LAG_MEMORY:g} s.",
+            f"The longest delay of the event loop in waking a sleeping task in the last {LAG_MEMORY:g} s.",
             value=max(self._loop_lag, counts.loop_lag),
         )
         yield GaugeMetricFamily(
             "frelay_tasks",
-            "Tasks in the event loop: a few for the relay, one a connection that waits, three a pairing.",
+            "Tasks in the event loop: a few for the relay, one for each waiting connection, three for each pairing.",
             value=self._tasks + counts.tasks,
         )
         if counts.restarts is not None:
@@ -160,7 +160,7 @@ class _Scrape(Collector):
 def _build_info() -> Metric:
     return InfoMetricFamily(
         "frelay_build",
-        "What runs here; always 1.",
+        "The versions that run; always 1.",
         value={
             "version": __version__,
             "python": platform.python_version(),
@@ -170,40 +170,40 @@ def _build_info() -> Metric:
     )
 
 
-def _route_families(counts: Counts, is_forsaken: Callable[[], bool]) -> Iterator[Metric]:
-    # The usual end from the start on: of a counter that begins at 1, no rate would ever see the first.
+def _route_families(counts: Counts, is_abandoned: Callable[[], bool]) -> Iterator[Metric]:
+    # Begin the series of the ordinary outcome at 0: if it began at 1, rate() would miss the first pairing.
     ordinary = dict.fromkeys(((route, Outcome.CLOSED.value) for route in counts.pairings), 0)
     yield _family(
-        CounterMetricFamily("frelay_pairings", "Pairings that have ended, by how they ended."),
+        CounterMetricFamily("frelay_pairings", "Pairings that have ended, by outcome."),
         ("route", "outcome"),
         {**ordinary, **counts.outcomes}.items(),
-        is_forsaken,
+        is_abandoned,
     )
     yield _family(
-        GaugeMetricFamily("frelay_pairings_active", "Pairings that run."),
+        GaugeMetricFamily("frelay_pairings_active", "Running pairings."),
         ("route",),
         (((route,), count) for route, count in counts.pairings.items()),
-        is_forsaken,
+        is_abandoned,
     )
     yield _family(
         GaugeMetricFamily("frelay_legs_waiting", "Connections that wait for their other party."),
         ("route", "party"),
         counts.waiting.items(),
-        is_forsaken,
+        is_abandoned,
     )
     yield _family(
         CounterMetricFamily("frelay_bytes", "Bytes delivered to the receiving party, as they are delivered."),
         ("route", "direction"),
         (((route, _DIRECTIONS[party]), count) for (route, party), count in counts.bytes_moved.items()),
-        is_forsaken,
+        is_abandoned,
     )
     yield _family(
         CounterMetricFamily(
-            "frelay_refused", "Connections that were refused, by code; without a route if there was or is none."
+            "frelay_refused", "Refused connections, by code; the route is empty if none was known or it was removed."
         ),
         ("route", "code"),
         counts.refusals.items(),
-        is_forsaken,
+        is_abandoned,
     )
 
 
@@ -211,19 +211,20 @@ def _family(
     family: Metric,
     labels: Sequence[str],
     series: Iterable[tuple[tuple[str, ...], int]],
-    is_forsaken: Callable[[], bool],
+    is_abandoned: Callable[[], bool],
 ) -> Metric:
-    """``family`` with a sample for each of ``series``: what its ``labels`` are, and how many."""
+    """``family`` with one sample for each of ``series``, which has the values of ``labels`` and the figure."""
 
     def still_wanted() -> Iterator[tuple[tuple[str, ...], int]]:
         for one in series:
-            if is_forsaken():
-                raise _Forsaken
+            if is_abandoned():
+                raise _Abandoned
             yield one
 
     name = f"{family.name}_total" if family.type == "counter" else family.name
-    # Made while they are written, once, and gone with their line: ten thousand at a time, scrape after scrape, would
-    # have the garbage collector go through everything, and that stops the loop for longer than all else in here.
+    # A generator makes each sample when its line is written, and the sample is freed after that. Ten thousand samples
+    # at once would make the garbage collector traverse everything, which stops the event loop for longer than all else
+    # here.
     family.samples = (  # type: ignore[assignment]
         Sample(name, dict(zip(labels, key, strict=True)), value) for key, value in still_wanted()
     )
@@ -232,7 +233,7 @@ def _family(
 
 def _certificate_families(certificates: Sequence[CertificateView]) -> Iterator[Metric]:
     crl = [one.not_after for one in certificates if one.what == "crl"]
-    # One file may be both; a series that stands there twice would cost the scraper the whole answer.
+    # The same file may be certificate and CA. A scraper rejects the whole answer if a series is there twice.
     others: dict[str, float] = {}
     for one in certificates:
         if one.what != "crl":
@@ -243,13 +244,13 @@ def _certificate_families(certificates: Sequence[CertificateView]) -> Iterator[M
         labels=("file",),
     )
     for file, not_after in others.items():
-        # The bytes of a path need not be UTF-8, and those of an answer must be.
+        # A path may hold bytes that are not UTF-8; the answer must be UTF-8.
         family.add_metric((file.encode("utf-8", "backslashreplace").decode("utf-8"),), not_after)
     yield family
     if crl:
         yield GaugeMetricFamily(
             "frelay_crl_next_update_timestamp_seconds",
-            "When the revocation list runs out; from then on nobody is let in.",
+            "When the revocation list expires; from then on the relay refuses every certificate.",
             value=min(crl),
         )
 
@@ -264,10 +265,10 @@ def _histogram(name: str, text: str, found: Distribution) -> Metric:
 
 
 def _process_families(workers: Sequence[int] | None) -> Iterator[Metric]:
-    """What this process and those of ``workers`` take, under the names that every dashboard knows.
+    """The resources of this process and of ``workers``, under the names that Prometheus clients use.
 
-    Processor time and memory are those of all together. Of descriptors the process that has most of them counts: each
-    has the limit for itself, and what matters is how near the first one is to it.
+    Processor time and memory are summed over all processes. Of descriptors the highest number counts: each process has
+    a limit of its own, and what matters is how near one of them is to it.
     """
     processes = (os.getpid(), *(workers or ()))
     yield GaugeMetricFamily(
@@ -284,9 +285,9 @@ def _process_families(workers: Sequence[int] | None) -> Iterator[Metric]:
     for name, family in families.items():
         total = _OF_ALL.get(name, max)(found[name])
         if name == "process_cpu_seconds" and workers is not None:
-            # The time of workers that have died; without it, the counter would fall.
-            gone = resource.getrusage(resource.RUSAGE_CHILDREN)
-            total += gone.ru_utime + gone.ru_stime
+            # Add the time of workers that have ended; without it the counter would fall.
+            ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+            total += ended.ru_utime + ended.ru_stime
         family.samples = [sample._replace(value=total) for sample in family.samples]
         yield family
 
@@ -302,17 +303,17 @@ _OF_ALL: Final[Mapping[str, Callable[[Iterable[float]], float]]] = {
 def _open_descriptors(process: int) -> int:
     own = process == os.getpid()
     try:
-        # One of our own is that of the listing itself.
+        # In the own process one of them belongs to this listing.
         return len(os.listdir(f"/proc/{process}/fd")) - own
     except OSError:
-        return 0  # it has just ended
+        return 0  # The process has just ended.
 
 
 # --- HTTP --------------------------------------------------------------------------------------------------------
 
 
 def _wants_openmetrics(accept: str) -> bool:
-    """Whether it is asked for by its name, and not less than text; ``*/*`` gets text, as any tool can read that."""
+    """Whether ``Accept`` names OpenMetrics and does not prefer text; ``*/*`` gets text, which every tool can read."""
     weights = {_OPENMETRICS: 0.0, _TEXT: 0.0}
     for item in accept.lower().split(","):
         kind = item.partition(";")[0].strip()
@@ -323,10 +324,10 @@ def _wants_openmetrics(accept: str) -> bool:
 
 
 def metrics_app(control: Control, metrics: Metrics) -> ASGIApp:
-    """The ASGI application of ``[metrics]``. It answers GET and HEAD, and nothing else."""
+    """The ASGI application of ``[metrics]``. It answers GET and HEAD only."""
 
     async def healthz(request: Request) -> Response:
-        # That somebody answers is the news: a loop that hangs does not.
+        # The answer itself shows that the event loop runs.
         return PlainTextResponse("ok\n")
 
     async def readyz(request: Request) -> Response:
@@ -342,13 +343,13 @@ def metrics_app(control: Control, metrics: Metrics) -> ASGIApp:
             answer = Response(content, headers={"content-type": content_type, "vary": "accept"})
             waits.cancel_scope.cancel(reason="the scrape is made")
 
-        async def wait_gone() -> None:
+        async def wait_disconnected() -> None:
             while (await request.receive())["type"] != "http.disconnect":
                 pass
             waits.cancel_scope.cancel(reason="the scraper has gone")
 
         async with trio.open_nursery() as waits:
-            waits.start_soon(wait_gone)
+            waits.start_soon(wait_disconnected)
             waits.start_soon(scrape)
         return answer
 

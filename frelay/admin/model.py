@@ -1,10 +1,11 @@
-"""The shapes of the admin API, as JSON: what its callers may rely on.
+"""The JSON shapes of the admin API, on which its callers rely.
 
-Times are seconds since the epoch, durations seconds, sizes bytes. Keys are only ever added. A value that a route file
-can hold is written as it stands there: ``["dns:func1.acme"]``, ``{"dial": "10.0.0.7:5432"}``, ``"127.0.0.1:9001"``.
+Times are in seconds since the epoch, durations in seconds, sizes in bytes. Later versions only add keys. A value that a
+route file can hold is written as in the file: ``["dns:func1.acme"]``, ``{"dial": "10.0.0.7:5432"}``,
+``"127.0.0.1:9001"``.
 
-:class:`RouteBody` is the one shape that comes from outside. It says what types its keys have; whether the values are
-any good is judged by the loader of the route file, so that the API and the file have one set of rules.
+:class:`RouteBody` is the only shape that callers send. It checks the types of the keys. The loader of the route file
+checks the values, so that the API and the file have the same rules.
 """
 
 from __future__ import annotations
@@ -55,19 +56,19 @@ class _Body(BaseModel):
 
 
 class DialBody(_Body):
-    """A party that is a place: the relay dials it."""
+    """A party that is a service, which the relay dials at this address."""
 
     dial: str
     connect_timeout: float | None = None
 
 
-# An int beyond this is no TOML integer; what is too large for its key is the loader's to say.
+# A larger int is no TOML integer. The loader refuses a value that is too large for its key.
 _Whole = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 _Selectors = str | list[str]
 
 
 class RouteBody(_Body):
-    """A route, with the keys that a ``[[route]]`` has; ``name`` may be left out, as it stands in the path."""
+    """A route, with the keys of a ``[[route]]``. ``name`` may be left out, because the path has it."""
 
     name: str | None = None
     listen: str | list[str]
@@ -91,7 +92,7 @@ class RouteBody(_Body):
     max_bytes_per_second: _Whole | None = None
 
     def table(self, name: str) -> dict[str, Any]:
-        """The keys that were given, as they go into the route's file."""
+        """The given keys, as they are written into the route's file."""
         return {"name": name, **self.model_dump(exclude_none=True, exclude={"name"})}
 
 
@@ -108,14 +109,14 @@ class LegView(_View):
 
 
 class WaitingView(_View):
-    """Who waits, longest first."""
+    """The waiting legs of both parties; the leg that waits longest is first."""
 
     func1: list[LegView]
     func2: list[LegView]
 
 
 class PartyLimits(_View):
-    """The limits in force for a route; ``max_bytes_per_second`` is null where there is none."""
+    """The limits in force for a route; ``max_bytes_per_second`` is null if there is no limit."""
 
     wait_timeout: float
     half_close_timeout: float
@@ -129,12 +130,12 @@ class PartyLimits(_View):
 
 
 class RouteView(_View):
-    """A route in force, and what goes on there.
+    """A route in force, with its settings and its traffic.
 
-    ``listen`` is text for one address, a list for several; ``bound`` are those that it really listens on. ``file`` is
-    where it stands, and ``is_editable`` whether the API may change it there. ``etag`` stands for its configuration: it
-    changes exactly when that does. ``outcomes`` counts the pairings that have ended, ``refusals`` who was turned away,
-    by code. Bytes include those under way.
+    ``listen`` is a text for one address and a list for several; ``bound`` lists the addresses where the route listens
+    in fact. ``file`` is the file that defines the route, and ``is_editable`` says whether the API may change it.
+    ``etag`` changes exactly when the settings of the route change. ``outcomes`` counts ended pairings by outcome, and
+    ``refusals`` counts refused connections by code. Bytes include those of running pairings.
     """
 
     name: str
@@ -168,7 +169,7 @@ class RoutesView(_View):
 
 
 class RouteTrafficView(_View):
-    """What goes on at one route: the part of RouteView that changes by itself, under the same names."""
+    """The traffic of one route: the keys of RouteView that change without a reload."""
 
     name: str
     waiting: WaitingView
@@ -180,9 +181,9 @@ class RouteTrafficView(_View):
 
 
 class TrafficView(_View):
-    """What goes on at all routes ``now``, to be asked for every other second: a rate is a difference of two of these.
+    """The traffic of all routes at the time ``now``. Poll it every second or two: two answers give a rate.
 
-    ``last_reload_at`` changes whenever the rest of ``/v1/routes`` may have.
+    When ``last_reload_at`` changes, the other keys of ``/v1/routes`` may have changed.
     """
 
     now: float
@@ -202,7 +203,7 @@ class PartyView(_View):
 
 
 class PairingView(_View):
-    """A pairing that runs. ``is_handed_off`` is False until both legs are through their hand-off."""
+    """A running pairing. ``is_handed_off`` is False until both legs have finished their hand-off."""
 
     id: str
     route: str
@@ -217,7 +218,7 @@ class PairingView(_View):
 
 
 class PairingsView(_View):
-    """All pairings that run, those of removed routes too."""
+    """All running pairings, including those of removed routes."""
 
     pairings: list[PairingView]
 
@@ -225,12 +226,12 @@ class PairingsView(_View):
 # --- the relay as a whole --------------------------------------------------------------------------------------
 
 
-# A caller's own text comes back in these; a key that was put into the wrong place must not.
+# These return text that the caller has sent. A private key that was pasted into a wrong field must not come back.
 _Told = Annotated[str, AfterValidator(without_pem)]
 
 
 class ProblemView(_View):
-    """One thing that is wrong: where it is, what it is, and how to mend it."""
+    """One problem: where it is, what is wrong, and how to correct it."""
 
     message: _Told
     key: _Told | None = None
@@ -239,12 +240,12 @@ class ProblemView(_View):
 
 
 def problem_view(problem: Problem) -> ProblemView:
-    """A problem as it is told."""
+    """The JSON shape of a problem."""
     return ProblemView(message=problem.message, key=problem.key, file=str(problem.file), line=problem.line)
 
 
 class Problems(_View):
-    """The body of every answer that is an error.
+    """The body of every error answer. ``message`` is a sentence for a person.
 
     ``error`` is a word for programs: ``invalid``, ``conflict``, ``not-found``, ``precondition-failed``,
     ``not-writable``, ``draining``, ``forbidden``, ``too-large``, ``too-many``, ``method-not-allowed``, ``internal``.
@@ -256,9 +257,9 @@ class Problems(_View):
 
 
 class ReloadView(_View):
-    """The last time that a configuration was put in force, or was not.
+    """The last reload: when it was, and whether the configuration was put in force.
 
-    ``restart_only`` are the keys in which the file that was taken over last differs from what runs, until a restart.
+    ``restart_only`` lists the keys whose new values need a restart.
     """
 
     at: float
@@ -268,7 +269,10 @@ class ReloadView(_View):
 
 
 class ReloadedView(_View):
-    """What a reload did; ``kept`` counts routes, the others are their names."""
+    """The result of a reload. ``kept`` counts unchanged routes; the other keys list names of routes.
+
+    ``restart_only`` lists the keys whose new values need a restart.
+    """
 
     kept: int
     added: list[str]
@@ -278,7 +282,7 @@ class ReloadedView(_View):
 
 
 class CertificateView(_View):
-    """A file of ``[tls]`` and when it runs out. ``what`` is certificate, client_ca or crl."""
+    """A file of ``[tls]`` and when it expires. ``what`` is certificate, client_ca or crl."""
 
     what: str
     file: str
@@ -287,7 +291,7 @@ class CertificateView(_View):
 
 
 class DescriptorView(_View):
-    """File descriptors: open ones, the limit, and how many legs their budget carries."""
+    """File descriptors: how many are open, the limit, how many legs there are, and how many their budget allows."""
 
     open: int
     limit: int
@@ -296,7 +300,7 @@ class DescriptorView(_View):
 
 
 class WorkerView(_View):
-    """One of several worker processes: ``pid`` is null while it is down. ``routes`` are the names of its routes."""
+    """One of several worker processes. ``pid`` is null while it is down. ``routes`` lists the names of its routes."""
 
     number: int
     pid: int | None
@@ -306,7 +310,7 @@ class WorkerView(_View):
 
 
 class RefusalView(_View):
-    """Somebody who was turned away, and why."""
+    """A refused connection, and why it was refused."""
 
     at: float
     code: str
@@ -317,14 +321,14 @@ class RefusalView(_View):
     identity: str | None
     certificate: str | None
     count: int = 1
-    """Above 1: so many of this kind in one second; ``address`` is that of the last."""
+    """Above 1: so many refusals of this kind in one second; ``address`` is the last one."""
 
 
 class StatusView(_View):
-    """The relay as a whole. ``refusals`` are the last ones, newest first.
+    """The relay as a whole. ``refusals`` lists the last refusals, newest first.
 
-    ``workers`` is empty where one process does it all; otherwise ``descriptors`` are those of all workers together, and
-    ``pid`` is the process that takes signals.
+    ``workers`` is empty if the relay is a single process. With workers, ``descriptors`` has their sums, and ``pid`` is
+    the process that takes signals.
     """
 
     name: str
@@ -346,7 +350,7 @@ class StatusView(_View):
 
 
 class EventView(_View):
-    """One event of ``/v1/events``: ``kind`` is also its SSE event name, ``data`` depends on it."""
+    """One event of ``/v1/events``. ``kind`` is also its SSE event name, and ``data`` depends on it."""
 
     id: int
     kind: str

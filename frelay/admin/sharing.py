@@ -1,9 +1,9 @@
-"""One piece of work at a time, shared by all who wait for its result and dropped when nobody does.
+"""Does one piece of work for all callers that wait for its result, and cancels it when no caller waits any more.
 
-A scrape of a large relay takes a second of the interpreter, and anybody who reaches the port may ask for one. So all
-who ask while one is made wait together for the next, and get one result. The one that is being made is not theirs: it
-began before they asked, and would tell them of a moment before. After work for several there is a pause as long as the
-work was, so that at most half of the time goes here.
+A scrape of a large relay takes a second of processor time, and everyone who can reach the port may ask for one. So all
+callers that arrive during a scrape wait for the next one and share its result. They do not get the result of the
+running one, because it began before they asked and may be out of date. After work for several callers there is a pause
+as long as the work took, so that it takes at most half of the time.
 """
 
 from __future__ import annotations
@@ -22,38 +22,38 @@ _LONGEST_PAUSE: Final = 1.0
 
 
 class Batch(Generic[K, T]):
-    """Those who wait for one result, and what they want of it."""
+    """The callers that wait for the same piece of work, and the kinds of results that they want."""
 
     def __init__(self) -> None:
         self.results: dict[K, T] = {}
         self.done: Final = trio.Event()
         self.scope: Final = trio.CancelScope()
         self.is_shared = False
-        """Whether several have waited for it."""
+        """Whether several callers have waited for it."""
         self._waiting: Final[dict[K, int]] = {}
 
     @property
     def wanted(self) -> tuple[K, ...]:
-        """What somebody waits for; empty if nobody waits. May be asked in another thread."""
+        """The kinds that callers wait for; empty if no caller waits. Another thread may read it."""
         return tuple(self._waiting)
 
     def join(self, kind: K) -> None:
-        """One more waits for ``kind``."""
+        """One more caller waits for ``kind``."""
         self.is_shared = bool(self._waiting)
         self._waiting[kind] = self._waiting.get(kind, 0) + 1
 
     def leave(self, kind: K) -> None:
-        """One of them waits no more."""
+        """One caller of ``kind`` waits no more."""
         self._waiting[kind] -= 1
         if not self._waiting[kind]:
             del self._waiting[kind]
 
 
 class Shared(Generic[K, T]):
-    """Work that gives a result for each kind that is wanted. Give :meth:`run` a task.
+    """Work that makes a result for each wanted kind. Run :meth:`run` in a task.
 
-    ``work`` gets the batch that it works for and fills its ``results``; it is cancelled when nobody waits any more. If
-    it leaves out a kind, or raises an exception, all who wait for that get :class:`RuntimeError`.
+    ``work`` gets a batch and fills its ``results``. It is cancelled when no caller waits any more. If it leaves out a
+    kind or raises an exception, all callers that wait for it get :class:`RuntimeError`.
     """
 
     def __init__(self, work: Callable[[Batch[K, T]], Awaitable[None]]) -> None:
@@ -62,7 +62,7 @@ class Shared(Generic[K, T]):
         self._asked = trio.Event()
 
     async def get(self, kind: K) -> T:
-        """A result for which the work began after this call."""
+        """The result of work that begins after this call."""
         batch = self._next
         if batch is None:
             batch = self._next = Batch()
@@ -80,12 +80,12 @@ class Shared(Generic[K, T]):
 
     def _drop(self, batch: Batch[K, T]) -> None:
         if batch is self._next:
-            self._next = None  # a caller who comes now begins another one
+            self._next = None  # The next caller begins a new batch.
         else:
             batch.scope.cancel(reason="nobody waits for this any more")
 
     async def run(self) -> None:
-        """Do the work whenever it is asked for, until cancelled. An exception of the work ends it."""
+        """Work whenever a caller asks, until cancelled. An exception of ``work`` ends this method."""
         while True:
             await self._asked.wait()
             self._asked = trio.Event()
