@@ -1,20 +1,20 @@
-// The dashboard of one relay: asks its API every other second, and draws what it says.
+// The dashboard of one relay: polls its API every two seconds, and draws the answers.
 //
 //   units      numbers and times as a person reads them
-//   page       setting text, and never markup; chips; sparklines
-//   tables     rows that are updated where they stand
-//   state      what the relay last said, and what follows from it
+//   page       setting text, never markup; chips; sparklines
+//   tables     rows that are updated in place
+//   state      the last answers of the relay, and what is computed from them
 //   drawing    from the state to the page
-//   talking    polling, events, and what happens when nobody answers
+//   requests   polling, events, and a relay that does not answer
 //
-// Much of what is shown was made up by strangers: all of it goes through `set`, as text.
+// Strangers write a part of what is shown. All of it goes through `set`, as text.
 
-const PERIOD = 2000;             // ms between two looks
-const SHARE = 12;                // looks that take long are taken rarely: one part in so many of the time, at most
-const SOONER = 700;              // an event brings the next look forward, at most this often
-const PATIENCE = 8000;           // ms until an answer counts as missing
+const PERIOD = 2000;             // ms between two polls
+const SHARE = 12;                // a poll that takes long is rare: polls take at most one twelfth of the time
+const SOONEST = 700;             // ms from one poll to the next that an event may cause
+const ANSWER_TIMEOUT = 8000;     // ms until an answer counts as missing
 const WINDOW = 120;              // s that a sparkline shows
-const QUIET = 10;                // s without a byte after which a pairing is called quiet
+const QUIET = 10;                // s without a byte after which a pairing is shown as quiet
 const ENDINGS_KEPT = 200;
 const DAY = 86400;
 
@@ -45,7 +45,7 @@ function duration(seconds) {
   return s < 730 * DAY ? `${Math.floor(s / DAY)} d` : `${Math.floor(s / 365.25 / DAY)} y`;
 }
 
-/** "3 min ago": one unit is enough for the past. */
+/** "3 min ago": times in the past have one unit. */
 function ago(seconds) {
   if (seconds < 2) return "just now";
   if (seconds < 60) return `${Math.round(seconds)} s ago`;
@@ -66,14 +66,14 @@ function parties(selectors, route) {
   return `anyone in ${route.allow_from.join(", ")}`;
 }
 
-/** Control characters, and those that turn the direction of writing, as what they are. */
+/** Escapes control characters and characters that change the text direction. */
 function visible(text) {
   return String(text).replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu, (char) => `\\u{${char.codePointAt(0).toString(16)}}`);
 }
 
 // --- page -----------------------------------------------------------------------------------------------------------
 
-/** Make `text` all that `node` holds. The one way of anything into the page, and free if nothing changed. */
+/** Make `text` the only content of `node`. All data enters the page here; it costs nothing if the text is unchanged. */
 function set(node, text) {
   text = visible(text ?? "");
   if (node.firstChild ? node.firstChild.data !== text : text) node.textContent = text;
@@ -86,7 +86,7 @@ function element(name, attributes, ...children) {
   return node;
 }
 
-/** The same for names and addresses, which may break where a person would break them, and are still copied whole. */
+/** The same for names and addresses: a line may break after their separators, and copying still gives the whole text. */
 function setName(node, text) {
   text = visible(text ?? "");
   if (node.textContent === text) return;
@@ -108,7 +108,7 @@ function time(node, at) {
   }
 }
 
-/** An amount in two spans, so that numbers stand under numbers and units under units. */
+/** An amount in two spans, so that numbers and units are each aligned in a column. */
 function amount(node, bytes, unit = "") {
   if (!node.firstElementChild) node.append(element("span", { class: "n" }), " ", element("span", { class: "u" }));
   const [n, u] = bytes === null ? ["–", ""] : size(bytes);
@@ -119,11 +119,11 @@ function amount(node, bytes, unit = "") {
 
 const rate = (node, perSecond) => amount(node, perSecond, "/s");
 
-/** Draw `points`, [time, there, back] each: one direction above the middle, the other below, on one scale. */
+/** Draw `points`, each [time, there, back]: one direction above the middle, the other below, with the same scale. */
 function sparkline(svg, points, now) {
   const { width, height } = svg.viewBox.baseVal;
   const middle = height / 2;
-  let most = 1024; // what is less than a KiB/s shall look small
+  let most = 1024; // less than one KiB/s is drawn small
   for (const [, there, back] of points) most = Math.max(most, there, back);
   const x = (at) => (width * (1 - Math.min(WINDOW, now - at) / WINDOW)).toFixed(1);
   for (const [index, sign] of [[1, -1], [2, 1]]) {
@@ -139,7 +139,7 @@ function sparkline(svg, points, now) {
   }
 }
 
-/** Tell a screen reader that something changed. The same words twice would not be read. */
+/** Have a screen reader read `text`. It does not read the same text twice in a row. */
 const announce = (text) => set($("announcement"), text);
 
 // --- tables ---------------------------------------------------------------------------------------------------------
@@ -148,8 +148,8 @@ const narrow = matchMedia("(max-width: 700px)");
 const tables = new Map();
 
 /**
- * One table of the page. `show` gives it all items; it filters and sorts them, and keeps a row for the first few. A row
- * belongs to its item by key and is changed where it stands, if it is on the screen; a thousand others cost nothing.
+ * One table of the page. `show` gives it all items. It filters and sorts them and keeps rows for the first ones. A row
+ * belongs to the item with its key and is updated in place, but only while it is on the screen.
  */
 class Table {
   constructor(id, { key, words, sorts = {}, sort = null, update, nothing }) {
@@ -163,7 +163,7 @@ class Table {
     this.byElement = new WeakMap();
     this.items = [];
     this.extra = 0;
-    this.sort = sort; // [name, 1 or -1]; null: as they come
+    this.sort = sort; // [name, 1 or -1]; null keeps the order of the items
     this.onScreen = new IntersectionObserver((entries) => {
       for (const entry of entries) {
         const row = this.byElement.get(entry.target);
@@ -203,7 +203,7 @@ class Table {
     this.finish(found.length, room);
   }
 
-  /** Have exactly the rows of `items`, in their order; a row that stays in its place is not touched. */
+  /** Show exactly the rows of `items`, in their order; a row that stays in its place is not touched. */
   place(items) {
     const focused = document.activeElement;
     const keys = new Set(items.map(this.key));
@@ -221,7 +221,7 @@ class Table {
       else this.body.insertBefore(row.element, next);
       if (row.isSeen) this.update(row.parts, item, row.element);
     }
-    // A browser takes the focus away from what is moved.
+    // An element that is moved loses the focus.
     if (focused !== document.activeElement && this.body.contains(focused)) focused.focus({ preventScroll: true });
   }
 
@@ -235,7 +235,7 @@ class Table {
     return row;
   }
 
-  /** All that stands around the rows: the count, what an empty table says, the button for more, the arrows. */
+  /** Update everything around the rows: the count, the text of an empty table, the button for more, the sort arrows. */
   finish(count, room) {
     const total = this.items.length;
     const heading = this.section.querySelector(".count");
@@ -261,7 +261,7 @@ function compare(a, b) {
   return typeof a === "string" ? a.localeCompare(b, "en", { numeric: true }) : a - b;
 }
 
-/** The filter box: all its words must stand somewhere in a row; `route:NAME` means that route and no other. */
+/** The filter box: a row must contain all its words; `route:NAME` shows only that route. */
 const filter = {
   words: [],
   route: null,
@@ -280,7 +280,7 @@ const filter = {
     this.route = words.find((word) => word.startsWith("route:"))?.slice(6) ?? null;
     this.words = words.filter((word) => !word.startsWith("route:")).map((word) => word.toLowerCase());
     if ($("filter").value.trim() !== text.trim()) $("filter").value = text;
-    // So that a reload, or a link to a colleague, shows the same.
+    // Keep the filter in the address, so that a reload, or a link sent to a colleague, shows the same.
     if (words.length) history.replaceState(null, "", `#${new URLSearchParams({ filter: words.join(" ") })}`);
     else if (location.hash.startsWith("#filter=")) history.replaceState(null, "", location.pathname);
     for (const table of tables.values()) table.draw();
@@ -295,7 +295,7 @@ $("route-close").addEventListener("click", () => {
   $("filter").focus();
 });
 document.addEventListener("click", (event) => {
-  // The name of a route, wherever it stands, leads to all about it.
+  // Every name of a route is a button that shows its settings.
   const name = event.target.closest("tbody button.link")?.textContent;
   if (!name) return;
   filter.set(`route:${name}`);
@@ -308,14 +308,14 @@ narrow.addEventListener("change", () => tables.forEach((table) => table.draw()))
 const state = {
   status: null,        // the last /v1/status
   traffic: null,       // the last /v1/traffic
-  routes: new Map(),   // /v1/routes by name: what only a reload changes
+  routes: new Map(),   // /v1/routes by name: the settings, which only a reload changes
   routesAsOf: null,
   rates: new Map(),    // by route: {there, back, points}
   pairings: [],        // each with .there and .back (bytes/s), and .quiet (s, or null while bytes flow)
   endings: [],         // newest first
   total: { there: null, back: null, points: [] },
   lastEvent: 0,
-  skew: 0,             // the relay's clock less this one, in s
+  skew: 0,             // the relay's clock minus the clock here, in s
   now() {
     return Date.now() / 1000 + this.skew;
   },
@@ -329,7 +329,7 @@ const state = {
 const PARTIES = ["func1", "func2"];
 const BYTES = ["bytes_func1_to_func2", "bytes_func2_to_func1"];
 
-/** Bytes per second between two looks. A count that fell began anew, and says nothing. */
+/** Bytes per second between two polls. A count that is lower than before was reset, and gives 0. */
 function speeds(before, after, seconds) {
   return BYTES.map((name) => Math.max(0, after[name] - before[name]) / seconds);
 }
@@ -380,7 +380,7 @@ function takePairings(pairings) {
   state.pairings = pairings;
 }
 
-/** One row for the same refusal of the same function, however often it tries again. */
+/** Groups repeated refusals: one row for the same refusal of the same function. */
 function refusals() {
   const groups = new Map();
   for (const one of state.status.refusals) {
@@ -404,7 +404,7 @@ function waiting() {
   return found.sort((a, b) => a.since - b.since);
 }
 
-/** [tone, words] for something that runs out: a list is renewed daily, a certificate takes a person. */
+/** [tone, words] for an expiry date. Lists are renewed daily and certificates by a person, who needs an earlier warning. */
 function expiry(certificate) {
   const left = certificate.not_after - state.now();
   const [soon, very] = certificate.what === "crl" ? [DAY / 2, DAY / 12] : [7 * DAY, DAY];
@@ -422,7 +422,7 @@ const sum = (counts) => Object.values(counts).reduce((a, b) => a + b, 0);
 const speed = (entry) => (entry ? (entry.there ?? 0) + (entry.back ?? 0) : 0);
 const otherParty = (party) => (party === "func1" ? "func2" : "func1");
 
-/** Waiting is what legs do; it is remarkable once half of the time that they may wait is over. */
+/** Waiting is normal. It is highlighted after half of the time that a leg may wait. */
 function waitTone(since, route) {
   const limit = state.routes.get(route)?.limits.wait_timeout;
   return limit && state.now() - since > limit / 2 ? "warn" : "";
@@ -527,7 +527,7 @@ new Table("waiting", {
 
 const words = (text) => new Set(text.split(" "));
 
-// What comes and goes without anybody's fault, and what somebody should look at; the rest is a limit that was reached.
+// Codes and outcomes that are nobody's fault, and those that an operator should look at; the others say that a limit was reached.
 const CALM = words("draining replaced route-removed closed hung-up drained max-lifetime");
 const GRAVE = words(
   "not-authorised unknown-route revoked certificate-expired protocol-error internal-error not-tls truncated",
@@ -583,7 +583,7 @@ function draw() {
   const { status, traffic } = state;
   drawAlerts();
   drawHead();
-  // Until the relay has answered once, an empty table would say what nobody knows.
+  // Before the first answer the tables stay hidden: empty ones would say that there are no routes.
   for (const part of document.querySelectorAll("nav, main, footer")) part.hidden = false;
   tables.get("routes").show(traffic.routes);
   tables.get("pairings").show(state.pairings);
@@ -612,7 +612,7 @@ function drawHead() {
   document.title = title.filter(Boolean).join(" ");
 }
 
-/** What wants somebody now, worst first. */
+/** What an operator should look at now, worst first. */
 function* alerts() {
   const { status } = state;
   const now = state.now();
@@ -639,16 +639,16 @@ function* alerts() {
   }
   const { legs, leg_budget: budget } = status.descriptors;
   if (legs > 0.8 * budget) {
-    const text = `${number(legs)} of at most ${number(budget)}; whoever comes beyond that is refused.`;
+    const text = `${number(legs)} of at most ${number(budget)}; connections beyond that are refused.`;
     yield { key: "descriptors", tone: legs > 0.95 * budget ? "bad" : "warn", title: "Connections run out.", text };
   }
 }
 
 function lostBecause() {
   if (!state.status) return connection.reason;
-  if (state.status.state === "draining") return "It was draining, and has probably ended as it was told to.";
+  if (state.status.state === "draining") return "It was draining and has probably ended as requested.";
   const when = ago((Date.now() - connection.lastAnswer) / 1000);
-  return `${connection.reason} It answered last ${when}; what stands below is from then.`;
+  return `${connection.reason} Its last answer was ${when}; the figures below are from then.`;
 }
 
 /** relay.toml:12: admin.listen: what is wrong */
@@ -710,7 +710,7 @@ function drawTiles() {
   set($("tile-waiting-note"), first ? `longest ${duration(now - first.since)}` : "nobody");
 
   const recent = status.refusals.filter((refusal) => refusal.at > now - 900);
-  const isMore = recent.length === status.refusals.length && recent.length >= 100; // it tells the last hundred
+  const isMore = recent.length === status.refusals.length && recent.length >= 100; // the API has the last 100
   set($("tile-refused"), number(recent.length) + (isMore ? "+" : ""));
   set($("tile-refused-note"), status.refusals.length ? `last ${ago(now - status.refusals[0].at)}` : "none so far");
 
@@ -747,7 +747,7 @@ function relayFacts() {
   ];
 }
 
-const INNER_TLS = { true: "required", false: "not required", always: "required, in tunnels too" };
+const INNER_TLS = { true: "required", false: "not required", always: "required, also in tunnels" };
 
 /** The settings and the counts of the route that the page is filtered to. */
 function drawRoute() {
@@ -765,7 +765,7 @@ function drawRoute() {
     ["Outer TLS", config.outer === "mtls" ? "mutual TLS" : "none"],
     ["Hand-off", config.handoff],
     ["Inner TLS", INNER_TLS[config.require_inner_tls]],
-    ["Waits at most", `${duration(limits.wait_timeout)}, ${plural(limits.max_waiting_per_party, "leg")} a party`],
+    ["Waits at most", `${duration(limits.wait_timeout)}, ${plural(limits.max_waiting_per_party, "leg")} per party`],
     ["Ends when idle for", `${duration(limits.idle_timeout)}, stalled for ${duration(limits.stall_timeout)}`],
     ["Pairings ended", traffic ? counts(traffic.outcomes) : ""],
     ["Refused", traffic ? counts(traffic.refusals) : ""],
@@ -774,35 +774,35 @@ function drawRoute() {
   ]);
 }
 
-// --- talking --------------------------------------------------------------------------------------------------------
+// --- requests -------------------------------------------------------------------------------------------------------
 
 const connection = {
   isLost: false,
   reason: "",
   lastAnswer: Date.now(),
-  lastLook: 0,
+  lastPoll: 0,
   failures: 0,
   timer: 0,
-  isLooking: false,
+  isPolling: false,
   wait: PERIOD,
   events: null,
 };
 
 async function get(path) {
-  const response = await fetch(path, { signal: AbortSignal.timeout(PATIENCE), cache: "no-store" });
+  const response = await fetch(path, { signal: AbortSignal.timeout(ANSWER_TIMEOUT), cache: "no-store" });
   if (!response.ok) throw new Error(`It answered ${response.status} to ${path}.`);
   return response.json();
 }
 
-async function look() {
+async function poll() {
   clearTimeout(connection.timer);
-  if (connection.isLooking || document.hidden) return; // whoever hid the page is given a fresh look on coming back
-  connection.isLooking = true;
-  connection.lastLook = performance.now();
+  if (connection.isPolling || document.hidden) return; // a hidden page polls again as soon as it is shown
+  connection.isPolling = true;
+  connection.lastPoll = performance.now();
   try {
     const asked = ["/v1/status", "/v1/traffic", "/v1/pairings"];
     const [status, traffic, { pairings }] = await Promise.all(asked.map(get));
-    connection.wait = Math.max(PERIOD, SHARE * (performance.now() - connection.lastLook));
+    connection.wait = Math.max(PERIOD, SHARE * (performance.now() - connection.lastPoll));
     if (state.status && state.status.started_at !== status.started_at) {
       state.forget();
       announce("The relay was started again.");
@@ -816,14 +816,14 @@ async function look() {
       state.routes = new Map((await get("/v1/routes")).routes.map((route) => [route.name, route]));
       state.routesAsOf = traffic.last_reload_at;
     }
-    // Rates take two looks; nobody wants to wait for the second.
+    // A rate needs two polls, so the second one comes sooner.
     if (isFirst) connection.wait = Math.min(connection.wait, 1000);
     answered();
   } catch (error) {
     unanswered(error);
   } finally {
-    connection.isLooking = false;
-    connection.timer = setTimeout(look, connection.wait);
+    connection.isPolling = false;
+    connection.timer = setTimeout(poll, connection.wait);
   }
 }
 
@@ -837,23 +837,23 @@ function answered() {
 function unanswered(error) {
   connection.failures += 1;
   connection.wait = Math.min(1000 * connection.failures, 5000);
-  // fetch says TypeError when there is no answer at all, and in words that differ from browser to browser.
+  // fetch throws a TypeError if there is no answer at all; its message differs between browsers.
   const isSilent = error instanceof TypeError || error.name === "TimeoutError";
   connection.reason = isSilent ? "It does not answer." : error.message;
   connection.isLost = true;
   document.body.classList.add("lost");
-  hush();
+  stopListening();
   drawAlerts();
   if (state.status) drawHead();
   else chip($("state"), "connection lost", "bad");
 }
 
-/** Follow the events: endings are told nowhere else, and the rest brings the next look forward. */
+/** Follow the events: only they tell which pairings have ended. The others cause an earlier poll. */
 function listen() {
   if (connection.events) return;
   const events = new EventSource(`/v1/events?after=${state.lastEvent}`);
   connection.events = events;
-  events.onerror = hush; // the next look that is answered begins anew
+  events.onerror = stopListening; // the next poll that is answered starts again
   for (const kind of ["waiting", "paired", "refused", "ended", "reloaded", "reload-refused", "draining"]) {
     events.addEventListener(kind, (message) => {
       const event = JSON.parse(message.data);
@@ -862,27 +862,27 @@ function listen() {
         state.endings.unshift({ ...event.data, at: event.at });
         state.endings.length = Math.min(state.endings.length, ENDINGS_KEPT);
       }
-      sooner();
+      pollSooner();
     });
   }
 }
 
-function hush() {
+function stopListening() {
   connection.events?.close();
   connection.events = null;
 }
 
-function sooner() {
-  if (connection.isLooking || connection.wait > PERIOD) return;
+function pollSooner() {
+  if (connection.isPolling || connection.wait > PERIOD) return;
   clearTimeout(connection.timer);
-  connection.timer = setTimeout(look, Math.max(0, connection.lastLook + SOONER - performance.now()));
+  connection.timer = setTimeout(poll, Math.max(0, connection.lastPoll + SOONEST - performance.now()));
 }
 
 document.addEventListener("visibilitychange", () => {
-  // A browser has six connections to one place, for all of its tabs: a hidden one must not sit on them.
-  if (document.hidden) hush();
-  else look();
+  // A browser has six connections to one server for all its tabs, so a hidden page must not keep any.
+  if (document.hidden) stopListening();
+  else poll();
 });
 
 filter.set(new URLSearchParams(location.hash.slice(1)).get("filter") ?? "");
-look();
+poll();
