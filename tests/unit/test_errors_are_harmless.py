@@ -1,4 +1,4 @@
-"""The text of an error may have been written by a peer, a proxy or a relay; it is shown to a person all the same."""
+"""The text of an error is safe to print, although a peer, a proxy or a relay may have written a part of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from frelay.client.trio import _StreamRefused
 from frelay.client.wire import _WireRefused
 from frelay.errors import ConfigError, Problem
 
-# What the standards, terminals and log readers take for more than a character.
+# Characters that standards, terminals or log readers do not treat as plain text.
 STEERING = {
     "escape sequence": "\x1b[2J\x1b]0;owned\x07",
     "8-bit escape sequence": "\x9b2J",
@@ -73,7 +73,7 @@ def test_of_thousands_of_names_a_few_are_shown() -> None:
 
 
 def test_a_problem_keeps_its_line() -> None:
-    """Those are ours to write, one line each."""
+    """frelay itself writes these texts, one line for each problem."""
     error = ConfigError([Problem(Path("a.toml"), "one"), Problem(Path("b.toml"), "two")])
     assert str(error) == "a.toml: one\nb.toml: two"
 
@@ -88,6 +88,6 @@ def test_a_problem_keeps_its_line() -> None:
     ],
 )
 def test_it_comes_back_from_another_process(error: frelay.FrelayError) -> None:
-    """A pool of processes pickles what its workers raise, and breaks where that fails."""
+    """A pool of processes pickles the errors of its workers, and breaks if that fails."""
     again = pickle.loads(pickle.dumps(error))
     assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))

@@ -1,7 +1,7 @@
-"""What happens is put into words once, however many read it, and in few writes to whom it comes too fast.
+"""An event is encoded once for all readers, and a reader that has fallen behind gets many events in one write.
 
-A member that joins without end makes several events each time; times the readers of the stream, that would be work that
-nobody bounds.
+A function that joins again and again makes several events each time. Encoding and writing each of them once for every
+reader would be unbounded work.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ async def test_all_readers_share_the_words(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 async def test_a_reader_that_has_fallen_behind_gets_many_in_one_write() -> None:
-    """All of them, in order, whole, and each once."""
+    """It gets each event once, whole and in order."""
     events = EventStream()
     written: list[bytes] = []
     is_done = trio.Event()
@@ -58,7 +58,7 @@ async def test_a_reader_that_has_fallen_behind_gets_many_in_one_write() -> None:
             return
         written.append(message["body"])
         if len(written) == 1:
-            # The head of the stream: before it asks for more, all this happens.
+            # After the first comment of the stream, many events happen before the next write.
             for number in range(EVENTS):
                 events.note(waits(number))
         if b"".join(written).count(b"event: waiting") == EVENTS:

@@ -29,7 +29,7 @@ def test_who_holds_a_connection(address: object, holder: str) -> None:
 
 
 class Server:
-    """Slots whose connections leave when they are told to."""
+    """Slots whose connections end when their scope is cancelled."""
 
     def __init__(self, most: int, nursery: trio.Nursery) -> None:
         self.slots = ConnectionSlots(most)
@@ -63,7 +63,7 @@ async def test_a_newcomer_displaces_the_longest_silent_of_who_has_most(autojump_
         for holder in "aab":
             await trio.sleep(0.001)
             await server.enter(holder)
-        await server.enter("c")  # at once: a has two more than c
+        await server.enter("c")  # at once, because "a" has two connections more than "c"
         assert server.holders == {"a": 2, "b": 1, "c": 1}
         assert first not in server.inside
         nursery.cancel_scope.cancel()
@@ -89,7 +89,7 @@ async def test_who_is_served_is_never_displaced(autojump_clock: trio.testing.Moc
 
 @pytest.mark.load
 async def test_one_address_cannot_churn_its_own_places(autojump_clock: trio.testing.MockClock) -> None:
-    """Each gets the time for a step, so that one who speaks at all is heard in any flood of its address."""
+    """Each has time for one step, so a client that sends its request is answered in any flood from its address."""
     async with trio.open_nursery() as nursery:
         server = Server(4, nursery)
         for _ in range(4):
@@ -118,7 +118,7 @@ async def test_bytes_win_no_time_and_steps_do(autojump_clock: trio.testing.MockC
         server = Server(2, nursery)
         one, two = await server.enter("a"), await server.enter("a")
         await trio.sleep(GRACE)
-        one.clients_turn()  # its handshake is done, say
+        one.clients_turn()  # for example, its handshake is done
         await server.enter("a")
         assert one in server.inside
         assert two not in server.inside

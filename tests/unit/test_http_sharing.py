@@ -1,4 +1,4 @@
-"""Work that many wait for is done once, and not at all when they have gone."""
+"""Work is done once for all callers that wait for it, and dropped when all of them have gone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from frelay.admin.sharing import Batch, Shared
 
 
 class Work:
-    """Takes a second and gives the number of its turn."""
+    """Takes one second, and its result is the number of the run."""
 
     def __init__(self) -> None:
         self.begun = 0
@@ -26,7 +26,7 @@ class Work:
 
 
 async def test_all_who_wait_share_the_next(autojump_clock: trio.testing.MockClock) -> None:
-    """The one that is being made began before they asked."""
+    """Not the running one, which began before they asked."""
     work = Work()
     shared = Shared(work)
     got: list[int] = []
@@ -86,7 +86,7 @@ async def test_who_has_gone_before_its_turn_costs_nothing(autojump_clock: trio.t
 
 
 async def test_who_comes_after_all_have_gone_is_served(autojump_clock: trio.testing.MockClock) -> None:
-    """While others have come and gone in the pause before."""
+    """Even if others have come and gone in the pause before."""
     work = Work()
     shared = Shared(work)
     async with trio.open_nursery() as nursery:

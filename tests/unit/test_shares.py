@@ -1,4 +1,4 @@
-"""Shares count like a list of (holder, place) pairs does, and the last places of a pool go to those who hold little."""
+"""Shares count like a list of (holder, place) pairs, and the last things of a pool go to holders that have few."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_no_holder_takes_a_whole_pool_and_a_newcomer_gets_the_last_place(size: i
     while pool.may_take("greedy", size):
         pool.take(taken, ["greedy"])
         taken += 1
-    # It takes what is not kept, and of that no more than half.
+    # It takes all that is not kept for others, and at most half of the kept part.
     kept = min(size, max(least, size // part))
     assert size - kept <= taken <= size - kept // 2
     assert taken < size or size == 1
@@ -65,7 +65,7 @@ def test_no_holder_takes_a_whole_pool_and_a_newcomer_gets_the_last_place(size: i
 
 
 def test_who_holds_few_gets_more_of_what_is_kept_than_who_holds_many() -> None:
-    """One more as long as it holds fewer than are free: of the last 8 of 64, who has one already gets four."""
+    """A holder may take one more while it has fewer than are free. With one of 64, it gets four of the last eight."""
     pool: Pool[int] = Pool(part=8, least=1)
     for thing in range(55):
         pool.take(thing, ["many"])

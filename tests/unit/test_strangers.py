@@ -1,4 +1,4 @@
-"""Who of the strangers has a turn, who is held back, and who gives way to whom."""
+"""Which strangers get a turn, which are held back, and which are evicted for others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from frelay.net.strangers import Stage, Stranger, Strangers
 
 
 class Yard:
-    """Strangers, and a clock that stands still until it is moved."""
+    """Strangers, and a clock that only the test moves."""
 
     def __init__(self, *, room: int = 1000, **limits: Any) -> None:
         self.now = 0.0
@@ -33,7 +33,7 @@ class Yard:
         return stranger
 
     def next_pass(self) -> None:
-        """What its task does in the next pass of the event loop."""
+        """Does what the task of the strangers does in each pass of the event loop."""
         self.strangers._given = 0
         self.strangers._give_turns()
 
@@ -59,7 +59,7 @@ def test_an_address_has_its_turns_in_the_order_of_coming() -> None:
 
 
 def test_who_has_none_comes_before_who_has_many() -> None:
-    """A thousand callers of one address delay its own, and nobody else's."""
+    """A thousand callers of one address delay only callers of that address."""
     yard = Yard(max_pre_auth=4, max_pre_auth_per_ip=4)
     crowd = [yard.ask("10.0.0.1") for _ in range(1000)]
     other = yard.ask("10.0.0.2")
@@ -82,7 +82,7 @@ def test_equals_take_turns() -> None:
 
 
 def test_turns_are_given_in_portions() -> None:
-    """A handshake takes the event loop for a millisecond; nobody shall wait for hundreds of them."""
+    """A handshake blocks the event loop for a millisecond, and no task must wait for hundreds of them."""
     yard = Yard()
     callers = [yard.ask(f"10.0.{number}.1") for number in range(30)]
     for count in (8, 16, 24, 30):
@@ -105,7 +105,7 @@ def test_a_turn_that_lets_others_wait_goes_to_an_address_with_fewer() -> None:
 
 
 def test_among_equals_and_at_one_address_it_takes_longer() -> None:
-    """So long that no function does: 300 ms of network, and a lost segment."""
+    """Longer than a function takes behind 300 ms of network and with a lost segment."""
     for hosts in (("10.0.0.1", "10.0.0.2"), ("10.0.0.1", "10.0.0.1")):
         yard = Yard(max_pre_auth=1)
         one, two = (yard.ask(host) for host in hosts)
@@ -147,7 +147,7 @@ def test_a_full_pool_takes_from_the_address_with_the_most() -> None:
 
 
 def test_an_address_that_has_the_most_takes_from_itself() -> None:
-    """Its longest silent one, if that had a moment to speak; or else the newcomer goes."""
+    """It loses its longest silent stranger if that had time to send; otherwise the newcomer is refused."""
     yard = Yard(room=3)
     own = [yard.come("10.0.0.1") for _ in range(3)]
     assert isinstance(yard.strangers.enter("10.0.0.1", lambda: None), str)
@@ -200,7 +200,7 @@ def test_nothing_is_left_of_those_who_went() -> None:
 
 
 async def test_legs_and_strangers_have_their_shares() -> None:
-    """Strangers may use what legs leave, and give it back to them; a quarter is theirs."""
+    """Strangers may use what legs leave free and lose it to them, but a quarter is always theirs."""
     admission = Admission(Limits(), descriptor_limit=1000)
     legs, most = admission.leg_budget, admission.stranger_budget
     own = most // 4

@@ -1,4 +1,4 @@
-"""What a page that is open all night asks of the admin API: cheap, complete from its first moment, and by a link."""
+"""The admin API for a page that is open all night: polling is cheap, no event is missed, and a link opens the page."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ async def test_a_new_reader_can_have_what_came_before_it(site: Site) -> None:
         await refused_twice(site, relay)
         assert [event["id"] for event in await events(site, "?after=0", 2)] == [1, 2]
         assert [event["id"] for event in await events(site, "?after=1", 1)] == [2]
-        # A browser that reconnects repeats the address, and adds the number that counts.
+        # A browser that reconnects repeats the URL, and adds Last-Event-ID, which takes precedence.
         assert [event["id"] for event in await events(site, "?after=0", 1, {"last-event-id": "1"})] == [2]
 
 

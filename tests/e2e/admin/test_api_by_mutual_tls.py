@@ -1,4 +1,4 @@
-"""The admin API on HOST:PORT: the same certificates and lists as on a route, and a list of who may call."""
+"""The admin API on HOST:PORT: it uses the certificates and CRL of the routes, and `admin.allow` says who may call."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ async def test_who_is_on_the_list_may_do_everything(site: Site) -> None:
 
 @pytest.mark.parametrize("who", ["nobody", "another", "stranger", "self-signed", "expired", "server-only"])
 async def test_anyone_else_gets_no_answer(site: Site, who: str) -> None:
-    """No certificate, another one of ours, another CA's, none at all: not one byte of HTTP, and a line in the log."""
+    """With any other certificate, or none, a caller gets not one byte of HTTP, and the log has a line."""
     credentials = {
         "another": lambda: site.ca.party(dns=["func9.demo"]),
         "stranger": lambda: TestAuthority("other CA").party(dns=["operator.demo"]),
@@ -71,7 +71,7 @@ async def test_anyone_else_gets_no_answer(site: Site, who: str) -> None:
 
 
 async def test_a_revoked_operator_is_out_after_the_reload(site: Site) -> None:
-    """The list of the routes is the list of the API."""
+    """The revocation list of the routes is that of the API."""
     site.ca.write_crl(site.directory, site.ca.crl())
     async with site.relay(DEMO, sections=DOOR, crl=True) as relay, caller(site, relay) as api:
         assert (await api.get("/v1/status")).status_code == 200
@@ -84,7 +84,7 @@ async def test_a_revoked_operator_is_out_after_the_reload(site: Site) -> None:
 
 
 async def test_its_certificate_is_rotated_with_the_relays(site: Site) -> None:
-    """The next connection gets the new one; there is nothing else to change."""
+    """The next connection gets the new certificate, and nothing else needs to be changed."""
     async with site.relay(DEMO, sections=DOOR) as relay:
 
         async def serial() -> int:
@@ -104,7 +104,7 @@ async def test_its_certificate_is_rotated_with_the_relays(site: Site) -> None:
 
 
 async def test_the_allow_list_is_reloaded(site: Site) -> None:
-    """Who was taken off it is out with the next connection."""
+    """An operator that was removed from it is refused at the next connection."""
     async with site.relay(DEMO, sections=DOOR) as relay:
         async with caller(site, relay) as api:
             assert (await api.get("/v1/status")).status_code == 200
@@ -151,7 +151,7 @@ async def test_only_tls_13_and_no_other_protocol(site: Site) -> None:
 
 
 async def said_to(party: Party) -> bytes:
-    """All that the server says to a request of ``party``, whichever way it ends."""
+    """All that the server answers to a request of ``party``, however the connection ends."""
     try:
         await party.handshake()
         await party.send(b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n")
@@ -161,7 +161,7 @@ async def said_to(party: Party) -> bytes:
 
 
 async def test_idle_callers_do_not_shut_it(site: Site) -> None:
-    """More silent connections than it has places: those in excess wait in the kernel, and are served when one goes."""
+    """More silent connections than slots: the others wait in the kernel, and are served when a slot is free."""
     async with site.relay(DEMO, sections=DOOR) as relay:
         port = int(relay.relay.served["admin"][0].rpartition(":")[2])
         idle = [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(70)]

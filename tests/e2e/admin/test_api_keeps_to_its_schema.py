@@ -20,10 +20,10 @@ EXAMPLES: Final = int(os.environ.get("FRELAY_EXAMPLES", "12"))
 
 CHECKS: Final = (
     "--exclude-checks",
-    # What types a route's keys have is in the schema; whether their values make a route is not, and cannot be.
+    # The schema has the types of a route's keys. It cannot say which values make a valid route.
     "positive_data_acceptance",
-    "--exclude-path=/v1/events",  # has no end
-    "--exclude-path=/v1/reload",  # and this test would be one long reload
+    "--exclude-path=/v1/events",  # it never ends
+    "--exclude-path=/v1/reload",  # this test would reload all the time
 )
 
 
@@ -40,7 +40,7 @@ async def fuzz(url: str, directory: Path, options: Sequence[str] = ()) -> None:
 @pytest.mark.load
 @pytest.mark.timeout(300)
 async def test_over_the_unix_socket(site: Site) -> None:
-    """No 500, no answer that the schema does not know, no bad input accepted; and the relay as it was before."""
+    """No 500, no answer outside of the schema, no bad input accepted, and the relay is unchanged afterwards."""
     async with site.process(DEMO, sections=ADMIN) as relay, admin(site) as api:
         before = site.config.read_bytes()
         async with forwarded(site.directory / "a.sock") as port:

@@ -1,4 +1,4 @@
-"""TESTPLAN 53, 54: what a page of somebody else, or a body made to hurt, can do to the admin API: nothing."""
+"""TESTPLAN 53, 54: neither a page of an attacker nor a hostile body can do anything to the admin API."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CHANGES = (
     "host", ["evil.example", "localhost.evil.example", "rebound.example:80", "127.0.0.1.nip.io", ""]
 )
 async def test_a_foreign_host_is_refused(site: Site, host: str) -> None:
-    """TESTPLAN 53: a name that DNS was made to point here gets 403 on everything, and changes nothing."""
+    """TESTPLAN 53: an attacker's DNS name that points here gets 403 for everything, and changes nothing."""
     async with site.relay(DEMO, sections=ADMIN) as relay, admin(site) as api:
         for method, url, body in CHANGES:
             answer = await api.request(method, url, json=body, headers={"host": host})
@@ -35,7 +35,7 @@ async def test_a_foreign_host_is_refused(site: Site, host: str) -> None:
     "host", ["localhost", "LOCALHOST:8080", "localhost.", "localhost.:8080", "127.0.0.1:9", "[::1]:1234"]
 )
 async def test_the_names_of_this_machine_are_welcome(site: Site, host: str) -> None:
-    """As `ssh -L` makes them, with any port."""
+    """As a browser sends them through `ssh -L`, with any port."""
     async with site.relay(DEMO, sections=ADMIN), admin(site) as api:
         assert (await api.get("/v1/status", headers={"host": host})).status_code == 200
 
@@ -51,7 +51,7 @@ async def test_the_names_of_this_machine_are_welcome(site: Site, host: str) -> N
     ids=str,
 )
 async def test_a_page_from_elsewhere_is_refused(site: Site, headers: dict[str, str]) -> None:
-    """TESTPLAN 53: also one from another port of this very machine."""
+    """TESTPLAN 53: also a page from another port of the same machine."""
     async with site.relay(DEMO, sections=ADMIN) as relay, admin(site) as api:
         for method, url, body in CHANGES:
             answer = await api.request(method, url, json=body, headers={"host": "localhost:8080", **headers})
@@ -66,7 +66,7 @@ async def test_a_page_of_our_own_is_welcome(site: Site) -> None:
 
 
 async def test_nothing_changes_on_get(site: Site) -> None:
-    """TESTPLAN 53: whatever an <img> can ask for leaves everything as it is."""
+    """TESTPLAN 53: no request that an <img> can make changes anything."""
     async with site.relay(DEMO, sections=ADMIN) as relay, admin(site) as api:
         await api.put("/v1/routes/two", json=route_body())
         before = await api.get("/v1/routes")
@@ -82,7 +82,7 @@ async def test_nothing_changes_on_get(site: Site) -> None:
 
 
 async def test_a_form_cannot_put(site: Site) -> None:
-    """What a page may send without asking (forms, text/plain) is no JSON here."""
+    """The content types that any page may send (forms, text/plain) are not accepted as JSON."""
     async with site.relay(DEMO, sections=ADMIN) as relay, admin(site) as api:
         body = json.dumps(route_body())
         for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
@@ -91,11 +91,11 @@ async def test_a_form_cannot_put(site: Site) -> None:
         assert list(relay.relay.routes) == ["demo"]
 
 
-# --- bodies and names made to hurt --------------------------------------------------------------------------------
+# --- hostile bodies and names -------------------------------------------------------------------------------------
 
 
 async def test_a_body_too_large_is_not_read(site: Site) -> None:
-    """TESTPLAN 54: with a length that says so, without one, and with one that lies."""
+    """TESTPLAN 54: with a Content-Length, and without one."""
     async with site.relay(DEMO, sections=ADMIN), admin(site) as api:
         large = json.dumps(route_body(func1=["dns:a.b"] * 20_000)).encode()
         assert (await api.put("/v1/routes/two", content=large)).status_code == 413
@@ -126,7 +126,7 @@ async def test_a_body_too_large_is_not_read(site: Site) -> None:
     ids=lambda body: repr(body[:24]),
 )
 async def test_a_body_made_to_hurt_is_a_422(site: Site, body: bytes) -> None:
-    """TESTPLAN 54: deep, endless, doubled, not UTF-8, no numbers: an answer, and the relay goes on."""
+    """TESTPLAN 54: deep nesting, duplicate keys, no UTF-8, bad numbers: each gets an answer, and the relay goes on."""
     async with site.relay(DEMO, sections=ADMIN) as relay, admin(site) as api:
         answer = await api.put("/v1/routes/two", content=body, headers={"content-type": "application/json"})
         assert answer.status_code in (400, 422)
@@ -152,7 +152,7 @@ async def test_a_body_made_to_hurt_is_a_422(site: Site, body: bytes) -> None:
     ],
 )
 async def test_a_name_is_no_path_and_no_escape(site: Site, name: str) -> None:
-    """TESTPLAN 54: a route's name is a file's name, a label and a server name, and nothing else can be one."""
+    """TESTPLAN 54: the name of a route is also a file name, a label and a server name, so others are refused."""
     async with site.relay(DEMO, sections=ADMIN) as relay, admin(site) as api:
         before = sorted(str(path) for path in site.directory.rglob("*"))
         answer = await api.put(f"/v1/routes/{name}", json=route_body())
@@ -167,7 +167,7 @@ async def test_a_name_is_no_path_and_no_escape(site: Site, name: str) -> None:
     ids=repr,
 )
 async def test_toml_cannot_be_injected(site: Site, text: str) -> None:
-    """TESTPLAN 54: text that would be TOML is text, refused as what it is, and never shown raw."""
+    """TESTPLAN 54: TOML inside a value stays text. It is refused as a bad value, and never shown raw."""
     async with site.relay(DEMO, sections=ADMIN) as relay, admin(site) as api:
         answer = await api.put("/v1/routes/two", json=route_body(func1=text))
         assert answer.status_code == 422
@@ -179,7 +179,7 @@ async def test_toml_cannot_be_injected(site: Site, text: str) -> None:
 
 
 async def test_what_is_no_http_is_dropped(site: Site) -> None:
-    """Garbage, a TLS hello, an endless header, silence: none of them keeps the next caller from being served."""
+    """After garbage, a TLS hello, an endless header or silence, the next caller is still served."""
     async with site.relay(DEMO, sections=ADMIN), admin(site) as api, forwarded(site.directory / "a.sock") as port:
         idle = [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(20)]
         for data in (b"\x16\x03\x01\x02\x00\x01" * 100, b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 20_000, b"\0" * 1000):

@@ -1,4 +1,4 @@
-"""TESTPLAN 52: a full disk, or a crash in mid-write: the old file is intact, and the old route in force."""
+"""TESTPLAN 52: after a full disk or a crash during a write, the old file is intact and the old route in force."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support.site import DEMO, Site
 
 @pytest.mark.parametrize("call", ["fsync", "rename"])
 async def test_a_full_disk_changes_nothing(site: Site, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
-    """507 with the reason; what was bound for it is given back; the next try, with room, succeeds."""
+    """The answer is 507 with the reason, the port is free again, and the next try with free space succeeds."""
 
     def fail(*args: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -44,7 +44,7 @@ async def test_a_full_disk_changes_nothing(site: Site, monkeypatch: pytest.Monke
 
 
 async def test_a_directory_that_cannot_be_written(site: Site) -> None:
-    """routes_dir is a file: said, with its path, by the loader of the configuration."""
+    """If routes_dir is a file, the loader of the configuration says so, with its path."""
     async with site.relay(DEMO, sections=ADMIN), admin(site) as api:
         (site.directory / "routes.d").write_text("in the way")
         answer = await api.put("/v1/routes/two", json=route_body())
@@ -53,7 +53,7 @@ async def test_a_directory_that_cannot_be_written(site: Site) -> None:
 
 
 async def test_what_a_crash_leaves_behind_is_no_route(site: Site) -> None:
-    """A kill between write and rename leaves a hidden file, which nobody reads."""
+    """A kill between write and rename leaves a hidden file, which the relay never reads."""
     directory = site.directory / "routes.d"
     directory.mkdir()
     (directory / ".two.x7f3.tmp").write_text('name = "two"\nlisten = "127')
@@ -64,7 +64,7 @@ async def test_what_a_crash_leaves_behind_is_no_route(site: Site) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a file system of one's own takes root")
 async def test_a_disk_that_is_really_full(site: Site) -> None:
-    """On a tmpfs of 1 MiB with no byte left: 507, the old file whole, and whole after room was made."""
+    """On a full tmpfs of 1 MiB: 507 and the old file is whole; after space was freed, the new file is whole."""
     directory = site.directory / "routes.d"
     directory.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(directory)]

@@ -1,4 +1,4 @@
-"""addRoute and deleteRoute: done when they are answered, and done for good."""
+"""PUT and DELETE of a route are in force and on disk when they are answered."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ async def test_a_route_is_served_before_the_answer_is_read(site: Site) -> None:
 
 
 async def test_it_is_on_disk_and_survives_a_kill(site: Site) -> None:
-    """kill -9 right behind the answer, restart: it is served, and the operator's file is as it was."""
+    """After kill -9 right behind the answer and a restart, the route is served and the operator's file is unchanged."""
     async with site.process(DEMO, sections=ADMIN) as relay, admin(site) as api:
         before = site.config.read_bytes()
         assert (await api.put("/v1/routes/two", json=route_body(wait_timeout=7))).status_code == 201
@@ -37,7 +37,7 @@ async def test_it_is_on_disk_and_survives_a_kill(site: Site) -> None:
         assert site.config.read_bytes() == before
         written = tomllib.loads((site.directory / "routes.d" / "two.toml").read_text())
         assert written == {"name": "two", **route_body(wait_timeout=7.0)}
-    # The socket file of a killed relay is still there, and in nobody's way.
+    # The socket file of the killed relay is still there and does no harm.
     assert (site.directory / "a.sock").exists()
     async with site.process(DEMO, sections=ADMIN) as relay, admin(site) as api:
         assert (await api.get("/v1/routes/two")).json()["limits"]["wait_timeout"] == 7
@@ -49,7 +49,7 @@ async def test_it_is_on_disk_and_survives_a_kill(site: Site) -> None:
 
 
 async def test_to_put_it_twice_is_to_put_it_once(site: Site) -> None:
-    """Idempotent: the second time nothing changes, and waiting functions notice nothing."""
+    """PUT is idempotent: the second one changes nothing, and waiting functions do not notice it."""
     async with site.relay(DEMO, sections=ADMIN) as relay, admin(site) as api:
         first = await api.put("/v1/routes/two", json=route_body())
         one = await site.party(relay, "func1", route="two")
@@ -66,7 +66,7 @@ async def test_to_put_it_twice_is_to_put_it_once(site: Site) -> None:
 
 
 async def test_a_deleted_route_gives_its_port_back_and_others_never_notice(site: Site) -> None:
-    """The port is free when DELETE is answered; a pairing of another route goes on; whoever waited is told."""
+    """The port is free when DELETE is answered, a waiting leg is told, and a pairing of another route goes on."""
     async with site.relay(OPEN, sections=ADMIN) as relay, admin(site) as api:
         one, two = await join_ends(site, relay)
         await api.put("/v1/routes/two", json=route_body())
@@ -88,7 +88,7 @@ async def test_a_deleted_route_gives_its_port_back_and_others_never_notice(site:
 
 
 async def test_a_replaced_route_keeps_its_port(site: Site) -> None:
-    """Other parties at the same address: the socket, and whoever queues in it, stays."""
+    """With other parties at the same address, the socket stays, and so do the connections in its queue."""
     with reserved_port() as port:
         async with site.relay(DEMO, sections=ADMIN) as relay, admin(site) as api:
             listen = f"127.0.0.1:{port}"
@@ -104,7 +104,7 @@ async def test_a_replaced_route_keeps_its_port(site: Site) -> None:
 
 
 async def test_groups_and_limits_of_the_file_hold_for_it(site: Site) -> None:
-    """It is a route like those in the file: groups can be named, and [limits] is its default."""
+    """It is a route like those in the file: it can name groups, and [limits] has its defaults."""
     sections = '[limits]\nwait_timeout = 11\n[[group]]\nname = "workers"\nparties = ["dns:func1.demo", "dns:x.demo"]\n'
     async with site.relay(DEMO, sections=ADMIN + sections), admin(site) as api:
         answer = await api.put("/v1/routes/two", json=route_body(func1="group:workers"))
@@ -112,11 +112,11 @@ async def test_groups_and_limits_of_the_file_hold_for_it(site: Site) -> None:
         assert answer.json()["limits"]["wait_timeout"] == 11
 
 
-# --- what cannot be -------------------------------------------------------------------------------------------------
+# --- requests that are refused --------------------------------------------------------------------------------------
 
 
 async def test_a_route_of_the_file_is_not_for_the_api(site: Site) -> None:
-    """409, and the message names both places; the file is byte-identical."""
+    """409, the message names both files, and the operator's file is byte-identical."""
     async with site.relay(DEMO, sections=ADMIN), admin(site) as api:
         before = site.config.read_bytes()
         for answer in (await api.put("/v1/routes/demo", json=route_body()), await api.delete("/v1/routes/demo")):
@@ -128,7 +128,7 @@ async def test_a_route_of_the_file_is_not_for_the_api(site: Site) -> None:
 
 
 async def test_a_port_in_use_is_a_conflict(site: Site) -> None:
-    """Somebody else's, and a route's own; nothing is written."""
+    """A port of another process, and one of another route; nothing is written."""
     async with site.relay(DEMO, sections=ADMIN) as relay, admin(site) as api:
         (other,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
         port = other.socket.getsockname()[1]
@@ -164,7 +164,7 @@ async def test_a_port_in_use_is_a_conflict(site: Site) -> None:
     ids=lambda value: repr(value)[:40] if isinstance(value, dict) else "",
 )
 async def test_bad_input_names_every_key(site: Site, changes: dict[str, object], found: set[str | None]) -> None:
-    """422, with the path of each key that is wrong; nothing is written, nothing is bound."""
+    """422 names each wrong key by its path; nothing is written and nothing is bound."""
     async with site.relay(DEMO, sections=ADMIN) as relay, admin(site) as api:
         text = json.dumps(route_body(**changes))  # in ASCII, so that a lone surrogate can be sent
         answer = await api.put("/v1/routes/two", content=text, headers={"content-type": "application/json"})
@@ -176,7 +176,7 @@ async def test_bad_input_names_every_key(site: Site, changes: dict[str, object],
 
 
 async def test_a_file_with_mistakes_on_disk_is_said_and_not_worked_around(site: Site) -> None:
-    """What could not be loaded after a restart is not added to."""
+    """The API adds no route to files that could not be loaded after a restart."""
     async with site.relay(DEMO, sections=ADMIN) as relay, admin(site) as api:
         whole = site.config.read_text()
         site.config.write_text(whole + "\nnonsense = \n")
@@ -193,7 +193,7 @@ async def test_a_file_with_mistakes_on_disk_is_said_and_not_worked_around(site: 
 
 
 async def test_etags_keep_editors_apart(site: Site) -> None:
-    """If-Match for "as I know it", If-None-Match for "only if it is new"."""
+    """If-Match makes a change conditional on the route being unchanged, If-None-Match on it being new."""
     async with site.relay(DEMO, sections=ADMIN), admin(site) as api:
         url = "/v1/routes/two"
         assert (await api.put(url, json=route_body(), headers={"if-match": "*"})).status_code == 412
@@ -210,7 +210,7 @@ async def test_etags_keep_editors_apart(site: Site) -> None:
 
 
 async def test_fifty_editors_lose_no_update(site: Site) -> None:
-    """Each adds one to a number that all of them share, by If-Match; at the end it has grown by fifty."""
+    """Each adds one to the same number with If-Match; at the end it has grown by fifty."""
     editors = 50
     url = "/v1/routes/two"
     async with site.relay(DEMO, sections=ADMIN), admin(site) as api:
@@ -238,7 +238,7 @@ async def test_fifty_editors_lose_no_update(site: Site) -> None:
 
 
 async def test_many_routes_at_one_time(site: Site) -> None:
-    """Twenty PUTs at once: all are served, and all are on disk."""
+    """After twenty PUTs at once, all routes are served and on disk."""
     async with site.relay(DEMO, sections=ADMIN) as relay, admin(site) as api:
 
         async def add(number: int) -> None:

@@ -1,4 +1,4 @@
-"""Status, routes, pairings, events: what the API tells is what the functions see, at that moment."""
+"""Status, routes, pairings and events: the API shows the same state that the functions see at that moment."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ async def test_a_waiting_leg_is_shown_with_its_identity_and_since_when(site: Sit
 
 
 async def test_a_pairing_is_shown_with_both_identities_and_its_bytes_while_they_move(site: Site) -> None:
-    """Live, and the sum stays when it has ended."""
+    """The bytes grow while it runs, and the sum stays when it has ended."""
     async with site.relay(OPEN, sections=ADMIN) as relay, admin(site) as api:
         one, two = await join_ends(site, relay, "raw", "tunnel")
         data = block(300_000)
@@ -58,7 +58,7 @@ async def test_a_pairing_is_shown_with_both_identities_and_its_bytes_while_they_
 
 
 async def test_a_refusal_is_shown_with_who_and_why(site: Site) -> None:
-    """Newest first, with the certificate in one line: enough to mend it."""
+    """Newest first, with the certificate in one line, which is enough to find the mistake."""
     site.add("stranger", site.ca.party(dns=["stranger.demo"]))
     async with site.relay(DEMO, sections=ADMIN) as relay, admin(site) as api:
         for name in ("stranger", None):
@@ -97,7 +97,7 @@ async def test_a_refused_reload_is_in_the_status_with_every_problem(site: Site) 
 
 
 async def test_events_come_as_it_happens(site: Site) -> None:
-    """Waiting, paired, ended, refused, reloaded, in this order for one pairing, and to several readers."""
+    """Several readers get waiting, paired, ended, refused and reloaded, in the order in which they happen."""
     async with site.relay(OPEN, sections=ADMIN) as relay, admin(site) as api:
         async with events(api) as mine, events(api) as another:
             one, two = await join_ends(site, relay)
@@ -122,7 +122,7 @@ async def test_events_come_as_it_happens(site: Site) -> None:
 
 
 async def test_a_reader_that_does_not_read_costs_nothing(site: Site) -> None:
-    """The relay neither waits for it nor keeps for it without end."""
+    """The relay does not wait for it, and keeps a limited number of events for it."""
     async with site.relay(DEMO, sections=ADMIN) as relay, admin(site) as api:
         stream = await trio.open_unix_socket(str(site.directory / "a.sock"))
         await stream.send_all(b"GET /v1/events HTTP/1.1\r\nhost: localhost\r\n\r\n")
@@ -142,7 +142,7 @@ async def test_a_reader_that_does_not_read_costs_nothing(site: Site) -> None:
 
 
 async def test_the_drain_can_be_watched(site: Site) -> None:
-    """The API is there until the last pairing has ended; changes are refused meanwhile."""
+    """The API answers until the last pairing has ended, and refuses changes meanwhile."""
     async with site.process(OPEN, sections=ADMIN) as relay, admin(site) as api:
         one, two = await join_ends(site, relay)
         async with events(api) as seen:
@@ -160,7 +160,7 @@ async def test_the_drain_can_be_watched(site: Site) -> None:
 
 
 async def test_a_reader_that_does_not_read_keeps_no_relay_from_its_end(site: Site) -> None:
-    """SIGTERM with an answer stuck in a full socket: the relay ends, and at once."""
+    """After SIGTERM the relay ends at once although an answer is stuck in a full socket."""
     async with site.process(OPEN, sections=ADMIN) as relay:
         for number in range(40):
             with (site.directory / "relay.toml").open("a") as file:

@@ -1,7 +1,7 @@
-"""The dashboard, in a real browser: what an operator looks for at night is there, and stays usable at any size.
+"""The dashboard in a real browser: an operator finds what is needed at night, whatever the size of relay and window.
 
-With ``FRELAY_SCREENSHOTS=DIR`` the tests leave their pictures there, and the one for the README takes two minutes, to
-have its sparklines full.
+With ``FRELAY_SCREENSHOTS=DIR`` the tests write screenshots to DIR. The one for the README takes two minutes, to fill its
+sparklines.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Scene:
     view: View
 
     async def party(self, name: str, dns: str, on: str) -> Party:
-        """A function whose certificate says ``dns``, at the route ``on``."""
+        """A function with a certificate for ``dns``, on the route ``on``."""
         if name not in self.site.credentials:
             self.site.add(name, self.site.ca.party(dns=[dns]))
         return await self.site.party(self.relay, name, route=on)
@@ -118,7 +118,7 @@ async def carry(sender: Party, receiver: Party, base: float, phase: float = 0.0)
 
 
 async def settle(view: View, text: str, selector: str = "body") -> None:
-    """Wait until ``text`` stands there."""
+    """Wait until ``selector`` shows ``text``."""
     await view.see(lambda page: expect(page.locator(selector)).to_contain_text(text))
 
 
@@ -127,7 +127,7 @@ def rows(page: Page, table: str) -> Any:
 
 
 def overflow(page: Page) -> int:
-    """By how many pixels the page is wider than its window."""
+    """How many pixels the page is wider than its window."""
     return int(page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth"))
 
 
@@ -153,7 +153,7 @@ async def test_many_routes_are_as_usable_as_few(site: Site, chromium: Browser, c
             began = time.monotonic()
             page.reload()
             expect(rows(page, "Routes")).to_have_count(50)
-            # A second on an idle machine, most of it Chromium's; what it must never be is a page that hangs.
+            # It takes a second on an idle machine, mostly in Chromium. The limit only finds a page that hangs.
             assert time.monotonic() - began < 20
             expect(page.locator("#routes .count")).to_have_text(f"{count:,}")
             page.get_by_role("searchbox", name="Filter").fill(last)
@@ -169,7 +169,7 @@ async def test_many_routes_are_as_usable_as_few(site: Site, chromium: Browser, c
 
 
 async def test_a_look_at_many_routes_leaves_their_rows_alone(site: Site, chromium: Browser) -> None:
-    """What has not changed is not touched: a page that is open all night must not be what keeps a machine busy."""
+    """Unchanged rows are not touched, because a page that is open all night must not keep a machine busy."""
     async with scene(site, chromium, routes(300)) as found:
 
         def count(page: Page) -> int:
@@ -186,7 +186,7 @@ async def test_a_look_at_many_routes_leaves_their_rows_alone(site: Site, chromiu
             return int(page.evaluate("window.changes"))
 
         changes = await found.view.see(count)
-        # The paths of the few sparklines on the screen move along; nothing else happens.
+        # Only the paths of the few sparklines on the screen change.
         assert changes < 50 * 2 * 3
 
 
@@ -241,7 +241,7 @@ async def test_an_ending_is_told_with_its_outcome(site: Site, chromium: Browser)
         before, _ = await found.wire("ingest")
         before.reset()
         await settle(found.view, "reset", "#endings")
-        # A page that comes later has missed nothing, and one that comes back has nothing twice.
+        # A page that is opened later shows the same, and a page that is shown again has no row twice.
         await found.view.see(lambda page: page.reload())
         await settle(found.view, "dns:func1.ingest.acme and dns:func2.ingest.acme", "#endings")
         await found.view.see(lambda page: expect(rows(page, "Ended")).to_have_count(1))
@@ -289,7 +289,7 @@ async def test_a_lost_connection_is_said_and_mended(site: Site, chromium: Browse
         await found.view.see(lambda page: expect(page.locator("#alerts")).to_be_hidden())
         await settle(found.view, "running", "#state")
         await settle(found.view, "Connected again.", "#announcement")
-        # A browser writes each request that nobody answers to the console; there must be nothing else.
+        # A browser logs each unanswered request to its console; there must be nothing else.
         assert [text for text in found.view.console if not re.search(r"net::ERR_|ERR_", text)] == []
         found.view.console.clear()
 
@@ -322,7 +322,7 @@ async def test_what_a_stranger_made_up_is_text(site: Site, chromium: Browser) ->
     hostile = '<script>document.title="owned"</script><img src=x onerror=alert(1)>\u202egnp.exe'
 
     def poisoned(value: Any) -> Any:
-        """``value`` with every text in it replaced, but for the words that the page goes by."""
+        """``value`` with every text in it replaced, except the words that the page compares."""
         if isinstance(value, dict):
             found = {key: one if key in ("what", "state") else poisoned(one) for key, one in value.items()}
             if "problems" in found:
@@ -342,7 +342,7 @@ async def test_what_a_stranger_made_up_is_text(site: Site, chromium: Browser) ->
         def look(page: Page) -> None:
             assert page.locator("#refusals script, #refusals img, #made-up").count() == 0
             assert "owned" not in page.title()
-            # The relay escapes much of it; the page must not need that.
+            # The relay escapes much of it, and the page must be safe without that.
             page.route("**/v1/status", lambda request: request.fulfill(json=poisoned(request.fetch().json())))
             expect(page.locator("#refusals")).to_contain_text(r'<script>document.title="owned"</script>')
             expect(page.locator("#refusals")).to_contain_text(r"\u{202e}gnp.exe")
@@ -350,7 +350,7 @@ async def test_what_a_stranger_made_up_is_text(site: Site, chromium: Browser) ->
             expect(page.locator("h1")).to_contain_text("<script>")
             assert page.locator("#refusals script, #refusals img, #alerts img, h1 script").count() == 0
             assert page.evaluate("document.scripts.length") == 1
-            # Not even as an address that somebody sent.
+            # Not even through the filter in a link that an attacker has sent.
             page.goto(page.url + "#filter=%3Cimg%20src%3Dx%20onerror%3Dalert(1)%3E%E2%80%AE")
             page.reload()
             expect(page.locator("#routes .nothing")).to_have_text("Nothing here matches the filter.")
@@ -386,9 +386,9 @@ async def test_the_browser_is_told_to_run_nothing_else(site: Site, chromium: Bro
         assert not {"/", "/dashboard.js", "/dashboard.css", "/favicon.svg"} & set(schema["paths"])
 
 
-# --- every eye and hand -----------------------------------------------------------------------------------------------
+# --- accessibility ----------------------------------------------------------------------------------------------------
 
-# Every text against what is really behind it: WCAG 2.2, 1.4.3, with the formula of its definitions.
+# The contrast of each text with its real background: WCAG 2.2, 1.4.3, by the formula in its definitions.
 CONTRASTS: Final = """() => {
     const parse = (text) => text.match(/[\\d.]+/g).map(Number);
     const light = (rgb) => {
@@ -433,7 +433,7 @@ async def test_it_fits_any_window_and_can_be_read(
         await stranger.join()
         await stranger.refusal()
         await settle(found.view, "not-authorised", "#refusals")
-        # What is not on the screen is not drawn again.
+        # Rows outside of the screen are not drawn again.
         await found.view.see(lambda page: page.locator("#pairings").scroll_into_view_if_needed())
         await settle(found.view, "KiB/s", "#pairings")
         assert await found.view.see(overflow) <= 0
@@ -493,7 +493,7 @@ async def test_sorting_is_said_and_the_focus_stays(site: Site, chromium: Browser
 
         def use(page: Page) -> None:
             page.get_by_role("button", name="ingest", exact=True).focus()
-            # Sorted from elsewhere, so that the row is moved under the focus.
+            # Sorted by the test, so that the row with the focus is moved.
             page.evaluate("document.querySelector('#routes [data-sort=rate]').click()")
             header = page.get_by_role("columnheader", name="Traffic").first
             expect(header).to_have_attribute("aria-sort", "descending")

@@ -38,7 +38,7 @@ from support.waiting import TIMEOUT, eventually
 
 METRICS: Final = '[metrics]\nlisten = "127.0.0.1:0"\n'
 
-# docs/metrics.md as a table: what each is, and its labels.
+# docs/metrics.md as a table: the type of each metric and its labels.
 CONTRACT: Final[Mapping[str, tuple[str, frozenset[str]]]] = {
     "frelay_pairings_total": ("counter", frozenset({"route", "outcome"})),
     "frelay_pairings_active": ("gauge", frozenset({"route"})),
@@ -69,7 +69,7 @@ PROMETHEUS: Final = (
 
 
 class Scraper:
-    """A caller of ``[metrics]``."""
+    """A client of ``[metrics]``."""
 
     def __init__(self, http: httpx.AsyncClient) -> None:
         self.http = http
@@ -88,11 +88,11 @@ class Scraper:
         }
 
     async def value(self, name: str, *labels: str) -> float | None:
-        """One sample, None if there is no such."""
+        """The value of one sample, or None if there is no such sample."""
         return (await self.values()).get((name, frozenset(labels)))
 
     async def becomes(self, value: float | None, name: str, *labels: str) -> None:
-        """Wait until a sample has this value: what a party sees may be a moment before its relay has noted it."""
+        """Wait until a sample has this value: a party may see an event shortly before its relay has noted it."""
         with trio.fail_after(TIMEOUT):
             while (found := await self.value(name, *labels)) != value:
                 assert found is None or value is None or found < value or not name.endswith("_total"), found
@@ -115,13 +115,13 @@ async def scraper(relay: RelayInProcess | Relay) -> AsyncIterator[Scraper]:
 async def scraped(
     site: Site, routes: str = OPEN, *, sections: str = METRICS, crl: bool = False
 ) -> AsyncIterator[tuple[RelayInProcess, Scraper]]:
-    """A relay with ``[metrics]``, and who scrapes it."""
+    """A relay with ``[metrics]``, and a scraper of it."""
     async with site.relay(routes, sections=sections, crl=crl) as relay, scraper(relay) as scrape:
         yield relay, scrape
 
 
 async def some_of_everything(site: Site, relay: RelayInProcess) -> None:
-    """A pairing that ended, one that runs, one who waits, one who was refused."""
+    """One pairing that has ended, one that runs, one waiting leg and one refused connection."""
     await end_in_order(*await join_ends(site, relay))
     await join_ends(site, relay, "tunnel", "raw")
     waiter = await site.party(relay, "func1")
@@ -137,7 +137,7 @@ async def some_of_everything(site: Site, relay: RelayInProcess) -> None:
 
 
 async def test_the_names_and_labels_are_the_contract(site: Site) -> None:
-    """Nothing of it is missing, and nothing else of ours is there."""
+    """No metric of the contract is missing, and there is no other metric of frelay."""
     site.ca.write_crl(site.directory, site.ca.crl())
     async with scraped(site, crl=True) as (relay, scrape):
         await some_of_everything(site, relay)
@@ -160,7 +160,7 @@ async def test_promtool_accepts_it(site: Site) -> None:
         done = await trio.run_process(
             [promtool, "check", "metrics"], stdin=content, capture_stdout=True, capture_stderr=True, check=False
         )
-    # It also has an opinion about style, and so have we: its own.
+    # It also has rules of style, and they are followed.
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
@@ -201,7 +201,7 @@ async def test_one_may_look_and_not_touch(site: Site) -> None:
 
 
 async def test_nobody_is_named(site: Site) -> None:
-    """Not who came, not who was refused, not from where: a metrics store has more readers than a log."""
+    """No identity and no address, of parties and of refused callers: more people read metrics than logs."""
     async with scraped(site) as (relay, scrape):
         await some_of_everything(site, relay)
         for accept in ("text/plain", PROMETHEUS):
@@ -214,7 +214,7 @@ async def test_nobody_is_named(site: Site) -> None:
 
 
 async def test_bytes_are_counted_while_they_flow(site: Site) -> None:
-    """And in the end they are to the byte what the functions have counted, over all pairings of the route."""
+    """In the end they are exactly what the functions have counted, over all pairings of the route."""
     moved = {"func1_to_func2": 0, "func2_to_func1": 0}
     async with scraped(site) as (relay, scrape):
         for mode in ("raw", "tunnel"):
@@ -235,7 +235,7 @@ async def test_bytes_are_counted_while_they_flow(site: Site) -> None:
 
 
 async def test_no_look_sees_bytes_twice_or_not_at_all(site: Site) -> None:
-    """A counter that falls for one scrape counts for its rate as one that began anew."""
+    """rate() takes a counter that falls for one scrape for a counter that was reset."""
     async with scraped(site) as (relay, _):
         control = RelayControl(relay.relay, LocalViews(relay.relay))
         ends = [await join_ends(site, relay) for _ in range(8)]
@@ -265,7 +265,7 @@ async def test_no_look_sees_bytes_twice_or_not_at_all(site: Site) -> None:
 
 async def test_ends_are_counted_by_their_outcome(site: Site) -> None:
     async with scraped(site) as (relay, scrape):
-        # There before the first, so that a rate sees the first.
+        # The series exists before the first pairing ends, so that rate() counts the first one.
         assert await scrape.value("frelay_pairings_total", "demo", "closed") == 0
         assert await scrape.value("frelay_pairings_total", "demo", "reset") is None
         for _ in range(2):
@@ -276,7 +276,7 @@ async def test_ends_are_counted_by_their_outcome(site: Site) -> None:
 
 
 async def test_refusals_are_counted_by_their_code(site: Site) -> None:
-    """On the route where it is known; two that share an address are nobody's until the party is known."""
+    """By route, if it is known. If two routes share an address, it is unknown until the party is known."""
     site.add("mallory", site.ca.party(dns=["mallory.example"]))
     with reserved_port() as port:
         shared = "".join(OPEN.replace('"demo"', f'"{name}"').replace(":0", f":{port}") for name in ("a", "b"))
@@ -357,7 +357,7 @@ def route(name: str) -> str:
 
 
 async def test_a_route_that_goes_takes_its_series_along(site: Site) -> None:
-    """Once its last pairing has ended: until then its bytes flow and are counted."""
+    """When its last pairing has ended: until then its bytes are counted."""
     async with scraped(site, route("a") + route("b")) as (relay, scrape):
         one, two = await join_ends(site, relay, route="b")
         waiter = await site.party(relay, "func1", route="b")
@@ -377,7 +377,7 @@ async def test_a_route_that_goes_takes_its_series_along(site: Site) -> None:
 
 
 async def test_what_a_removed_route_says_last_does_not_bring_it_back(site: Site) -> None:
-    """Names come and go by the API, and would pile up."""
+    """The API adds and removes names of routes, and their series would pile up."""
     async with scraped(site, route("a") + route("b")) as (relay, scrape):
         waiter = await site.party(relay, "func1", route="b")
         await waiter.join()
@@ -412,7 +412,7 @@ async def test_a_name_that_went_twice_is_counted_to_its_last_pairing(site: Site)
 
 
 async def test_a_refused_reload_shows(site: Site) -> None:
-    """And is no reason to send nobody here: the configuration before it serves."""
+    """The relay stays ready, because the previous configuration stays in force."""
     async with scraped(site) as (relay, scrape):
         assert await scrape.value("frelay_config_last_reload_successful") == 1
         assert await scrape.value("frelay_config_last_reload_timestamp_seconds") == relay.relay.started_at
@@ -500,7 +500,7 @@ async def test_a_loop_that_stands_still_shows(site: Site) -> None:
 
 
 def test_nothing_of_it_is_there_without_the_section(site: Site) -> None:
-    """Neither a port nor the half second that it takes to load."""
+    """It opens no port, and does not spend half a second on loading the modules."""
     config = site.write(DEMO)
     code = (
         "import sys, trio\nfrom frelay.config.load import load\nfrom frelay.relay.run import make_relay\n"
@@ -522,7 +522,7 @@ DEPLOY: Final = Path(__file__).parents[3] / "deploy"
 ALERTS: Final = DEPLOY / "prometheus-alerts.yml"
 DASHBOARD: Final = DEPLOY / "grafana-dashboard.json"
 
-# What Prometheus itself knows of a relay, or adds to what it says.
+# Labels that Prometheus itself adds.
 SCRAPED_ALONG: Final = frozenset({"job", "instance", "le"})
 NAME: Final = re.compile(r"\b(?:frelay|process)_[a-z_]+\b")
 SELECTOR: Final = re.compile(r"\b((?:frelay|process)_[a-z_]+)\{([^}]*)\}")
@@ -545,7 +545,7 @@ def test_promtool_accepts_the_alerts(command: list[str]) -> None:
 
 
 def test_every_alert_says_what_to_do() -> None:
-    """Whoever is woken by it knows it less well than whoever wrote it."""
+    """The person who is woken by an alert knows less about it than its author."""
     alerts = ALERTS.read_text().split("- alert: ")[1:]
     assert len(alerts) >= 13
     for alert in alerts:
@@ -555,7 +555,7 @@ def test_every_alert_says_what_to_do() -> None:
 
 
 async def test_dashboard_and_alerts_ask_for_what_there_is(site: Site) -> None:
-    """Metrics, labels, words: a query for any other is empty for ever, and an alert that is empty looks like peace."""
+    """Metrics, labels, words: a query for any other is always empty, and an empty alert looks as if all were well."""
     site.ca.write_crl(site.directory, site.ca.crl())
     labels: dict[str, set[str]] = {}
     async with scraped(site, crl=True) as (relay, scrape):
@@ -589,7 +589,7 @@ def test_the_document_explains_every_metric() -> None:
 
 
 def test_the_dashboard_can_be_imported_anywhere() -> None:
-    """Grafana takes it as it is: no identity of another Grafana in it, any Prometheus, no panel over another."""
+    """Grafana imports it unchanged: it has no ids of another Grafana, takes any Prometheus, and no panels overlap."""
     dashboard = json.loads(DASHBOARD.read_text())
     assert (dashboard["uid"], dashboard["id"]) == ("frelay", None)
     variables = {variable["name"]: variable["type"] for variable in dashboard["templating"]["list"]}

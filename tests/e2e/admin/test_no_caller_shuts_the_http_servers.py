@@ -1,4 +1,4 @@
-"""Whatever callers do with their connections, the next one is answered: by the admin API, and by /healthz."""
+"""The admin API and /healthz answer the next caller, whatever other callers do with their connections."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def port_of(relay: RelayInProcess, server: str) -> int:
 
 @pytest.fixture
 def few_places(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a flood needs fewer descriptors."""
+    """The servers get few slots, so that a flood needs fewer descriptors."""
     monkeypatch.setattr("frelay.net.slots._MOST_PLACES", PLACES)
 
 
@@ -102,7 +102,7 @@ async def http2(stream: trio.SocketStream) -> None:
 
 @asynccontextmanager
 async def flood(port: int, way: Way) -> AsyncIterator[None]:
-    """Callers that never go of themselves, and come again at once when they are closed."""
+    """Callers that never disconnect, and connect again at once when they are disconnected."""
 
     async def one() -> None:
         while True:
@@ -121,7 +121,7 @@ async def flood(port: int, way: Way) -> AsyncIterator[None]:
     async with trio.open_nursery() as nursery:
         for _ in range(FLOOD):
             nursery.start_soon(one)
-        # Long enough that all have come, and the first of them have gone.
+        # Long enough that all have connected, and the first of them were disconnected.
         await trio.sleep(0.5)
         yield
         nursery.cancel_scope.cancel()
@@ -147,7 +147,7 @@ async def test_the_admin_api_is_answered_in_a_flood(site: Site, way: Way) -> Non
 
 @pytest.mark.usefixtures("few_places")
 async def test_idle_callers_of_the_unix_socket_shut_nobody_out(site: Site) -> None:
-    """Those who keep a connection open give its place up; one that the relay works for keeps it."""
+    """Idle connections lose their slots, and a connection that the relay works for keeps its slot."""
     async with (
         site.relay(sections=ADMIN) as relay,
         admin(site) as first,
@@ -165,7 +165,7 @@ async def test_idle_callers_of_the_unix_socket_shut_nobody_out(site: Site) -> No
 
 @pytest.mark.usefixtures("few_places")
 async def test_event_streams_are_bounded_and_shut_nobody_out(site: Site) -> None:
-    """Who reads events keeps the place; so one address gets some, and not all."""
+    """A reader of events keeps its slot, so one address gets only a part of all event streams."""
     async with site.relay(sections=ADMIN), AsyncExitStack() as all_:
         open_ = []
         while True:
@@ -200,7 +200,7 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> Looks:
 
 
 class Looks:
-    """Counts the looks that scrapes take, and holds them up while ``go`` is not set."""
+    """Counts the snapshots that scrapes take, and delays them while ``go`` is not set."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun = self.cancelled = 0
@@ -222,7 +222,7 @@ class Looks:
 
 @pytest.mark.parametrize("how", ["reset", "close", "close with more requests"])
 async def test_a_scrape_that_nobody_waits_for_is_dropped(site: Site, looks: Looks, how: str) -> None:
-    """64 connections with requests one behind the other, and then gone: nothing is left of them."""
+    """64 connections send pipelined requests and disconnect: no scrape is made for them."""
     async with site.relay(sections=METRICS) as relay:
         streams = []
         for _ in range(64):
@@ -235,7 +235,7 @@ async def test_a_scrape_that_nobody_waits_for_is_dropped(site: Site, looks: Look
                 stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             await trio.aclose_forcefully(stream)
         await eventually(lambda: looks.cancelled == looks.begun, "it is dropped")
-        # One that was in the queue may have begun a second before its client was seen to have gone.
+        # A queued scrape may have begun just before the relay saw that its client had disconnected.
         assert looks.begun <= 3
         looks.go.set()
         await is_healthy(relay)
@@ -263,7 +263,7 @@ async def test_all_who_scrape_at_a_time_share_one(site: Site, looks: Looks) -> N
 
 
 async def said(relay: RelayInProcess, data: bytes, server: str = "metrics") -> bytes:
-    """All that is answered to ``data``, until the server ends the connection."""
+    """All that the server answers to ``data`` until it ends the connection."""
     stream = await trio.open_tcp_stream("127.0.0.1", port_of(relay, server))
     answer = b""
     with trio.fail_after(TIMEOUT):
@@ -310,7 +310,7 @@ async def test_only_http_1_is_spoken(site: Site, data: bytes, status: int) -> No
 
 
 async def test_requests_one_behind_the_other_are_answered_in_turn(site: Site) -> None:
-    """Each with its own answer, HEAD without a body, and what follows the last is not looked at."""
+    """Each request gets its own answer, HEAD gets no body, and bytes after the last request are ignored."""
     async with site.relay(sections=METRICS) as relay:
         one = b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n"
         head = one.replace(b"GET", b"HEAD")
@@ -333,7 +333,7 @@ async def test_a_client_that_offers_http_2_alone_gets_no_tls(site: Site) -> None
 
 
 async def test_half_a_body_is_not_acted_upon(site: Site) -> None:
-    """Although what came of it could be read."""
+    """Not even if the received part is valid."""
     body = json.dumps({"listen": "127.0.0.1:0", "func1": "dns:a.b", "func2": "dns:c.d"}).encode()
     head = b"PUT /v1/routes/half HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     async with site.relay(sections=ADMIN) as relay:
@@ -365,7 +365,7 @@ async def take_off_the_list(site: Site, relay: RelayInProcess) -> None:
 async def test_policy_is_judged_for_each_request(
     site: Site, change: Callable[[Site, RelayInProcess], Awaitable[None]] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a connection that was let in before: a 403, and then the end; its event stream ends without another event."""
+    """An admitted connection gets 403 and is closed, and its event stream ends without another event."""
     site.ca.write_crl(site.directory, site.ca.crl())
     async with site.relay(sections=DOOR, crl=True) as relay, caller(site, relay) as api, caller(site, relay) as other:
         assert (await api.get("/v1/status")).status_code == 200
@@ -373,7 +373,7 @@ async def test_policy_is_judged_for_each_request(
             lines = stream.aiter_lines()
             assert await anext(lines) == ": frelay events"
             if change is None:
-                # Nothing is loaded, and nobody told: only the time of the list has come.
+                # Nothing was reloaded: the revocation list has expired.
                 monkeypatch.setattr(OuterTls, "has_expired_list", lambda self, now=None: True)
             else:
                 await change(site, relay)
@@ -391,7 +391,7 @@ async def test_policy_is_judged_for_each_request(
 
 
 async def test_policy_is_judged_when_the_request_is_whole(site: Site) -> None:
-    """Not only at its head: the body may take its time, in which the certificate is revoked."""
+    """Not only at its head: the certificate may be revoked while the body arrives."""
     site.ca.write_crl(site.directory, site.ca.crl())
     body = json.dumps({"listen": "127.0.0.1:0", "func1": "dns:a.b", "func2": "dns:c.d"}).encode()
     async with site.relay(sections=DOOR, crl=True) as relay:
@@ -409,7 +409,7 @@ async def test_policy_is_judged_when_the_request_is_whole(site: Site) -> None:
 
 
 async def test_who_is_still_allowed_stays_connected(site: Site) -> None:
-    """A reload by itself ends nobody's connection or stream."""
+    """A reload as such ends no connection and no stream."""
     site.ca.write_crl(site.directory, site.ca.crl())
     async with site.relay(sections=DOOR, crl=True) as relay, caller(site, relay) as api, events(api) as seen:
         site.ca.write_crl(site.directory, site.ca.crl(revoked=[site.credentials["func1"]], number=2))
