@@ -196,10 +196,10 @@ class RelayControl(Control):
 
     def _judged(self, error: ConfigError, path: Path | None) -> Conflict | InvalidRequest | RelayDraining:
         if self.is_draining:
-            return RelayDraining("this relay is draining, and takes nothing over any more")
+            return RelayDraining("this relay is draining, and takes no changes any more")
         own = [problem for problem in error.problems if problem.file == path and not problem.is_conflict]
         if own:
-            # Without file and line: the caller has sent a route, and no file.
+            # Without file and line: the caller has sent a route and not a file.
             return InvalidRequest("the route is wrong", [ProblemView(key=one.key, message=one.message) for one in own])
         if any(problem.is_conflict for problem in error.problems):
             return Conflict("the route cannot be beside what is there", _views(error.problems))
@@ -213,7 +213,7 @@ class RelayControl(Control):
             changes = await self._relay.reload()
         except ConfigError as error:
             if self.is_draining:
-                raise RelayDraining("this relay is draining, and takes nothing over any more") from error
+                raise RelayDraining("this relay is draining, and takes no changes any more") from error
             raise Conflict("the configuration was refused, and the old one stays", _views(error.problems)) from error
         return ReloadedView(
             kept=len(changes.keep),

@@ -4,10 +4,10 @@ Every value that came from outside (names in certificates, addresses, reasons) g
 control characters, so a certificate cannot forge a log line or move a terminal's cursor. Secrets are never passed to
 the log in the first place.
 
-And traffic is worth more than its description. A log that cannot be written (a full disk, a closed terminal, a reader
-that has gone) loses lines, and says how many once it can. The case that needs most care is a pipe whose reader has
-stopped reading: a write to it does not fail, it *waits*, and in the event loop it would hold up every pairing of the
-relay. So lines go through a bounded queue to a thread, which alone waits; see :class:`LineWriter`.
+Traffic must not wait for the log. If the log cannot be written (the disk is full, the terminal is closed, its reader
+has gone), lines are lost, and a later line says how many. The hardest case is a pipe whose reader has stopped reading:
+a write to it does not fail, it *waits*, and in the event loop it would stop every pairing of the relay. So lines go
+through a bounded queue to a thread, and only that thread waits; see :class:`LineWriter`.
 """
 
 from __future__ import annotations
@@ -33,25 +33,26 @@ LEVELS: Final = ("debug", "info", "warning", "error")
 
 # What a busy relay logs in some seconds; at a few hundred bytes a line it is about a megabyte.
 _LONGEST_QUEUE: Final = 4096
-# How long a line may wait for others to be written with it, in seconds: not long for a person.
+# How long a line may wait to be written together with others, in seconds: too short for a person to notice.
 _GATHERING: Final = 0.01
-# So much is written to a pipe in one piece, whoever else writes to it; as the workers of one relay do.
+# The kernel writes up to so many bytes to a pipe in one piece, even when others write to it, too: all workers of a
+# relay share one log.
 _AT_ONCE: Final = select.PIPE_BUF
-# How long the end of the process waits for lines that nobody takes, in seconds.
-_FAREWELL: Final = 2.0
+# How long the process waits at its end for lines that nobody reads, in seconds.
+_CLOSE_TIMEOUT: Final = 2.0
 
 
 class LineWriter:
     """Writes lines to a descriptor, in order, from a thread of its own; :meth:`write` neither waits nor fails.
 
-    While the queue is full, lines are dropped, and so is a line whose write fails. They are counted, and in their place
-    stands a line that ``note`` makes of their number: no line is written before those that are missing are told.
+    While the queue is full, lines are dropped, and so is a line whose write fails. The writer counts them and writes in
+    their place a line that ``note`` makes of their number, before it writes any later line.
 
-    Waking a thread for a line costs more than the line does, since both then want the interpreter. So the thread is
-    woken out of its sleep only, rests a moment to let more lines come, and writes what there is in one go.
+    To wake a thread for one line costs more than the line, since both threads then want the interpreter. So a line
+    wakes the thread only if it sleeps. The thread then waits a moment for more lines, and writes all at once.
 
-    The descriptor is written to directly. A stream like ``sys.stderr`` has a lock, which the interpreter wants at its
-    end, and a thread that hangs in a write would hold it.
+    It writes to the descriptor directly. A stream like ``sys.stderr`` has a lock that the interpreter takes at its end,
+    and a thread that hangs in a write would hold that lock.
     """
 
     def __init__(self, descriptor: int, note: Callable[[int], str], *, longest_queue: int = _LONGEST_QUEUE) -> None:
@@ -59,9 +60,9 @@ class LineWriter:
         self._note: Final = note
         self._longest_queue: Final = longest_queue
         self._queue: Final[deque[str | int]] = deque()
-        """Lines, and in the place of those that were dropped their number."""
+        """Lines, and a number wherever so many lines were dropped."""
         self._is_torn = False
-        """Whether what was written last is the beginning of a line."""
+        """Whether the last write ended in the middle of a line."""
         self._is_closing = False
         self._is_asleep = False
         """Whether the thread sleeps until somebody wakes it."""
@@ -88,14 +89,14 @@ class LineWriter:
             self._news.notify()
 
     def flush(self) -> None:
-        """Nothing: a line is written in a moment, or as soon as it can be."""
+        """Do nothing: the thread writes each line as soon as it can."""
 
-    def close(self, patience: float = _FAREWELL) -> None:
-        """Write what is queued, or as much of it as goes in ``patience`` seconds."""
+    def close(self, timeout: float = _CLOSE_TIMEOUT) -> None:
+        """Write what is queued, or as much of it as can be written within ``timeout`` seconds."""
         with self._news:
             self._is_closing = True
             self._wake()
-        self._thread.join(patience)
+        self._thread.join(timeout)
 
     # --- the thread --------------------------------------------------------------------------------------------
 
@@ -120,7 +121,7 @@ class LineWriter:
                 return False
             is_closing = self._is_closing
         if not is_closing:
-            select.select((), (), (), _GATHERING)  # which no change of any clock disturbs
+            select.select((), (), (), _GATHERING)  # a change of the clock does not affect it
         return True
 
     def _next(self) -> list[bytes] | int:
@@ -141,7 +142,7 @@ class LineWriter:
         return lines
 
     def _put(self, lines: list[bytes]) -> int:
-        """Write all of ``lines``, however long that takes; how many of them were written whole."""
+        """Write all of ``lines``, however long that takes; gives how many of them were written whole."""
         data = b"".join(lines)
         if self._is_torn:
             data = b"\n" + data
@@ -149,7 +150,7 @@ class LineWriter:
             try:
                 written = os.write(self._descriptor, data)
             except BlockingIOError:
-                # Whoever shares this terminal or pipe with us may have set it so, for all of us.
+                # Another process that shares this terminal or pipe may have made it non-blocking for all of them.
                 select.select((), (self._descriptor,), ())
                 continue
             except OSError:
@@ -164,7 +165,7 @@ def _encoded(line: str) -> bytes:
 
 
 def _lines_in(rest: bytes, lines: Sequence[bytes]) -> int:
-    """How many of ``lines`` are, whole or in part, in the ``rest`` of what they are together."""
+    """How many of ``lines``, joined to one text, are in its last part ``rest``, whole or in part."""
     count, left = 0, len(rest)
     for line in reversed(lines):
         if left <= 0:
@@ -182,7 +183,7 @@ def _escape(text: str) -> str:
 
 
 def _escape_values(logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """Make control characters in values visible; JSON escapes them by itself, a terminal would obey them."""
+    """Make control characters in values visible: a terminal would obey them. JSON escapes them by itself."""
     for key, value in event.items():
         if isinstance(value, str) and key != "timestamp":
             event[key] = _escape(value)
@@ -190,7 +191,7 @@ def _escape_values(logger: Any, method: str, event: MutableMapping[str, Any]) ->
 
 
 def _write_traceback(out: TextIO, error: Any) -> None:
-    """Indented, line for line: what an exception repeats may be a stranger's, and must not pass for an event."""
+    """Write ``error`` with every line indented: it may quote a stranger's text, which must not look like an event."""
     text = io.StringIO()
     structlog.dev.plain_traceback(text, error)
     for line in text.getvalue().strip("\n").split("\n"):
@@ -199,7 +200,7 @@ def _write_traceback(out: TextIO, error: Any) -> None:
 
 def _render_json(logger: Any, method: str, event: MutableMapping[str, Any]) -> str:
     text = structlog.processors.JSONRenderer(ensure_ascii=True, default=str)(logger, method, event)
-    # The one control character that JSON leaves as it is. Outside strings there is none, so this is JSON, too.
+    # DEL is the only control character that JSON does not escape. It can only be in strings, so the result is JSON.
     return str(text).replace("\x7f", "\\u007f")
 
 
@@ -219,7 +220,7 @@ def _processors(format_: LogFormat, *, colours: bool) -> list[Any]:
 
 
 def _render_note(processors: Sequence[Any], count: int) -> str:
-    """The line that stands for ``count`` others. By hand: the logger leads to the queue, which is behind us here."""
+    """The line that stands for ``count`` dropped ones. It cannot go through the logger, which leads to the queue."""
     event: Any = {"event": "log lines dropped", "count": count}
     for processor in processors:
         event = processor(None, "warning", event)
@@ -230,12 +231,12 @@ def _render_note(processors: Sequence[Any], count: int) -> str:
 
 
 def configure(format_: LogFormat = "console", level: str = "info", descriptor: int | None = None) -> LineWriter:
-    """Set structlog up for this process, to write to ``descriptor`` (stderr if it is None); at its end all is flushed.
+    """Have structlog write to ``descriptor`` (stderr if it is None); the queue is written when the process ends.
 
     ``level`` is one of :data:`LEVELS`.
     """
     out = _stderr() if descriptor is None else descriptor
-    # It tells of every raw event at INFO; what matters of them is logged by us.
+    # watchfiles logs every raw event at INFO; the reloader logs those that matter.
     logging.getLogger("watchfiles").setLevel(logging.WARNING)
     processors = _processors(format_, colours=os.isatty(out) and not os.environ.get("NO_COLOR"))
     writer = LineWriter(out, partial(_render_note, processors))
@@ -255,6 +256,6 @@ def _stderr() -> int:
         try:
             return sys.stderr.fileno()
         except io.UnsupportedOperation:
-            return 2  # whoever calls us within a process has put a text in its place: errors are meant, not the log
-    # It was closed when the process began, and the next descriptor to be opened may get its number: a party's, say.
+            return 2  # a test has replaced sys.stderr by a text, to catch error messages and not the log
+    # stderr was closed when the process began, and the next descriptor that is opened may get its number: a party's.
     return os.open(os.devnull, os.O_WRONLY)

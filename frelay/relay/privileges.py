@@ -1,20 +1,20 @@
-"""What a relay process may do, and what may be done to it: as little as it can work with.
+"""Privileges: a relay process gives up all that it does not need, and protects its memory.
 
-Three things, all before the first thread and the first connection, since capabilities and most of these flags belong to
-a thread and are only inherited by those that it starts:
+It does three things before its first thread and its first connection, since capabilities and most of these flags belong
+to a thread, and only threads that it starts later inherit them:
 
-1. *Nobody reads its memory.* The relay's private key is in it. A core dump would write that to a disk, so there is
-   none: RLIMIT_CORE is 0, which a ``core_pattern`` that pipes to a program does not heed, and the process is not
-   "dumpable", which every core heeds. The latter also keeps other processes of the same user from attaching to it.
-2. *Nothing that it could run gives it more than it has*: PR_SET_NO_NEW_PRIVS. frelay runs nothing but its own workers;
-   whoever has found a way to make it run something gets no further by a setuid program.
-3. *It is not root*, where ``[relay] user`` names somebody else. CAP_NET_BIND_SERVICE stays, and nothing beside it, if
-   the route file has a port below 1024: a reload may have to bind another one. Workers are given their sockets, and
-   have no capability.
+1. *Nobody reads its memory.* The relay's private key is in it, and a core dump would write the key to a disk. So
+   RLIMIT_CORE is 0, and the process is not "dumpable": where ``core_pattern`` pipes to a program, the kernel ignores
+   the limit, but not the flag. The flag also keeps other processes of the same user from attaching to it.
+2. *No program gives it more rights than it has*: PR_SET_NO_NEW_PRIVS. frelay runs nothing but its own workers. An
+   attacker that makes it run something else gains nothing from a setuid program.
+3. *It is not root* if ``[relay] user`` names another user. It keeps CAP_NET_BIND_SERVICE and no other capability if the
+   route file has a port below 1024, because a reload may have to bind another such port. Workers are given their
+   sockets, and have no capability.
 
-The third comes *before* anything is bound, not after it as in daemons that have no such capability. Whatever that user
-cannot do (read the key, bind the socket of the API) then fails at the start, in front of whoever starts it, and not at
-the first reload, a month later.
+The third comes *before* anything is bound; daemons without that capability must do it after. So what the user cannot
+do (read the key, bind the socket of the API) fails at the start, where the operator sees it, and not at the first
+reload, a month later.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ _CAPABILITY_VERSION_3: Final = 0x20080522
 _CAP_NET_BIND_SERVICE: Final = 10
 
 _FIRST_FREE_PORT: Final = 1024
-"""net.ipv4.ip_unprivileged_port_start unless somebody has changed it; where it is lower the capability does no harm."""
+"""The default of net.ipv4.ip_unprivileged_port_start; where that is set lower, the capability does no harm."""
 
 
 def find_account(config: Config) -> pwd.struct_passwd | None:
-    """Whom ``[relay] user`` means, None if it is not set; raises ConfigError for nobody, and for root."""
+    """The account that ``[relay] user`` names, None if that is not set; raises ConfigError if it is unknown or root."""
     name = config.relay.user
     if name is None:
         return None
@@ -62,9 +62,9 @@ def find_account(config: Config) -> pwd.struct_passwd | None:
 
 
 def groups_in_force(config: Config) -> frozenset[int]:
-    """The ids of the groups that a relay with this configuration is in, once it has given up being root.
+    """The ids of the groups of a relay with this configuration, after it has given up being root.
 
-    Raises ConfigError where ``[relay] user`` names nobody.
+    Raises ConfigError if ``[relay] user`` names an unknown user.
     """
     account = find_account(config)
     if account is None or os.geteuid() == account.pw_uid:
@@ -73,7 +73,7 @@ def groups_in_force(config: Config) -> frozenset[int]:
 
 
 def give_up(config: Config) -> None:
-    """Give up all that a relay with this configuration does not need, for good; raises ConfigError if that cannot be.
+    """Give up for good all that a relay with this configuration does not need; raises ConfigError if it cannot.
 
     Call it from the only thread of the process.
     """
@@ -87,7 +87,7 @@ def give_up(config: Config) -> None:
 
 
 def seal() -> None:
-    """The first two of the three. A worker process does this again: "dumpable" comes back with each program started."""
+    """Do the first two of the three. A worker process does it again: each start of a program sets "dumpable" again."""
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _prctl(_PR_SET_DUMPABLE, 0)
@@ -104,16 +104,16 @@ def _become(account: pwd.struct_passwd, config: Config) -> None:
     if threading.active_count() > 1:
         raise AssertionError("another thread would keep what this one gives up")
     try:
-        # Capabilities otherwise go with the last uid 0.
+        # Otherwise the kernel takes the capabilities away with the last uid 0.
         _prctl(_PR_SET_KEEPCAPS, 1)
-        # In this order: each of these steps takes the right to the one before it.
+        # In this order: after each of these steps the process may not do the one before it any more.
         os.setgroups(os.getgrouplist(name, account.pw_gid))
         os.setresgid(account.pw_gid, account.pw_gid, account.pw_gid)
         os.setresuid(account.pw_uid, account.pw_uid, account.pw_uid)
         _keep_capabilities({_CAP_NET_BIND_SERVICE} if _binds_low_ports(config) else set())
         _prctl(_PR_SET_KEEPCAPS, 0)
     except OSError as error:
-        # Root without CAP_SETUID, as in some containers.
+        # This is root without CAP_SETUID, as in some containers.
         raise _refusal(config, f'this process cannot become "{name}": {error.strerror}') from error
 
 
@@ -127,7 +127,10 @@ def _binds_low_ports(config: Config) -> bool:
 
 
 def _check_program(account: pwd.struct_passwd, config: Config) -> None:
-    """Raise ConfigError if Python or frelay lie in root's own home, say: modules are loaded as they are needed."""
+    """Raise ConfigError if the user cannot read Python or frelay, which load modules when they need them.
+
+    They may be installed in root's home, for example.
+    """
     places = sysconfig.get_paths()
     for place in (places["stdlib"], places["platlib"], os.path.dirname(__file__)):
         if not os.access(place, os.R_OK | os.X_OK):
@@ -136,7 +139,7 @@ def _check_program(account: pwd.struct_passwd, config: Config) -> None:
 
 
 def _check_files(account: pwd.struct_passwd, config: Config) -> None:
-    """Raise ConfigError for each file that root could read, and this user cannot: with what to do about it."""
+    """Raise ConfigError with each file that root can read and this user cannot, and what to do about it."""
     hidden = [path for path in config.watched_files if not os.access(path, os.R_OK) and not _is_absent(path)]
     if hidden:
         name = account.pw_name
@@ -154,7 +157,7 @@ def _check_files(account: pwd.struct_passwd, config: Config) -> None:
 
 
 def _is_absent(path: os.PathLike[str]) -> bool:
-    """Whether it is not there at all: whoever loads it says so better."""
+    """Whether there is no file at ``path``; the error of loading it is clearer than one from here."""
     try:
         os.stat(path)
     except FileNotFoundError:
@@ -183,7 +186,7 @@ def _keep_capabilities(kept: set[int]) -> None:
     """Make ``kept`` the only capabilities of this thread, none of them inheritable."""
     mask = sum(1 << capability for capability in kept)
     header = _CapabilityHeader(_CAPABILITY_VERSION_3, 0)
-    # Two words of 32; all that may be kept here is in the first.
+    # The kernel takes two words of 32 bits; all capabilities that are kept here are in the first.
     words = (_CapabilityWord * 2)(_CapabilityWord(mask, mask, 0), _CapabilityWord(0, 0, 0))
     _check(_libc().capset(ctypes.byref(header), words))
 

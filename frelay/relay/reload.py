@@ -177,7 +177,7 @@ class Reloader:
     def _forbid_when_draining(self) -> None:
         # The drain may have begun while files were read. It would never stop a listener that is opened now.
         if self._draining.is_set():
-            text = "this relay is draining, and takes nothing over any more"
+            text = "this relay is draining, and takes no changes any more"
             raise ConfigError([Problem(self._active.config.path, text, is_conflict=True)])
 
     def _note_refused(self, error: ConfigError) -> None:

@@ -1,12 +1,11 @@
-"""What a relay tells the systemd that started it (sd_notify(3)): ready, reloading, stopping, a status, signs of life.
+"""The service manager: what a relay tells systemd (sd_notify(3)) about its start, reloads, end, status and watchdog.
 
-It is optional. Without NOTIFY_SOCKET in the environment nothing here does anything, and it must never cost the relay a
-connection:
+It is optional: without NOTIFY_SOCKET in the environment it does nothing. And it must never cost the relay a connection:
 
-* A word to systemd is one datagram that is sent or not, at once. If systemd does not take it (it is being re-executed,
-  or busy), it is kept and tried again from the Trio loop, in order; what cannot be sent at all is logged once.
-* The watchdog is fed by a Trio task like any other. So it says what systemd wants to know: not that the process is
-  there, but that its loop still turns.
+* Each message is one datagram, which is sent at once or not at all. If systemd has no room for it, because it is busy
+  or being re-executed, a task tries again, in order. A message that cannot be sent at all is logged once.
+* A Trio task like any other feeds the watchdog. So systemd learns what it wants to know: not only that the process
+  exists, but that its event loop still runs.
 """
 
 from __future__ import annotations
@@ -22,21 +21,21 @@ import trio
 
 __all__ = ["ServiceManager"]
 
-# How often words that systemd would not take are tried again, in seconds, where no watchdog sets the pace.
+# How often unsent messages are tried again if there is no watchdog, in seconds.
 _RETRY: Final = 1.0
-# A systemd that takes nothing for so many words is gone, and will want to hear the last ones only.
+# Enough for a systemd that is busy. If it takes nothing for longer, only the last messages matter to it.
 _MOST_UNSENT: Final = 16
 # systemctl shows the status in one line.
 _LONGEST_STATUS: Final = 256
-# How much longer than its drain_timeout a drain may take to put everything away, in seconds.
+# How much longer than its drain_timeout a drain may take to close everything, in seconds.
 _LEEWAY: Final = 10.0
 
 
 class ServiceManager:
-    """The systemd that started us, if it wants to hear how we are, and otherwise nobody. Nothing here raises or waits.
+    """The systemd that started this process; without one, all methods do nothing. No method raises or waits.
 
-    ``notifier`` is an ``sdnotify.SystemdNotifier`` that raises and does not block; ``watchdog`` are the seconds between
-    two signs of life, None if none are wanted.
+    ``notifier`` is an ``sdnotify.SystemdNotifier`` that raises and does not block. ``watchdog`` are the seconds between
+    two messages to the watchdog; None if systemd wants none.
     """
 
     def __init__(self, notifier: Any = None, *, watchdog: float | None = None) -> None:
@@ -49,51 +48,51 @@ class ServiceManager:
 
     @classmethod
     def from_environment(cls) -> ServiceManager:
-        """The one that NOTIFY_SOCKET names."""
+        """The service manager that NOTIFY_SOCKET names."""
         if not os.environ.get("NOTIFY_SOCKET"):
             return cls()
         try:
-            # debug: errors are raised. They are ours to handle, as a full queue is not the same as nobody there.
+            # debug: errors are raised and handled here, as a full queue is not the same as no systemd.
             notifier = sdnotify.SystemdNotifier(debug=True)
         except OSError as error:
             nobody = cls()
             nobody._complain(error)
             return nobody
-        # A systemd that does not read, in a debugger say, must not stop us as well.
+        # A systemd that does not read, for example in a debugger, must not stop the relay.
         notifier.socket.setblocking(False)
         return cls(notifier, watchdog=_watchdog_interval())
 
     def ready(self, status: str) -> None:
-        """Started, or done with reloading, whatever came of it; ``status`` says how it stands now."""
-        # systemd would take it for the end of the drain: a reload may still be under way when that begins.
+        """The start or a reload is over, whether it succeeded or not; ``status`` says how the relay stands now."""
+        # A reload may end after the drain has begun, and systemd would take READY=1 for the end of the drain.
         if not self._is_stopping:
             self._tell("READY=1", _status(status))
 
     def status(self, status: str) -> None:
-        """Nothing has begun or ended, but ``status`` is what to show now."""
+        """Show ``status`` from now on; nothing has begun or ended."""
         if not self._is_stopping:
             self._tell(_status(status))
 
     def reloading(self) -> None:
         """A reload begins; :meth:`ready` must follow."""
         if not self._is_stopping:
-            # By the time systemd tells this reload from one that began before it asked.
+            # From the time systemd sees that this reload began after it had asked for one.
             self._tell("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
     def stopping(self, status: str, seconds: float) -> None:
-        """The end begins, and may take ``seconds``; nothing but the watchdog is heard of us after this."""
+        """The drain begins, and may take ``seconds``; after this only the watchdog's messages are sent."""
         if not self._is_stopping:
-            # Or a drain_timeout beyond TimeoutStopSec= would end by SIGKILL.
+            # Otherwise systemd would kill a drain that takes longer than TimeoutStopSec=.
             extension = f"EXTEND_TIMEOUT_USEC={round((seconds + _LEEWAY) * 1e6)}"
             self._tell("STOPPING=1", extension, _status(status))
         self._is_stopping = True
 
     async def run(self) -> None:
-        """Feed the watchdog, and say again what was not taken, until cancelled. Returns at once if nobody listens."""
+        """Feed the watchdog, and send unsent messages again, until cancelled. Returns at once without a systemd."""
         if self._notifier is None:
             return
         while True:
-            # Not kept if it is not taken: the next one says more.
+            # Not kept if systemd has no room for it: the next one replaces it.
             if self._send_unsent() and self._watchdog is not None:
                 self._send("WATCHDOG=1")
             await trio.sleep(_RETRY if self._watchdog is None else self._watchdog)
@@ -127,12 +126,12 @@ class ServiceManager:
 
 
 def _watchdog_interval() -> float | None:
-    """Seconds between two signs of life, None if none are wanted of this process."""
+    """Seconds between two messages to the watchdog; None if systemd wants none from this process."""
     us = str(os.getpid())
     limit, process = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", us)
     if process != us or not (limit.isascii() and limit.isdigit()) or int(limit) == 0:
         return None
-    # Half of what it grants, as sd_watchdog_enabled(3) says.
+    # Half of the limit, as sd_watchdog_enabled(3) recommends.
     return int(limit) / 1e6 / 2
 
 

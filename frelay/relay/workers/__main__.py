@@ -1,4 +1,4 @@
-"""``python -m frelay.relay.workers``: what a supervisor starts, and nobody else."""
+"""``python -m frelay.relay.workers``: a worker process; only a supervisor starts it."""
 
 import sys
 

@@ -1,7 +1,7 @@
-"""Which worker has which listening address. Pure.
+"""The placement: which worker has which listening address. Pure.
 
-Both parties of a route must meet in one process. So all addresses of a route belong to one worker, and with them all
-routes that share any of these: what hangs together in this way is a *cluster*, and goes as a whole.
+Both parties of a route must meet in one process. So all addresses of a route belong to one worker, and so do all routes
+that share any of these addresses. Addresses that belong together in this way are a *cluster*, which is never split.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def clusters(routes: Iterable[Route]) -> list[tuple[ListenerKey, ...]]:
     for route in routes:
         keys = listener_keys(route)
         parts = {id(part): part for key in keys if (part := of.get(key)) is not None}
-        # The largest grows, so that thousands that come one by one do not copy it each time.
+        # The largest part takes in the others, so that thousands that come one by one are not copied each time.
         whole = max(parts.values(), key=len, default={})
         for part in parts.values():
             if part is not whole:
@@ -36,11 +36,11 @@ def clusters(routes: Iterable[Route]) -> list[tuple[ListenerKey, ...]]:
 def spread(
     wanted: Iterable[tuple[ListenerKey, ...]], workers: Iterable[int], before: Mapping[ListenerKey, int]
 ) -> dict[ListenerKey, int]:
-    """The worker of each address: the one that its cluster had ``before``, else the one with the fewest.
+    """The worker of each address: the one that its cluster had ``before``, else the one with the fewest addresses.
 
-    ``wanted`` are :func:`clusters`. The same file gives the same answer at each start, and a reload moves nothing that
-    stays, with one exception: where two clusters become one, because a route has come that is at addresses of both, the
-    addresses of one of them move to the worker that has more of them.
+    ``wanted`` are :func:`clusters`. The same file gives the same result at each start. A reload moves no address that
+    stays, with one exception: a new route may listen at addresses of two clusters, which makes them one. Then all their
+    addresses go to the worker that has most of them.
     """
     placed: dict[ListenerKey, int] = {}
     loads = dict.fromkeys(workers, 0)
@@ -61,6 +61,6 @@ def spread(
 
 
 def share(config: Config, worker: int, placed: Mapping[ListenerKey, int]) -> Config:
-    """What a worker is to know of ``config``: its own routes, and nothing of what the supervisor serves."""
+    """The part of ``config`` for one worker: its own routes, and no HTTP servers, which the supervisor has."""
     routes = tuple(route for route in config.routes if placed[listener_keys(route)[0]] == worker)
     return config.model_copy(update={"routes": routes, "admin": None, "metrics": None})

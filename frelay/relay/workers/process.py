@@ -188,7 +188,7 @@ class WorkerProcess:
                 self._hear(received.message)
             except Exception:
                 # It must not end the other workers.
-                self._log.exception("a bug in frelay: a worker sent a message that cannot be understood", pid=self.pid)
+                self._log.exception("a bug in frelay: a worker said what nobody understands", pid=self.pid)
                 self.kill()
                 return
 
