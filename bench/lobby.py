@@ -63,7 +63,7 @@ def _enter(lobby: Lobby, identity: str) -> Waiter:
 
 
 def _join(lobby: Lobby, leg: Leg) -> Waiter | None:
-    """What the relay does with a leg that comes: its waiter, or None if the lobby objects."""
+    """What the relay does with a leg that joins; gives its waiter, or None if the lobby refuses it."""
     if lobby.objection(leg) is not None:
         return None
     lobby.replace_stale(leg)
@@ -85,7 +85,7 @@ def _in_a_queue_with_room(waiting: int) -> Queue:
 
 
 def _in_a_full_queue(waiting: int) -> Queue:
-    """One function has half of it, and each of the others one place."""
+    """One function has half of the places, and each of the others one."""
     lobby = Lobby(max_waiting=waiting, clock=time.monotonic)
     for number in range(waiting):
         _enter(lobby, "dns:greedy.demo" if number % 2 else f"dns:function{number}.demo")

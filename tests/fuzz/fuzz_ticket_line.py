@@ -1,6 +1,6 @@
-"""Whatever line comes in: the ticket that it spells, octet for octet, or None; only one that is out is redeemed, once.
+"""Any line gives exactly the ticket that stands in it, or None; only an issued ticket is redeemed, and only once.
 
-Input: the line. ``TICKET`` in it stands for the ticket that is out, which no fuzzer could guess.
+Input: the line. ``TICKET`` in it stands for the issued ticket, which no fuzzer could guess.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _OPENING: Final = b"FRELAY/1 "
 
 
 def read(line: bytes) -> str | None:
-    """The same once more, by hand."""
+    """A second implementation, to compare with."""
     if len(line) != TICKET_LINE_LENGTH or line[:9] != _OPENING or line[-1] != 0x0A:
         return None
     ticket = line[9:-1]
@@ -28,7 +28,7 @@ def read(line: bytes) -> str | None:
 
 
 def one_input(data: bytes) -> None:
-    """Check one input; raises AssertionError, or whatever should never have been raised."""
+    """Check one input; raises AssertionError, or any error that should never be raised."""
     registry = TicketRegistry()
     slot = Slot(Admission(Limits(), descriptor_limit=1024))
     nobody: Any = socket.SocketType.__new__(socket.SocketType)

@@ -1,6 +1,6 @@
-"""What a verdict adds to the relay's own answers: order, remedies, and hints where a name comes near.
+"""What a verdict adds to the relay's own answers: order, remedies, and hints about near misses.
 
-That the answers are the relay's is shown in ``tests/e2e/cli/test_why_says_what_the_relay_does.py``.
+``tests/e2e/cli/test_why_says_what_the_relay_does.py`` shows that the answers are the relay's.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def test_a_file_in_the_wrong_order_is_told(site: Site) -> None:
 
 
 def test_what_cannot_be_parsed_says_so_in_its_remedy(site: Site) -> None:
-    """OpenSSL itself only finds no issuer for it."""
+    """OpenSSL itself only says that it finds no issuer for it."""
     objection = judged(site, site.ca.odd(b"\x30\x03\x82\x05x")).objection
     assert objection is not None
     assert objection.name == "issuer"
@@ -145,7 +145,7 @@ def test_a_key_that_is_not_for_signing_is_shown_by_nobody(site: Site) -> None:
 
 
 def test_what_ran_out_since_the_handshake_refuses_too(site: Site) -> None:
-    """The relay looks at the clock again before it pairs."""
+    """The relay checks the clock again before it pairs."""
     config = load(site.write())
     trust = prepare(config)
     assert trust is not None
@@ -179,7 +179,7 @@ def test_a_thousand_routes_and_none_fits_in_time(site: Site) -> None:
     assert verdict.objection.text == "fits none of 1000 routes"
 
 
-def test_whoever_fits_both_parties_must_say_which(site: Site) -> None:
+def test_a_function_that_fits_both_parties_must_say_which(site: Site) -> None:
     (fit,) = judged(site, site.credentials["func1"], DEMO.replace("func2.demo", "*.demo")).fits
     assert [one.party for one in fit.parties] == ["func1", "func2"]
     assert fit.note == "it fits both parties: say which, by JOIN.party"
@@ -308,7 +308,7 @@ def test_the_shape_for_programs(site: Site) -> None:
 
 
 def test_a_server_whose_certificate_is_for_clients_only(site: Site) -> None:
-    """The relay lets it in, and no func1 will talk to it."""
+    """The relay lets it in, but every func1 will refuse it."""
     verdict = judged(site, site.ca.client_only(dns=["func2.demo"]))
     assert verdict.refusal is None
     (warning,) = verdict.warnings

@@ -1,4 +1,4 @@
-"""The moments in which a waiting leg is paired while something else is happening to it."""
+"""A waiting leg is paired at the moment when something else happens to it."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ PAIRED = Paired("1", "demo", "dns:func2.demo", "client", "tunnel")
 
 
 class HinderedStream(TlsStream):
-    """A stream on which a send is cancelled before it has begun, once ``scope`` says whom to cancel.
+    """A stream that cancels ``scope``, once it is set, before a send begins.
 
-    Or never gets anywhere, once it ``is_stuck``: its party reads nothing, and the kernel has no more room.
+    Once it ``is_stuck``, a send never ends: its party reads nothing, and the kernel has no room.
     """
 
     scope: trio.CancelScope | None = None
@@ -74,12 +74,12 @@ async def waiting_leg(site: Site, mode: Mode = "tunnel") -> AsyncIterator[tuple[
 
 
 def nobody() -> VerifiedPeer:
-    """Who it is plays no part in these tests."""
+    """A certificate; these tests do not depend on it."""
     return VerifiedPeer(None, Credential(b"", (), 0.0), None)  # type: ignore[arg-type]
 
 
 async def test_a_ping_that_was_never_written_is_not_waited_for(site: Site) -> None:
-    """It was due in the moment of the pairing. Its PONG will not come, and the tunnel's first bytes are not it."""
+    """It was due at the moment of the pairing. No PONG will come, and the first bytes of the tunnel are none."""
     async with waiting_leg(site) as (leg, stream, party):
         with trio.CancelScope() as scope:
             stream.scope = scope
@@ -93,7 +93,7 @@ async def test_a_ping_that_was_never_written_is_not_waited_for(site: Site) -> No
 
 
 async def test_who_takes_no_ping_has_gone(site: Site) -> None:
-    """There is no sense in a REFUSED behind a PING that cannot be written."""
+    """A REFUSED cannot be sent after a PING that cannot be written."""
     async with waiting_leg(site) as (leg, stream, _):
         stream.is_stuck = True
         end = await leg.attend(ping_interval=0.01, pong_timeout=0.05)
@@ -117,7 +117,7 @@ async def test_who_takes_no_ping_has_gone(site: Site) -> None:
 async def test_a_leg_that_went_as_it_was_paired_is_not_handed_off(
     site: Site, last_frames: bytes | None, error: type[Exception], why: str, mode: Mode
 ) -> None:
-    """Its task has read that it goes, the lobby has not heard of it, and somebody is matched with it."""
+    """Its task has read that it leaves, the lobby does not know yet, and another leg is matched with it."""
     async with waiting_leg(site, mode) as (leg, _, party):
         if last_frames is None:
             await party.send_raw(party.close_notify())
@@ -126,12 +126,12 @@ async def test_a_leg_that_went_as_it_was_paired_is_not_handed_off(
         await leg.attend(ping_interval=TIMEOUT, pong_timeout=TIMEOUT)
         with pytest.raises(error) as caught:
             await leg.begin(PAIRED)
-        # The detail of the pairing's record, for whoever asks why it came to nothing.
+        # The detail of the pairing's record, which says why the pairing failed.
         assert str(caught.value) == why
 
 
 async def test_a_cut_leg_is_reset_in_whatever_state(site: Site) -> None:
-    """RST, and never a FIN that could be taken for an end; twice is no error."""
+    """It gets an RST and never a FIN, which could be taken for an end; a second cut is no error."""
     async with waiting_leg(site) as (leg, _, party):
         leg.cut()
         leg.cut()
@@ -141,7 +141,7 @@ async def test_a_cut_leg_is_reset_in_whatever_state(site: Site) -> None:
 
 
 async def test_who_does_not_take_its_refusal_is_closed_without_it(site: Site) -> None:
-    """In seconds, and not whenever it likes: what it holds is a slot, and a descriptor."""
+    """Within seconds, whenever the party reads: until then it holds a slot and a descriptor."""
     async with waiting_leg(site) as (leg, stream, party):
         stream.is_stuck = True
         sock = leg.sock
@@ -155,7 +155,7 @@ async def test_who_does_not_take_its_refusal_is_closed_without_it(site: Site) ->
 
 
 async def test_a_clogged_connection_does_not_hold_up_the_one_that_brought_the_ticket(site: Site) -> None:
-    """It is ended in order if it takes that in seconds; then it is closed, and its slot is free."""
+    """The old connection has seconds to end in order; then it is closed and its slot is free."""
     admission, registry = Admission(Limits(), descriptor_limit=1024), TicketRegistry()
     async with waiting_leg(site, "ticket") as (leg, stream, party):
         leg.slot, leg.ticket_issuer = Slot.for_dialled(admission), TicketIssuer(registry, ["here"], 40.0)
@@ -174,7 +174,7 @@ async def test_a_clogged_connection_does_not_hold_up_the_one_that_brought_the_ti
 
 @pytest.mark.parametrize("goodbye", ["end", "reset"])
 async def test_the_first_look_finds_a_leg_that_has_gone(site: Site, goodbye: str) -> None:
-    """There is only one, as it is paired; and a kernel tells of a reset only once, and of an end from then on."""
+    """is_gone() is called once, before the pairing; the kernel reports a reset only once, and then an end."""
     async with waiting_leg(site) as (leg, _, party):
         assert not leg.is_gone()
         if goodbye == "reset":
@@ -187,7 +187,7 @@ async def test_the_first_look_finds_a_leg_that_has_gone(site: Site, goodbye: str
 
 @pytest.mark.parametrize("is_raw", [False, True])
 async def test_a_closed_leg_has_closed_its_connection(site: Site, is_raw: bool) -> None:
-    """At once, and not whenever nobody remembers it any more; twice is no error."""
+    """At once, not when the object is freed; a second close is no error."""
     async with waiting_leg(site) as (leg, stream, _):
         brought, other = tcp_pair()
         with brought, other:
@@ -202,7 +202,7 @@ async def test_a_closed_leg_has_closed_its_connection(site: Site, is_raw: bool) 
 
 @pytest.mark.parametrize(("mode", "timeout"), [("handoff", 5.0), ("tunnel", 5.0), ("ticket", 40.0)])
 async def test_each_mode_has_its_own_time_to_begin(site: Site, mode: Mode, timeout: float) -> None:
-    """A second connection takes longer than a close_notify; and nobody else gains by that."""
+    """A second connection takes longer than a close_notify; the other modes get no extra time."""
     async with waiting_leg(site, mode) as (leg, _, _):
         leg.ticket_issuer = TicketIssuer(TicketRegistry(), ["here"], 40.0)
         assert leg.begin_timeout(5.0) == timeout

@@ -1,8 +1,7 @@
-"""The lobby decides as a list of legs would, and none of its decisions costs more because others wait.
+"""The lobby decides like a list of legs, and no decision costs more because others wait.
 
-The reference below is the lobby in its plainest form: one list, searched from end to end for every question. After each
-step of a machine that does anything in any order, both must say the same, and every index of the lobby must agree with
-those who wait.
+The reference below is the simplest form of a lobby: one list, which is searched completely for every question. A state
+machine does anything in any order; after each step the two must agree, and every index of the lobby must be right.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class StandIn:
     marks = Leg.marks
 
     def is_retry_of(self, other: StandIn) -> bool:
-        """As the protocol has it (docs/protocol.md, 3): the same certificate or identity, and the same attempt."""
+        """As the protocol says (docs/protocol.md, 3): the same certificate or identity, and the same attempt."""
         if self.attempt is None or self.attempt != other.attempt:
             return False
         mine, others = self.credential, other.credential
@@ -47,7 +46,7 @@ class StandIn:
 
 
 class Plain:
-    """The reference: those who wait, in the order in which they came."""
+    """The reference: the waiting legs in the order in which they came."""
 
     def __init__(self) -> None:
         self.line: list[StandIn] = []
@@ -61,7 +60,7 @@ class Plain:
         return next((other for other in self.line if stand_in.is_retry_of(other)), None)
 
     def spare(self, stand_in: StandIn) -> list[StandIn]:
-        """Those of whom one has to give way: the latest of each holder that has the most, and two more than he."""
+        """Those of which one is evicted: the latest of each holder with the most, which must be two more than his."""
         counts = Counter(other.identity for other in self.of(stand_in.party))
         most = max(counts.values(), default=0)
         if counts[stand_in.identity] + 2 > most:
@@ -81,7 +80,7 @@ class Plain:
 
 
 class LobbyMachine(RuleBasedStateMachine):
-    """Everything that a relay does with a lobby, beside the reference."""
+    """Does everything that a relay does with a lobby, and the same with the reference."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,7 +142,7 @@ class LobbyMachine(RuleBasedStateMachine):
     def leave(self, data: st.DataObject) -> None:
         waiter = self.gone(data.draw(st.sampled_from(self.plain.line)))
         self.lobby.leave(waiter)
-        # A task says so in its last step, also where somebody else has settled it before.
+        # A task calls leave() in its last step, also if another task has decided about its leg before.
         self.lobby.leave(waiter)
         assert waiter.verdict is None
 
@@ -174,7 +173,7 @@ class LobbyMachine(RuleBasedStateMachine):
             assert self.gone(stand_in).verdict is verdict
 
     @invariant()
-    def nobody_was_woken_for_nothing(self) -> None:
+    def no_task_was_woken_without_a_verdict(self) -> None:
         assert not self.woken
         assert all(waiter.verdict is None for waiter in self.waiters.values())
 
@@ -211,7 +210,7 @@ TestLobby = LobbyMachine.TestCase
 
 
 def test_two_legs_are_one_attempt_by_the_name_or_by_the_certificate() -> None:
-    """The marks, which the lobby looks up, say what comparing the two would."""
+    """The marks, which the lobby looks up, give the same answer as comparing the two."""
     legs = [
         StandIn("func1", identity, attempt, certificate)
         for identity in ("dns:a.demo", "dns:b.demo")
@@ -224,7 +223,7 @@ def test_two_legs_are_one_attempt_by_the_name_or_by_the_certificate() -> None:
 
 
 def test_a_retry_makes_room_only_in_the_queue_that_it_leaves() -> None:
-    """One that comes back as the other party takes a place there, and not its old one."""
+    """A retry as the other party needs a place in that queue; its old place does not help."""
     lobby = Lobby(max_waiting=1, clock=lambda: 0.0)
 
     def enter(stand_in: StandIn) -> None:
@@ -239,7 +238,7 @@ def test_a_retry_makes_room_only_in_the_queue_that_it_leaves() -> None:
 
 
 def test_a_closed_lobby_empties_itself_a_few_at_a_time() -> None:
-    """Each that has gone lets another go, so that thousands are never woken in one moment; nobody is forgotten."""
+    """Each leg that has left evicts another one, so that thousands are never woken at once; none is forgotten."""
     lobby = Lobby(max_waiting=1000, clock=lambda: 0.0)
     woken: list[int] = []
     waiters = [
@@ -288,7 +287,7 @@ def test_a_leg_that_goes_by_itself_holds_up_nobody_in_a_closed_lobby() -> None:
 @pytest.mark.load
 @pytest.mark.parametrize("case", CASES)
 def test_a_join_costs_the_same_however_many_wait(case: str) -> None:
-    """10,000 beside 10, at most half as much again: medians, taken in turns, so that what else runs slows both."""
+    """With 10,000 waiting at most 1.5 times as with 10: medians, measured in turns, so that other load slows both."""
     short, long = CASES[case](10), CASES[case](10_000)
     few, many = [], []
     for _ in range(7):

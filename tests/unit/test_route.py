@@ -1,4 +1,4 @@
-"""A route by itself: in what no socket and no clock can bring it into on purpose."""
+"""A route by itself, in situations that a test cannot cause with sockets and clocks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from support.streams import tcp_pair
 
 
 class Guest(Leg):
-    """A leg of which nothing matters but its connection and its certificate."""
+    """A leg with nothing but a connection and a certificate."""
 
     def __init__(self, party: PartyName, sock: socket.socket) -> None:
         self.party = party
@@ -51,7 +51,7 @@ class Guest(Leg):
 
 
 class Judge:
-    """An outer TLS that has rejected the certificates of some legs since they came in."""
+    """An outer TLS that rejects the certificates of some legs since they were let in."""
 
     def __init__(self) -> None:
         self.rejected: list[VerifiedPeer | None] = []
@@ -68,9 +68,9 @@ def connection() -> Iterator[socket.socket]:
 
 
 async def test_nobody_is_paired_with_one_whose_certificate_is_no_longer_good(connection: socket.socket) -> None:
-    """Who waits has a deadline of its own for that, and a reload looks at all who wait; the match asks for itself.
+    """A waiting leg has a deadline for that, and a reload checks all waiting legs; the match checks once more.
 
-    It is the last lock of three, and the only one that does not depend on whose task runs first.
+    It is the last of three checks, and the only one that does not depend on which task runs first.
     """
     judge = Judge()
     table = Route(name="r", listen=Addresses([Address("127.0.0.1", 0)]), func1=(), func2=(), source=Path("r"))
@@ -93,7 +93,7 @@ async def test_nobody_is_paired_with_one_whose_certificate_is_no_longer_good(con
 
 
 async def test_nobody_is_paired_on_a_route_that_is_gone(connection: socket.socket) -> None:
-    """Those who wait leave a few at a time, and the service of one of them may answer in between."""
+    """Waiting legs are evicted a few at a time, and the service of one of them may answer in between."""
     table = Route(name="r", listen=Addresses([Address("127.0.0.1", 0)]), func1=(), func2=(), source=Path("r"))
     route = LiveRoute(table, Limits(), policy_ends_pairings=True, forwarding=Forwarding(), trust=lambda: None)
     waiters = [
@@ -111,7 +111,7 @@ async def test_nobody_is_paired_on_a_route_that_is_gone(connection: socket.socke
     [
         ("10.1.2.3", True),
         ("11.1.2.3", False),
-        # As an IPv6 socket that takes IPv4 as well would write it, one that somebody has passed to us, say.
+        # As an IPv6 socket writes it that takes IPv4 as well; systemd may pass such a socket.
         ("::ffff:10.1.2.3", True),
         ("::ffff:11.1.2.3", False),
         ("fe80::1", True),

@@ -1,4 +1,4 @@
-"""The routes of one address answer together as each of them would, and for the price of one."""
+"""The routes of one address together give the answer that each would give alone, and it costs no more."""
 
 from __future__ import annotations
 

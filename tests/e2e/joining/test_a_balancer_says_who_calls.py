@@ -1,6 +1,6 @@
 """With ``proxy_protocol`` the address that counts is the one in the PROXY header: in limits, allow_from, log and API.
 
-From the networks that it names a header is required, from elsewhere it is what any garbage is.
+From the networks that it names a header is required; from other addresses a header is refused like any garbage.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ async def test_it_is_inside_the_handshakes_deadline(site: Site) -> None:
 
 @pytest.mark.parametrize("version", [1, 2])
 async def test_from_elsewhere_it_is_garbage(site: Site, version: int) -> None:
-    """Or anybody could say to be anybody. Without one, functions come as ever."""
+    """Otherwise any caller could claim any address. Without a header, functions from there join as usual."""
     async with site.relay(BALANCED) as relay:
         stream = await trio.open_tcp_stream("127.0.0.1", relay.own_port(), local_address="127.0.0.2")
         await stream.send_all(header(version, "203.0.113.7"))
@@ -136,7 +136,7 @@ async def test_from_elsewhere_it_is_garbage(site: Site, version: int) -> None:
 
 
 async def test_a_ticket_comes_behind_a_header_too(site: Site) -> None:
-    """And not a byte that follows is lost."""
+    """No byte that follows is lost."""
     async with site.relay(BALANCED) as relay:
         one = await comes(site, relay, "func1", header(2, "203.0.113.7"))
         await one.join(modes=["ticket"])
@@ -154,7 +154,7 @@ async def test_a_ticket_comes_behind_a_header_too(site: Site) -> None:
 
 
 async def test_allow_from_goes_by_the_header(site: Site) -> None:
-    """The first bytes of a plain leg stay where they are; nobody is let in by the balancer's own address."""
+    """The first bytes of a plain leg stay unread, and the balancer's own address lets nobody in."""
     async with site.relay(PLAIN) as relay:
         streams = []
         for number in (1, 2):
@@ -176,7 +176,7 @@ async def test_allow_from_goes_by_the_header(site: Site) -> None:
 
 
 async def test_limits_go_by_the_header(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behind one balancer, a flooder has the turns of its own address, and no function waits for it."""
+    """Behind one balancer a flooder uses up the turns of its own address only, and no function waits for it."""
     monkeypatch.setattr("frelay.net.strangers._LONG_STALL_TIMEOUT", 600)
     limits = "[limits]\nmax_pre_auth_per_ip = 1\nhandshake_timeout = 600\n"
     async with site.relay(BALANCED, sections=limits) as relay:

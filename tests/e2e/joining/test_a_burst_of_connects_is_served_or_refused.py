@@ -1,4 +1,4 @@
-"""However many functions connect at one moment, each is paired, or told cleanly why not, and nothing is left of them.
+"""However many functions connect at one moment, each is paired or told why not, and then nothing of them is left.
 
 For the figure of the plan::
 
@@ -22,7 +22,7 @@ from support.waiting import TIMEOUT, eventually
 COUNT = int(os.environ.get("FRELAY_BURST", "300"))
 # From several addresses, as most bursts do.
 A_SOURCE = 30
-# All deadlines are far away: with every handshake made by this process it may take a while.
+# All deadlines are far away: this process makes every handshake, which may take long.
 LIMITS = """
 [limits]
 handshake_timeout = 600
@@ -35,7 +35,7 @@ half_close_timeout = 600
 
 
 async def come(site: Site, relay: RelayProcess, number: int, context: ssl.SSLContext, told: dict[int, str]) -> None:
-    """Connect, join, and see it through; ``told`` has the relay's last word."""
+    """Connect, join and go on to the end; ``told`` gets the last frame of the relay."""
     source = f"127.0.2.{1 + number // A_SOURCE}"
     stream = await trio.open_tcp_stream("127.0.0.1", relay.port(), local_address=source)
     party = Party(stream, context, "localhost")
@@ -62,7 +62,7 @@ async def come(site: Site, relay: RelayProcess, number: int, context: ssl.SSLCon
 @pytest.mark.load
 @pytest.mark.timeout(60 + COUNT)
 async def test_a_burst(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
-    """TESTPLAN 37: every single one gets an answer of the protocol; a queue has 16 places, so it may be a refusal."""
+    """TESTPLAN 37: every one gets an answer of the protocol, maybe a refusal, because a queue has 16 places."""
     contexts = [site.context(name) for name in ("func1", "func2")]
     told: dict[int, str] = {}
     async with site.process(sections=LIMITS) as relay:
@@ -72,7 +72,7 @@ async def test_a_burst(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
                 nursery.start_soon(come, site, relay, number, contexts[number % 2], told)
 
             def all_is_said() -> bool:
-                """All have an answer and have seen it through, but for those whom nobody is left to come for."""
+                """All have an answer and have ended, except those for which no partner is left."""
                 waiting = [number % 2 for number, word in told.items() if word == "WAITING"]
                 return len(told) == COUNT and len(set(waiting)) <= 1 and len(nursery.child_tasks) == len(waiting)
 
@@ -92,7 +92,7 @@ async def test_a_burst(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.timeout(60 + COUNT)
 async def test_200_from_one_address_are_all_paired(site: Site) -> None:
-    """A NAT gateway or a balancer is one address: its functions are served, late if need be, and none tries twice."""
+    """A NAT gateway or a balancer is one address: all functions behind it are served, maybe late, at the first try."""
     route = DEMO + "max_waiting_per_party = 200\n"
     contexts = [site.context(name) for name in ("func1", "func2")]
     words: Counter[str] = Counter()

@@ -1,7 +1,7 @@
-"""A certificate of thousands of names is refused for their number, at once; the operator reads the number.
+"""A certificate with thousands of names is refused at once for their number, and the log says the number.
 
-Each JOIN compares the names of a certificate with what is configured. A member whose authority signs what it likes
-could make that two seconds of the relay's time, if both were many.
+Each JOIN compares the names of the certificate with the selectors of the routes. With many of both, a member whose
+authority signs anything could use up two seconds of the relay's time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ STRANGER = {"code": "not-authorised", "reason": "this certificate is not admitte
 
 
 def crowded(port: int) -> str:
-    """So many routes at one address."""
+    """This many routes at one address."""
     return "".join(
         f"""
 [[route]]
@@ -35,7 +35,7 @@ func2 = "dns:*.g{number}.demo"
 
 @pytest.mark.parametrize("how", ["framed", "bare"])
 async def test_it_is_refused_for_their_number(site: Site, how: str) -> None:
-    """Although the right name is among them: to leave the others out would be to judge another certificate."""
+    """Although the right name is among them: the relay does not ignore the other names."""
     names = ["func1.demo", *(f"f{number}.elsewhere.demo" for number in range(3499))]
     site.add("crowd", site.ca.party(dns=names))
     async with site.relay() as relay:
@@ -58,7 +58,7 @@ async def test_it_is_refused_for_their_number(site: Site, how: str) -> None:
 
 @pytest.mark.load
 async def test_two_hundred_routes_and_as_many_names_as_there_may_be(site: Site) -> None:
-    """Joins of such a certificate, which fits nothing, cost at most three times those of one with one name."""
+    """A join with such a certificate, which fits nothing, costs at most three times a join with one name."""
     site.add("crowd", site.ca.party(dns=[f"f{number}.elsewhere.demo" for number in range(256)]))
     site.add("single", site.ca.party(dns=["elsewhere.demo"]))
     with reserved_port() as port:

@@ -1,7 +1,7 @@
 """A name server that never answers delays those who need that name, and nobody else.
 
-The look-up is a call that nothing can cut short, in a thread that its caller leaves behind when it gives up. Here it is
-held for as long as the test likes; that a real one takes as long, and is as deaf, is the last test's to show.
+A look-up is a call that cannot be cancelled, in a thread that its caller abandons when it gives up. Here the test
+decides how long a look-up takes; the last test shows the same with a real name server that never answers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TO_THE_DEAD: Final = dialling(f"{DEAD}:443", options=", connect_timeout = 100").
 
 
 class HeldLookUps:
-    """The look-ups of :data:`DEAD`, which wait until they are told to fail."""
+    """Look-ups of :data:`DEAD`, which wait until the test makes them fail."""
 
     def __init__(self) -> None:
         self.under_way = 0
@@ -53,7 +53,7 @@ class HeldLookUps:
 
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[HeldLookUps]:
-    """A system whose name server answers for any name but one."""
+    """A system whose name server answers for all names but one."""
     look_ups, ask = HeldLookUps(), socket.getaddrinfo
 
     def getaddrinfo(host: Any, *arguments: Any, **options: Any) -> Any:
@@ -70,7 +70,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[HeldLookUps]:
 
 
 async def crowd(site: Site, relay: RelayInProcess, held: HeldLookUps) -> list[Party]:
-    """Callers of a service whose name nobody answers for, more than there are threads."""
+    """More callers than threads, for a service whose name gets no answer."""
     callers: list[Party] = []
 
     async def come() -> None:
@@ -87,7 +87,7 @@ async def crowd(site: Site, relay: RelayInProcess, held: HeldLookUps) -> list[Pa
 
 
 async def test_reloads_and_other_services_do_not_wait_with_its_callers(site: Site, held: HeldLookUps) -> None:
-    """TESTPLAN 51: sixty callers cost one thread; a reload, an edit and a service with a good name go on."""
+    """TESTPLAN 51: sixty callers cost one thread; a reload, an edit and a service with a good name still work."""
     async with serving(echo) as service:
         named = Service("localhost", int(service.address.rpartition(":")[2]))
         routes = TO_THE_DEAD + dialling(named, more="require_inner_tls = false")
@@ -100,7 +100,7 @@ async def test_reloads_and_other_services_do_not_wait_with_its_callers(site: Sit
                 assert await end.receive_exactly(8) == b"question"
             assert held.under_way == held.begun == 1
             assert relay.waiting("dead") == (CALLERS, 0)
-            # Who has given up leaves no thread behind, either: the next one shares what is under way.
+            # A caller that gives up leaves no thread of its own: the next one shares the look-up that still runs.
             for caller in callers:
                 await caller.send_frame("LEAVE")
             await eventually(lambda: relay.waiting("dead") == (0, 0), "all have gone")
@@ -111,7 +111,7 @@ async def test_reloads_and_other_services_do_not_wait_with_its_callers(site: Sit
 
 
 async def test_the_admin_api_does_not_wait_with_its_callers(site: Site, held: HeldLookUps) -> None:
-    """Nor does a route that is added by it."""
+    """Adding a route by the API does not wait either."""
     (site.directory / "routes.d").mkdir()
     sections = ADMIN + LIMITS + '[relay]\nroutes_dir = "routes.d"\n'
     async with site.relay(TO_THE_DEAD, sections=sections) as relay, admin(site) as api:
@@ -123,7 +123,7 @@ async def test_the_admin_api_does_not_wait_with_its_callers(site: Site, held: He
 
 
 async def test_a_listener_by_name_stops_no_bytes(site: Site, held: HeldLookUps) -> None:
-    """A reload that has to look an address up waits for it, and every pairing goes on meanwhile."""
+    """A reload waits for the look-up of an address; all pairings continue meanwhile."""
     async with site.relay(OPEN) as relay:
         one, two = await join_ends(site, relay)
         site.write(OPEN + DEMO.replace('"demo"', '"new"').replace("127.0.0.1:0", f"{DEAD}:9001"))
@@ -145,7 +145,7 @@ async def talk(one: End, two: End) -> None:
 
 
 async def test_a_listener_by_name_is_bound(site: Site) -> None:
-    """All that the name stands for."""
+    """At all addresses of the name."""
     async with site.relay(DEMO.replace("127.0.0.1:0", "localhost:0")) as relay:
         addresses = {address.rpartition(":")[0] for address in relay.relay.bound("demo")}
         assert "127.0.0.1" in addresses
@@ -156,7 +156,7 @@ async def test_a_listener_by_name_is_bound(site: Site) -> None:
 
 @asynccontextmanager
 async def with_deaf_name_server(site: Site, routes: str, sections: str) -> AsyncIterator[tuple[RelayProcess, Any]]:
-    """A relay process whose only name server takes every question and gives no answer; with the server's socket."""
+    """A relay process whose only name server takes every question and never answers; with the server's socket."""
     needs_root("a resolv.conf of its own for one process")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
         server.bind(("127.0.53.53", 53))
@@ -171,7 +171,7 @@ async def with_deaf_name_server(site: Site, routes: str, sections: str) -> Async
 
 
 async def test_with_a_name_server_that_is_deaf(site: Site) -> None:
-    """TESTPLAN 51: reloads are taken over, functions are paired, and the relay's end does not wait for it either."""
+    """TESTPLAN 51: reloads work, functions are paired, and the end of the relay does not wait for it either."""
     async with with_deaf_name_server(site, TO_THE_DEAD + DEMO, LIMITS) as (relay, server):
         for _ in range(45):
             caller = await site.party(relay, "func1", route="dead")

@@ -1,7 +1,7 @@
 """A function that comes back with the same `attempt` replaces its own stale leg, and is never paired with it.
 
-Most hostile is a certificate that fits both parties of a route: then a retry under the other party's name would find
-its own stale leg waiting, as the perfect partner.
+The hardest case is a certificate that fits both parties of a route: a retry as the other party would find its own
+stale leg waiting as its partner.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ listen = "127.0.0.1:0"
 func1 = ["dns:func1.demo", "dns:both.demo"]
 func2 = ["dns:func2.demo", "dns:both.demo"]
 """
-# One certificate, two names: the one lets it be func1, the other func2.
+# One certificate with two names: with one it may be func1, with the other func2.
 TWO_NAMES = f"""
 [[route]]
 name = "demo"
@@ -88,7 +88,7 @@ async def first_answer(party: Party, answers: list[Any], enough: trio.CancelScop
 
 @pytest.mark.parametrize("routes", [BOTH, TWO_NAMES], ids=["one name for both", "two names"])
 async def test_two_legs_of_one_attempt_at_the_very_same_moment(site: Site, routes: str) -> None:
-    """TESTPLAN 6: neither has a place yet while the other is looking, and still they are not paired."""
+    """TESTPLAN 6: neither is in the queue yet when the other one looks, and still they are not paired."""
     site.add("both", site.ca.party(dns=["both.demo"], uris=[SPIFFE_ID]))
     async with site.relay(routes) as relay:
         for _ in range(10):
@@ -116,7 +116,7 @@ async def test_two_legs_of_one_attempt_at_the_very_same_moment(site: Site, route
 
 
 async def test_five_legs_of_one_attempt_share_one_place(site: Site) -> None:
-    """All at one moment: one keeps the place, and four are told why they do not."""
+    """All come at one moment: one keeps the place, and four are told why they lose it."""
     async with site.relay() as relay:
         parties = [await site.party(relay, "func1") for _ in range(5)]
         for party in parties:
@@ -130,7 +130,7 @@ async def test_five_legs_of_one_attempt_share_one_place(site: Site) -> None:
 
 
 async def test_an_attempt_belongs_to_its_identity(site: Site) -> None:
-    """Whoever overhears or guesses another function's attempt cannot push it out of the queue with it."""
+    """A function that knows another function's attempt cannot use it to push that one out of the queue."""
     routes = BOTH.replace('"dns:func1.demo", "dns:both.demo"', '"dns:func1.demo", "dns:neighbour.demo"')
     site.add("neighbour", site.ca.party(dns=["neighbour.demo"]))
     async with site.relay(routes) as relay:
@@ -152,7 +152,7 @@ async def test_another_attempt_of_the_same_function_is_another_leg(site: Site) -
 
 
 async def test_a_replacement_needs_no_room(site: Site) -> None:
-    """With the queue full, a retry still takes over its own place; and everybody else is still told queue-full."""
+    """With a full queue a retry still takes over its own place, and all others are still told queue-full."""
     async with site.relay(sections="[limits]\nmax_waiting_per_party = 1\n") as relay:
         stale, retry, other = [await site.party(relay, "func1") for _ in range(3)]
         retry.attempt = stale.attempt
@@ -212,7 +212,7 @@ async def test_a_certificate_that_fits_both_must_say_which(site: Site) -> None:
             assert (await sure.expect("WAITING"))["party"] == name
             await sure.send_frame("LEAVE")
             await eventually(lambda: relay.waiting() == (0, 0), "left")
-        # Two attempts are two functions, even with one certificate: that is what fitting both is for.
+        # Two attempts are two functions, even with one certificate. That is why a certificate may fit both parties.
         one, two = await site.party(relay, "both"), await site.party(relay, "both")
         await waits(relay, one, (1, 0), party="func1")
         await two.join(party="func2")

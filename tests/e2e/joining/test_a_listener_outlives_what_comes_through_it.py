@@ -1,6 +1,6 @@
-"""The accept loop ends when it is told to, and by nothing that a caller or the kernel does, at whatever moment.
+"""The accept loop ends only when the relay stops it, whatever a caller or the kernel does at any moment.
 
-If it did, one unlucky connection would take the whole relay with it, pairings included.
+Otherwise one unlucky connection could end the whole relay with all its pairings.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from support.waiting import eventually
 
 
 def call(port: int) -> socket.socket:
-    """A connection that the kernel has accepted and the relay has not heard of yet."""
+    """A connection that the kernel has accepted and the relay has not taken yet."""
     sock = socket.socket()
     sock.connect(("127.0.0.1", port))
     return sock
@@ -29,14 +29,14 @@ def call(port: int) -> socket.socket:
 @pytest.mark.parametrize("turns", range(8))
 @pytest.mark.parametrize("end", ["drain", "stop"])
 async def test_a_listener_stopped_at_the_moment_of_a_call(site: Site, end: str, turns: int) -> None:
-    """``turns`` of the scheduler between the call and the stop, so that it meets every step of accepting."""
+    """The stop comes ``turns`` passes of the scheduler after the call, so that it hits every step of accepting."""
     other = DEMO.replace('"demo"', '"other"')
     for _ in range(4):
         async with site.relay(DEMO + other) as relay:
             keeper1 = await site.party(relay, "func1", route="other")
             keeper2 = await site.party(relay, "func2", route="other")
             await pair(keeper1, keeper2)
-            # What a reload ends with, without the threads that it loads its files in: at the turn that we choose.
+            # The end of a reload, without the threads that load its files, so that the test chooses the pass.
             listener = next(found for key, found in relay.relay.parts.active.listeners.items() if "demo" in str(key))
             calls = [call(relay.port()) for _ in range(3)]
             for _ in range(turns):
@@ -75,7 +75,7 @@ async def test_a_listener_stopped_at_the_moment_of_a_call(site: Site, end: str, 
     ids=errno.errorcode.get,
 )
 async def test_an_error_of_accept_is_not_the_end(site: Site, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """accept(2) gives the next connection's network errors, and EPERM for a firewall's verdict: not the listener's."""
+    """accept(2) returns errors of the next connection, and EPERM if a firewall forbids it: not of the listener."""
     original = frelay.net.sockets.accept
     failures = [OSError(number, "injected")] * 3
 

@@ -1,7 +1,8 @@
 """A function whose own certificate the other one refuses learns that, and why: by client, role and mode.
 
-The function that plays the TLS server learns it from ``connect``. A TLS 1.3 client is up before its server has judged
-it, so that one learns it when it first reads, by an error that is frelay's and also what its kind of stream raises.
+The TLS server learns it from ``connect``. The handshake of a TLS 1.3 client ends before its server has checked the
+client's certificate, so the client learns it when it first reads, by an error of frelay that is also an error of its
+kind of stream.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from support.clients import CLIENTS, Client, ask, options, run_function
 from support.site import Site
 from support.waiting import TIMEOUT, eventually
 
-# What the stream of each client raises where a connection breaks.
+# What the stream of each client raises if a connection breaks.
 BROKEN: Final[dict[Client, type[Exception]]] = {
     "blocking": OSError,
     "trio": trio.BrokenResourceError,
@@ -78,7 +79,7 @@ async def test_a_function_is_told_that_its_certificate_was_refused(
 @pytest.mark.parametrize("mode", ["handoff", "tunnel"])
 @pytest.mark.parametrize("other", ["blocking", "asyncio"])
 async def test_whatever_the_other_one_is_written_on(site: Site, other: Client, role: Role, mode: Mode) -> None:
-    """The alert arrives although bytes of this function are on their way when the other one closes."""
+    """The alert arrives, although this function is still sending when the other one closes."""
     await is_told(site, "trio", role, other, mode, "purpose")
 
 
@@ -93,7 +94,7 @@ async def test_the_reason_is_told(site: Site, role: Role, what: str) -> None:
 async def test_a_function_that_is_not_the_one_expected_is_told_what_may_be(
     site: Site, me: Client, other: Client
 ) -> None:
-    """TLS has no word for a wrong name after the handshake: the other one cuts, and the cut says where to look."""
+    """TLS has no alert for a wrong name after the handshake: the other one cuts, and the error says where to look."""
 
     async def expect_another() -> None:
         with pytest.raises(frelay.PeerIdentityMismatch):

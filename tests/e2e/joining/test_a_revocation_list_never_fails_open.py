@@ -1,4 +1,4 @@
-"""TESTPLAN 12: whatever is wrong with the CRL, nobody is let in whom it might have named.
+"""TESTPLAN 12: whatever is wrong with the CRL, nobody gets in who might be on it.
 
 Once `tls.crl` is set, a list that is missing, unreadable, of another CA or out of date lets nobody in, at start, at
 reload and while the relay runs.
@@ -53,7 +53,7 @@ async def joined(site: Site, relay: RelayInProcess, name: str) -> Party:
 
 
 def start_fails(site: Site) -> str:
-    """The complaint with which the relay does not start."""
+    """The error with which the relay does not start."""
     config = load(site.write(crl=True))
     assert config.tls is not None
     with pytest.raises(ConfigError) as caught:
@@ -103,7 +103,7 @@ def test_a_list_of_tomorrow_is_refused(site: Site) -> None:
 
 @pytest.mark.parametrize("name", ["other CA", "test CA"])
 def test_a_list_of_another_authority_is_refused(site: Site, name: str) -> None:
-    """Also one of the same name: whoever could replace the file must not be able to unrevoke anybody."""
+    """Also one of the same name: replacing the file must not be enough to undo a revocation."""
     site.ca.write_crl(site.directory, TestAuthority(name).crl())
     assert "was not signed by any CA" in start_fails(site)
 
@@ -120,7 +120,7 @@ async def test_a_relay_with_a_bad_list_binds_nothing(site: Site) -> None:
 
 
 async def test_the_newest_list_counts(site: Site) -> None:
-    """Reloaded, it bars whom it names and lets back in whom it no longer names."""
+    """After a reload it keeps those out that it names, and lets those in that it no longer names."""
     bad = site.add("bad", site.ca.party(dns=["func1.demo"]))
     site.ca.write_crl(site.directory, site.ca.crl())
     async with site.relay(crl=True) as relay:
@@ -148,7 +148,7 @@ async def test_of_two_lists_of_one_authority_the_newer_counts(site: Site, order:
 
 @pytest.mark.parametrize("fault", ["missing", "empty", "expired", "of another CA", "half written"])
 async def test_a_bad_list_at_reload_leaves_the_old_one_in_force(site: Site, fault: str) -> None:
-    """The reload is refused as a whole and says why; whom the old list bars is still barred."""
+    """The reload is refused as a whole and says why; the old list still keeps out those that it names."""
     bad = site.add("bad", site.ca.party(dns=["func1.demo"]))
     site.ca.write_crl(site.directory, site.ca.crl(revoked=[bad]))
     async with site.relay(crl=True) as relay:
@@ -172,7 +172,7 @@ async def test_a_bad_list_at_reload_leaves_the_old_one_in_force(site: Site, faul
 
 @pytest.mark.load
 async def test_once_the_list_has_run_out_nobody_is_let_in(site: Site) -> None:
-    """Handshakes fail, whoever waits is not paired, and whoever was between handshake and JOIN is refused."""
+    """Handshakes fail, waiting legs are not paired, and a leg between handshake and JOIN is refused."""
     numbers = count(1)
 
     def running_out(seconds: float) -> datetime:
@@ -196,7 +196,7 @@ async def test_once_the_list_has_run_out_nobody_is_let_in(site: Site) -> None:
             return one, two, waiter, late
 
         (paired1, paired2, waiter, late), ends = await before_it_expires(running_out, come_in)
-        await trio.sleep(ends - time.time() + 1.1)  # for OpenSSL it holds through its last second
+        await trio.sleep(ends - time.time() + 1.1)  # OpenSSL accepts it until the end of its last second
         assert await knock(site, relay, "func1") != "admitted"
         refused = await relay.log("refused", code="not-authorised")
         assert refused["reason"].startswith("CRL has expired")
@@ -206,17 +206,17 @@ async def test_once_the_list_has_run_out_nobody_is_let_in(site: Site) -> None:
         assert "revocation list" in refusal["reason"]
         assert relay.waiting() == (1, 0)
         await waiter.send_frame("LEAVE")
-        # Who is paired was judged by a list in force then; the pairing goes on.
+        # The pairing was made while a valid list was in force, and goes on.
         await paired1.send_raw(b"\x16\x03\x01still here")
         assert await paired2.receive_exactly(13) == b"\x16\x03\x01still here"
-        # A fresh list opens the door again.
+        # A new list lets functions in again.
         site.ca.write_crl(site.directory, site.ca.crl(number=next(numbers)))
         await relay.relay.reload()
         assert await knock(site, relay, "func1") == "admitted"
 
 
 async def test_a_waiter_is_judged_by_the_list_at_pairing_time(site: Site) -> None:
-    """It ran out while a leg waited, and then the other party comes, with a list that is good for it alone."""
+    """A reload makes the waiting leg's list invalid; then the other party comes, whose list is good."""
     site.ca.write_crl(site.directory, site.ca.crl())
     async with site.relay(crl=True) as relay:
         waiter = await joined(site, relay, "func1")
@@ -237,12 +237,12 @@ async def test_a_waiter_is_judged_by_the_list_at_pairing_time(site: Site) -> Non
 
 
 def bundle(site: Site, *authorities: TestAuthority) -> None:
-    """Trust the root and know the intermediates, whose lists could not be checked otherwise."""
+    """Trust the root and add the intermediates, without which their lists could not be checked."""
     site.ca_path.write_bytes(site.ca.cert_pem + certificates_pem([one.authority.certificate for one in authorities]))
 
 
 async def test_every_authority_of_a_chain_needs_its_list(tmp_path: Path) -> None:
-    """A leaf below an intermediate whose list is not there cannot be judged, and is refused."""
+    """A leaf below an intermediate without a list cannot be checked, and is refused."""
     site = Site(tmp_path, TestAuthority.root_for_intermediates())
     below = site.ca.intermediate()
     site.add("below", below.party(dns=["func1.demo"]))

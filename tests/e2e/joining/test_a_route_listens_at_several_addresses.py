@@ -1,6 +1,6 @@
-"""A route has one lobby, however many addresses it listens at; and an address that comes or goes disturbs nobody else.
+"""A route has one lobby for all its addresses, and adding or removing an address disturbs nobody else.
 
-The addresses here are those of both IP versions, as for a function that has only one of them.
+The addresses here are of both IP versions, as for functions that have only one of them.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def ipv6() -> None:
 
 @pytest.fixture
 def port() -> int:
-    """A port that is free at 127.0.0.1 and at ::1, as sure as can be."""
+    """A port that is free at 127.0.0.1 and at ::1, as far as a test can know."""
     with socket.socket() as four, socket.socket(socket.AF_INET6) as six:
         four.bind(("127.0.0.1", 0))
         six.bind(("::1", four.getsockname()[1]))
@@ -86,7 +86,7 @@ async def paired(party: Party) -> dict[str, Any]:
 
 
 async def say(one: Party, two: Party) -> None:
-    """A word each way, raw."""
+    """Send some raw bytes in each direction."""
     async with trio.open_nursery() as nursery:
         nursery.start_soon(one.hand_off)
         nursery.start_soon(two.hand_off)
@@ -132,7 +132,7 @@ async def test_localhost_is_both_of_its_addresses_at_one_port(site: Site, port: 
 
 
 async def test_the_wildcards_of_both_versions_stand_beside_each_other(site: Site, port: int) -> None:
-    """IPv6 alone at [::]: neither takes the other's callers, in whatever order they are written."""
+    """[::] is IPv6 only: neither takes callers of the other, in whatever order they are written."""
     async with site.relay(route(f'["[::]:{port}", "0.0.0.0:{port}"]')) as relay:
         one, two = await at(site, f"127.0.0.1:{port}", "func1"), await at(site, f"[::1]:{port}", "func2")
         await paired(one)
@@ -155,7 +155,7 @@ async def test_a_ticket_is_good_at_every_address_of_its_route(site: Site) -> Non
 
 
 async def test_routes_share_each_address_for_itself(site: Site, port: int) -> None:
-    """Where a route is alone nobody has to name it; where it has a neighbour, callers say which."""
+    """Callers need not name a route that is alone at an address; if routes share it, callers say which."""
     shared = f'"127.0.0.1:{port}"'
     async with site.relay(route(f'[{shared}, "[::1]:0"]') + route(shared, "other")) as relay:
         own = relay.relay.bound("demo")[1]
@@ -174,7 +174,7 @@ async def test_routes_share_each_address_for_itself(site: Site, port: int) -> No
 
 
 def lacking(family: socket.AddressFamily, number: int) -> Callable[..., socket.socket]:
-    """As binding on a machine without this IP version."""
+    """Make binding fail as on a machine without this IP version."""
     bind_one = binding._bind_one
 
     def bind(asked: socket.AddressFamily, *rest: Any) -> socket.socket:
@@ -204,7 +204,7 @@ async def test_of_localhost_one_address_is_enough(
 
 
 async def test_localhost_that_somebody_else_has_in_part_is_not_taken_in_part(site: Site, port: int) -> None:
-    """Callers would find one or the other, as it happens."""
+    """Otherwise callers would reach one program or the other by chance."""
     with socket.create_server(("::1", port), family=socket.AF_INET6), pytest.raises(ExceptionGroup) as raised:
         async with site.relay(route(f'"localhost:{port}"')):
             pass
@@ -218,7 +218,7 @@ async def test_localhost_that_somebody_else_has_in_part_is_not_taken_in_part(sit
 async def test_an_address_of_an_ip_version_that_is_not_there_is_named(
     site: Site, monkeypatch: pytest.MonkeyPatch, port: int
 ) -> None:
-    """And the other one of the list is given back."""
+    """The other address of the list is released again."""
     monkeypatch.setattr(binding, "_bind_one", lacking(socket.AF_INET6, errno.EAFNOSUPPORT))
     with pytest.raises(ExceptionGroup) as raised:
         async with site.relay(route(f'["127.0.0.1:{port}", "[::]:{port}"]')):
@@ -251,7 +251,7 @@ def _problems(group: BaseExceptionGroup[Any]) -> list[str]:
 
 
 def sockets(relay: RelayInProcess) -> dict[str, int]:
-    """The descriptors that listen, by where."""
+    """The listening descriptors, by address."""
     return {text: sock.fileno() for one in _listeners(relay) for text, sock in zip(one.bound, one.sockets, strict=True)}
 
 
@@ -260,7 +260,7 @@ def _listeners(relay: RelayInProcess) -> list[Listener]:
 
 
 async def test_an_address_that_comes_or_goes_leaves_the_route_alone(site: Site, port: int) -> None:
-    """Its other sockets, who waits (by the address that goes, even), and who is paired."""
+    """Its other sockets, its waiting legs (even those at the removed address) and its pairings stay."""
     four, six = f"127.0.0.1:{port}", f"[::1]:{port}"
     async with site.relay(route(f'"{four}"')) as relay:
         both = await at(site, four, "func1"), await at(site, four, "func2")
@@ -343,7 +343,7 @@ async def test_all_addresses_of_a_route_are_in_one_worker(site: Site) -> None:
 
 
 async def test_a_route_that_joins_the_addresses_of_two_workers_has_both(site: Site, port: int) -> None:
-    """Those who were in the worker that gives its address up are told, and meet in the other one."""
+    """The functions in the worker that loses its address are told so, and meet in the other worker."""
     four, six = f"127.0.0.1:{port}", f"[::1]:{port}"
     alone = route(f'"{four}"', "a") + route(f'"{six}"', "b")
     async with site.process(alone, workers=2) as relay:
@@ -363,7 +363,7 @@ async def test_a_route_that_joins_the_addresses_of_two_workers_has_both(site: Si
 
 
 async def test_the_api_and_the_command_take_and_show_a_list(site: Site, port: int) -> None:
-    """One address stays text, in the answer as in the file."""
+    """One address is a text and no list, in the answer as in the file."""
     four, six = f"127.0.0.1:{port}", f"[::1]:{port}"
     async with site.process(route('"127.0.0.1:0"'), sections=ADMIN) as relay, admin(site) as http:
         body = {"listen": [four, six], "func1": "dns:func1.demo", "func2": "dns:func2.demo"}

@@ -1,6 +1,6 @@
 """A service may be at a Unix socket of the relay's machine, and is dialled, spliced and ended like one by TCP.
 
-What a Unix socket has not is an RST: what its service sees of a cut instead is shown here as well.
+A Unix socket has no RST; these tests also show what the service sees of a cut instead.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ async def nothing_is_left(relay: RelayInProcess) -> None:
 
 
 async def refused(site: Site, relay: RelayInProcess) -> str:
-    """What the record says of a service that cannot be reached."""
+    """What the record says about a service that cannot be reached."""
     party = await site.party(relay, "func1")
     await party.join()
     await party.expect("WAITING")
@@ -99,7 +99,7 @@ async def test_bytes_and_ends_go_both_ways(site: Site, tmp_path: Path, caller: C
 @pytest.mark.parametrize("rate", ["", "max_bytes_per_second = 500_000_000"])
 @pytest.mark.parametrize("caller", ["raw", "tunnel"])
 async def test_megabytes_arrive_whole(site: Site, tmp_path: Path, caller: Caller, rate: str) -> None:
-    """By splice where both legs are raw, through the process otherwise."""
+    """By splice if both legs are raw, through the process otherwise."""
     data = block(8 << 20)
     more = f"{OPEN}\n{rate}\n"
     async with serving(tmp_path / "db", echo) as place, site.relay(dialling(place, more=more)) as relay:
@@ -121,7 +121,7 @@ async def test_megabytes_arrive_whole(site: Site, tmp_path: Path, caller: Caller
 
 
 async def test_paired_names_the_socket(site: Site, tmp_path: Path) -> None:
-    """And a relative path begins where the route file is."""
+    """A relative path starts at the directory of the route file."""
     async with serving(tmp_path / "db", echo) as place, site.relay(dialling("unix:db")) as relay:
         party = await site.party(relay, "func1")
         await party.join()
@@ -149,7 +149,7 @@ async def test_inner_tls_is_asked_of_it(site: Site, tmp_path: Path) -> None:
 async def test_a_service_that_leaves_bytes_unread_has_reset(
     site: Site, tmp_path: Path, caller: Caller, rate: str
 ) -> None:
-    """It is all that a service at a Unix socket can do to say "cut", and its caller is told so."""
+    """A service at a Unix socket has no other way to cut, and its caller sees the cut."""
     may_go = trio.Event()
 
     async def leave(stream: trio.SocketStream) -> None:
@@ -180,7 +180,7 @@ async def test_a_service_that_closes_in_order_has_ended(site: Site, tmp_path: Pa
 
 @pytest.mark.parametrize("leaves_input", [False, True])
 async def test_what_the_service_sees_of_a_cut(site: Site, tmp_path: Path, leaves_input: bool) -> None:
-    """ECONNRESET if the relay had left input unread, else the end of both directions at once: it cannot write."""
+    """ECONNRESET if the relay had left input unread; otherwise both directions end, and the service cannot write."""
     seen: list[BaseException | bytes] = []
     over = trio.Event()
 
@@ -210,7 +210,7 @@ async def test_what_the_service_sees_of_a_cut(site: Site, tmp_path: Path, leaves
         await eventually(lambda: seen == [b"1"], "it waits for more")
         (pairing,) = relay.relay.pairings
         if leaves_input:
-            # The caller takes nothing, so the relay is full at last, and input stays where it is.
+            # The caller reads nothing, so the relay's buffers fill up in the end, and input stays unread.
             await eventually(lambda: pairing._pumps["func2"].is_blocked, "the relay cannot go on")
             await eventually(lambda: _unread(pairing.legs["func2"].sock) > 0, "there is more")
         end.party.reset()
@@ -226,7 +226,7 @@ async def test_what_the_service_sees_of_a_cut(site: Site, tmp_path: Path, leaves
 
 
 def _unread(sock: socket.socket) -> int:
-    """How many bytes have come that nobody has read."""
+    """How many bytes have arrived and are unread."""
     return int.from_bytes(fcntl.ioctl(sock.fileno(), termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
@@ -252,7 +252,7 @@ async def test_what_is_no_socket(site: Site, tmp_path: Path) -> None:
 
 
 async def test_a_socket_that_may_not_be_written(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests may be root's, to whom nothing is forbidden."""
+    """Simulated, because the tests may run as root, which may write anywhere."""
 
     async def forbidden(path: str) -> socket.socket:
         raise PermissionError(13, "Permission denied", path)
@@ -265,7 +265,7 @@ async def test_a_socket_that_may_not_be_written(site: Site, tmp_path: Path, monk
 
 
 async def test_a_full_queue_is_waited_for(site: Site, tmp_path: Path) -> None:
-    """TCP waits by itself; here it is connect_timeout, and not the first EAGAIN, that ends the patience."""
+    """TCP waits by itself; at a Unix socket connect_timeout ends the wait, not the first EAGAIN."""
     path = str(tmp_path / "db")
     with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as crowd:
         listener.bind(path)
@@ -303,7 +303,7 @@ def test_a_path_that_cannot_be_one(site: Site, place: str, message: str) -> None
 
 
 async def test_the_api_and_the_command_take_it(site: Site, tmp_path: Path) -> None:
-    """In a worker, too, which has its configuration from its supervisor."""
+    """Also in a worker, which gets its configuration from its supervisor."""
     async with (
         serving(tmp_path / "db", echo) as place,
         site.process(sections=ADMIN, workers=2) as relay,

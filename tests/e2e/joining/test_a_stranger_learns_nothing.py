@@ -1,7 +1,7 @@
-"""Who fits no route of an address cannot find out which routes or parties exist there.
+"""A function that fits no route of an address cannot find out which routes or parties exist there.
 
-Whatever such a certificate asks for, the answer is the same frames with the same bytes; and without a certificate there
-is no answer in frames at all.
+Whatever it asks for, the answer is the same frames with the same bytes; without a certificate there is no answer in
+frames at all.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ func2 = "dns:func2.other"
 async def everything_told(site: Site, relay: RelayInProcess, server_hostname: str, ask: dict[str, Any]) -> bytes:
     """All that a stranger reads inside TLS after its JOIN, to the end."""
     context = site.context("stranger")
-    context.check_hostname = False  # the name is there to choose a route, not to be in the relay's certificate
+    context.check_hostname = False  # the server name chooses a route; it need not be in the relay's certificate
     party = await site.connect(relay, context=context, server_hostname=server_hostname)
     await party.handshake()
     await party.join(**ask)
@@ -58,7 +58,7 @@ async def everything_told(site: Site, relay: RelayInProcess, server_hostname: st
 
 @pytest.mark.parametrize("is_shared", [False, True], ids=["one route", "two routes"])
 async def test_every_answer_to_a_stranger_is_the_same(site: Site, is_shared: bool) -> None:
-    """TESTPLAN 7: same code, same sentence, same bytes; with both parties waiting inside or with nobody there."""
+    """TESTPLAN 7: same code, same sentence, same bytes, whether both parties wait inside or nobody does."""
     site.add("stranger", site.ca.party(dns=["stranger.demo"]))
     with reserved_port() as port:
         routes = two_routes(port) if is_shared else two_routes(port).partition("\n\n")[0]
@@ -77,7 +77,7 @@ async def test_every_answer_to_a_stranger_is_the_same(site: Site, is_shared: boo
             for secret in (b"demo", b"other", b"func1", b"func2", b"nowhere", b"DEMO"):
                 assert secret not in answer
             assert relay.waiting() == (1, 0)
-            # The operator learns what the stranger does not.
+            # The log tells the operator what the stranger is not told.
             assert all("stranger.demo" in str(event["certificate"]) for event in relay.logged("refused"))
 
 
@@ -92,7 +92,7 @@ async def test_a_stranger_without_frames_sees_an_orderly_end_and_no_byte(site: S
 
 
 async def test_the_wrong_party_is_a_stranger(site: Site) -> None:
-    """Whoever is func1 learns nothing of func2's side by asking for it."""
+    """A function that may be func1 learns nothing about func2's side by asking for it."""
     async with site.relay() as relay:
         party = await site.party(relay, "func1")
         await party.join(party="func2")
@@ -104,7 +104,7 @@ async def test_the_wrong_party_is_a_stranger(site: Site) -> None:
 
 
 async def test_a_function_of_one_route_cannot_probe_for_others_by_its_refusals(site: Site) -> None:
-    """Who belongs to one route of an address gets one answer for a foreign route and for one that does not exist."""
+    """A function of one route gets the same answer for another route and for a route that does not exist."""
     with reserved_port() as port:
         async with site.relay(two_routes(port)) as relay:
             answers = []
@@ -118,7 +118,7 @@ async def test_a_function_of_one_route_cannot_probe_for_others_by_its_refusals(s
 
 @pytest.mark.parametrize("code", ["party", "mode", "frames"])
 async def test_a_refusal_names_nobody_else(site: Site, code: str) -> None:
-    """No reason of any refusal holds the name of a party or an identity other than the reader's own."""
+    """No refusal names a party or an identity other than the function's own."""
     site.add("both", site.ca.party(dns=["func1.demo", "func2.demo"]))
     async with site.relay() as relay:
         waiter = await site.party(relay, "func2")

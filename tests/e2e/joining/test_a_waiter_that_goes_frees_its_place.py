@@ -1,6 +1,6 @@
-"""A waiting leg that leaves, in whatever way, gives its place up, and nobody is paired with it afterwards.
+"""A waiting leg that leaves in any way frees its place, and is not paired afterwards.
 
-With room for one leg a party, the next one can only wait if the place is really free.
+There is room for one leg of each party, so the next one can only wait if the place is really free.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ async def break_the_protocol(party: Party) -> None:
     await party.send_frame("JOIN", {"attempt": party.attempt})
 
 
-# What the log says of those who go in so many words; others may be found to be gone in one way or another.
+# The log's reason for legs that say that they leave. For others the relay may notice the end in several ways.
 LEFT = {
     leave: "left (LEAVE)",
     leave_with_empty_object: "left (LEAVE)",
@@ -71,7 +71,7 @@ GOODBYES = [leave, leave_with_empty_object, end_tls, end_tls_and_tcp, send_fin, 
 
 
 async def next_one_waits_and_is_paired(site: Site, relay: RelayInProcess) -> None:
-    """The place is free for another, and it is that one that func2 meets."""
+    """The place is free for another leg, and func2 is paired with that one."""
     await eventually(lambda: relay.waiting() == (0, 0), "the place to be free")
     await eventually(lambda: relay.legs == 0, "its slot to be free")
     other = await site.party(relay, "func1")
@@ -101,7 +101,7 @@ async def test_a_framed_waiter_that_goes(site: Site, goodbye: Callable[[Party], 
 
 @pytest.mark.parametrize("goodbye", [end_tls, end_tls_and_tcp, send_fin, vanish, reset, break_tls])
 async def test_a_bare_waiter_that_goes(site: Site, goodbye: Callable[[Party], Awaitable[None]]) -> None:
-    """Without frames the end of the connection is all that there is to see, with or without a close_notify."""
+    """Without frames the relay only sees the end of the connection, with or without a close_notify."""
     async with site.relay(sections=ONE_PLACE) as relay:
         party = await site.party(relay, "func1", alpn=())
         await eventually(lambda: relay.waiting() == (1, 0), "its place")
@@ -111,7 +111,7 @@ async def test_a_bare_waiter_that_goes(site: Site, goodbye: Callable[[Party], Aw
 
 
 async def test_a_bare_waiter_with_early_data_that_is_reset(site: Site) -> None:
-    """Bytes that nobody may read yet hide the end behind them; an RST is found all the same."""
+    """Early data, which must stay unread, hides an end that follows it; the relay notices an RST all the same."""
     async with site.relay(sections=ONE_PLACE) as relay:
         party = await site.party(relay, "func1", alpn=())
         await party.send(b"early data" * 1000)
@@ -121,14 +121,14 @@ async def test_a_bare_waiter_with_early_data_that_is_reset(site: Site) -> None:
 
 
 async def test_a_bare_waiter_may_have_said_all_before_its_peer_comes(site: Site) -> None:
-    """PROTOCOL 6: early data and then close_notify is not leaving, it is one direction done. Nothing of it is lost."""
+    """PROTOCOL 6: early data and then close_notify ends one direction only: the leg waits on, and nothing is lost."""
     async with site.relay(sections=ONE_PLACE) as relay:
         party = await site.party(relay, "func1", alpn=())
         await party.send(b"all that I have to say" * 2000)
         await party.stream.send_all(party.close_notify())
         await eventually(lambda: relay.waiting() == (1, 0), "its place")
         for _ in range(3):
-            await trio.sleep(0.2)  # a look at whether it is still there
+            await trio.sleep(0.2)  # the relay checks once whether it is still there
         assert relay.waiting() == (1, 0)
         two = await site.party(relay, "func2", alpn=())
         with trio.fail_after(20):
@@ -147,9 +147,9 @@ async def test_a_bare_waiter_may_have_said_all_before_its_peer_comes(site: Site)
     ids=["reads", "never reads"],
 )
 async def test_a_bare_sender_may_be_gone_before_its_peer_comes(site: Site, has_read: bool) -> None:
-    """PROTOCOL 6: it writes, ends in order and closes, as a job does that only reports; all of it is delivered.
+    """PROTOCOL 6: a job that only reports writes, ends in order and closes; all that it wrote is delivered.
 
-    With a byte of ours unread in its socket, its close would be an RST and destroy what it wrote.
+    If a byte from the relay were unread in its socket, its close would be an RST and destroy what it wrote.
     """
     async with site.relay(sections=ONE_PLACE + "wait_timeout = 3\n") as relay:
         party = await site.party(relay, "func1", alpn=())
@@ -159,7 +159,7 @@ async def test_a_bare_sender_may_be_gone_before_its_peer_comes(site: Site, has_r
         await party.send(b"report" * 1000)
         await party.stream.send_all(party.close_notify())
         party.close()
-        await trio.sleep(0.4)  # two looks at whether it is still there
+        await trio.sleep(0.4)  # the relay checks twice whether it is still there
         assert relay.waiting() == (1, 0)
         two = await site.party(relay, "func2", alpn=())
         assert await two.receive_exactly(6000, raw=False) == b"report" * 1000
@@ -168,7 +168,7 @@ async def test_a_bare_sender_may_be_gone_before_its_peer_comes(site: Site, has_r
 
 @pytest.mark.parametrize("last_word", [b"", frame("LEAVE")], ids=["silent", "LEAVE"])
 async def test_join_and_go_in_one_breath(site: Site, last_word: bytes) -> None:
-    """JOIN with everything that follows in one segment: whoever is gone already takes nobody's place."""
+    """JOIN and the end in one segment: a function that has gone already takes nobody's place."""
     async with site.relay(sections=ONE_PLACE) as relay:
         for _ in range(5):
             party = await site.party(relay, "func1")
@@ -189,16 +189,16 @@ async def hand_off_if_paired(party: Party) -> None:
 @pytest.mark.parametrize("delay", range(8))
 @pytest.mark.parametrize("goodbye", ["LEAVE", "close_notify", "garbage"])
 async def test_leaving_at_the_moment_of_being_paired(site: Site, delay: int, goodbye: str) -> None:
-    """Whichever comes first wins, and both are told; that the relay had read the LEAVE already breaks nothing.
+    """The first of the two events wins, and both functions learn it, even if the relay had read the LEAVE already.
 
-    ``delay`` counts the turns of the scheduler between the JOIN of the one and the last word of the other, so that it
-    meets every step of the matching.
+    ``delay`` is the number of scheduler passes between the JOIN of one and the last frame of the other, so that it hits
+    every step of the matching.
     """
     outcomes = {
         "LEAVE": {"handoff-aborted"},
         "garbage": {"protocol-error"},
-        # To a leg that is paired already it is the answer of its hand-off, and then an end without a byte: FIN, and RST
-        # for what the relay had said meanwhile. How much of that has come when the hand-off is over is the network's.
+        # For a leg that is paired already it is the answer of its hand-off, then an end without a byte: FIN, and RST
+        # for what the relay had sent meanwhile. The network decides how much of that has arrived by then.
         "close_notify": {"handoff-aborted", "closed", "reset", "hung-up"},
     }
     async with site.relay() as relay:
@@ -222,7 +222,7 @@ async def test_leaving_at_the_moment_of_being_paired(site: Site, delay: int, goo
             await two.expect("WAITING")
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(hand_off_if_paired, two)
-                # Paired or not, one is gone for the relay within a moment, and two waits or has lost its pairing.
+                # Paired or not, the relay soon knows that one has gone; two waits, or has lost its pairing.
                 await eventually(
                     lambda: relay.waiting() == (0, 1) or bool(relay.logged("pairing ended")), "an end of it"
                 )

@@ -1,4 +1,4 @@
-"""``relay.demo.`` is ``relay.demo``: the dot spares a resolver its search list, and no certificate has it."""
+"""``relay.demo.`` is ``relay.demo``: with the dot a resolver skips its search list; certificates have no dot."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """An authority in ``client_ca`` is trusted because it stands there, whether or not its own issuer stands there too.
 
-What cert-manager, Vault or a cloud's private CA call "the CA" is often the issuing one, without the root above it.
+"The CA" of cert-manager, Vault or a cloud's private CA is often the issuing authority, without the root above it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NAMES: Final = ("func1", "func2")
 
 
 class Pki:
-    """A root, an authority below it, and the files of a site in which functions are issued by the second."""
+    """A root, an authority below it that issues functions, and the files of a site."""
 
     def __init__(self, directory: Path) -> None:
         self.root = TestAuthority.root_for_intermediates()
@@ -67,7 +67,7 @@ async def meet(pki: Pki, relay: RelayInProcess) -> None:
 
 
 async def refusal(pki: Pki, relay: RelayInProcess, name: str = "func1") -> str:
-    """Why the relay does not take ``name``, as its log has it."""
+    """Why the relay refuses ``name``, as its log says."""
     seen = len(relay.logged("refused"))
     await (await pki.site.connect(relay, name)).alert()
     await eventually(lambda: len(relay.logged("refused")) > seen, "it is refused")
@@ -145,7 +145,7 @@ async def test_another_authority_of_its_name_is_no_anchor(pki: Pki) -> None:
 
 
 async def test_nor_is_the_root_above_it(pki: Pki) -> None:
-    """Only what stands in the file is trusted: not what its issuer has issued besides."""
+    """Only what stands in the file is trusted, not what its issuer has issued besides."""
     pki.site.add("func1", pki.root.intermediate("another").party(dns=["func1.demo"]))
     async with pki.site.relay() as relay:
         assert "issuer" in await refusal(pki, relay)
@@ -153,7 +153,7 @@ async def test_nor_is_the_root_above_it(pki: Pki) -> None:
 
 @pytest.mark.parametrize("client", CLIENTS)
 async def test_functions_go_by_the_issuing_authority_alone_too(pki: Pki, client: Client) -> None:
-    """As their ``ca``: for the TLS to the relay, and on both sides of the one between them."""
+    """As their ``ca``, in the TLS to the relay and on both sides of the inner TLS."""
     site = pki.site
     site.ca_path = site.client_ca
     async with site.relay() as relay:
@@ -178,7 +178,7 @@ async def test_its_own_list_is_enough(pki: Pki, shown: str) -> None:
 
 
 async def test_another_root_of_its_issuers_name_changes_nothing(pki: Pki) -> None:
-    """That one's list is of the name that the anchor's issuer has, and of another key."""
+    """The list of that root has the name of the anchor's issuer, and another key."""
     twin = TestAuthority.root_for_intermediates()
     assert twin.authority.certificate.subject == pki.issuing.authority.certificate.issuer
     bad = pki.site.add("bad", pki.issuing.party(dns=["func1.demo"]))
@@ -200,7 +200,7 @@ async def test_an_authority_below_it_needs_a_list_too(pki: Pki) -> None:
     pki.lists(pki.issuing.crl())
     async with pki.site.relay(crl=True) as relay:
         assert "unable to get certificate CRL (at depth 0" in await refusal(pki, relay)
-        # A list's signature is verified when it is loaded, by the authority's certificate.
+        # The signature of a list is verified with the authority's certificate when it is loaded.
         pki.trust(pki.issuing, below)
         pki.lists(pki.issuing.crl(number=2), below.crl())
         await relay.relay.reload()
@@ -219,7 +219,7 @@ async def test_an_authority_below_it_may_be_revoked(pki: Pki) -> None:
 
 
 async def test_where_its_root_is_there_too_the_root_may_revoke_it(pki: Pki) -> None:
-    """An anchor by itself is one whose issuer is not there: the chain goes on up as far as the file leads."""
+    """If the issuer of an authority stands in the file too, the chain continues up to that issuer."""
     itself = Credential("issuing", pki.issuing.authority.certificate, pki.issuing.authority.private_key, ())
     pki.trust(pki.root, pki.issuing)
     pki.lists(pki.root.crl(), pki.issuing.crl())
@@ -245,7 +245,7 @@ async def test_where_its_root_is_there_too_the_roots_constraints_hold(tmp_path: 
 
 
 async def test_who_is_in_is_judged_again_by_it(pki: Pki) -> None:
-    """Pairings go on through reloads with lists, and end when their certificate is on one, or the anchor goes."""
+    """Pairings survive reloads with new lists, and end when a list has their certificate or the anchor is removed."""
     pki.lists(pki.issuing.crl())
     pki.site.add("other", pki.issuing.party(dns=["func1.demo"]))
     async with pki.site.relay(OPEN, crl=True) as relay:
@@ -271,7 +271,7 @@ async def test_who_is_in_is_judged_again_by_it(pki: Pki) -> None:
 
 
 async def test_the_root_may_take_its_place(pki: Pki) -> None:
-    """Nobody has to come again with more than they have shown."""
+    """Functions that are in need not connect again with a longer chain."""
     async with pki.site.relay(OPEN) as relay:
         waiting = await pki.site.party(relay, "func1")
         await waiting.join()

@@ -1,4 +1,4 @@
-"""A certificate authority that has expired lets nobody in, and keeps nobody out: it is told, and that is all."""
+"""An expired certificate authority lets nobody in and keeps nobody out; the relay only reports it."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ async def test_the_old_certificate_of_an_authority_beside_its_new_one(site: Site
 
 
 async def test_a_root_that_has_expired_above_an_issuing_authority_that_has_not(site: Site) -> None:
-    """The issuing one stands in the file too, and is trusted by itself."""
+    """The issuing authority stands in the file too, and is trusted by itself."""
     root = TestAuthority.root_for_intermediates("old root", not_after=ago())
     issuing = root.intermediate("issuing CA")
     for name in ("func1", "func2"):
@@ -134,7 +134,7 @@ async def test_a_root_that_has_expired_above_an_issuing_authority_that_has_not(s
 
 
 async def test_a_root_that_expires_while_the_relay_runs(site: Site) -> None:
-    """Until it is loaded without that root, the relay would hold it against everybody below."""
+    """Until the relay has reloaded without that root, it would refuse all certificates below it."""
     root = TestAuthority.root_for_intermediates("old root", not_after=datetime.now(UTC) + timedelta(seconds=4))
     issuing = root.intermediate("issuing CA")
     for name in ("func1", "func2"):
@@ -162,7 +162,7 @@ async def test_an_expired_cross_sign_beside_the_root_itself(site: Site) -> None:
     for name in ("func1", "func2"):
         credential = root.intermediate("issuing CA").party(dns=[f"{name}.demo"])
         site.add(name, credential)
-        # As many do: the function shows the cross-sign, too.
+        # The function shows the cross-signed certificate, too, as many do.
         site.paths[name][0].write_bytes(credential.chain_pem + certificates_pem([certificate(cross)]))
     trust(site, certificate(cross), certificate(root), certificate(old))
     async with site.relay() as relay:
@@ -170,7 +170,7 @@ async def test_an_expired_cross_sign_beside_the_root_itself(site: Site) -> None:
 
 
 async def test_nobody_misses_its_list(site: Site) -> None:
-    """Nobody publishes lists of an authority that is no more: a lapsed one of it shuts nobody out."""
+    """An expired authority publishes no lists any more, so its expired list keeps nobody out."""
     old = TestAuthority.root_for_intermediates("old root", not_after=ago())
     trust(site, site.ca.root, certificate(old))
     site.ca.write_crl(site.directory, site.ca.crl() + old.expired_crl())
@@ -191,14 +191,14 @@ def test_a_list_that_ends_after_its_authority_is_needed_no_more(site: Site) -> N
 
 
 def test_the_gauge_tells_of_those_in_use(site: Site) -> None:
-    """Its alert is for those that will expire; of one that has, nothing can be saved any more."""
+    """The gauge serves an alert before the expiry, so an authority that has expired does not count in it."""
     old = TestAuthority.root_for_intermediates("old root", not_after=ago())
     trust(site, site.ca.root, certificate(old))
     assert prepared(site).authorities_not_after == site.ca.root.not_valid_after_utc.timestamp()
 
 
 async def test_who_comes_by_it_is_told_so(site: Site) -> None:
-    """In the log, and by `frelay why`."""
+    """The log and `frelay why` say so."""
     old = TestAuthority.root_for_intermediates("old root", not_after=ago())
     site.add("late", old.odd([x509.DNSName("func1.demo")]))
     trust(site, site.ca.root, certificate(old))
@@ -213,7 +213,7 @@ async def test_who_comes_by_it_is_told_so(site: Site) -> None:
 
 
 async def test_the_whole_bundle_of_a_distribution(site: Site) -> None:
-    """Hundreds of roots, with whatever is odd among them, twice, beside our own."""
+    """Hundreds of roots with all their oddities, twice, beside our own."""
     if not BUNDLE.exists():
         skip_or_fail(f"{BUNDLE} is not there; on Debian: apt-get install ca-certificates")
     content = BUNDLE.read_bytes()
@@ -223,7 +223,7 @@ async def test_the_whole_bundle_of_a_distribution(site: Site) -> None:
     site.client_ca.write_bytes(content + certificates_pem([site.ca.root]))
     async with site.relay() as relay:
         await meet(site, relay)
-    # With lists, all but one lack theirs: that is told in a few lines.
+    # With tls.crl, all but one lack their list: the log says that in a few lines.
     site.ca.write_crl(site.directory, site.ca.crl())
     said = frelay_command("check", "-c", site.write(crl=True))
     assert said.code == 0
@@ -237,7 +237,7 @@ async def test_the_whole_bundle_of_a_distribution(site: Site) -> None:
 
 
 async def test_an_expired_cross_sign_behind_the_relays_own(site: Site) -> None:
-    """Functions that know the new root do not need it, so the relay is ready, and says what it found."""
+    """Functions that know the new root do not need it, so the relay is ready, and warns."""
     key = ec.generate_private_key(ec.SECP256R1())
     root = TestAuthority.root_for_intermediates("new root", key=key)
     old = TestAuthority.root_for_intermediates("old root", not_after=ago())
@@ -254,7 +254,7 @@ async def test_an_expired_cross_sign_behind_the_relays_own(site: Site) -> None:
 
 
 def test_the_last_that_vouches_for_the_relay_counts(site: Site) -> None:
-    """Of two certificates of the issuing authority the longer one; and without any in date nobody trusts the relay."""
+    """Of two certificates of the issuing authority the later end counts; if both are over, nobody trusts the relay."""
     root, key = TestAuthority.root_for_intermediates(), ec.generate_private_key(ec.SECP256R1())
     good = root.intermediate("issuing CA", key=key)
     late = root.intermediate("issuing CA", key=key, not_after=ago())

@@ -1,4 +1,4 @@
-"""A party may be a service that the relay dials, once its caller is known, and never for anybody else."""
+"""A party may be a service. The relay dials it only when a caller has been let in."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ async def nothing_is_left(relay: RelayInProcess) -> None:
 
 
 def inner_contexts(site: Site) -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    """A service's TLS and its client's, under a CA that the relay has never heard of."""
+    """TLS contexts of a service and its client, under a CA that the relay does not know."""
     ca = TestAuthority("the service's own CA")
     root = ca.write(site.directory, "inner-ca")
     certificate, key = ca.relay(dns=["service.internal"]).write(site.directory, "service")
@@ -50,7 +50,7 @@ def inner_contexts(site: Site) -> tuple[ssl.SSLContext, ssl.SSLContext]:
 
 @contextmanager
 def resolving(*addresses: str, first_waits_for: trio.Event | None = None) -> Iterator[None]:
-    """Within the context every name has these addresses, and with none of them it does not resolve."""
+    """Within the context every name has these addresses; without any address it does not resolve."""
     delays = [first_waits_for] if first_waits_for is not None else []
 
     class Resolver(trio.abc.HostnameResolver):
@@ -76,7 +76,7 @@ def resolving(*addresses: str, first_waits_for: trio.Event | None = None) -> Ite
 
 @pytest.mark.parametrize("caller", CALLERS)
 async def test_the_callers_tls_ends_at_the_service(site: Site, caller: Caller) -> None:
-    """End to end: the inner certificates are none of the relay's, and the bytes arrive."""
+    """End to end: the relay does not know the inner certificates, and the bytes arrive."""
     server, client = inner_contexts(site)
     more = 'handoff = "hello"\nhello_settle = 0.05\n' if caller == "hello" else ""
     async with serving(tls_echo(server)) as service, site.relay(dialling(service, more=more)) as relay:
@@ -98,7 +98,7 @@ async def test_the_callers_tls_ends_at_the_service(site: Site, caller: Caller) -
 
 
 async def test_paired_names_the_service(site: Site) -> None:
-    """`peer` is the place, since nobody has verified a name; the role is the route's, as ever."""
+    """`peer` is the address, because nobody has verified a name; the role comes from the route as always."""
     async with serving(echo) as service, site.relay(dialling(service)) as relay:
         party = await joined(site, relay)
         paired = await party.expect("PAIRED")
@@ -137,7 +137,7 @@ async def test_ipv6(site: Site) -> None:
 
 
 async def test_a_name_with_several_addresses(site: Site) -> None:
-    """The first one refuses: the next one is tried, and the identity stays the name."""
+    """If the first address refuses, the relay tries the next; the identity stays the name."""
     async with serving(echo, "127.0.0.2") as service:
         port = service.address.rpartition(":")[2]
         with resolving("127.0.0.3", "127.0.0.2"):
@@ -148,7 +148,7 @@ async def test_a_name_with_several_addresses(site: Site) -> None:
 
 
 async def test_callers_at_once_have_a_call_each(site: Site) -> None:
-    """Each is paired with the connection that was opened for it, whoever came first."""
+    """Each is paired with the connection that was opened for it, in whatever order they came."""
     async with serving(echo) as service, site.relay(dialling(service, more=OPEN)) as relay:
 
         async def one(number: int) -> None:
@@ -166,7 +166,7 @@ async def test_callers_at_once_have_a_call_each(site: Site) -> None:
 
 
 async def test_the_quicker_call_is_its_own_callers(site: Site) -> None:
-    """Who has waited longest is not paired with a connection that was opened for another, who would then have none."""
+    """The connection is for the caller that it was opened for, not for the one that has waited longest."""
     may_go_on = trio.Event()
     async with serving(echo) as service:
         port = service.address.rpartition(":")[2]
@@ -182,7 +182,7 @@ async def test_the_quicker_call_is_its_own_callers(site: Site) -> None:
 
 
 async def test_routes_that_share_an_address(site: Site) -> None:
-    """One of them has a service, the other a function; JOIN.route chooses."""
+    """One route has a service, the other a function; JOIN.route chooses."""
     with reserved_port() as port:
         async with serving(echo) as service:
             called = dialling(service, more=OPEN).replace(":0", f":{port}").replace('"demo"', '"called"')
@@ -220,7 +220,7 @@ async def test_the_connection_is_tuned(site: Site) -> None:
 
 @pytest.mark.parametrize("caller", CALLERS[:4])
 async def test_the_caller_ends_first(site: Site, caller: Caller) -> None:
-    """TESTPLAN 25: the service sees the end, and its answer to all of it arrives, then the end of that."""
+    """TESTPLAN 25: the service sees the end; then its whole answer arrives at the caller, and its end."""
 
     async def answer(stream: trio.SocketStream) -> None:
         question = b""
@@ -260,7 +260,7 @@ async def test_the_service_ends_first(site: Site, caller: Caller) -> None:
 
 
 async def test_a_service_that_speaks_no_tls(site: Site) -> None:
-    """TESTPLAN 20: require_inner_tls holds for its side, too, and not a byte of it is passed on."""
+    """TESTPLAN 20: require_inner_tls holds for the service, too: no byte of it is forwarded."""
 
     async def banner(stream: trio.SocketStream) -> None:
         await stream.send_all(b"220 welcome\r\n")
@@ -276,7 +276,7 @@ async def test_a_service_that_speaks_no_tls(site: Site) -> None:
 
 @pytest.mark.parametrize("caller", CALLERS[:4])
 async def test_the_service_resets(site: Site, caller: Caller) -> None:
-    """TESTPLAN 48: the caller is cut, and cannot take it for an end."""
+    """TESTPLAN 48: the caller is cut, and cannot take the cut for an end."""
 
     async def reset(stream: trio.SocketStream) -> None:
         await stream.receive_some(1)
@@ -296,7 +296,7 @@ async def test_the_service_resets(site: Site, caller: Caller) -> None:
 
 
 async def refused_for_the_service(relay: RelayInProcess, party: Party) -> str:
-    """The caller is told no, and no more; gives the detail that the record has."""
+    """The caller is refused and told no more; gives the detail of the record."""
     assert await party.refusal() == {
         "code": "wait-timeout",
         "reason": "the service of this route cannot be reached",
@@ -323,7 +323,7 @@ async def test_a_refused_connection(site: Site) -> None:
 
 @pytest.mark.load
 async def test_a_service_that_never_answers(site: Site) -> None:
-    """connect_timeout bounds it, and WAITING said so."""
+    """connect_timeout bounds the wait, and WAITING has said so."""
     with black_hole() as address:
         async with site.relay(dialling(address, options=SOON)) as relay:
             party = await site.party(relay, "func1")
@@ -369,7 +369,7 @@ async def test_who_has_no_frames_gets_the_close(site: Site, caller: Caller) -> N
 @pytest.mark.load
 @pytest.mark.parametrize("how", ["LEAVE", "close_notify", "FIN", "RST"])
 async def test_the_caller_leaves_meanwhile(site: Site, how: str) -> None:
-    """The call ends with it: no descriptor is left, and there is no record, since nothing had failed."""
+    """The dialling ends with it: no descriptor is left, and there is no record, because nothing failed."""
     with black_hole() as address:
         async with site.relay(dialling(address, options=", connect_timeout = 60")) as relay:
             before = open_descriptors()
@@ -403,7 +403,7 @@ async def test_the_caller_is_pinged_meanwhile(site: Site) -> None:
 
 
 async def test_the_callers_retry_replaces_it(site: Site) -> None:
-    """Its call ends with the stale leg; the new one has its own."""
+    """The relay stops dialling for the stale leg, and dials for the new one."""
     with black_hole() as address:
         async with site.relay(dialling(address, options=SOON)) as relay:
             stale = await joined(site, relay)
@@ -440,7 +440,7 @@ async def test_the_relay_drains_meanwhile(site: Site) -> None:
 
 
 async def test_not_for_a_stranger(site: Site) -> None:
-    """A certificate of another CA, one that fits nobody, a wrong route, a JOIN as the service: no connection."""
+    """A certificate of another CA, one that fits no party, a wrong route, a JOIN as the service: no dialling."""
     site.add("stranger", site.ca.party(dns=["stranger.demo"]))
     site.add("foreigner", TestAuthority("other CA").party(dns=["func1.demo"]))
     async with serving(echo) as service, site.relay(dialling(service)) as relay:
@@ -461,7 +461,7 @@ async def test_not_for_a_stranger(site: Site) -> None:
 
 
 async def test_max_pairings(site: Site) -> None:
-    """Over the limit the service is not even troubled."""
+    """Above the limit the relay does not dial at all."""
     async with serving(echo) as service, site.relay(dialling(service, more=f"{OPEN}\nmax_pairings = 1\n")) as relay:
         first = await call(site, relay)
         second = await joined(site, relay)
@@ -475,7 +475,7 @@ async def test_max_pairings(site: Site) -> None:
 
 
 async def test_two_callers_for_the_last_place(site: Site) -> None:
-    """Both are dialled for, one is paired, and the other is told the limit; its connection is closed."""
+    """The relay dials for both; one is paired, the other is told the limit and its connection is closed."""
     async with serving(echo) as service, site.relay(dialling(service, more=f"{OPEN}\nmax_pairings = 1\n")) as relay:
         parties = [await site.party(relay, "func1") for _ in range(2)]
         for party in parties:
@@ -492,8 +492,8 @@ async def test_two_callers_for_the_last_place(site: Site) -> None:
 
 
 async def test_a_dialled_connection_counts_in_the_descriptor_budget(site: Site) -> None:
-    """With no descriptor left for it the caller is told so, and nothing is dialled."""
-    limits = "[limits]\nfd_budget = 0.000001\n"  # the least there is: two legs
+    """If no descriptor is left for it, the caller is told so, and the relay does not dial."""
+    limits = "[limits]\nfd_budget = 0.000001\n"  # the smallest budget: two legs
     other = DEMO.replace('"demo"', '"other"')
     async with serving(echo) as service, site.relay(dialling(service, more=OPEN) + other, sections=limits) as relay:
         waiter = await site.party(relay, "func1", route="other")

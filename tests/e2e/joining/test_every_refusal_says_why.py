@@ -43,7 +43,7 @@ def ending(site: Site) -> Callable[[float], datetime]:
     return make
 
 
-# --- one provocation a code: a relay in which the yielded party is about to be refused -----------------------------
+# --- one way to provoke each code: a relay in which the yielded party is about to be refused ------------------------
 
 Provocation = Callable[[Site], AbstractAsyncContextManager[tuple[RelayInProcess, Party]]]
 
@@ -117,7 +117,7 @@ async def route_removed(site: Site) -> AsyncIterator[tuple[RelayInProcess, Party
 
 @asynccontextmanager
 async def certificate_expired(site: Site) -> AsyncIterator[tuple[RelayInProcess, Party]]:
-    """It waited beyond its notAfter: the other one comes, and policy is checked again before anybody is paired."""
+    """It waited beyond its notAfter: when the other one comes, the relay checks the certificate again."""
     async with site.relay() as relay:
         party, ends = await before_it_expires(ending(site), partial(joined, site, relay, "ending"))
         await trio.sleep(ends - time.time() + 0.1)
@@ -179,7 +179,7 @@ async def test_a_refusal_says_why_and_leaves_nothing(site: Site, code: str) -> N
     provoke, retry_after = PROVOCATIONS[code]
     async with provoke(site) as (relay, party):
         legs = relay.legs
-        refusal = await party.refusal()  # ... and the orderly end of TLS after it
+        refusal = await party.refusal()  # ... and then the orderly end of TLS
         assert refusal.keys() == {"code", "reason", "retry_after"}
         assert refusal["code"] == code
         assert refusal["retry_after"] == retry_after
@@ -190,7 +190,7 @@ async def test_a_refusal_says_why_and_leaves_nothing(site: Site, code: str) -> N
         await eventually(lambda: relay.legs < legs or relay.legs == 0, "its slot free")
 
 
-# --- what is particular about some of them ---------------------------------------------------------------------------
+# --- details of some codes --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.load
@@ -208,7 +208,7 @@ async def test_a_new_leg_is_judged_between_its_handshake_and_its_join(site: Site
         late, ends = await before_it_expires(ending(site), shake_hands)
         out = await site.party(relay, "revoked")
         homeless = await site.party(relay, "func1", route="other")
-        # A connection keeps the certificates and routes that it was accepted under, so nothing more need be over.
+        # A connection keeps the certificates and routes with which it was accepted, so nothing more must end.
         await eventually(lambda: relay.legs >= 3, "three legs")
         site.ca.write_crl(site.directory, site.ca.crl(revoked=[site.credentials["revoked"]], number=2))
         site.write(DEMO, sections="[limits]\njoin_timeout = 60\n", crl=True)
@@ -224,7 +224,7 @@ async def test_a_new_leg_is_judged_between_its_handshake_and_its_join(site: Site
 
 
 async def test_one_bad_waiter_does_not_cost_the_newcomer_its_peer(site: Site) -> None:
-    """The first in the queue was revoked meanwhile: it is refused, and the next in the queue is paired instead."""
+    """The first waiter was revoked meanwhile: it is refused, and the next in the queue is paired instead."""
     bad = site.add("bad", site.ca.party(dns=["func1.demo"]))
     site.ca.write_crl(site.directory, site.ca.crl())
     async with site.relay(crl=True) as relay:
@@ -267,7 +267,7 @@ async def test_the_limit_of_pairings_spares_the_waiter(site: Site) -> None:
 
 
 async def test_a_replaced_route_sends_its_waiters_away_and_takes_them_back(site: Site) -> None:
-    """Other selectors are another route: who waited under the old ones must show itself again."""
+    """Other selectors make another route: legs that waited under the old ones must join again."""
     async with site.relay() as relay:
         framed = await joined(site, relay)
         bare = await site.party(relay, "func1", alpn=())
@@ -281,7 +281,7 @@ async def test_a_replaced_route_sends_its_waiters_away_and_takes_them_back(site:
         again.close()
 
 
-async def test_whoever_comes_while_draining_is_told_so(site: Site) -> None:
+async def test_a_function_that_comes_while_draining_is_told_so(site: Site) -> None:
     """A handshake that was under way when the drain began still gets its answer, on the old address."""
     async with site.relay() as relay:
         slow = await site.party(relay, "func1")
@@ -294,7 +294,7 @@ async def test_whoever_comes_while_draining_is_told_so(site: Site) -> None:
         assert (await slow.refusal())["code"] == "draining"
         with pytest.raises(OSError, match="all attempts to connect"):
             await trio.open_tcp_stream("127.0.0.1", port)
-        # And who is paired is left in peace.
+        # Pairings continue.
         await keeper1.hand_off()
         await keeper2.hand_off()
         await keeper1.send_raw(b"\x16\x03\x01still here")
@@ -310,7 +310,7 @@ async def test_a_bare_waiter_is_drained_by_an_orderly_end(site: Site) -> None:
             assert await bare.receive() == b""
 
 
-# --- who it was, in the log ------------------------------------------------------------------------------------------
+# --- the refused one in the log ---------------------------------------------------------------------------------------
 
 
 UNVERIFIED: Final[dict[str, tuple[Callable[[Site], Credential], str]]] = {
@@ -332,7 +332,7 @@ UNVERIFIED: Final[dict[str, tuple[Callable[[Site], Credential], str]]] = {
 
 @pytest.mark.parametrize("kind", UNVERIFIED)
 async def test_a_refused_handshake_says_whose_certificate_it_was_and_what_is_wrong(site: Site, kind: str) -> None:
-    """Subject, names, issuer, serial, address, and the check: enough to find the function, and to mend it."""
+    """Subject, names, issuer, serial, address and the failed check: enough to find the function and correct it."""
     make, check = UNVERIFIED[kind]
     bad = site.add("bad", make(site))
     site.ca.write_crl(site.directory, site.ca.crl(revoked=[bad] if kind == "revoked" else []))
@@ -353,7 +353,7 @@ async def test_a_refused_handshake_says_whose_certificate_it_was_and_what_is_wro
 
 
 async def test_a_fault_above_the_leaf_names_the_certificate_that_has_it(tmp_path: Path) -> None:
-    """OpenSSL stops at the first fault, from the root on; it has not come to the leaf yet."""
+    """OpenSSL checks from the root on and stops at the first fault, so it has not reached the leaf."""
     site = Site(tmp_path, TestAuthority.root_for_intermediates())
     middle = site.ca.party(dns=["middle.demo"])
     above = (site.ca.authority.certificate,)
@@ -414,7 +414,7 @@ async def test_a_bad_join_is_a_protocol_error(site: Site, join: bytes) -> None:
 
 @pytest.mark.parametrize("has_joined", [False, True])
 async def test_who_goes_before_it_has_come_in_is_in_the_log(site: Site, has_joined: bool) -> None:
-    """With its JOIN or without one, it never waited; the log says which it was."""
+    """It never waited, with a JOIN or without; the log says whether there was one."""
     async with site.relay() as relay:
         party = await site.party(relay, "func1")
         if has_joined:
@@ -443,7 +443,7 @@ async def test_a_join_that_does_not_come_in_time_is_refused(site: Site, start: b
 
 
 async def test_a_join_drop_by_drop_gains_no_time(site: Site) -> None:
-    """join_timeout is absolute: bytes that come do not start it again."""
+    """join_timeout is absolute: arriving bytes do not restart it."""
     async with site.relay(sections="[limits]\njoin_timeout = 0.5\n") as relay:
         party = await site.party(relay, "func1")
 

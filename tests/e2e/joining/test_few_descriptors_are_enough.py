@@ -1,6 +1,6 @@
 """A relay with hardly any file descriptors serves as many as they carry, and keeps some back for its own work.
 
-Limit and budget are a process's, so it is one that is looked at here, with however many workers the other tests run.
+Limit and budget belong to a process, so these tests use one process, however many workers the other tests run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LIMITS: Final = "[limits]\nhandshake_timeout = 60\nmax_pre_auth_per_ip = 256\n"
 
 @asynccontextmanager
 async def connections(port: int, count: int) -> AsyncIterator[list[trio.SocketStream]]:
-    """So many connections that say nothing."""
+    """This many connections that send nothing."""
     streams = [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(count)]
     try:
         yield streams
@@ -48,7 +48,7 @@ async def pairs_up(site: Site, relay: RelayProcess) -> None:
 
 
 async def pairs_up_in_time(site: Site, relay: RelayProcess) -> None:
-    """After a flood, whose refusals are not yet all read when it has gone."""
+    """Pair soon after a flood, when some of its refusals may still be unread."""
     with trio.fail_after(TIMEOUT):
         while True:
             try:
@@ -61,7 +61,7 @@ async def pairs_up_in_time(site: Site, relay: RelayProcess) -> None:
 
 @pytest.mark.load
 async def test_a_queue_of_connections_is_taken_with_hardly_any_descriptors(site: Site) -> None:
-    """All of them are there at once: who gives way to them is closed before the next ones are taken."""
+    """All of them come at once: the relay closes the connections that it evicts before it accepts the next ones."""
     async with site.process(sections=LIMITS, launcher=FEW, workers=1) as relay:
         relay.signal(signal.SIGSTOP)
         async with connections(relay.port(), 100):
@@ -73,7 +73,7 @@ async def test_a_queue_of_connections_is_taken_with_hardly_any_descriptors(site:
 
 @pytest.mark.load
 async def test_64_descriptors_and_100_connects(site: Site) -> None:
-    """TESTPLAN 35: alive, it still logs, reloads and answers its operator; and it serves again once they have gone."""
+    """TESTPLAN 35: it still logs, reloads and answers its operator; and it serves again when they have gone."""
     async with site.process(sections=LIMITS + ADMIN, launcher=FEW, workers=1) as relay:
         await pairs_up(site, relay)
         async with connections(relay.port(), 100):
@@ -97,7 +97,7 @@ async def test_64_descriptors_and_100_connects(site: Site) -> None:
 
 @pytest.mark.load
 async def test_http_callers_leave_the_descriptors_that_a_reload_needs(site: Site) -> None:
-    """With legs at their budget and more callers of both servers than it has places, a revocation is still loaded."""
+    """With legs at their budget and more callers than both HTTP servers take, a revocation is still loaded."""
     few = (*FEW[:2], 'ulimit -n 160 && exec "$@"', "sh")
     limits = "[limits]\nmax_waiting_per_party = 300\nmax_pre_auth_per_ip = 300\nfd_budget = 1\n"
     site.ca.write_crl(site.directory, site.ca.crl())
@@ -131,7 +131,7 @@ async def test_http_callers_leave_the_descriptors_that_a_reload_needs(site: Site
 
 @pytest.mark.load
 async def test_the_soft_limit_is_raised_to_the_hard_one(site: Site) -> None:
-    """60 would not carry a relay and ten legs; nobody has to know about ulimit for what is allowed anyway."""
+    """60 are too few for a relay and ten legs; the operator need not raise a soft limit below the hard one."""
     async with site.process(sections=LIMITS + ADMIN, launcher=SOFT, workers=1) as relay, admin(site) as api:
         assert (await api.get("/v1/status")).json()["descriptors"]["limit"] == 500
         async with connections(relay.port(), 60):
@@ -141,7 +141,7 @@ async def test_the_soft_limit_is_raised_to_the_hard_one(site: Site) -> None:
 
 @pytest.mark.load
 async def test_accept_does_not_spin_when_there_is_no_descriptor(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The listener stays readable, as nobody takes the connection off it: the loop pauses, and tries again."""
+    """The listener stays readable, because nobody accepts the connection: the loop pauses and tries again."""
     original, tries, has_room = frelay.net.sockets.accept, 0, False
 
     def accept(listener: socket.socket) -> tuple[socket.socket, tuple[str, int]]:

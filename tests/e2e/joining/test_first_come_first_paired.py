@@ -1,4 +1,4 @@
-"""The two queues of a route are first in, first out, and who leaves the queue changes nobody else's turn."""
+"""The two queues of a route are first in, first out, and a leg that leaves changes nobody else's turn."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ async def queue_up(site: Site, relay: RelayInProcess, name: str, count: int) -> 
 
 
 async def pairing_of(site: Site, relay: RelayInProcess, name: str) -> str:
-    """Let one more come; gives the pairing that it gets."""
+    """Let one more function join; gives the pairing that it gets."""
     party = await site.party(relay, name)
     await party.join()
     await party.expect("WAITING")
@@ -51,7 +51,7 @@ async def test_gaps_in_the_queue_close(site: Site) -> None:
 
 
 async def test_a_retry_stands_at_the_end_of_the_queue(site: Site) -> None:
-    """Its old place went with its old connection; otherwise a flapping function would starve the others."""
+    """Its old place went with its old connection; a function that reconnects often must not starve the others."""
     async with site.relay() as relay:
         first, second = await queue_up(site, relay, "func1", 2)
         retry = await site.party(relay, "func1")

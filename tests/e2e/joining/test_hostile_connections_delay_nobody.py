@@ -1,4 +1,4 @@
-"""Strangers by the dozen, whatever they do, do not keep a rightful pair waiting, and none stays beyond its deadline."""
+"""Dozens of strangers, whatever they do, do not delay a pair of functions, and none stays beyond its deadline."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from support.site import Site
 from support.waiting import TIMEOUT, eventually
 
 PROMPT = 1.0
-"""Seconds in which two rightful functions are paired, from their first segment on; on a machine that is idle."""
+"""Seconds in which two functions are paired on an idle machine, from their first segment on."""
 JOINS = 30
 LIMITS = "[limits]\nhandshake_timeout = 1\n"
 
 
 async def slowest_join(site: Site, relay: RelayProcess, count: int) -> float:
-    """The 99th percentile of so few is the slowest."""
+    """The slowest join, which is the 99th percentile of so few."""
     slowest = 0.0
     for _ in range(count):
         began = trio.current_time()
@@ -31,8 +31,8 @@ async def slowest_join(site: Site, relay: RelayProcess, count: int) -> float:
 def bar(usual: float) -> float:
     """What a join may take in a flood, in seconds; ``usual`` is what it takes on this machine now, without one.
 
-    A place or a turn that a stranger could hold would be held for handshake_timeout, 10 s. What a join takes on an idle
-    machine, some hundredths of a second, is bench/strangers.py's to say.
+    If strangers could hold a place or a turn, they would hold it for handshake_timeout, 10 s. bench/strangers.py
+    measures what a join takes on an idle machine: some hundredths of a second.
     """
     return max(4.0, 40 * usual)
 
@@ -44,13 +44,13 @@ def bar(usual: float) -> float:
     ids=["60 that handshake", "120 that do not"],
 )
 async def test_a_rightful_pair_joins_at_once(site: Site, kinds: dict[str, int]) -> None:
-    """TESTPLAN 34: in under 1 s at the 99th percentile, or ten times what this machine needs when nobody floods it."""
+    """TESTPLAN 34: in under 1 s at the 99th percentile, or ten times what this machine needs without a flood."""
     async with site.process(sections=LIMITS) as relay:
         usual = await slowest_join(site, relay, 10)
-        # By a way of their own: a network that splits what it carries is the test's, and what a flood does to it is
-        # nothing that the relay could help.
+        # The strangers use a port of their own: the other one goes through the test's network, which splits segments,
+        # and the relay cannot help what a flood does to that.
         async with strangers(relay.own_port(), sources="127.0.1.1-127.0.1.8", **kinds):
-            # All of them have been here, and those that are closed come back at once.
+            # The flood is on once all of them have come; those that are closed come back at once.
             reason = "no TLS handshake within 1 s" if "silent" in kinds else None
             wanted = 80 if reason else 60
             await eventually(
@@ -64,7 +64,7 @@ async def test_a_rightful_pair_joins_at_once(site: Site, kinds: dict[str, int]) 
 
 
 async def waits_by(site: Site, relay: RelayProcess, patience: float) -> None:
-    """A function comes, and has WAITING in so many seconds."""
+    """The seconds until a function that joins has WAITING."""
     began = trio.current_time()
     with trio.fail_after(patience + TIMEOUT):
         party = await site.party(relay, "func1")
@@ -77,9 +77,9 @@ async def waits_by(site: Site, relay: RelayProcess, patience: float) -> None:
 @pytest.mark.load
 @pytest.mark.parametrize("kind", ["silent", "one_byte", "half", "half_a_ticket", "slow", "whole", "in_pieces"])
 async def test_512_strangers_from_16_addresses_keep_no_function_waiting(site: Site, kind: str) -> None:
-    """Be they silent, or stop after a byte, half a ClientHello or a whole one, or drip.
+    """Whether they are silent, send byte by byte, or stop after a byte, half a ClientHello or a whole one.
 
-    Those that come again at once are a matter of how much processor they take; bench/strangers.py shows them.
+    Strangers that reconnect at once only cost processor time; bench/strangers.py measures that.
     """
     async with site.process() as relay:
         usual = await slowest_join(site, relay, 3)
@@ -91,7 +91,7 @@ async def test_512_strangers_from_16_addresses_keep_no_function_waiting(site: Si
 @pytest.mark.load
 @pytest.mark.parametrize("limits", ["", "[limits]\nmax_pre_auth = 100\nmax_pre_auth_per_ip = 100\n"])
 async def test_strangers_at_its_own_address_keep_no_pair_waiting(site: Site, limits: str) -> None:
-    """Behind one NAT gateway with 80 that are silent and 40 that talk nonsense, a pair is together at once."""
+    """Two functions behind one NAT gateway with 80 silent strangers and 40 that send garbage are paired at once."""
     async with site.process(sections=limits) as relay:
         usual = await slowest_join(site, relay, 5)
         async with strangers(relay.own_port(), sources="127.0.0.1-127.0.0.1", silent=80, garbage=40):
@@ -100,7 +100,7 @@ async def test_strangers_at_its_own_address_keep_no_pair_waiting(site: Site, lim
 
 @pytest.mark.load
 async def test_whole_client_hellos_at_its_own_address_delay_a_function_for_some_seconds(site: Site) -> None:
-    """All turns of an address are taken by handshakes that let us wait: each gives way after two seconds."""
+    """Stalled handshakes have all turns of an address: each loses its turn after two seconds."""
     async with site.process(sections="[limits]\nmax_pre_auth_per_ip = 8\n") as relay:
         usual = await slowest_join(site, relay, 3)
         async with strangers(relay.own_port(), sources="127.0.0.1-127.0.0.1", whole=12):
@@ -108,7 +108,7 @@ async def test_whole_client_hellos_at_its_own_address_delay_a_function_for_some_
 
 
 async def test_all_are_gone_at_the_deadline(site: Site) -> None:
-    """TESTPLAN 31, 34: 120 connections, and in the end not one of them, nor a slot that it held."""
+    """TESTPLAN 31, 34: of 120 connections none is left in the end, and no slot."""
     async with site.relay(sections="[limits]\nhandshake_timeout = 0.5\n") as relay:
         async with strangers(relay.own_port(), silent=40, garbage=40, slow=40):
             await eventually(lambda: relay.legs >= 80, "those who wait have come", 3 * TIMEOUT)
@@ -121,5 +121,5 @@ async def test_all_are_gone_at_the_deadline(site: Site) -> None:
                 3 * TIMEOUT,
             )
             assert relay.legs <= 120 + 40  # those whose alert lingers
-        # Those that the kernel still had queued are accepted and found to be gone.
+        # Connections that the kernel still had in its queue are accepted, and have ended already.
         await eventually(lambda: relay.legs == 0, "none is left")

@@ -1,7 +1,7 @@
 """Whatever a stranger calls itself (by certificate, server name, protocol or route), it cannot write into the log.
 
-No line is of its making, and no cursor of whoever reads it moves. TESTPLAN 54. ``tests/unit/test_log.py`` shows it
-of every kind of value; here the names come over the wire.
+It cannot make a line of its own, nor move the cursor of a reader. TESTPLAN 54. ``tests/unit/test_log.py`` shows this
+for every kind of value; here the names come over the wire.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from support.waiting import TIMEOUT
 
 FORGED: Final = "2026-11-24T20:00:00Z [info     ] forged"
 HOSTILE: Final = f"x\n{FORGED}\r\x1b[2J\x07\x7f\u202eabc\u2028"
-# What each of them would leave in the log if it got there as it is.
+# What each of them would leave in the log if it were not escaped.
 _CONTROL: Final = re.compile(r"[^\n -~]")
 
 
 async def _call(site: Site, port: int, name: str, server_name: str | None, alpn: list[str], route: str | None) -> None:
-    """Come with these names, and take what is the answer to them."""
+    """Connect with these names, and read the answer."""
     context = site.context(name, alpn=alpn)
-    context.check_hostname = False  # it would give up before the relay has its say
+    context.check_hostname = False  # otherwise it would give up before the relay answers
     party = await site.connect(port, name, server_hostname=server_name, context=context)
     with trio.fail_after(TIMEOUT):
         try:
@@ -86,5 +86,5 @@ async def test_no_name_can_forge_a_line(site: Site, tmp_path: Path, format_: Log
             json.loads(line)
         else:
             assert re.match(r"\d{4}-\d\d-\d\dT[\d:.]+Z \[(debug|info|warning|error) *\] ", line), line
-    # They have arrived, or this would show nothing.
+    # The names have arrived; otherwise this test would show nothing.
     assert all(text.count(word) for word in ("forged", "otherName", "sni", "h2", "level=info x="))

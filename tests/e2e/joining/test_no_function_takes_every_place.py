@@ -1,8 +1,8 @@
 """One function cannot take every pairing or every descriptor: the last ones go to those who hold few.
 
 For each pool (a route's ``max_pairings``, the relay's ``max_pairings_in_all``, its descriptors) and each kind of route:
-"greedy" takes what it gets and is then told the limit, as is the operator; "polite", which comes after it and holds
-nothing, is paired. What runs is never cut for that.
+"greedy" takes what it gets, and then it and the operator are told the limit; "polite", which comes later and holds
+nothing, is paired. No running pairing is cut for that.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ async def joined(site: Site, relay: RelayInProcess, name: str, on: str = "demo",
 
 
 async def is_paired(relay: RelayInProcess, before: tuple[int, int]) -> bool:
-    """Whether a pairing has come since ``before``, which :func:`so_far` gave, and not a refusal."""
+    """Whether there was a new pairing since ``before``, which :func:`so_far` gave, and no new refusal."""
     await eventually(lambda: so_far(relay) != before, "a pairing or a refusal")
     return so_far(relay)[0] > before[0]
 
@@ -60,7 +60,7 @@ def so_far(relay: RelayInProcess) -> tuple[int, int]:
 
 
 async def meet(site: Site, relay: RelayInProcess, one: str, two: str, on: str = "demo") -> bool:
-    """Whether ``one``, which comes and waits as func1, and ``two`` are paired."""
+    """Whether ``one``, which waits as func1, and ``two`` are paired."""
     await joined(site, relay, one, on, "func1")
     before = so_far(relay)
     await joined(site, relay, two, on, "func2")
@@ -68,7 +68,7 @@ async def meet(site: Site, relay: RelayInProcess, one: str, two: str, on: str = 
 
 
 def reason_for(relay: RelayInProcess, name: str) -> str:
-    """Why ``name`` was refused last, as the operator is told; the code must be "limit"."""
+    """Why ``name`` was refused last, as the log says; the code must be "limit"."""
     entry = relay.logged("refused", identity=f"dns:{name}.demo")[-1]
     assert entry["code"] == "limit"
     return str(entry["reason"])
@@ -108,7 +108,7 @@ async def test_on_a_route_that_dials(site: Site, caller: Caller) -> None:
 
 
 async def test_callers_of_one_moment_get_no_more(site: Site) -> None:
-    """All are dialled for before the first is paired; each is judged again when its service is there."""
+    """The relay dials for all before the first is paired, and checks each again when its service answers."""
     async with serving(echo) as service:
         text = dialling(service, more=f"{OPEN}\nmax_pairings = {MOST}\n").replace('"dns:func1.demo"', BOTH)
         async with site.relay(text) as relay:
@@ -129,7 +129,7 @@ async def test_callers_of_one_moment_get_no_more(site: Site) -> None:
 @pytest.mark.parametrize("many_partners", [False, True], ids=["one side is several", "both sides are"])
 @pytest.mark.parametrize("greedy_waits", [True, False], ids=["it waits", "it comes last"])
 async def test_on_a_route_of_functions(site: Site, many_partners: bool, greedy_waits: bool) -> None:
-    """Whether it is the one who waits or the one who comes: it alone is refused, and its partner goes on waiting."""
+    """Only the greedy function is refused, whether it waits or comes; its partner waits on."""
     partners = [f"partner{number}" if many_partners else "func2" for number in range(MOST)]
     if many_partners:
         for name in partners:
@@ -156,7 +156,7 @@ async def test_on_a_route_of_functions(site: Site, many_partners: bool, greedy_w
 
 
 async def test_many_who_wait_and_hold_too_much_hold_nobody_up(site: Site) -> None:
-    """They are refused, a batch at a time, and the one behind them is paired."""
+    """They are refused in batches, and the one behind them is paired."""
     most_waiting = 100
     routes = route(BOTH, '"dns:func2.demo"') + f"max_waiting_per_party = {most_waiting}\n"
     limits = "[limits]\nmax_pre_auth_per_ip = 256\n"
@@ -172,7 +172,7 @@ async def test_many_who_wait_and_hold_too_much_hold_nobody_up(site: Site) -> Non
 
 
 async def test_on_a_plain_route(site: Site) -> None:
-    """Where there are no names, an address is the holder."""
+    """Without names, the holder is the address."""
     text = f"""
 [[route]]
 name = "demo"
@@ -211,7 +211,7 @@ max_pairings = {MOST}
 
 
 async def test_a_route_does_not_starve_itself(site: Site) -> None:
-    """Where one function a side can come there are no others to keep a place for: all of max_pairings are theirs."""
+    """If only one function can be each party, no place is kept for others: both may use all of max_pairings."""
     async with site.relay(route('"dns:func1.demo"', '"dns:func2.demo"', most=2)) as relay:
         assert await meet(site, relay, "func1", "func2")
         assert await meet(site, relay, "func1", "func2")
@@ -234,7 +234,7 @@ async def test_what_ends_is_counted_no_more(site: Site) -> None:
 
 
 async def test_the_relays_pairings_are_shared_by_its_routes(site: Site) -> None:
-    """And by the functions of those that several may use."""
+    """Routes that several functions may use are shared by these functions, too."""
     routes = (
         route('"dns:func1.demo"', '"dns:func2.demo"')
         + route('"dns:func1.demo"', '"dns:func2.demo"', name="other")
@@ -260,7 +260,7 @@ async def test_the_relays_pairings_are_shared_by_its_routes(site: Site) -> None:
 
 
 async def test_a_route_without_others_may_have_all_of_the_relay(site: Site) -> None:
-    """Until there is another route: then the rest is kept for that one."""
+    """If another route comes, the rest is kept for that one."""
     alone = route('"dns:func1.demo"', '"dns:func2.demo"')
     other = route('"dns:func1.demo"', '"dns:func2.demo"', name="other")
     async with site.relay(alone, sections="[limits]\nmax_pairings_in_all = 3\n") as relay:
@@ -294,7 +294,7 @@ def budget() -> str:
 
 
 async def takes_all_it_gets(site: Site, relay: RelayInProcess, name: str, expected: str) -> int:
-    """Join as ``name`` until it is refused; gives how often it was not."""
+    """Join as ``name`` until it is refused; gives the number of joins before."""
     for number in range(2 * BUDGET):
         party = await site.party(relay, name)
         await party.join(modes=["tunnel"])
@@ -327,7 +327,7 @@ async def test_waiting_legs_leave_descriptors_for_others(site: Site) -> None:
 
 
 async def test_a_retry_needs_no_descriptor_of_others(site: Site) -> None:
-    """A function that holds too much may still come back for a connection that it has lost."""
+    """A function that holds too much may still replace a connection that it has lost."""
     async with site.relay(route(BOTH, '"dns:func2.demo"'), sections=budget()) as relay:
         stale = await joined(site, relay, "greedy")
         await takes_all_it_gets(site, relay, "greedy", "WAITING")
@@ -339,7 +339,7 @@ async def test_a_retry_needs_no_descriptor_of_others(site: Site) -> None:
 
 
 async def test_paired_legs_leave_descriptors_for_others(site: Site) -> None:
-    """Both legs of a pairing are its function's, the one to the service too."""
+    """Both legs of a pairing count for its function, also the leg to the service."""
     async with serving(echo) as service:
         text = dialling(service, more=OPEN).replace('"dns:func1.demo"', BOTH)
         other = route('"dns:func1.demo"', '"dns:func2.demo"', name="other")
@@ -355,7 +355,7 @@ async def test_paired_legs_leave_descriptors_for_others(site: Site) -> None:
 
 
 async def test_both_legs_of_a_pairing_are_its_holders(site: Site) -> None:
-    """The leg of a side that only one function can fill is charged to its partner's function, or to the route."""
+    """If only one function can be a party, its leg is charged to its partner's function, or to the route."""
     routes = route(BOTH, '"dns:func2.demo"') + route('"dns:func1.demo"', '"dns:func2.demo"', name="exact")
     async with site.relay(routes) as relay:
         charged = relay.relay.admission.charged

@@ -1,6 +1,6 @@
-"""TESTPLAN 8: every connection is judged by its certificate anew; no session, ticket or early data shortens that.
+"""TESTPLAN 8: the certificate is checked for every connection; no session, ticket or early data avoids that.
 
-A resumed session would carry an old verdict past expiry, revocation and the removal of a route.
+A resumed session would let a function in after its expiry, its revocation or the removal of its route.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ async def waiting_party(site: Site, relay: RelayInProcess, context: ssl.SSLConte
 
 @pytest.mark.parametrize("alpn", [("frelay/1",), ()], ids=["framed", "bare"])
 async def test_no_ticket_is_sent(site: Site, alpn: tuple[str, ...]) -> None:
-    """TESTPLAN 8. A client that writes and never reads would close with the ticket unread, which resets it."""
+    """TESTPLAN 8. A client that never reads would close with the ticket unread, which would reset the connection."""
     async with site.relay() as relay:
         context = site.context("func1", alpn=alpn)
         read = note_messages(context)
@@ -81,7 +81,7 @@ def test_the_probe_for_tickets_sees_them(site: Site) -> None:
 
 @pytest.mark.parametrize("alpn", [("frelay/1",), ()], ids=["framed", "bare"])
 async def test_a_session_that_is_offered_is_not_resumed(site: Site, alpn: tuple[str, ...]) -> None:
-    """TESTPLAN 8: whatever the client keeps of its last connection, the next one is a full handshake."""
+    """TESTPLAN 8: whatever the client keeps from its last connection, the next handshake is a full one."""
     async with site.relay() as relay:
         context = site.context("func1", alpn=alpn)
         session = None
@@ -141,7 +141,7 @@ class Command:
         await self._process.stdin.send_all(text.encode())
 
     async def until(self, pattern: str) -> str:
-        """Wait until what it says has ``pattern`` in it; gives all that it has said so far."""
+        """Wait until the output matches ``pattern``; gives the whole output so far."""
         assert self._process.stdout is not None
         with trio.move_on_after(20):
             while re.search(pattern.encode(), self._said) is None:
@@ -185,7 +185,7 @@ async def foreign_session(site: Site) -> str:
     early.write_bytes(b"early")
 
     def has_session() -> bool:
-        # A copy of what is whole: with the second ticket openssl begins the file anew, and may be ended in the middle.
+        # Copied while it is complete: for the second ticket openssl writes the file again, and may be ended in between.
         session.write_bytes(written.read_bytes() if written.exists() else b"")
         return b"-----END" in session.read_bytes()
 
@@ -197,9 +197,9 @@ async def foreign_session(site: Site) -> str:
         options = client_options(site, int(port[1]))
         async with openssl(*options, "-sess_out", str(written)) as client:
             await client.say("hello\n")  # until then the server waits for early data
-            # What openssl says about it stays in its buffer.
+            # Openssl keeps its message about it in a buffer.
             await eventually(has_session, "the session")
-        # Where it was made it is good: so that it is of no use to the relay's clients is the relay's doing.
+        # The server that made it accepts it, so it is the relay that refuses it below.
         async with openssl(*options, "-sess_in", str(session), "-early_data", str(early)) as client:
             told = await client.until("Early data was [a-z ]+")
             assert "Reused, TLSv1.3" in told
@@ -209,7 +209,7 @@ async def foreign_session(site: Site) -> str:
 
 @needs_openssl
 async def test_a_ticket_made_elsewhere_is_a_full_handshake_here(site: Site, foreign_session: str) -> None:
-    """TESTPLAN 8: and the offer does no harm either, since the certificate is good."""
+    """TESTPLAN 8: the offer does no harm either, because the certificate is good."""
     async with site.relay() as relay:
         async with openssl(*client_options(site, relay.port()), "-sess_in", foreign_session) as client:
             told = await client.until("(New|Reused), TLSv1.3")
@@ -219,7 +219,7 @@ async def test_a_ticket_made_elsewhere_is_a_full_handshake_here(site: Site, fore
 
 @needs_openssl
 async def test_early_data_is_never_read(site: Site, foreign_session: str) -> None:
-    """TESTPLAN 10: a JOIN sent as early data, which anybody could replay, is not a JOIN."""
+    """TESTPLAN 10: a JOIN in early data, which anybody could replay, does not count."""
     early = site.directory / "early"
     early.write_bytes(frame("JOIN", {"attempt": "00000000-0000-0000-0000-000000000000"}))
     async with site.relay(sections="[limits]\njoin_timeout = 1\n") as relay:

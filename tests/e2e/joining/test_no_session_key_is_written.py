@@ -1,7 +1,7 @@
-"""SSLKEYLOGFILE makes many programs write down the keys of their TLS connections; frelay's are not among them.
+"""SSLKEYLOGFILE makes many programs write the keys of their TLS connections to a file; frelay does not.
 
-OpenSSL as the relay has it does not look at the variable, and Python's ``ssl`` only in ``create_default_context``,
-which frelay's clients do not use. So whoever can set a function's environment still cannot read what it says.
+The relay's OpenSSL ignores the variable, and Python's ``ssl`` reads it only in ``create_default_context``, which
+frelay's clients do not use. So a person who can set a function's environment still cannot read its traffic.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from support.site import DEMO, Site
 
 
 def test_the_variable_does_something_where_it_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or the tests below would show nothing."""
+    """Otherwise the tests below would show nothing."""
     monkeypatch.setenv("SSLKEYLOGFILE", str(tmp_path / "keys"))
     context = ssl.create_default_context()
     assert context.keylog_filename == str(tmp_path / "keys")

@@ -1,4 +1,4 @@
-"""A function that opens connections without end takes them from itself: the others of its party get their places.
+"""A function that opens connections without end evicts only its own: the others of its party get their places.
 
 A party may be several functions (a list, a group, a wildcard), and its queue is shared among those who come.
 """
@@ -45,13 +45,13 @@ async def wait_in_line(site: Site, relay: RelayInProcess, name: str) -> Party:
 
 
 def holders(relay: RelayInProcess) -> list[str]:
-    """Who waits as func1, longest first, by the first label of the name."""
+    """The functions that wait as func1, longest wait first, by the first label of the name."""
     lobby = relay.relay.routes["demo"].lobby
     return [place.leg.identity.removeprefix("dns:").partition(".")[0] for place in lobby.waiting("func1")]
 
 
 async def test_ten_times_its_quota_is_its_own_affair(site: Site) -> None:
-    """TESTPLAN 36: it holds every place, and is refused nine times as many; another one comes, waits and is paired."""
+    """TESTPLAN 36: it has every place and is refused nine times as many; another one comes, waits and is paired."""
     add_workers(site, "greedy", "polite")
     async with site.relay(WORKERS, sections=LIMITS) as relay:
         told = [await answer(site, relay, "greedy") for _ in range(10 * PLACES)]
@@ -63,7 +63,7 @@ async def test_ten_times_its_quota_is_its_own_affair(site: Site) -> None:
             "reason": "the queue is full, and a function with fewer places in it came",
             "retry_after": 5.0,
         }
-        # Who has waited longest is still the first to be paired.
+        # The longest wait is still paired first.
         for waiter in (*(party for party, _ in told[: PLACES - 1]), polite):
             two = await site.party(relay, "func2")
             await two.join()
@@ -72,7 +72,7 @@ async def test_ten_times_its_quota_is_its_own_affair(site: Site) -> None:
 
 
 async def test_a_full_queue_is_shared_equally(site: Site) -> None:
-    """And stays so: nobody takes a place from one who has no more than itself, or the two would do so for ever."""
+    """It stays so: a function never evicts one with as many as itself, or the two would evict each other for ever."""
     add_workers(site, "one", "two", "three", "four", "five")
     async with site.relay(WORKERS, sections=LIMITS) as relay:
         for expected in (["one"] * 4, ["one"] * 3 + ["two"], ["one", "one", "two", "two"]):
@@ -96,7 +96,7 @@ async def test_one_function_alone_may_have_every_place(site: Site) -> None:
 
 
 async def test_a_retry_needs_no_room_and_takes_none(site: Site) -> None:
-    """It replaces its own stale leg; no other function gives way for it."""
+    """It replaces its own stale leg; no other function is evicted for it."""
     add_workers(site, "one", "two")
     async with site.relay(WORKERS, sections=LIMITS) as relay:
         for _ in range(PLACES - 1):
@@ -109,7 +109,7 @@ async def test_a_retry_needs_no_room_and_takes_none(site: Site) -> None:
 
 
 async def test_a_refused_leg_stays_a_stranger(site: Site) -> None:
-    """It may take its time to hear its refusal, but as a stranger, so a thousand are not let in; and with no turn."""
+    """A function may read its refusal slowly, but it counts as a stranger until then, and holds no turn."""
     limits = "[limits]\nmax_waiting_per_party = 1\nmax_pre_auth = 3\nmax_pre_auth_per_ip = 3\n"
     async with site.relay(sections=limits) as relay:
         await wait_in_line(site, relay, "func1")
@@ -124,7 +124,7 @@ async def test_a_refused_leg_stays_a_stranger(site: Site) -> None:
 
 
 async def test_those_who_are_being_refused_are_not_without_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A waiting leg that is sent away has no slot any more; how many may take their time to hear it is bounded, too."""
+    """A waiting leg that is evicted has no slot any more; the number of those that are being told is bounded, too."""
     monkeypatch.setattr(frelay.net.sockets, "_MOST_LINGER", 3)
     pairs = [tcp_pair() for _ in range(5)]
     async with trio.open_nursery() as nursery:
@@ -138,7 +138,7 @@ async def test_those_who_are_being_refused_are_not_without_number(monkeypatch: p
 
 
 async def test_pairings_in_all_have_a_limit_beside_each_routes_own(site: Site) -> None:
-    """However many routes there are; and one that ends makes room for one anywhere."""
+    """Whatever the number of routes; a pairing that ends makes room for one on any route."""
     other = DEMO.replace('"demo"', '"other"')
     async with site.relay(DEMO + other, sections="[limits]\nmax_pairings_in_all = 2\n") as relay:
 
@@ -160,7 +160,7 @@ async def test_pairings_in_all_have_a_limit_beside_each_routes_own(site: Site) -
         }
         first[0].reset()
         await eventually(lambda: len(relay.relay.pairings) == 1, "one has ended")
-        # For one of the route that has none, and not for two.
+        # There is room for one pairing of the route that has none, not for two.
         two = await site.party(relay, "func2", route="other")
         await two.join()
         await two.expect("WAITING")
@@ -173,7 +173,7 @@ async def test_pairings_in_all_have_a_limit_beside_each_routes_own(site: Site) -
         await two.join()
         await two.expect("WAITING")
         assert (await two.refusal())["code"] == "limit"
-        # And after all have ended, nobody has been forgotten who would hold a place for ever.
+        # After all have ended, no place is still held.
         site.hang_up()
         await eventually(lambda: relay.legs == 0, "all have ended")
         await pair(*await parties("demo"))

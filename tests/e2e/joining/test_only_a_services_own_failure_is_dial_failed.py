@@ -1,7 +1,7 @@
 """The outcome ``dial-failed`` says that a service failed, so it is the only thing that may cause it.
 
-A caller that had no time, or gave up before the service answered, says nothing of the service; but it is counted, as a
-refusal with ``wait-timeout``, or a service that never answers would show nowhere if all its callers are impatient.
+A caller that had too little time, or left before the service answered, says nothing about the service. It counts as a
+refusal with ``wait-timeout``; otherwise nothing would show a service that never answers if all its callers leave early.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from support.waiting import TIMEOUT, eventually
 
 
 def counted(relay: RelayInProcess) -> dict[str, int]:
-    """What the metrics count on the route: pairings by outcome, refusals by code."""
+    """The metrics of the route: pairings by outcome, refusals by code."""
     totals = relay.relay.journal.totals["demo"]
     return {**totals.outcomes, **totals.refusals}
 
@@ -34,7 +34,7 @@ async def test_a_caller_without_time_says_nothing_of_the_service(site: Site, wai
 
 
 async def test_a_callers_own_patience_says_nothing_of_the_service(site: Site) -> None:
-    """Even where the service never answers: who can wait for a part of connect_timeout cannot know."""
+    """Even if the service never answers: a caller that waits less than connect_timeout cannot know that."""
     with black_hole() as address:
         async with site.relay(dialling(address, options=", connect_timeout = 60")) as relay:
             party = await site.party(relay, "func1")
@@ -76,7 +76,7 @@ async def test_a_caller_that_gives_up_first_is_counted(site: Site, how: str) -> 
 @pytest.mark.parametrize("wait", [None, 5.0], ids=["as long as it takes", "for a while"])
 @pytest.mark.parametrize("caller", CALLERS)
 async def test_a_service_that_refuses_has_failed(site: Site, caller: str, wait: float | None) -> None:
-    """However long its caller could have waited."""
+    """Whatever time its caller could have waited."""
     more = 'handoff = "hello"\n' if caller == "hello" else ""
     with nobody() as address:
         async with site.relay(dialling(address, more=more)) as relay:
@@ -95,7 +95,7 @@ async def test_a_service_that_refuses_has_failed(site: Site, caller: str, wait: 
 
 
 async def test_a_service_that_had_all_the_time_of_the_route_has_failed(site: Site) -> None:
-    """Whether it is connect_timeout that ends it, or a wait_timeout below that: the caller would have waited longer."""
+    """Whether connect_timeout or a shorter wait_timeout ends it: the caller would have waited longer."""
     for limits in (", connect_timeout = 0.2", ""):
         more = "" if limits else "wait_timeout = 0.2\n"
         with black_hole() as address:

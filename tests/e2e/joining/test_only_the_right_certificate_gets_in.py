@@ -1,7 +1,7 @@
 """Only a certificate that shows a name of the route, of the right kind, now and by the right CA, gets in.
 
-Every bad one is refused for its own fault and nothing else, learns nothing, and leaves nothing behind: not a place in a
-queue, not a slot, not a byte at the function that is waiting.
+Every bad one is refused for its own fault only, learns nothing, and leaves nothing behind: no place in a queue, no slot
+and no byte at the waiting function.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ async def wait_as_func2(site: Site, relay: RelayInProcess) -> Party:
 
 
 async def check_that_only_the_waiter_is_left(site: Site, relay: RelayInProcess, waiter: Party) -> None:
-    """Nothing of those who were refused is held, nothing of theirs was forwarded, and the good func1 finds its peer."""
+    """The relay holds nothing of the refused ones, has forwarded nothing of theirs, and the good func1 is paired."""
     for party in site.parties:
         if party is not waiter:
             party.close()
@@ -99,7 +99,7 @@ UNVERIFIED: Final[dict[str, tuple[Callable[[Site], Credential | None], str, str]
 
 @pytest.mark.parametrize("kind", [*UNVERIFIED, "revoked"])
 async def test_a_certificate_that_does_not_verify_is_refused_by_an_alert(site: Site, kind: str) -> None:
-    """TESTPLAN 1: the alert arrives although the party had already sent its JOIN, which is never looked at."""
+    """TESTPLAN 1: the alert arrives although the party had already sent its JOIN, which is never read."""
     site.add("good", site.credentials["func1"])
     if kind == "revoked":
         bad: Credential | None = site.ca.party(dns=FUNC1)
@@ -122,7 +122,7 @@ async def test_a_certificate_that_does_not_verify_is_refused_by_an_alert(site: S
 
 
 async def test_name_constraints_of_an_intermediate_hold(tmp_path: Path) -> None:
-    """TESTPLAN 11: an authority that may only name `acme`, or never `demo`, lets no func1.demo in."""
+    """TESTPLAN 11: func1.demo does not get in by an authority that may only issue `acme`, or never `demo`."""
     site = Site(tmp_path, TestAuthority.root_for_intermediates())
     site.add("good", site.ca.intermediate(permitted=[x509.DNSName("demo")]).party(dns=FUNC1))
     site.add("permitted", site.ca.intermediate(permitted=[x509.DNSName("acme")]).party(dns=FUNC1))
@@ -145,11 +145,11 @@ async def test_name_constraints_of_an_intermediate_hold(tmp_path: Path) -> None:
 
 
 async def test_a_leaf_makes_no_authority(tmp_path: Path) -> None:
-    """A party's certificate, signed by another party's key, is nobody's."""
+    """A certificate that was signed with a party's key is not accepted."""
     site = Site(tmp_path, TestAuthority.root_for_intermediates())
     site.add("good", site.credentials["func1"])
     leaf = site.credentials["func1"]
-    # The leaf as if it were an authority.
+    # The leaf is used as an authority.
     forged = TestAuthority(authority=Authority(leaf.certificate, leaf.private_key, (site.ca.root,))).odd(
         [x509.DNSName("func1.demo")]
     )
@@ -229,7 +229,7 @@ async def test_the_same_text_of_another_kind_is_another_name(site: Site) -> None
 
 
 async def test_a_key_pin_is_matched_by_the_key_alone(site: Site) -> None:
-    """TESTPLAN 4: a SAN that spells the pin of another's key is not that key."""
+    """TESTPLAN 4: a SAN with the text of another key's pin is not that key."""
     pinned = site.add("good", site.ca.party())
     pin = spki_of_certificate(pinned.certificate.public_bytes(Encoding.DER))
     site.add("spelled", site.ca.odd(san_der(uris=[str(pin).encode()], dns=[pin.value[:60].encode()])))
@@ -251,7 +251,7 @@ async def test_a_certificate_of_one_route_is_a_stranger_on_another(site: Site) -
             await party.join(**fields)
             assert await party.refusal() == STRANGER
         await check_that_only_the_waiter_is_left(site, relay, waiter)
-        # ... and at home it is welcome.
+        # ... and its own route lets it in.
         party = await site.party(relay, "other", route="other")
         await party.join()
         assert (await party.expect("WAITING"))["identity"] == "dns:func1.other"
@@ -275,7 +275,7 @@ async def test_a_certificate_of_one_route_is_a_stranger_on_another(site: Site) -
 async def test_a_name_of_the_right_kind_is_admitted_under_its_own_text(
     site: Site, selector: str, credential: Callable[[TestAuthority], Credential], identity: str
 ) -> None:
-    """The identity told is the certificate's name, typed, never the pattern that let it in."""
+    """The identity is the certificate's name with its type, never the pattern of the route."""
     site.add("func1", credential(site.ca))
     async with site.relay(route(selector)) as relay:
         one, two = await site.party(relay, "func1"), await site.party(relay, "func2")
@@ -314,7 +314,7 @@ async def test_a_chain_with_an_intermediate_is_admitted(tmp_path: Path) -> None:
 
 
 async def test_refusals_hold_no_slot(site: Site) -> None:
-    """TESTPLAN 1: with room for three strangers, thirty are refused one after the other and a function still joins."""
+    """TESTPLAN 1: with room for three strangers, thirty are refused one after the other, and a function still joins."""
     site.add("wrong", TestAuthority("other CA").party(dns=FUNC1))
     site.add("other", site.ca.party(dns=["other.demo"]))
     limits = "[limits]\nmax_pre_auth = 3\nmax_pre_auth_per_ip = 3\n"

@@ -1,4 +1,4 @@
-"""`outer = "none"`: allow_from is all that decides who gets in, and whoever gets in is paired with the next to come."""
+"""`outer = "none"`: only allow_from decides who gets in, and a function that is in is paired with the next."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def exactly(stream: trio.SocketStream, count: int) -> bytes:
 
 
 async def end_of(stream: trio.SocketStream) -> bytes:
-    """What comes until the relay ends the connection."""
+    """All that arrives until the relay ends the connection."""
     found = b""
     with trio.fail_after(20):
         try:
@@ -200,7 +200,7 @@ async def test_plaintext_crosses_where_the_route_says_so(site: Site) -> None:
 
 
 @pytest.mark.load
-async def test_a_wait_in_vain_ends_in_time(site: Site) -> None:
+async def test_a_wait_without_a_partner_ends_in_time(site: Site) -> None:
     """TESTPLAN 32."""
     async with site.relay(plain("127.0.0.1/32", more="wait_timeout = 0.3")) as relay:
         began = trio.current_time()

@@ -1,8 +1,8 @@
 """Whatever a party with a good certificate sends inside its TLS, the relay answers in order, and serves the next one.
 
-The codec itself is held to its rules in ``tests/fuzz/test_framing.py``; this is the same over real sockets, with what
-stands around it: the refusal that must still fit a frame, the place that must be free again, the log that must not
-speak of a bug (which every test with a relay checks at its end).
+``tests/fuzz/test_framing.py`` checks the codec itself. These tests use real sockets and check what is around the codec:
+the refusal must fit a frame, the place must be free again, and the log must name no bug (which every test with a relay
+checks at its end).
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ async def last_words(party: Party) -> list[str]:
 
 @pytest.mark.parametrize("seed", range(4))
 async def test_random_frames_are_answered_in_order(site: Site, seed: int) -> None:
-    """TESTPLAN 21: the answer is a refusal, or WAITING and then one, or PAIRED and a cut; and nothing stays."""
+    """TESTPLAN 21: the answer is a refusal, or WAITING and a refusal, or PAIRED and a cut; and nothing stays."""
     random_ = random.Random(seed)
     async with site.relay(sections=SHORT) as relay:
         for _ in range(ROUNDS):
@@ -93,7 +93,7 @@ async def test_random_frames_are_answered_in_order(site: Site, seed: int) -> Non
                 pass  # refused in the middle of it
             names = await last_words(party)
             assert not set(names) - {"WAITING", "PING", "REFUSED", "(reset)"}
-            # Silence is an answer only to a LEAVE; a reset only to bytes behind the refusal.
+            # Only a LEAVE may get no answer; only bytes after the refusal may cause a reset.
             if names == []:
                 assert frame("LEAVE")[:1] in data
             site.hang_up()
@@ -103,7 +103,7 @@ async def test_random_frames_are_answered_in_order(site: Site, seed: int) -> Non
 
 @pytest.mark.parametrize("seed", range(4))
 async def test_random_bytes_after_paired_go_nowhere(site: Site, seed: int) -> None:
-    """TESTPLAN 21: in TLS or not, in place of the close_notify; the other function is cut off and gets no byte."""
+    """TESTPLAN 21: in TLS or raw, instead of the close_notify; the other function is cut and gets no byte."""
     random_ = random.Random(seed)
     async with site.relay() as relay:
         for number in range(15):
@@ -112,7 +112,7 @@ async def test_random_bytes_after_paired_go_nowhere(site: Site, seed: int) -> No
             await one.read_to_close_notify()
             noise = any_frame(random_) if number % 2 else random_.randbytes(random_.randrange(5, 100))
             if number % 2:
-                # Advisory frames may cross with PAIRED; behind one of them there is something that may not.
+                # Some frames may cross with PAIRED; here one of them is followed by bytes that may not.
                 one.tls.write(noise + frame("JOIN", {"attempt": ATTEMPT}))
                 noise = one.take_outgoing()
             await one.send_raw(noise + one.close_notify() + client_hello(site))
@@ -136,7 +136,7 @@ NAMES = {
 
 @pytest.mark.parametrize("name", NAMES)
 async def test_a_refusal_fits_its_frame_whatever_was_asked_for(site: Site, name: str) -> None:
-    """TESTPLAN 21, 54: a route's name as long as a frame allows is not said back in full."""
+    """TESTPLAN 21, 54: a route name as long as a frame allows is not repeated in full."""
     async with site.relay() as relay:
         party = await site.party(relay, "func1")
         body = json.dumps({"attempt": ATTEMPT, "route": NAMES[name]}, ensure_ascii=False).encode()

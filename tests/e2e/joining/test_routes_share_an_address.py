@@ -1,4 +1,4 @@
-"""Several routes at one address: JOIN.route chooses, else the TLS server name ROUTE.anything, else nobody does."""
+"""Several routes at one address: JOIN.route selects one, else the TLS server name ROUTE.anything, else none."""
 
 from __future__ import annotations
 
@@ -67,14 +67,14 @@ async def test_join_route_chooses(site: Site, chosen: str) -> None:
         ("a.relay.test", "a"),
         ("a.b.relay.test", "a.b"),
         ("a.bc.relay.test", "a"),
-        # With a dot at its end it is the same name, which not every client takes off.
+        # With a dot at its end it is the same name; not every client removes the dot.
         ("demo.relay.test.", "demo"),
         ("a.b.relay.test.", "a.b"),
         ("a.b.", "a.b"),
     ],
 )
 async def test_the_server_name_chooses(site: Site, server_name: str, chosen: str) -> None:
-    """A server name has no case, and a route's name may have dots: the longest name that it begins with is meant."""
+    """Case does not matter, and a route's name may have dots: the longest route name that it begins with counts."""
     async with sharing(site, *ROUTES) as relay:
         party = await named(site, relay, server_name)
         await party.join()
@@ -106,7 +106,7 @@ async def test_join_route_wins_over_the_server_name(site: Site) -> None:
     ],
 )
 async def test_neither_chooses(site: Site, server_name: str | None, fields: dict[str, Any], code: str) -> None:
-    """No default route: a function is told to say which, and a wrong JOIN.route is not healed by the server name."""
+    """There is no default route: a function is told to say which. The server name corrects no wrong JOIN.route."""
     async with sharing(site, *ROUTES) as relay:
         party = await named(site, relay, server_name)
         await party.join(**fields)
@@ -132,7 +132,7 @@ async def test_routes_at_one_address_have_lobbies_of_their_own(site: Site) -> No
 
 
 async def test_a_certificate_of_one_route_is_not_let_into_its_neighbour(site: Site) -> None:
-    """TESTPLAN 7: neither by JOIN.route nor by the server name; and it is refused, not sent home."""
+    """TESTPLAN 7: neither by JOIN.route nor by the server name; it is refused, and not let in to its own route."""
     site.add("only", site.ca.party(dns=["demo.only"]))
     async with sharing(site, "demo", "Other") as relay:
         for server_name, fields in (("localhost", {"route": "Other"}), ("other.relay.test", {})):
@@ -156,7 +156,7 @@ async def test_an_absurd_route_is_refused_in_a_sentence_that_fits_its_frame(site
 
 
 async def test_a_lone_route_needs_no_name(site: Site) -> None:
-    """With one route at an address the server name is not a route's; a JOIN.route must still be right."""
+    """With one route at an address the server name is ignored; a JOIN.route must still be right."""
     async with sharing(site, "demo") as relay:
         party = await named(site, relay, "other.relay.test")
         await party.join()

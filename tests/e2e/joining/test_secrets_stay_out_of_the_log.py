@@ -1,4 +1,4 @@
-"""Not even at its most talkative does the log hold what somebody could use: no ticket, no key, no PEM."""
+"""Even at level debug the log holds no secret: no ticket, no key, no PEM."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ async def test_a_ticket_pairing_at_debug_level(site: Site, tmp_path: Path, forma
             used, unused = (paired["ticket"] for paired in tickets)
             assert len(bytes.fromhex(used)) == len(bytes.fromhex(unused)) == 32
             raw = await _bring(port, used, TLS_HEADER)
-            for ticket in (_WRONG, used):  # one that never was, and one that was good once
+            for ticket in (_WRONG, used):  # one that was never issued, and one that is used already
                 with trio.fail_after(TIMEOUT):
                     try:
                         assert await (await _bring(port, ticket)).receive_some(1) == b""
@@ -58,7 +58,7 @@ async def test_a_ticket_pairing_at_debug_level(site: Site, tmp_path: Path, forma
     )
     assert "pairing ended" in text
     for ticket in (used, unused, _WRONG):
-        # Nor a part of it that would make the rest easy to guess.
+        # Nor a part of it that would help to guess the rest.
         assert ticket[:16] not in text
         assert ticket[-16:] not in text
     assert "-----BEGIN" not in text

@@ -1,6 +1,6 @@
-"""However strange a certificate is, it is judged: let in for what it rightly says, or refused for its one fault.
+"""However strange a certificate is, it is let in for what it rightly says, or refused for its one fault.
 
-Never is it a bug, a hang, or a place in a queue for somebody who is not who it seems.
+It never causes a bug or a hang, and never gets the wrong function into a queue.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def add_reworked(site: Site, edit: Edit, digest: hashes.HashAlgorithm | None = N
 
 
 def lenient(site: Site, name: str = "odd") -> ssl.SSLContext:
-    """A client that shows what OpenSSL would not show by itself."""
+    """A client that shows certificates that OpenSSL would normally not show."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.set_ciphers("DEFAULT:@SECLEVEL=0")
     context.load_verify_locations(site.ca_path)
@@ -75,7 +75,7 @@ async def waits_as(party: Party) -> str:
 
 
 async def is_nobody(site: Site, relay: RelayInProcess, name: str = "odd") -> None:
-    """Verified, and none of whom the route admits; it is told no more than that, and holds nothing."""
+    """It is verified and fits no route: it is told no more than that, and holds nothing."""
     party = await come(site, relay, name)
     refusal = await party.refusal()
     assert (refusal["code"], refusal["reason"]) == ("not-authorised", STRANGER)
@@ -127,10 +127,10 @@ async def test_what_no_authority_should_sign_and_some_do(site: Site, edit: Edit)
 
 
 async def test_an_authority_that_two_have_signed(tmp_path: Path) -> None:
-    """Cross-signed: the party shows both ways up, only one of which leads to a CA that is known here.
+    """Cross-signed: the party shows both certificates of its authority; only one leads to a CA that is known here.
 
-    OpenSSL goes up the first way that fits and does not come back. Where the operator's bundle holds the authority,
-    which is then met before any other, the order does not matter.
+    OpenSSL follows the first one that fits and does not try the other. If the operator's bundle holds the authority
+    itself, OpenSSL finds that first, and the order does not matter.
     """
     site = Site(tmp_path, TestAuthority.root_for_intermediates())
     key = ec.generate_private_key(ec.SECP256R1())
@@ -194,7 +194,7 @@ REFUSED: Final[dict[str, tuple[Make, str]]] = {
 
 @pytest.mark.parametrize("kind", REFUSED)
 async def test_one_fault_is_enough(tmp_path: Path, kind: str) -> None:
-    """TESTPLAN 1, 11: and the log names it."""
+    """TESTPLAN 1, 11: the log names the fault."""
     site = Site(tmp_path, TestAuthority.root_for_intermediates())
     make, reason = REFUSED[kind]
     site.add("odd", make(site.ca))
@@ -250,7 +250,7 @@ def one_purpose_twice(parts: list[bytes]) -> None:
 
 @pytest.mark.parametrize("edit", [two_sans, one_purpose_twice])
 def test_an_extension_that_stands_twice(site: Site, edit: Edit) -> None:
-    """TESTPLAN 3: no client of OpenSSL's would show such a certificate; the relay's own verification is asked."""
+    """TESTPLAN 3: no OpenSSL client shows such a certificate, so the test calls the relay's own verification."""
     config = load(site.write())
     assert config.tls is not None
     trust = load_outer_tls(config.tls, source=config.path)
@@ -259,7 +259,7 @@ def test_an_extension_that_stands_twice(site: Site, edit: Edit) -> None:
     assert trust.verify(Judged(site.ca.rework(credential, edit), (), 0.0)) is not None
 
 
-# --- verified, and nobody ---------------------------------------------------------------------------------------------
+# --- verified, and in no route ----------------------------------------------------------------------------------------
 
 
 def version_65(parts: list[bytes]) -> None:
@@ -277,7 +277,7 @@ def without_extensions(parts: list[bytes]) -> None:
 
 @pytest.mark.parametrize("edit", [version_65, from_year_0, without_extensions])
 async def test_what_only_openssl_can_read_is_nobody(site: Site, edit: Edit) -> None:
-    """TESTPLAN 9: an authority of ours has signed it, so it is no intruder; and no name of it can be trusted."""
+    """TESTPLAN 9: a trusted authority has signed it, but none of its names can be trusted."""
     add_reworked(site, edit)
     async with site.relay() as relay:
         await is_nobody(site, relay)
@@ -299,14 +299,14 @@ NAMELESS: Final[dict[str, bytes]] = {
 
 @pytest.mark.parametrize("san", NAMELESS.values(), ids=NAMELESS)
 async def test_what_is_no_identity_is_nobodys(site: Site, san: bytes) -> None:
-    """TESTPLAN 4: also where the common name says the same."""
+    """TESTPLAN 4: even if the common name has the same text."""
     site.add("odd", site.ca.odd(san, common_name="func1.demo"))
     async with site.relay() as relay:
         await is_nobody(site, relay)
 
 
 async def test_a_uri_is_what_it_is_octet_by_octet(site: Site) -> None:
-    """TESTPLAN 5: nothing is normalised, neither for an exact selector nor under a wildcard."""
+    """TESTPLAN 5: nothing is normalised, for an exact selector or a wildcard."""
     right = site.add("right", site.ca.odd(san_der(uris=[b"https://acme/other", b"https://acme/jobs/func1"])))
     assert right.name
     for selector in ("uri:https://acme/jobs/func1", "uri:https://acme/jobs/*"):
@@ -314,12 +314,12 @@ async def test_a_uri_is_what_it_is_octet_by_octet(site: Site) -> None:
             for uri in ODD_URIS.values():
                 site.add("odd", site.ca.odd(san_der(uris=[uri.encode()])))
                 await is_nobody(site, relay)
-            # Of several that are no SPIFFE IDs any one counts.
+            # If there are several URIs and no SPIFFE ID, each of them counts.
             assert await waits_as(await come(site, relay, "right")) == "uri:https://acme/jobs/func1"
 
 
 async def test_an_international_name_is_its_a_label(site: Site) -> None:
-    """TESTPLAN 3: and no other spelling of it, and nothing that looks like it."""
+    """TESTPLAN 3: no other spelling counts, and nothing that looks like it."""
     async with site.relay(route("dns:xn--mnchen-3ya.demo")) as relay:
         for text in ("m\u00fcnchen.demo", "munchen.demo", "xn--mnchen-3y.demo", "xn--mnchen-3yb.demo", "xn--.demo"):
             site.add("odd", site.ca.odd(san_der(dns=[text.encode()])))
@@ -332,8 +332,8 @@ async def test_an_international_name_is_its_a_label(site: Site) -> None:
 
 
 async def test_sixty_kilobytes_of_names_are_kept_once(site: Site) -> None:
-    """A certificate of 60 KiB is let in, in one piece and for all who show it; its line in the log stays a line."""
-    # As many names as there may be, each nearly as long as one may be.
+    """A certificate of 60 KiB is let in, kept once for all that show it, and its line in the log stays bounded."""
+    # The most names that are allowed, each nearly of the greatest length.
     long = ".".join(["x" * 60] * 3)
     odd = site.add("odd", site.ca.odd([*(x509.DNSName(f"f{n}.{long}.demo") for n in range(255)), *FUNC1]))
     assert len(odd.cert_pem) > 60_000
@@ -348,7 +348,7 @@ async def test_sixty_kilobytes_of_names_are_kept_once(site: Site) -> None:
 
 @pytest.mark.parametrize(("kilobytes", "is_admitted"), [(60, True), (150, False)])
 async def test_a_long_tail_of_certificates_is_bounded(site: Site, kilobytes: int, is_admitted: bool) -> None:
-    """What a stranger may send before anybody knows it is bounded, and what a function sends beside is not kept."""
+    """What a stranger may send is bounded, and superfluous certificates of a function are not kept."""
     one = site.ca.party(dns=["func1.demo"])
     filler = site.ca.odd(san_der(dns=[b"x" * 60 + b".demo"] * 80)).certificate
     size = len(filler.public_bytes(serialization.Encoding.DER))
@@ -391,7 +391,7 @@ async def test_a_long_tail_of_certificates_is_bounded(site: Site, kilobytes: int
     ids=["changes only", "authorities only", "a critical extension unheard of"],
 )
 async def test_a_list_that_is_not_about_parties_lets_no_party_in(site: Site, extension: x509.ExtensionType) -> None:
-    """TESTPLAN 12: a list that does not say that somebody is good is not taken for one that does."""
+    """TESTPLAN 12: a list that does not cover a party does not count as a list for it."""
     site.ca.write_crl(site.directory, site.ca.crl(critical=[extension]))
     async with site.relay(crl=True) as relay:
         party = await site.connect(relay, "func1")

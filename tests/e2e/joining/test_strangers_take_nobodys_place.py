@@ -1,4 +1,4 @@
-"""Connections that nobody has vouched for cost no function its place, its turn or its time."""
+"""Connections without a certificate cost no function its place, its turn or its time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from support.waiting import TIMEOUT, eventually
 async def silent(
     relay: RelayInProcess, count: int, source: str = "127.0.0.1"
 ) -> AsyncIterator[list[trio.SocketStream]]:
-    """``count`` connections from ``source`` that say nothing."""
+    """``count`` connections from ``source`` that send nothing."""
     streams = [await trio.open_tcp_stream("127.0.0.1", relay.port(), local_address=source) for _ in range(count)]
     try:
         yield streams
@@ -39,7 +39,7 @@ async def is_closed(stream: trio.SocketStream) -> bool:
 
 
 async def test_the_silent_hold_no_turn(site: Site) -> None:
-    """However few turns there are, and from whichever address: a function has its own at once."""
+    """However few turns there are, and from any address, a function gets its turn at once."""
     limits = "[limits]\nmax_pre_auth = 1\nmax_pre_auth_per_ip = 1\nhandshake_timeout = 60\n"
     async with site.relay(sections=limits) as relay, silent(relay, 20):
         await eventually(lambda: relay.legs == 20, "twenty strangers")
@@ -51,7 +51,7 @@ async def test_the_silent_hold_no_turn(site: Site) -> None:
 
 
 async def test_known_functions_do_not_count(site: Site) -> None:
-    """Who waits and who is paired has shown who it is: any number of them leaves all places to strangers."""
+    """Waiting and paired legs have shown their certificates: they take no place of strangers, however many they are."""
     limits = "[limits]\nmax_pre_auth = 2\nmax_pre_auth_per_ip = 2\n"
     async with site.relay(sections=limits) as relay:
         for count in range(1, 6):
@@ -68,7 +68,7 @@ async def test_known_functions_do_not_count(site: Site) -> None:
 
 @asynccontextmanager
 async def halfway(site: Site, relay: RelayInProcess, count: int) -> AsyncIterator[list[Party]]:
-    """``count`` connections that send a whole ClientHello, and no more."""
+    """``count`` connections that send a complete ClientHello and nothing more."""
     parties = []
     for _ in range(count):
         party = await site.connect(relay, "func1")
@@ -83,7 +83,7 @@ async def halfway(site: Site, relay: RelayInProcess, count: int) -> AsyncIterato
 async def test_beyond_the_limit_newcomers_are_held_back(
     site: Site, limit: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With all turns taken nobody is refused: the next connection is served once there is one."""
+    """When all turns are taken, nobody is refused: the next connection waits until a turn is free."""
     monkeypatch.setattr("frelay.net.strangers._LONG_STALL_TIMEOUT", 600)
     limits = f"[limits]\n{limit} = 2\nhandshake_timeout = 60\n"
     async with site.relay(sections=limits) as relay, halfway(site, relay, 2) as strangers:
@@ -111,7 +111,7 @@ async def test_beyond_the_limit_newcomers_are_held_back(
 
 
 async def test_who_is_held_back_and_hangs_up_is_gone(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At once, in whatever way it goes, and whatever it had sent."""
+    """The relay notices at once, however it hangs up and whatever it had sent."""
     monkeypatch.setattr("frelay.net.strangers._LONG_STALL_TIMEOUT", 600)
     limits = "[limits]\nmax_pre_auth = 1\nhandshake_timeout = 60\n"
     async with site.relay(sections=limits) as relay, halfway(site, relay, 1):
@@ -129,7 +129,7 @@ async def test_who_is_held_back_and_hangs_up_is_gone(site: Site, monkeypatch: py
 async def test_the_time_for_which_it_was_held_back_is_not_a_functions_own(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It has its handshake_timeout from then on; only for so long, though, or the queue would have no end."""
+    """Its handshake_timeout starts then. The wait itself is bounded, or the queue would have no end."""
     monkeypatch.setattr("frelay.net.strangers._LONG_STALL_TIMEOUT", 600)
     limits = "[limits]\nmax_pre_auth = 1\nhandshake_timeout = 2\n"
     async with site.relay(sections=limits) as relay, halfway(site, relay, 1), halfway(site, relay, 1) as held:
@@ -154,7 +154,7 @@ async def test_who_gets_no_turn_is_told_to_the_operator(site: Site, monkeypatch:
 
 
 async def test_a_handshake_that_lets_others_wait_gives_way(site: Site) -> None:
-    """It could hold its turn for handshake_timeout; where somebody else needs it, it does so for two seconds."""
+    """It could hold its turn for handshake_timeout; if another connection needs it, it has two seconds."""
     limits = "[limits]\nmax_pre_auth = 2\nmax_pre_auth_per_ip = 2\nhandshake_timeout = 600\n"
     async with site.relay(sections=limits) as relay, halfway(site, relay, 2) as strangers:
         await eventually(lambda: relay.relay.admission.strangers.running == 2, "all turns taken")
@@ -173,7 +173,7 @@ async def ended_by_relay(party: Party) -> None:
 
 
 async def test_the_limits_hold_from_a_reload_on(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Raised, those who were held back are served at once; lowered, those who have their turn keep it."""
+    """If a limit is raised, connections that are held back are served at once; if lowered, nobody loses a turn."""
     monkeypatch.setattr("frelay.net.strangers._LONG_STALL_TIMEOUT", 600)
     rest = "handshake_timeout = 60\n"
     async with site.relay(sections="[limits]\nmax_pre_auth = 1\n" + rest) as relay, halfway(site, relay, 4):
@@ -193,7 +193,7 @@ async def test_the_limits_hold_from_a_reload_on(site: Site, monkeypatch: pytest.
 
 
 async def test_the_limits_hold_from_a_reload_on_in_workers_too(site: Site) -> None:
-    """Each counts for itself; before the reload, the second whole ClientHello takes a function's turn for long."""
+    """Each worker counts for itself. Before the reload the second complete ClientHello has to wait long for a turn."""
     rest = "handshake_timeout = 600\njoin_timeout = 600\n"
     async with site.process(sections=f"[limits]\nmax_pre_auth = 1\n{rest}", workers=2) as relay:
         first = await site.connect(relay, "func1")
@@ -210,7 +210,7 @@ async def test_the_limits_hold_from_a_reload_on_in_workers_too(site: Site) -> No
 
 
 async def test_silent_strangers_are_gone_at_the_deadline(site: Site) -> None:
-    """So that a flood holds its places for handshake_timeout and not longer."""
+    """A flood holds its places for handshake_timeout and not longer."""
     limits = "[limits]\nmax_pre_auth = 4\nmax_pre_auth_per_ip = 4\nhandshake_timeout = 0.5\n"
     async with site.relay(sections=limits) as relay, silent(relay, 4) as strangers:
         await eventually(lambda: relay.legs == 4, "all places taken")
@@ -243,7 +243,7 @@ async def test_bare_legs_are_strangers_until_their_certificate_is_known(site: Si
 
 
 async def test_the_share_of_descriptors_has_an_end(site: Site) -> None:
-    """Beyond fd_budget a function is told so; with one gone there is room again."""
+    """Above fd_budget a function is told so; when one leg ends there is room again."""
     async with site.relay(sections="[limits]\nfd_budget = 1e-9\n") as relay:  # two legs are always allowed
         one, two = await site.party(relay, "func1"), await site.party(relay, "func2")
         await pair(one, two)
@@ -263,7 +263,7 @@ async def test_the_share_of_descriptors_has_an_end(site: Site) -> None:
 
 
 async def test_a_full_pool_makes_room_for_an_address_with_fewer(site: Site) -> None:
-    """Of the address that has the most places for strangers, the longest silent one gives way; and it is told."""
+    """The relay evicts the longest silent stranger of the address that has the most, and logs it."""
     async with site.relay(sections="[limits]\nfd_budget = 1e-9\nhandshake_timeout = 600\n") as relay:
         budget = relay.relay.admission.stranger_budget
         async with silent(relay, budget - 1, "127.0.0.2") as many, silent(relay, 1, "127.0.0.3") as few:
@@ -292,7 +292,7 @@ async def pair_with(site: Site, relay: RelayInProcess, one: Party) -> None:
 
 
 async def test_a_flood_is_told_in_a_few_lines_and_counted_to_the_last(site: Site) -> None:
-    """No stranger may fill the log, or drive what an operator looks for out of the last refusals."""
+    """A stranger can neither fill the log nor push all others out of the last refusals."""
     count = 500
     async with site.relay() as relay:
         for _ in range(count):

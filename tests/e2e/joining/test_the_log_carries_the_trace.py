@@ -1,4 +1,4 @@
-"""A function that says which trace it is a part of (JOIN.traceparent) finds it where its leg and pairing are logged."""
+"""If a function says of which trace it is a part (JOIN.traceparent), the log lines of its leg and pairing have it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ async def test_a_refusal_carries_it_too(site: Site) -> None:
 
 @pytest.mark.parametrize("given", [{}, {"traceparent": "00-what-ever-01"}, {"traceparent": ONE.upper()}])
 async def test_where_there_is_none_there_is_no_word_of_it(site: Site, given: dict[str, str]) -> None:
-    """Left out, or ill-formed: who is traced badly is served as well."""
+    """If it is missing or ill-formed, the function is served all the same."""
     async with site.relay() as relay:
         one, two = await site.party(relay, "func1"), await site.party(relay, "func2")
         await pair(one, two, **given)
@@ -72,7 +72,7 @@ async def test_every_client_says_it(site: Site, client: Client) -> None:
         place = f"127.0.0.1:{relay.port()}"
         given = options(site, "func1", "func2", traceparent=ONE)
         nursery.start_soon(partial(run_function, client, place, ask(b"hello"), given))
-        # An ill-formed one is not even sent: a caller's mistake in tracing is not an error of the call.
+        # The client does not send an ill-formed one: a mistake in tracing must not fail the call.
         other = options(site, "func2", "func1", traceparent="x" * 10_000)
         assert await run_function(client, place, answer(b"hello yourself"), other) == b"hello"
         record = await relay.outcome()

@@ -1,4 +1,4 @@
-"""WAITING and PAIRED hold what docs/protocol.md says, key by key, and nothing is invented in them."""
+"""WAITING and PAIRED hold what docs/protocol.md says, key by key, and the values are right."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ async def test_peer_seen_counts_from_when_the_other_party_was_last_here(site: Si
         one = await site.party(relay, "func1")
         await one.join()
         assert (await one.expect("WAITING"))["peer_seen"] is None
-        # Its own kind does not count as its peer.
+        # A leg of the same party does not count as its peer.
         again = await site.party(relay, "func1")
         await again.join()
         assert (await again.expect("WAITING"))["peer_seen"] is None
@@ -115,7 +115,7 @@ async def test_peer_seen_counts_from_when_the_other_party_was_last_here(site: Si
         await two.join()
         seen = (await two.expect("WAITING"))["peer_seen"]
         assert asked_after - left_before <= seen <= trio.current_time() - left_after
-        # Two at a time of one party: gone with the last of them, not with the first.
+        # Two legs of one party at a time: it was last seen when the last of them left, not the first.
         one = await site.party(relay, "func1")
         await one.join()
         assert (await one.expect("WAITING"))["peer_seen"] == 0.0
@@ -123,7 +123,7 @@ async def test_peer_seen_counts_from_when_the_other_party_was_last_here(site: Si
 
 @pytest.mark.load
 async def test_who_was_paired_at_once_was_here_too(site: Site) -> None:
-    """func2 found func1 waiting, and never stood in a queue; the next func1 is told that it came all the same."""
+    """func2 found func1 waiting and was never in a queue; the next func1 is told all the same that it was here."""
     async with site.relay() as relay:
         one, two = await site.party(relay, "func1"), await site.party(relay, "func2")
         before = trio.current_time()
@@ -170,7 +170,7 @@ async def test_advisory_frames_are_skipped(site: Site) -> None:
 
 
 async def test_a_relay_prefers_the_raw_hand_off(site: Site) -> None:
-    """PROTOCOL 2: `modes` says what the function can do; the order in it is nobody's preference."""
+    """PROTOCOL 2: `modes` says what the function can do; its order means nothing."""
     async with site.relay() as relay:
         one, two = await site.party(relay, "func1"), await site.party(relay, "func2")
         await one.join(modes=["tunnel", "ticket", "handoff"])

@@ -59,7 +59,7 @@ async def test_a_leg_waits_as_long_as_both_sides_can(
         assert relay.waiting(route) == (0, 0)
 
 
-async def test_the_place_of_one_who_waited_in_vain_is_free(site: Site) -> None:
+async def test_the_place_of_one_that_waited_too_long_is_free(site: Site) -> None:
     """TESTPLAN 32: with room for one, the next one waits after it, and is paired."""
     async with site.relay(ROUTES) as relay:
         for _ in range(3):
@@ -78,7 +78,7 @@ async def test_the_place_of_one_who_waited_in_vain_is_free(site: Site) -> None:
 
 
 async def test_no_time_to_wait_is_enough_when_the_peer_is_there(site: Site) -> None:
-    """`wait = 0` asks: is somebody there right now?"""
+    """`wait = 0` asks whether the peer is there right now."""
     async with site.relay(ROUTES) as relay:
         one = await site.party(relay, "func1", route="long")
         await one.join()
@@ -93,7 +93,7 @@ async def test_no_time_to_wait_is_enough_when_the_peer_is_there(site: Site) -> N
 
 @pytest.mark.load
 async def test_a_bare_leg_waits_the_routes_time_and_is_closed_in_order(site: Site) -> None:
-    """TESTPLAN 32: without frames there is nothing to say it with; close_notify, so that it is no truncation."""
+    """TESTPLAN 32: without frames the relay cannot say why; it sends close_notify, so that it is no truncation."""
     async with site.relay(ROUTES) as relay:
         began = trio.current_time()
         party = await site.party(relay, "func1", route="short", alpn=())
@@ -124,7 +124,7 @@ async def test_being_paired_stops_the_clock(site: Site) -> None:
 
 
 async def test_pings_do_not_prolong_the_wait(site: Site) -> None:
-    """TESTPLAN 32: the deadline is absolute, whatever is said meanwhile."""
+    """TESTPLAN 32: the deadline is absolute, whatever is sent meanwhile."""
     limits = "[limits]\nping_interval = 0.05\n"
     async with site.relay(ROUTES, sections=limits) as relay:
         party = await site.party(relay, "func1", route="short")

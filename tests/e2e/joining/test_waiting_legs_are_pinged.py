@@ -1,4 +1,4 @@
-"""A waiting function is asked now and then whether it is still there; its answer never gets into anybody's stream."""
+"""The relay pings a waiting function from time to time; its answer never gets into the stream of its peer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ async def test_pings_are_numbered_and_one_is_under_way_at_a_time(site: Site) -> 
         party = await waiter(site, relay)
         for number in (1, 2, 3):
             assert await party.expect("PING") == {"n": number}
-            # Unanswered, it is not repeated.
+            # The relay does not repeat a PING without an answer.
             with trio.move_on_after(0.4) as silence:
                 raise AssertionError(await party.next_frame())
             assert silence.cancelled_caught
@@ -70,7 +70,7 @@ async def test_who_does_not_answer_gives_up_its_place(site: Site) -> None:
 
 
 async def test_a_pong_drop_by_drop_gains_no_time(site: Site) -> None:
-    """Bytes alone are no sign of life: neither do they put the PING off, nor do they give its answer more time."""
+    """Single bytes do not count as an answer: they neither delay the PING nor give its answer more time."""
     limits = "[limits]\nping_interval = 0.3\npong_timeout = 0.3\n"
     async with site.relay(sections=limits) as relay:
         party = await waiter(site, relay)
@@ -107,7 +107,7 @@ async def test_a_pong_that_nobody_asked_for_is_a_protocol_error(site: Site, n: i
 @pytest.mark.parametrize("mode", ["handoff", "tunnel"])
 @pytest.mark.parametrize("answer", ["late", "in two pieces", "with the first bytes", "across the pairing"])
 async def test_a_pong_that_crosses_with_paired_is_not_in_the_stream(site: Site, mode: str, answer: str) -> None:
-    """PROTOCOL 2 and 5: the relay had asked, then it paired. What comes is the answer, not func1's first bytes."""
+    """PROTOCOL 2 and 5: the relay sent PING, then PAIRED. What comes is the PONG, not the first bytes of func1."""
     async with site.relay(sections=PINGS) as relay:
         one = await waiter(site, relay, modes=[mode])
         ping = await one.expect("PING")
@@ -120,7 +120,7 @@ async def test_a_pong_that_crosses_with_paired_is_not_in_the_stream(site: Site, 
         assert (await one.expect("PAIRED", pong=False))["mode"] == mode
         hello = TLS_HEADER + b"hello"
         if mode == "handoff" and answer == "with the first bytes":
-            # The raw bytes are not in TLS, so what may share a record with them here is nothing; a segment may.
+            # The raw bytes are not in TLS, so they cannot share a record with the PONG, but they can share a segment.
             one.tls.write(pong)
             record = one.take_outgoing()
             await one.read_to_close_notify()
@@ -151,7 +151,7 @@ async def test_a_pong_that_crosses_with_paired_is_not_in_the_stream(site: Site, 
 
 @pytest.mark.parametrize("mode", ["handoff", "tunnel"])
 async def test_a_leave_that_crosses_with_paired_while_a_pong_is_due(site: Site, mode: str) -> None:
-    """It ends the pairing; func2 gets no byte of it."""
+    """LEAVE ends the pairing; func2 gets no byte of it."""
     async with site.relay(sections=PINGS) as relay:
         one = await waiter(site, relay, modes=[mode])
         await one.expect("PING")
@@ -166,7 +166,7 @@ async def test_a_leave_that_crosses_with_paired_while_a_pong_is_due(site: Site, 
 
 
 async def test_a_tunnel_that_ends_instead_of_its_pong(site: Site) -> None:
-    """It has said nothing that could be its stream, so it is no function with nothing to say: it has left."""
+    """It has sent no byte of its stream, so this is not an empty stream: the function has left."""
     async with site.relay(sections=PINGS) as relay:
         one = await waiter(site, relay, modes=["tunnel"])
         await one.expect("PING")
@@ -181,7 +181,7 @@ async def test_a_tunnel_that_ends_instead_of_its_pong(site: Site) -> None:
 
 
 async def test_a_tunnel_that_owes_its_pong_is_not_begun_without_it(site: Site) -> None:
-    """What it sends could be its answer or its stream; so it has handoff_timeout to say which."""
+    """What it sends could be its PONG or its stream; it has handoff_timeout to send the PONG."""
     async with site.relay(sections=PINGS + "handoff_timeout = 0.4\n") as relay:
         one = await waiter(site, relay, modes=["tunnel"])
         await one.expect("PING")

@@ -1,6 +1,6 @@
 """TESTPLAN 10: old TLS, foreign protocols, garbage and silence are refused, by an alert where TLS has one, and in time.
 
-Where the answer should be prompt, handshake_timeout is a minute, so that no test passes because time was up.
+If the answer should be prompt, handshake_timeout is a minute, so that no test passes because the time was over.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ async def raw(relay: RelayInProcess) -> AsyncIterator[trio.SocketStream]:
 
 
 async def all_that_comes(stream: trio.SocketStream) -> bytes:
-    """What the relay sends until it ends the connection, in whatever way."""
+    """What the relay sends until it ends the connection in any way."""
     found = b""
     with trio.fail_after(20):
         try:
@@ -52,7 +52,7 @@ async def lives_on(site: Site, relay: RelayInProcess) -> None:
 
 
 def alerts(data: bytes) -> list[tuple[int, int]]:
-    """(level, description) of the plaintext alerts in ``data``, which may hold nothing else."""
+    """(level, description) of the plaintext alerts in ``data``, which must hold nothing else."""
     found = []
     while data:
         kind, _, length = struct.unpack(">BHH", data[:5])
@@ -121,12 +121,12 @@ GARBAGE: Final = {
 @pytest.mark.load
 @pytest.mark.parametrize("garbage", GARBAGE.values(), ids=GARBAGE)
 async def test_garbage_is_refused_at_once(site: Site, garbage: bytes) -> None:
-    """With an alert at most; no protocol of ours is spoken to who has not shown a certificate."""
+    """The answer is an alert at most: without a certificate nobody hears a protocol of ours."""
     async with site.relay(sections=PATIENT) as relay:
         async with raw(relay) as stream:
             began = trio.current_time()
             await stream.send_all(garbage)
-            # Some of these are only the beginning of something; the end of it is all the relay can be waiting for.
+            # Some of these are only the beginning of something, so the relay waits for the rest until the end.
             await stream.send_eof()
             alerts(await all_that_comes(stream))
             assert trio.current_time() - began < 30
@@ -149,7 +149,7 @@ async def send_for_ever(stream: trio.SocketStream, data: bytes) -> None:
 
 
 async def test_endless_garbage_is_not_read_for_ever(site: Site) -> None:
-    """The linger that saves the alert has bounds of its own: a second, and 256 KiB."""
+    """The delayed close that saves the alert has bounds of its own: a second, and 256 KiB."""
     async with site.relay(sections=PATIENT) as relay:
         async with raw(relay) as stream:
             with trio.fail_after(20), pytest.raises(trio.BrokenResourceError):
@@ -191,7 +191,7 @@ async def test_a_client_hello_drop_by_drop_gains_no_time(site: Site) -> None:
                         await party.send_raw(bytes([byte]))
                         await trio.sleep(0.1)
                 except trio.BrokenResourceError:
-                    pass  # as it should be
+                    pass  # expected
 
             nursery.start_soon(drip)
             await relay.log("refused", code="protocol-error", reason="no TLS handshake within 0.5 s")
@@ -200,7 +200,7 @@ async def test_a_client_hello_drop_by_drop_gains_no_time(site: Site) -> None:
 
 
 async def test_a_client_that_never_finishes_its_handshake_is_closed(site: Site) -> None:
-    """The relay has answered, and the client's certificate does not come."""
+    """The relay has answered, but the client never sends its certificate."""
     async with site.relay(sections="[limits]\nhandshake_timeout = 0.4\n") as relay:
         party = await site.connect(relay)
         with pytest.raises(ssl.SSLWantReadError):
@@ -216,7 +216,7 @@ async def test_a_client_that_never_finishes_its_handshake_is_closed(site: Site) 
 
 
 class Forger:
-    """Writes TLS 1.3 records of any type with a client's keys (RFC 8446, 5.2 and 7.3), which `ssl` would not."""
+    """Writes TLS 1.3 records of any type with a client's keys (RFC 8446, 5.2 and 7.3); `ssl` cannot do that."""
 
     def __init__(self, secret: bytes) -> None:
         self._key = AESGCM(self._expand(secret, "key", 32))
@@ -256,7 +256,7 @@ async def forging_party(site: Site, relay: RelayInProcess) -> tuple[Party, Forge
 
 
 async def test_a_forged_record_is_read_like_any_other(site: Site) -> None:
-    """That the forger forges well: a JOIN by its hand is a JOIN."""
+    """The forger works: the relay reads a JOIN that it wrote."""
     async with site.relay(sections=PATIENT) as relay:
         party, forger, _ = await forging_party(site, relay)
         attempt = b'{"attempt":"00000000-0000-0000-0000-000000000000"}'
@@ -269,7 +269,7 @@ async def test_a_forged_record_is_read_like_any_other(site: Site) -> None:
     "what", ["ClientHello", "HelloRequest", "NewSessionTicket", "Certificate", "change_cipher_spec", "unknown type"]
 )
 async def test_no_second_handshake_is_begun(site: Site, what: str, when: str) -> None:
-    """TESTPLAN 10, renegotiation: TLS 1.3 has none, and whoever tries is cut off with an alert."""
+    """TESTPLAN 10, renegotiation: TLS 1.3 has none, and a client that tries it gets an alert and the close."""
     async with site.relay(sections=PATIENT) as relay:
         party, forger, hello = await forging_party(site, relay)
         if when == "while waiting":
