@@ -72,7 +72,7 @@ func run() error {
 	go func() {
 		_, err := io.Copy(wire, os.Stdin)
 		if err == nil {
-			err = wire.CloseWrite() // the end of our direction alone
+			err = wire.CloseWrite() // ends our direction only
 		}
 		sent <- err
 	}()

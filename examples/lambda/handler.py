@@ -1,10 +1,10 @@
-"""A Lambda function (or any other with a handler) that asks the other function of its route something.
+"""A Lambda function (or any other with a handler) that sends a question to the other function of its route.
 
-It sends its event as JSON, ends its direction, and returns the JSON that comes back. Everything it needs is in its
-environment:
+It sends its event as JSON, ends its direction, and returns the JSON that comes back. Its environment has everything
+that it needs:
 
     FRELAY_RELAY   relay.example:9001
-    FRELAY_PEER    dns:func2.demo, who the other function must be
+    FRELAY_PEER    dns:func2.demo, the name that the other function must have
     FRELAY_CERT    this function's certificate, its key, and the CA: the PEM texts themselves
     FRELAY_KEY
     FRELAY_CA
@@ -20,22 +20,22 @@ from typing import Any
 
 import frelay
 
-# What is kept back of the time limit: for the answer, and for saying in the log what went wrong. Whoever is stopped by
-# the platform says nothing.
+# Seconds of the time limit that we keep for the answer, and for writing an error into the log: a function that the
+# platform stops can write nothing.
 RESERVE = 3.0
-# Where files live in memory, if the platform has it; Lambda has not, and its /tmp belongs to one sandbox alone.
+# A directory in memory, if the platform has one. Lambda has none, but only this sandbox can read its /tmp.
 MEMORY = "/dev/shm"  # noqa: S108  only ever used for a new directory of mode 0700
 
 
 @contextmanager
 def credentials() -> Iterator[dict[str, str]]:
-    """The PEM texts of the environment as files, for as long as it takes to read them."""
+    """The PEM texts of the environment as files, which exist only within the ``with`` block."""
     memory = MEMORY if os.access(MEMORY, os.W_OK) else None
-    # Mode 0700, and the files in it 0600; gone at the end, whatever happens.
+    # The directory has mode 0700 and its files 0600. It is removed at the end, also after an error.
     with tempfile.TemporaryDirectory(prefix="frelay-", dir=memory) as directory:
         paths = {}
         for name in ("cert", "key", "ca"):
-            # Consoles and deployment tools tend to turn line ends into "\n" in two characters.
+            # Many consoles and deployment tools replace a newline by the two characters "\n".
             pem = os.environ[f"FRELAY_{name.upper()}"].replace("\\n", "\n")
             path = Path(directory, f"{name}.pem")
             with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
@@ -45,7 +45,7 @@ def credentials() -> Iterator[dict[str, str]]:
 
 
 def handler(event: Any, context: Any) -> Any:
-    """What the platform calls; its exceptions are the platform's to log, and to retry where that is set up."""
+    """The platform calls this. It logs an exception, and calls again if you have set that up."""
     wait = context.get_remaining_time_in_millis() / 1000 - RESERVE
     with credentials() as paths:
         wire = frelay.connect(
@@ -55,9 +55,9 @@ def handler(event: Any, context: Any) -> Any:
             ca=paths["ca"],
             peer=os.environ["FRELAY_PEER"],
             wait=wait,
-            retry=True,  # the relay restarts, the other function is stopped in mid-handshake: all within the same wait
+            retry=True,  # for example if the relay restarts; `wait` limits all tries together
         )
-    # Closed before we return: between two calls the sandbox is frozen, and a frozen function answers nobody.
+    # Close it before we return: between two calls the sandbox is frozen, and a frozen function cannot answer.
     with wire:
         wire.settimeout(context.get_remaining_time_in_millis() / 1000 - RESERVE / 2)
         wire.sendall(json.dumps(event).encode())

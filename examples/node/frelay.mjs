@@ -1,17 +1,17 @@
-// Joins a route of a frelay relay and gives a TLS connection to the other function. Copy this file; it needs Node.js 18
-// or newer and nothing else.
+// Joins a route of a frelay relay and returns a TLS connection to the other function. Copy this file; it needs Node.js
+// 18 or newer and nothing else.
 //
-// A function dials the relay with its certificate, says JOIN, waits until the other function is there too, and then
-// gets out of that outer TLS, because what it wants is TLS with the other function and nobody in between. There are two
-// ways out (docs/protocol.md, sections 4 and 7):
+// A function dials the relay with its certificate, sends JOIN, and waits until the other function is there too. Then it
+// leaves this outer TLS, because it wants TLS with the other function itself. There are two ways to leave
+// (docs/protocol.md, sections 4 and 7):
 //
-// By hand-off. The relay writes PAIRED and its close_notify; we answer with our own, and the TCP connection is ours. But
-// Node's TLSSocket takes over the descriptor, reads whatever is there, and closes it at its end. So the outer TLS does
-// not run on the socket itself but on a Duplex in front of it (OneRecordAtATime), which hands it one TLS record and then
-// waits to see whether that was the end. What follows the end stays in the socket, and the socket stays open.
+// By hand-off. The relay writes PAIRED and its close_notify; we answer with our own, and then the TCP connection is
+// raw. But Node's TLSSocket takes over the descriptor, reads ahead, and closes it at its end. So the outer TLS does not
+// run on the socket itself but on a Duplex in front of it (OneRecordAtATime). That one gives it one TLS record, and then
+// waits to see whether it was the end. The bytes behind the end stay in the socket, and the socket stays open.
 //
-// By ticket. PAIRED holds a ticket, we show it on a second, plain TCP connection, and that one is ours. This costs a
-// round trip, and works with every TLS library.
+// By ticket. PAIRED holds a ticket. We send it on a second, plain TCP connection, and then that one is raw. This costs
+// a round trip, and works with every TLS library.
 
 import crypto from 'node:crypto';
 import { once } from 'node:events';
@@ -20,15 +20,15 @@ import { Duplex } from 'node:stream';
 import tls from 'node:tls';
 
 const JOIN = 0x01, PONG = 0x02, WAITING = 0x11, PING = 0x12, PAIRED = 0x13, REFUSED = 0x14, DRAINING = 0x15;
-const ADVISORY = 0x80; // this type and those above it are skipped when unknown
+const ADVISORY = 0x80; // we skip unknown types from here on
 const MAX_PAYLOAD = 4096;
 
-/** `text` with each character escaped that could forge a line, move a cursor or change the reading direction. */
+/** Escapes each character of `text` that could forge a line, move the cursor or change the text direction. */
 export function printable(text) {
   return text.replace(/[\p{C}\p{Zl}\p{Zp}]/gu, (char) => `\\u{${char.codePointAt(0).toString(16)}}`);
 }
 
-/** An error that says so if `error` is the other side's alert about our certificate; else `error` itself. */
+/** Returns a plain error if `error` is the other side's alert about our certificate, otherwise `error` itself. */
 export function explain(error) {
   const [, alert] = /_ALERT_(\w*CERTIFICATE\w*|UNKNOWN_CA|ACCESS_DENIED)$/.exec(error.code ?? '') ?? [];
   if (alert === undefined) {
@@ -38,7 +38,7 @@ export function explain(error) {
   return new Error(`the other side refused this function's own certificate (${name})`, { cause: error });
 }
 
-/** The relay's no. `retryAfter` is in seconds, or null where a retry will not help without a change. */
+/** The relay refused us. `retryAfter` is in seconds, or null if a retry cannot help until something is changed. */
 export class Refused extends Error {
   constructor({ code, reason, retry_after: retryAfter = null }) {
     super(`refused: ${code}: ${reason}`);
@@ -47,20 +47,20 @@ export class Refused extends Error {
 }
 
 /**
- * Joins a route, waits for the other function, and resolves to a TLSSocket to it, verified: it is `peer`, by a
- * certificate of `peerCa`.
+ * Joins a route, waits for the other function, and resolves to a TLSSocket to it. It has checked that the other
+ * function's certificate is from `peerCa` and has the name `peer`.
  *
  * host, port         the relay
- * cert, key          PEM: who we are, to the relay and to the other function
- * ca, peerCa         PEM: who vouches for the relay, and for the other function (`ca` if left out)
- * peer               who the other function must be: 'dns:NAME' or 'uri:URI', exactly
- * route, party       needed where several routes share the address, where the certificate fits both parties
+ * cert, key          PEM: this function's certificate and key, for the relay and for the other function
+ * ca, peerCa         PEM: the CAs that issue the relay's certificate, and the other function's (`ca` if left out)
+ * peer               the other function's name: 'dns:NAME' or 'uri:URI', exactly
+ * route, party       needed if several routes share the address, or if the certificate fits both parties
  * mode               'handoff' or 'ticket': how to leave the outer TLS
- * wait               seconds for all of it
- * servername         the name in the relay's certificate, where it is not `host`
+ * wait               seconds for everything together
+ * servername         the name in the relay's certificate, if it is not `host`
  * onStatus           called with 'waiting' and 'paired with ...'
  *
- * Its ends are separate: `end()` ends our direction, and reading goes on until 'end'.
+ * Each direction ends alone: `end()` ends ours, and reading goes on until 'end'.
  */
 export async function connect(options) {
   const { mode = 'handoff', wait = 60 } = options;
@@ -92,18 +92,18 @@ async function joinAndMeet(options, sockets) {
     port,
     allowHalfOpen: true,
     noDelay: true,
-    // Every address of the name is tried; left to itself Node 18 tries one, and Node 20 gives each a quarter of a second.
+    // Try every address of the name. By default Node 18 tries one, and Node 20 gives each only a quarter of a second.
     autoSelectFamily: true,
     autoSelectFamilyAttemptTimeout: 5000,
   }));
   await once(socket, 'connect');
   const under = mode === 'handoff' ? new OneRecordAtATime(socket) : socket;
-  // The dot that makes a name absolute is for the look-up; certificates and SNI have none.
+  // The look-up needs the dot of an absolute name; certificates and SNI have none.
   const [servername, name] = [options.servername, host].map((one) => one?.replace(/\.$/, ''));
   const outer = tls.connect({
     socket: under,
     servername: servername ?? (net.isIP(name) ? undefined : name),
-    host: name, // whose name or address the relay's certificate must have
+    host: name, // the relay's certificate must have this name or address
     ca: options.ca,
     allowPartialTrustChain: true, // an issuing authority is enough as `ca`, from Node 20.18 on
     cert: options.cert,
@@ -121,7 +121,7 @@ async function joinAndMeet(options, sockets) {
   return meet(raw, paired.role, options, sockets);
 }
 
-/** An error that nobody listens for would end the process; whoever waits for the socket still gets it. */
+/** Adds a listener: an error without one would end the process. Code that waits for the socket still gets the error. */
 function track(sockets, socket) {
   sockets.push(socket);
   return socket.on('error', () => {});
@@ -163,7 +163,7 @@ async function receive(outer) {
   if (header[0] >= ADVISORY) {
     return [header[0], {}];
   }
-  // Here all text of the relay comes in; none of it may steer the terminal that it is shown on.
+  // All text of the relay arrives here. Escape it, so that it cannot control the terminal that shows it.
   const payload = JSON.parse(body, (_, value) => (typeof value === 'string' ? printable(value) : value));
   if (payload === null || typeof payload !== 'object' || Array.isArray(payload)) {
     throw new Error('not a frame of frelay/1');
@@ -171,7 +171,7 @@ async function receive(outer) {
   return [header[0], payload];
 }
 
-/** Exactly `size` bytes of the outer TLS; an end or an error before that is an error. */
+/** Resolves to exactly `size` bytes of the outer TLS; rejects if it ends or fails before. */
 async function take(outer, size) {
   for (;;) {
     const data = outer.read(size);
@@ -186,7 +186,7 @@ async function take(outer, size) {
   }
 }
 
-/** Reads to the relay's close_notify; data before it is an error. */
+/** Reads up to the relay's close_notify; data before it is an error. */
 async function readToEnd(outer) {
   for (;;) {
     if (outer.read() !== null) {
@@ -202,7 +202,7 @@ async function readToEnd(outer) {
   }
 }
 
-/** Resolves when there is something new about `stream`; rejects with its error. */
+/** Resolves at the next event of `stream` (readable, end or close); rejects with its error. */
 function change(stream) {
   return new Promise((resolve, reject) => {
     const settle = (error) => {
@@ -216,26 +216,26 @@ function change(stream) {
 // --- leaving the outer TLS -----------------------------------------------------------------------------------------
 
 /**
- * The stream on which the outer TLS runs in hand-off mode. It reads a record only once the TLS above has had the time to
- * say that the record before it was the end, and its own end leaves the socket as it is.
+ * The stream on which the outer TLS runs in hand-off mode. Before it reads a record, it gives the TLS above the time to
+ * find that the record before was the end. When this stream ends, the socket stays open.
  */
 export class OneRecordAtATime extends Duplex {
   #socket;
   #isWanted = false;
   #isReleased = false;
-  #header = null; // of a record whose rest has not come yet
+  #header = null; // of a record whose rest has not arrived yet
   #look = () => this.#read();
   #fail = (error) => this.destroy(error instanceof Error ? error : new Error('the connection to the relay broke'));
 
   constructor(socket) {
-    super({ allowHalfOpen: true }); // or the TLS above would answer the relay's close_notify before we are ready
+    super({ allowHalfOpen: true }); // otherwise the TLS above answers the relay's close_notify before we are ready
     this.#socket = socket;
     socket.on('readable', this.#look).on('end', this.#fail).on('close', this.#fail).on('error', this.#fail);
   }
 
   _read() {
     this.#isWanted = true;
-    // The TLS above says 'end' by process.nextTick, hence before this.
+    // The TLS above emits 'end' by process.nextTick, which runs before setImmediate.
     setImmediate(this.#look);
   }
 
@@ -243,11 +243,11 @@ export class OneRecordAtATime extends Duplex {
     if (!this.#isWanted || this.#isReleased || this.destroyed) {
       return;
     }
-    // Kept here, not put back until the rest has come: Node calls a socket readable anew for what is put back, at once and
-    // before it looks at the network again.
+    // Keep the header here until the rest arrives. If we put it back, Node would at once emit 'readable' for it again,
+    // before it looks at the network.
     this.#header ??= this.#socket.read(5);
     if (this.#header === null || this.#header.length < 5) {
-      return; // less than five are the last before the end
+      return; // read(5) returns fewer bytes only at the end
     }
     const length = this.#header.readUInt16BE(3);
     const body = length === 0 ? Buffer.alloc(0) : this.#socket.read(length);
@@ -274,7 +274,7 @@ export class OneRecordAtATime extends Duplex {
     done(error);
   }
 
-  /** Gives the socket back, with all that has not been read from it. */
+  /** Returns the socket, with everything that is not read from it yet. */
   release() {
     this.#isReleased = true;
     this.#socket
@@ -295,15 +295,15 @@ async function handOff(outer, under) {
   return raw;
 }
 
-/** Opens the second connection and resolves to it once the relay has taken the ticket. */
+/** Opens the second connection and resolves to it when the relay has received the ticket. */
 async function showTicket(outer, first, ticket, sockets) {
-  // Not by name again: that might lead to another relay, which knows nothing of this ticket.
+  // Dial the same address, not the name: the name could lead to another relay, which does not know this ticket.
   const { remoteAddress: host, remotePort: port } = first;
   const socket = track(sockets, net.connect({ host, port, allowHalfOpen: true, noDelay: true }));
   await once(socket, 'connect');
   socket.write(`FRELAY/1 ${ticket}\n`);
-  // The relay ends the outer TLS when it has the ticket, and not otherwise. That connection may break instead: the ticket
-  // is on its way, and if the relay has gone the second connection tells.
+  // The relay ends the outer TLS when it has received the ticket. If the outer connection breaks instead, we go on: the
+  // ticket is sent, and if the relay is gone, the second connection fails too.
   while (!outer.readableEnded && !outer.destroyed) {
     if (outer.read() !== null) {
       throw new Error('the hand-off failed: the relay sent data after PAIRED');
@@ -320,19 +320,19 @@ async function showTicket(outer, first, ticket, sockets) {
 
 async function meet(raw, role, { cert, key, ca, peerCa = ca, peer }, sockets) {
   const common = {
-    // Of the two only tls.connect heeds allowPartialTrustChain: as func2 the root must be in `peerCa`.
+    // Only tls.connect supports allowPartialTrustChain, tls.createServer does not: func2 needs the root in `peerCa`.
     cert, key, ca: peerCa, allowPartialTrustChain: true, minVersion: 'TLSv1.3', rejectUnauthorized: true,
   };
   let wire;
   if (role === 'client') {
-    // Functions have no host names: checkPeer does it.
+    // Functions have no host names: checkPeer checks the name.
     wire = track(sockets, tls.connect({ ...common, socket: raw, checkServerIdentity: () => undefined }));
     await once(wire, 'secureConnect');
-    // Its server has not judged our certificate yet: a refusal comes as an error of the first read. See explain().
+    // The other side has not checked our certificate yet. If it refuses it, the first read fails: see explain().
   } else {
-    // Not `new TLSSocket(raw, { isServer: true })`: nobody would look at the client's certificate there.
+    // Not `new TLSSocket(raw, { isServer: true })`: that would not check the client's certificate.
     const server = tls.createServer({ ...common, requestCert: true });
-    raw.allowHalfOpen = false; // until TLS is up: or an end before that would be no event at all
+    raw.allowHalfOpen = false; // until TLS is up; otherwise an end before that would cause no event
     server.emit('connection', raw);
     wire = await new Promise((resolve, reject) => {
       server.once('tlsClientError', (error) => reject(explain(error))).once('secureConnection', (socket) => {
@@ -345,13 +345,13 @@ async function meet(raw, role, { cert, key, ca, peerCa = ca, peer }, sockets) {
   return wire;
 }
 
-/** Throws unless `expected`, e.g. 'dns:func2.demo', is a name in the certificate, whole and of that type. */
+/** Throws unless the certificate has the name `expected`, e.g. 'dns:func2.demo': the whole name, of that type. */
 function checkPeer(certificate, expected) {
   const names = subjectNames(certificate?.subjectAltName ?? '');
   const dns = names.filter(([kind]) => kind === 'DNS').map(([, value]) => `dns:${value.toLowerCase()}`);
   const uris = names.filter(([kind]) => kind === 'URI').map(([, value]) => `uri:${value}`);
   const isExpected = expected.startsWith('uri:')
-    ? uris.length === 1 && uris[0] === expected // of several nobody could say which one is meant
+    ? uris.length === 1 && uris[0] === expected // with several it would not be clear which one counts
     : dns.includes(expected.toLowerCase());
   if (!isExpected) {
     const shown = printable([...dns, ...uris].slice(0, 8).join(', ')) || 'no name';
@@ -359,7 +359,7 @@ function checkPeer(certificate, expected) {
   }
 }
 
-/** The names in Node's text of a subjectAltName, which quotes each value that could be taken for two. */
+/** Reads the names from Node's text of a subjectAltName. Node quotes each value that would be ambiguous otherwise. */
 function subjectNames(text) {
   const one = /([A-Za-z ]+):(?:("(?:[^"\\]|\\.)*")|([^",]*))(?:, |$)/y;
   const names = [];

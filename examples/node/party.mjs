@@ -37,7 +37,7 @@ try {
     wait: Number(values.wait),
     onStatus: (status) => console.error(status),
   });
-  // Two directions, and each ends by itself.
+  // Two directions, and each ends alone.
   await Promise.all([pipeline(process.stdin, wire), pipeline(wire, process.stdout)]);
 } catch (error) {
   console.error(`party: ${printable(explain(error).message.trim())}`);

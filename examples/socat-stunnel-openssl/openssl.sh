@@ -3,10 +3,10 @@
 #
 #   RELAY=127.0.0.1:9001 CERT=func1.pem KEY=func1.key CA=ca.pem ./openssl.sh
 #
-# For a look and a test. It takes the end of what comes in for the end of all, and goes on after that of its own input.
+# Use it to look and to test. It stops when the other function ends its direction, not when its own input ends.
 set -eu
-name=${RELAY_NAME:-${RELAY%:*}} # what the relay's certificate must have: a name, or an IP address, which has no SNI
-# There it stands without the brackets of [::1] and without the last dot of relay.example.
+name=${RELAY_NAME:-${RELAY%:*}} # the name or IP address in the relay's certificate; an IP address is not sent as SNI
+# The certificate has it without the brackets of [::1] and without a final dot, as in relay.example.
 name=${name#[}; name=${name%]}; name=${name%.}
 
 is_ip() { case $1 in *:*) ;; *[!0-9.]*) return 1 ;; esac; }

@@ -3,10 +3,10 @@
 #
 #   RELAY=127.0.0.1:9001 CERT=func1.pem KEY=func1.key CA=ca.pem ./stunnel.sh
 #
-# With ACCEPT=127.0.0.1:5432 it is a service instead: each local connection there joins the route.
+# With ACCEPT=127.0.0.1:5432 it listens there instead, and each local connection joins the route.
 set -eu
-name=${RELAY_NAME:-${RELAY%:*}} # what the relay's certificate must have: a name, or an IP address, which has no SNI
-# There it stands without the brackets of [::1] and without the last dot of relay.example.
+name=${RELAY_NAME:-${RELAY%:*}} # the name or IP address in the relay's certificate; an IP address is not sent as SNI
+# The certificate has it without the brackets of [::1] and without a final dot, as in relay.example.
 name=${name#[}; name=${name%]}; name=${name%.}
 
 host=${RELAY%:*}
@@ -15,8 +15,8 @@ host=${host#[}; host=${host%]} # stunnel writes [::1]:9001 as ::1:9001
 is_ip() { case $1 in *:*) ;; *[!0-9.]*) return 1 ;; esac; }
 if is_ip "$name"; then check="checkIP = $name" sni=; else check="checkHost = $name" sni=$name; fi
 
-# With a section it listens, without one it uses standard input and output. TIMEOUTclose: how many seconds one direction
-# may go on after the other has ended.
+# With a section stunnel listens; without one it uses standard input and output. TIMEOUTclose: how many seconds one
+# direction may go on after the other has ended.
 configuration() {
     cat <<CONFIG
 client = yes
@@ -45,10 +45,10 @@ $(configuration "")
 CONFIG
 fi
 
-# For one connection stunnel exits with 0 whatever happens, so its log must say: an error has level 3 there.
+# With one connection stunnel always exits with 0. So we look for an error in its log, where errors have level 3.
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
-exec 4<&0 # a background command would read /dev/null
+exec 4<&0 # without it the background command would read /dev/null
 stunnel -fd 3 <&4 4<&- 3<<CONFIG &
 $(configuration "output = $log")
 CONFIG

@@ -1,12 +1,12 @@
-"""A function as a process of its own that stops at one step of its joining, to be killed or interrupted there.
+"""A function in its own process that stops at one step of its joining, so that a test can kill or interrupt it there.
 
 ``python client_process.py SETTINGS`` with SETTINGS as JSON: client, address, stop_at, and the arguments of ``connect``.
-It prints one line when it has got there, and sleeps. The steps:
+It prints one line when it has reached the step, and sleeps. The steps:
 
-* ``waiting``: the relay has said WAITING;
+* ``waiting``: the relay has sent WAITING;
 * ``paired``: PAIRED is read, and nothing more;
 * ``hand-off``: the relay's close_notify is read, ours is not sent;
-* ``inner``: the line is raw, and the inner handshake has not got beyond its first flight.
+* ``inner``: the connection is raw, and the inner handshake has sent at most its first flight.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SETTINGS: dict[str, Any] = json.loads(sys.argv[1])
 
 
 class Stopping(Joining):
-    """A joining that pauses for an hour at the step asked for."""
+    """A joining that pauses for an hour at the step of the settings."""
 
     sends_after_pairing = 0
     is_paired = False
@@ -62,7 +62,7 @@ class Stopping(Joining):
 
 def main() -> None:
     address, given, client = SETTINGS["address"], SETTINGS["options"], SETTINGS["client"]
-    # Only this one: many of these processes start at once, and Trio takes longest.
+    # Import only this client: many of these processes start at once, and to import Trio takes longest.
     module = importlib.import_module(f"frelay.client.{client}")
     module.Joining = Stopping  # type: ignore[attr-defined]
 

@@ -1,10 +1,9 @@
-"""The three clients of frelay with one face: each runs a function to its end, whatever it is written on.
+"""The three clients of frelay behind one interface: each runs a function to its end.
 
-A function *asks* (sends all, ends its direction, reads to the end) or *answers* (reads to the end, then sends all):
-both need half-close in both directions, and bytes by the megabyte need back-pressure. What it received comes back::
+A function *asks* (sends everything, ends its direction, reads to the end) or *answers* (reads to the end, then sends
+everything). Both need half-close in both directions, and megabytes need back-pressure. It returns what it received::
 
-    async with trio.open_nursery() as nursery: ...
-    answer = await run_function("asyncio", address, ask(b"question"), **site_options(site, "func1", "func2"))
+    received = await run_function("asyncio", address, ask(b"question"), options(site, "func1", "func2"))
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def answer(says: bytes) -> Part:
 
 
 def options(site: Site, me: str, other: str, **more: Any) -> Options:
-    """The arguments of ``connect`` for ``me``, who expects ``other``."""
+    """The arguments of ``connect`` for the function ``me``, which expects ``other``."""
     cert, key = site.paths[me]
     given = Options(
         cert=cert, key=key, ca=site.ca_path, peer=f"dns:{other}.demo", server_name="localhost", wait=TIMEOUT
@@ -98,7 +97,7 @@ async def _asyncio(address: str, part: Part, given: Options) -> bytes:
 
 
 async def run_function(client: Client, address: str, part: Part, given: Options) -> bytes:
-    """Join, play the part, and give what was received."""
+    """Join, do the part, and return what was received."""
     with trio.fail_after(TIMEOUT * 2):
         if client == "trio":
             return await _trio(address, part, given)
@@ -111,7 +110,7 @@ async def run_function(client: Client, address: str, part: Part, given: Options)
 async def meet(
     clients: tuple[Client, Client], address: str, parts: tuple[Part, Part], given: tuple[Options, Options]
 ) -> tuple[bytes, bytes]:
-    """Two functions at once; gives what each received."""
+    """Run two functions at once; returns what each received."""
     heard: dict[int, bytes] = {}
 
     async def run(position: int) -> None:

@@ -1,4 +1,4 @@
-"""Both ends of ``frelay connect`` as services: a local port here, a local service there, and who calls.
+"""Both ends of ``frelay connect``: a local port on one side, a local service on the other, and callers.
 
 async with serving(echo) as service, site.relay() as relay:
     async with offering(site, relay, service.address) as there, port_here(site, relay) as (here, place):
@@ -42,7 +42,7 @@ async def offering(
 async def port_here(
     site: Site, relay: RelayInProcess | RelayProcess | int, *more: str, at: str = "127.0.0.1:0", lives: bool = True
 ) -> AsyncIterator[tuple[Command, str]]:
-    """func1 with ``--listen``, and the address that it listens on; it must outlive the test if it ``lives``."""
+    """func1 with ``--listen``, and the address that it listens on; with ``lives`` it must outlive the test."""
     port = relay if isinstance(relay, int) else relay.port()
     async with command(arguments(site, f"127.0.0.1:{port}", "func1", "func2", "--listen", at, *more)) as here:
         yield here, (await here.say("listening"))["address"]
@@ -59,7 +59,7 @@ async def dial(place: str) -> trio.SocketStream:
 
 
 async def still_echoes(stream: trio.SocketStream, text: bytes = b"as before") -> None:
-    """What is sent comes back, and nothing else."""
+    """The service sends back what it gets, and nothing else."""
     with trio.fail_after(TIMEOUT):
         await stream.send_all(text)
         heard = b""
@@ -77,7 +77,7 @@ def reset(stream: trio.SocketStream) -> None:
 
 
 async def ends_by_reset(stream: trio.SocketStream) -> bool:
-    """Whether it ends by RST, and not by an end that looks as if all had come."""
+    """Whether it ends by RST, and not by an end that looks complete."""
     with trio.fail_after(TIMEOUT):
         try:
             while await stream.receive_some(65536):

@@ -1,6 +1,6 @@
-"""A relay without a network: it answers the steps of one joining, and is wrong in what a test makes wrong.
+"""A relay without a network: it answers the steps of one joining. Tests make it do one thing wrong.
 
-:func:`join` runs the core of the clients (:mod:`frelay.client.joining`) against it, on a clock of its own::
+:func:`join` runs the steps of the clients (:mod:`frelay.client.joining`) against it, with a simulated clock::
 
     relay = FakeRelay(site, pair_at_once)
     relay.peer = peer(site)

@@ -1,4 +1,4 @@
-"""What a function hands to ``connect`` is judged before anything is dialled, and the error names what is wrong."""
+"""``connect`` checks its arguments before it dials, and its errors name the wrong one."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from frelay.errors import CertificateError
 from frelay.protocol.identity import dns_name
 from support.certs import TestAuthority
 
-# Nobody listens on port 1 of loopback; and nobody should have been asked.
+# No server listens on port 1 of loopback, and no test should get as far as dialling it.
 NOWHERE: Final = "127.0.0.1:1"
 
 
 @pytest.fixture
 def arguments(tmp_path: Path) -> dict[str, Any]:
-    """Right ones."""
+    """Correct arguments."""
     ca = TestAuthority()
     cert, key = ca.party(dns=["func1.demo"]).write(tmp_path, "func1")
     return {"cert": cert, "key": key, "ca": ca.write(tmp_path), "peer": "dns:func2.demo"}
 
 
 def test_right_arguments_get_as_far_as_dialling(arguments: dict[str, Any]) -> None:
-    """Or the tests below would show nothing."""
+    """Without this test the ones below would prove nothing."""
     with pytest.raises(frelay.RelayUnreachable, match=r"no connection to 127\.0\.0\.1:1: .*refused"):
         frelay.connect(NOWHERE, **arguments)
 
@@ -115,7 +115,7 @@ def test_a_bad_peer_is_an_error_before_anything_is_sent(arguments: dict[str, Any
 
 
 def test_peer_must_be_given(arguments: dict[str, Any]) -> None:
-    """There is no default: who the other function must be is the caller's to say."""
+    """There is no default: the caller must name the other function."""
     del arguments["peer"]
     with pytest.raises(TypeError, match="peer"):
         frelay.connect(NOWHERE, **arguments)
@@ -141,7 +141,7 @@ def test_nothing_is_printed(arguments: dict[str, Any], capfd: pytest.CaptureFixt
     ],
 )
 def test_a_name_may_be_absolute(arguments: dict[str, Any], address: str, given: str | None, expected: str) -> None:
-    """The dot at its end is for the look-up, which keeps it; certificates and SNI have none."""
+    """The look-up keeps the dot at its end; certificates and SNI have none."""
     plan = JoinPlan.make(address, server_name=given, **arguments)
     assert plan.server_name == expected
     assert plan.host == address.rpartition(":")[0].strip("[]")

@@ -1,4 +1,4 @@
-"""Which proxy is used follows curl and Go; and the secrets in its URL stay in it."""
+"""The choice of the proxy follows curl and Go; the secrets in its URL appear nowhere else."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_an_argument_overrides_the_environment() -> None:
     "url", ["https://me:s3cret@p:1", "socks5h://p:1", "http://p:0", "http://p:port", "http://", "://", "http://a b:1"]
 )
 def test_an_environment_that_cannot_be_used_is_named(variable: str, url: str) -> None:
-    """It is no fault of the call, so no ValueError; and no retry would help."""
+    """It is no fault of the call, so it is no ValueError; and no retry would help."""
     with pytest.raises(RelayUnreachable, match=f"environment variable {variable} cannot be used: .*NO_PROXY") as caught:
         choose_proxy(None, "relay.acme", 9001, {variable: url})
     assert "s3cret" not in str(caught.value)
@@ -108,14 +108,14 @@ def test_whatever_the_environment_holds(url: str, exceptions: str) -> None:
 
 
 def test_a_password_is_any_octets() -> None:
-    """%FF is one octet, and so is one of the environment that is not UTF-8."""
+    """%FF is one octet, and so is an octet from the environment that is not UTF-8."""
     for password in ("%FF", os.fsdecode(b"\xff")):
         proxy = parse_proxy(f"http://me:{password}@p:1")
         assert proxy.authorization == "Basic " + base64.b64encode(b"me:\xff").decode()
 
 
 def asked(says: bytes, chunk: int = 65536, host: str = "relay.acme") -> bytes:
-    """What ``connect_through`` sends to a proxy that says this and closes; raises what it raises."""
+    """What ``connect_through`` sends to a proxy that answers this and closes; raises what it raises."""
     steps: Any = connect_through("outer", Proxy("p", 3128), host, 9001, lambda: 1.0)
     sent = b""
     answer = None

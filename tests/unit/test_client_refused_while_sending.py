@@ -1,6 +1,6 @@
-"""A function that only sends learns that its certificate was refused, too: sending breaks, and the alert is there.
+"""A function that only sends also learns that its certificate was refused: sending fails, and the alert is there.
 
-Over one TCP connection on loopback, with no relay between the two, so that the alert has always arrived.
+The two share one TCP connection on loopback, without a relay, so that the alert has always arrived.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ MUCH = b"question" * 4_000_000
 
 @pytest.fixture
 def context(site: Site) -> ssl.SSLContext:
-    """Of a client whose certificate the server does not take."""
+    """The context of a client whose certificate the server refuses."""
     cert, key = TestAuthority("another CA").party(dns=["func1.demo"]).write(Path(site.directory), "refused")
     return inner_context("client", cert, key, site.ca_path)
 
 
 def connect(site: Site) -> tuple[socket.socket, threading.Thread]:
-    """A connection to a server that refuses the client's certificate, and is gone."""
+    """A connection to a server that refuses the client's certificate and closes."""
     server = inner_context("server", *site.paths["func2"], site.ca_path)
 
     def refuse() -> None:

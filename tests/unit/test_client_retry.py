@@ -1,4 +1,4 @@
-"""A retry is made only where it can help, not before the relay wants it, and not all at once with a thousand others."""
+"""A retry comes only if it can help, not before the relay allows it, and not at one moment with a thousand others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The arguments of ``connect`` are one list: ``Options``. The clients, the command and the docs have those of it."""
+"""``Options`` is the one list of connect's arguments: the clients, the command and the docs must match it."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_wrong_name_or_a_missing_one_is_a_type_error(client: str) -> None:
 
 
 def test_each_argument_reaches_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The blocking client passes them on one by one; the others pass on what they get."""
+    """The blocking client passes them on one by one; the others pass all of them on as they are."""
     seen: dict[str, Any] = {}
 
     class Seen(Exception):
@@ -100,7 +100,7 @@ def test_its_docstring_describes_each() -> None:
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
-# What has another place on the command line, and what only the command has.
+# Arguments that the command does not have, and options that only the command has.
 NOT_OF_THE_COMMAND: Final = {"on_status"}
 ONLY_OF_THE_COMMAND: Final = {"address", "listen", "to", "exec_", "concurrency", "quiet", "as_json"}
 

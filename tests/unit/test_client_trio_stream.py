@@ -1,4 +1,4 @@
-"""The Trio client's wire keeps Trio's own contract for streams that can half-close, alone and in a tunnel."""
+"""The Trio client's wire keeps Trio's contract for half-closeable streams, alone and in a tunnel."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ async def test_the_wire_is_a_half_closeable_stream(
     contexts: tuple[ssl.SSLContext, ssl.SSLContext], in_tunnel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """trio.testing.check_half_closeable_stream, clogged streams included."""
-    # The checks close some fifty streams whose other end stays; nothing they look at depends on how long that waits.
+    # The checks close some fifty streams whose other end stays open. No check depends on how long a close waits.
     monkeypatch.setattr("frelay.client.trio.LINGER_QUIET", 0.02)
     monkeypatch.setattr("frelay.client.trio.LINGER_LIMIT", 0.1)
 
@@ -93,7 +93,7 @@ async def test_the_wire_is_a_half_closeable_stream(
 
 
 async def test_an_end_without_close_notify_is_no_end(contexts: tuple[ssl.SSLContext, ssl.SSLContext]) -> None:
-    """FIN alone reads as a broken stream, and what came before it is still given."""
+    """FIN alone reads as a broken stream; the bytes before it can still be read."""
     one, two = await sockets()
     client, server = engines(contexts, in_tunnel=False)
     wire = TrioWire(one, client, PAIRED)
@@ -107,7 +107,7 @@ async def test_an_end_without_close_notify_is_no_end(contexts: tuple[ssl.SSLCont
 
 
 async def test_a_close_lets_what_was_written_arrive(contexts: tuple[ssl.SSLContext, ssl.SSLContext]) -> None:
-    """aclose() right after a large send, with bytes of the other side unread: nothing of it is lost."""
+    """aclose() right after a large send, while bytes of the other side are unread: nothing is lost."""
     one, two = await sockets()
     client, server = engines(contexts, in_tunnel=False)
     sender, receiver = TrioWire(one, client, PAIRED), TrioWire(two, server, PAIRED)

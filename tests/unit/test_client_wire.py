@@ -1,6 +1,6 @@
-"""A Wire ends in good order: each direction for itself, nothing lost, nothing made up, no cut taken for an end.
+"""A Wire ends in good order: each direction alone, nothing lost, nothing forged, and no cut taken for an end.
 
-Two functions over one TCP connection on loopback, with no relay between them, so that the kernel's part is seen too.
+The two functions share one TCP connection on loopback, without a relay, so the kernel's behaviour is tested too.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def read_to_end(wire: ssl.SSLSocket) -> bytes:
 
 @contextmanager
 def running(function: Callable[[], Any]) -> Iterator[list[Any]]:
-    """``function`` in a thread meanwhile; its result is in the list after the block."""
+    """Run ``function`` in a thread meanwhile; after the block the list has its result."""
     results: list[Any] = []
     thread = threading.Thread(target=lambda: results.append(function()), daemon=True)
     thread.start()
@@ -87,7 +87,7 @@ def running(function: Callable[[], Any]) -> Iterator[list[Any]]:
 
 
 def duplicate(sock: socket.socket) -> socket.socket:
-    """The same connection past TLS."""
+    """The same connection without its TLS."""
     raw = socket.socket(fileno=socket.dup(sock.fileno()))
     raw.settimeout(TIMEOUT)
     return raw
@@ -138,8 +138,8 @@ def test_what_was_already_under_way_survives_the_half_close(pair: Pair, half_clo
 
 
 def test_a_record_read_in_part_survives_the_half_close(pair: Pair) -> None:
-    """What OpenSSL has decrypted and not given out yet is no less there."""
-    data = bytes(range(256)) * 64  # one record, and all of it decrypted by the first read
+    """OpenSSL has decrypted it already, but we have not read it yet."""
+    data = bytes(range(256)) * 64  # one record, which the first read decrypts as a whole
     pair.server.sendall(data)
     assert pair.client.recv(100) == data[:100]
     before = pair.client.pending()
@@ -187,7 +187,7 @@ def test_a_record_that_came_in_half_survives_the_half_close(tmp_path: Path) -> N
 
 
 class _Relayed:
-    """Carries bytes between two sockets, and can hold back the end of what the server says."""
+    """Copies bytes between two sockets, and can hold back the last bytes of the server."""
 
     def __init__(self, one: socket.socket, two: socket.socket) -> None:
         self._one, self._two = one, two
@@ -256,7 +256,7 @@ def test_nothing_can_be_sent_after_the_end(pair: Pair) -> None:
 
 @pytest.mark.load
 def test_the_wire_stays_in_tls_after_both_ends(pair: Pair) -> None:
-    """``unwrap`` leaves TLS without a word: what a relay then makes up would be read as the other function's."""
+    """``unwrap`` leaves TLS silently: we would take bytes that a relay forges for the other function's."""
     with duplicate(pair.server) as raw:
         # close_notify without FIN, as from a function that still owns its socket; the relay adds its own bytes.
         pair.server._unsent_close_notify = pair.server._make_close_notify(pair.server._sslobj)
@@ -279,7 +279,7 @@ def test_shutdown_of_both_directions_tells_the_other_side(pair: Pair) -> None:
 
 
 def test_the_end_waits_for_room(pair: Pair) -> None:
-    """A full socket has no room for a close_notify; without it the reader would take the end for a cut."""
+    """A full socket has no room for a close_notify; without it the reader would see a cut."""
     junk = _fill(pair.client)
     with pytest.raises(ssl.SSLWantWriteError):
         pair.client.send_eof()
@@ -291,19 +291,19 @@ def test_the_end_waits_for_room(pair: Pair) -> None:
         with running(lambda: b"".join(iter(lambda: raw.recv(65536), b""))) as received:
             pair.client.send_eof()
         assert len(received[0]) > junk
-        # One record of application data to look at, as all of TLS 1.3, and then FIN.
+        # One record, which looks like application data as every record of TLS 1.3, and then FIN.
         assert received[0][junk:][:3] == b"\x17\x03\x03"
 
 
 def _fill(wire: Wire) -> int:
-    """Fill the connection with zeros past TLS, and leave ``wire`` non-blocking; gives how many."""
+    """Fill the connection with zeros outside of TLS, and leave ``wire`` non-blocking; returns how many."""
     wire.settimeout(0)
     sent = 0
     while select.select([], [wire], [], 0.1)[1]:
         with suppress(BlockingIOError):
             while True:
                 sent += socket.socket.send(wire, bytes(1024))
-    # Writable is more than to have room for a byte.
+    # "Writable" means more than room for one byte.
     with suppress(BlockingIOError):
         while True:
             sent += socket.socket.send(wire, bytes(1))
@@ -311,7 +311,7 @@ def _fill(wire: Wire) -> int:
 
 
 def test_a_send_given_up_in_mid_record_is_a_cut(pair: Pair) -> None:
-    """What was written of the record cannot be taken back, so no end may pretend that all was said."""
+    """The written part of the record cannot be taken back, so no clean end may follow."""
     pair.client.settimeout(0)
     with pytest.raises(ssl.SSLWantWriteError):
         pair.client.sendall(bytes(64 * 1024 * 1024))
@@ -340,7 +340,7 @@ def test_leaving_the_with_block_is_an_end(pair: Pair) -> None:
 
 
 def test_a_missing_close_notify_is_an_error(pair: Pair) -> None:
-    """FIN alone is what a crash, or somebody on the way, sends."""
+    """A crash, or an attacker in the network, sends FIN alone."""
     pair.client.sendall(b"the first half")
     pair.client.abandon()
     assert pair.server.recv(100) == b"the first half"
@@ -360,7 +360,7 @@ def test_a_missing_close_notify_is_an_error_after_our_own_end_too(pair: Pair) ->
 def test_a_reset_is_an_error(pair: Pair) -> None:
     pair.client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     pair.client.abandon()
-    # Some versions of the ssl module call it by its name, others say SSLEOFError.
+    # Some versions of the ssl module raise ConnectionResetError, others SSLEOFError.
     with pytest.raises((ConnectionResetError, ssl.SSLEOFError)):
         pair.server.recv(100)
 
@@ -370,7 +370,7 @@ BULK: Final = bytes(range(256)) * 4096
 
 @pytest.mark.parametrize("writer", ["client", "server"])
 def test_a_writer_that_never_reads_loses_nothing_at_close(pair: Pair, writer: str) -> None:
-    """No session ticket lies unread in its socket, which would turn the close into RST and destroy the tail."""
+    """Its socket holds no unread session ticket, which would turn the close into RST and destroy the last bytes."""
     one, two = (pair.client, pair.server) if writer == "client" else (pair.server, pair.client)
     two.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
     with running(lambda: read_to_end(two)) as received:
@@ -382,7 +382,7 @@ def test_a_writer_that_never_reads_loses_nothing_at_close(pair: Pair, writer: st
 @pytest.mark.load
 @pytest.mark.parametrize("what", ["data", "end", "data and end"])
 def test_what_nobody_read_costs_the_writer_nothing(pair: Pair, what: str) -> None:
-    """The other side had said something, if only that it has nothing to say; closing on that would be an RST."""
+    """The other side has sent data, or only its close_notify; to close with that unread would be an RST."""
     pair.server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
     if "data" in what:
         pair.server.sendall(bytes(5000))
@@ -413,7 +413,7 @@ def test_closing_one_owner_of_two_ends_nothing(pair: Pair) -> None:
 
 
 def test_closing_does_not_wait_long_for_a_peer_that_stays(pair: Pair) -> None:
-    """It waits a moment for the other side's end, and not for ever."""
+    """It waits a moment for the other side's end, not for ever."""
     with running(pair.client.close):
         pass
     assert pair.client.fileno() == -1
@@ -421,7 +421,7 @@ def test_closing_does_not_wait_long_for_a_peer_that_stays(pair: Pair) -> None:
 
 
 def test_closing_does_not_wait_for_a_peer_that_is_gone(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a dead connection has not acknowledged it never will."""
+    """A dead connection will never acknowledge the rest."""
     monkeypatch.setattr("frelay.client.wire.LINGER_QUIET", TIMEOUT * 10)
     monkeypatch.setattr("frelay.client.wire.LINGER_LIMIT", TIMEOUT * 10)
     pair.server.abandon()

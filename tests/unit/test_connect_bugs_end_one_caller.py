@@ -1,4 +1,4 @@
-"""An error that nobody had thought of ends one caller or one leg of ``frelay connect``, in one line, and no more."""
+"""An unexpected error ends one caller or one leg of ``frelay connect`` with one line of output, and nothing else."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PAIRED = Paired("1", "demo", "dns:func1.demo", "server", "handoff")
 
 
 class OddJoiner:
-    """Says that it waits, is paired where it should be, and raises what no join should raise."""
+    """Reports the given messages, and then raises an error that no join should raise."""
 
     def __init__(self, *messages: Message, error: Exception | None = None) -> None:
         self.wait = None
@@ -75,14 +75,14 @@ async def test_a_leg(
         nursery.start_soon(service.serve)
         began = trio.current_time()
         await joiner.joined.wait()
-        # Not as fast as the processor can.
+        # The joins must not follow each other as fast as the processor allows.
         assert trio.current_time() > began
         nursery.cancel_scope.cancel()
     assert set(failures(capsys)) == {"unexpected error, a bug in frelay: KeyError: 'odd'"}
 
 
 async def test_callers_who_fail_again_and_again_do_not_keep_it_busy(autojump_clock: trio.testing.MockClock) -> None:
-    """And do not end it: a place at a time is held for a moment."""
+    """And do not end it: after each failure the leg keeps its slot for a moment."""
     joiner: Any = OddJoiner(WAITING, PAIRED, error=Refused("protocol-error", "odd"))
     service = Service("127.0.0.1:9", joiner, None, Report(as_json=False, is_quiet=True), concurrency=8, always=False)
     with trio.move_on_after(100):
@@ -93,7 +93,7 @@ async def test_callers_who_fail_again_and_again_do_not_keep_it_busy(autojump_clo
 async def test_a_refusal_of_one_leg_of_several_is_no_failure(
     capsys: pytest.CaptureFixture[str], autojump_clock: trio.testing.MockClock
 ) -> None:
-    """The relay has room for two: the others are given up, in silence, and those two stay."""
+    """The relay has room for two legs: the others are given up silently, and those two stay."""
 
     class Full:
         wait = None

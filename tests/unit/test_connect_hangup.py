@@ -1,4 +1,4 @@
-"""Who has hung up, where the kernel knows the socket of the caller and where it does not."""
+"""Which caller has hung up, if the kernel knows the caller's socket and if it does not."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def pair() -> Iterator[Pair]:
 
 
 async def is_found_gone(sock: trio.socket.SocketType) -> bool:
-    """Whether it is seen within a few looks; True as soon as it is."""
+    """Whether a few checks find that the caller is gone."""
     with trio.move_on_after(TIMEOUT) as limit:
         await wait_hung_up(sock)
     return not limit.cancelled_caught
@@ -84,7 +84,7 @@ def test_the_kernel_tells_an_end_from_a_close(pair: Pair) -> None:
 
 
 def test_a_listener_with_the_callers_port_is_not_the_caller() -> None:
-    """The kernel names it where it knows no such connection."""
+    """The kernel answers for the listener if it has no such connection."""
     with socket.create_server(("0.0.0.0", 0)) as listener:
         place = ("127.0.0.1", listener.getsockname()[1])
         assert hangup._has_owner(socket.AF_INET, place, ("127.0.0.1", 9)) is None

@@ -1,16 +1,16 @@
-// Package frelay joins a route of a frelay relay and gives a TLS connection to the other function. Copy this file; it
+// Package frelay joins a route of a frelay relay and returns a TLS connection to the other function. Copy this file; it
 // needs the standard library only.
 //
-// A function dials the relay with its certificate, says JOIN, waits until the other function is there too, and then
-// gets out of that outer TLS, because what it wants is TLS with the other function and nobody in between. There are two
-// ways out (docs/protocol.md, sections 4 and 7):
+// A function dials the relay with its certificate, sends JOIN, and waits until the other function is there too. Then it
+// leaves this outer TLS, because it wants TLS with the other function itself. There are two ways to leave
+// (docs/protocol.md, sections 4 and 7):
 //
-// By hand-off. The relay writes PAIRED and its close_notify. We read to that end, answer with our own close_notify, and
-// the TCP connection is ours. crypto/tls reads ahead, so it could swallow bytes of the other function that come right
-// behind the end; but the relay sends none before it has read our close_notify, and by then we read no more TLS.
+// By hand-off. The relay writes PAIRED and its close_notify. We read up to that end and answer with our own
+// close_notify; then the TCP connection is raw. crypto/tls reads ahead, so it could swallow bytes of the other function
+// right behind the end. But the relay sends none before it has read our close_notify, and then we read no more TLS.
 //
-// By ticket. PAIRED holds a ticket, we show it on a second, plain TCP connection, and that one is ours. This costs a
-// round trip, and works with every TLS library.
+// By ticket. PAIRED holds a ticket. We send it on a second, plain TCP connection, and then that one is raw. This costs
+// a round trip, and works with every TLS library.
 package frelay
 
 import (
@@ -31,21 +31,21 @@ import (
 	"unicode"
 )
 
-// Config says which route to join, as whom, and whom to expect there.
+// Config names the route to join, this function's certificate, and the other function's name.
 type Config struct {
 	Address     string          // the relay's host:port
 	ServerName  string          // the name in the relay's certificate; "": the host of Address
-	Certificate tls.Certificate // who we are, to the relay and to the other function
-	RelayCA     *x509.CertPool  // who vouches for the relay
-	PeerCA      *x509.CertPool  // who vouches for the other function; nil: RelayCA
-	Peer        string          // who the other function must be: "dns:NAME" or "uri:URI", exactly
-	Route       string          // needed where several routes share the address
-	Party       string          // "func1" or "func2", needed where the certificate fits both
+	Certificate tls.Certificate // this function's, for the relay and for the other function
+	RelayCA     *x509.CertPool  // the CAs that issue the relay's certificate
+	PeerCA      *x509.CertPool  // the CAs that issue the other function's; nil: RelayCA
+	Peer        string          // the other function's name: "dns:NAME" or "uri:URI", exactly
+	Route       string          // needed if several routes share the address
+	Party       string          // "func1" or "func2", needed if the certificate fits both
 	UseTicket   bool            // leave the outer TLS by ticket, not by hand-off
 	OnStatus    func(status string)
 }
 
-// Refused is the relay's no. A negative RetryAfter says that a retry will not help without a change.
+// Refused means that the relay refused us. With a negative RetryAfter a retry cannot help until something is changed.
 type Refused struct {
 	Code, Reason string
 	RetryAfter   time.Duration
@@ -62,7 +62,7 @@ const (
 	framePaired   = 0x13
 	frameRefused  = 0x14
 	frameDraining = 0x15
-	frameAdvisory = 0x80 // this one and those above it are skipped when unknown
+	frameAdvisory = 0x80 // we skip unknown types from here on
 )
 
 const maxPayload = 4096
@@ -70,11 +70,12 @@ const maxPayload = 4096
 // In seconds.
 const longestRetryAfter = 86400
 
-// Of an orderly TLS end, or a TLS handshake, after PAIRED: the relay's own limit is 5 to 10 seconds.
+// For the end of the outer TLS, and for the inner handshake. The relay's own limit is 5 to 10 seconds.
 const handOffTimeout = 15 * time.Second
 
-// Connect joins the route, waits for the other function and returns TLS with it, verified: it is Config.Peer, by a
-// certificate of PeerCA. ctx bounds all of it. Close the result; CloseWrite ends one direction and leaves the other.
+// Connect joins the route, waits for the other function and returns TLS with it. It has checked that the other
+// function's certificate is from PeerCA and has the name Config.Peer. ctx limits the time of everything. Close the
+// result; CloseWrite ends only our direction.
 func Connect(ctx context.Context, config Config) (*tls.Conn, error) {
 	if _, _, err := splitPeer(config.Peer); err != nil {
 		return nil, err
@@ -87,7 +88,7 @@ func Connect(ctx context.Context, config Config) (*tls.Conn, error) {
 		}
 		serverName = host
 	}
-	// The dot that makes a name absolute is for the look-up; certificates and SNI have none.
+	// The look-up needs the dot of an absolute name; certificates and SNI have none.
 	serverName = strings.TrimSuffix(serverName, ".")
 	var dialer net.Dialer
 	conn, err := dialer.DialContext(ctx, "tcp", config.Address)
@@ -133,7 +134,7 @@ func Connect(ctx context.Context, config Config) (*tls.Conn, error) {
 	return meet(ctx, raw, paired.Role, config)
 }
 
-// closedWhenDone runs work, and closes conn if ctx ends first, which wakes work out of any call.
+// closedWhenDone runs work. If ctx ends first, it closes conn, so that any call of work on conn returns.
 func closedWhenDone(ctx context.Context, conn net.Conn, work func() error) error {
 	finished, watched := make(chan struct{}), make(chan struct{})
 	go func() {
@@ -153,7 +154,7 @@ func closedWhenDone(ctx context.Context, conn net.Conn, work func() error) error
 	return err
 }
 
-// message is the payload of any frame; each fills some of it.
+// message is the payload of any frame; each type of frame uses some of the fields.
 type message struct {
 	Attempt    string          `json:"attempt,omitempty"`
 	Route      string          `json:"route,omitempty"`
@@ -169,7 +170,7 @@ type message struct {
 	RetryAfter *float64        `json:"retry_after,omitempty"`
 }
 
-// join says JOIN and returns the relay's PAIRED.
+// join sends JOIN and returns the relay's PAIRED.
 func join(outer *tls.Conn, config Config) (*message, error) {
 	mode := "handoff"
 	if config.UseTicket {
@@ -199,7 +200,7 @@ func join(outer *tls.Conn, config Config) (*message, error) {
 		case kind == frameRefused:
 			refused := &Refused{Code: received.Code, Reason: received.Reason, RetryAfter: -1}
 			if received.RetryAfter != nil {
-				// A Duration ends after 292 years, and a relay may name any number.
+				// The relay may send any number, but a Duration cannot be longer than 292 years.
 				seconds := math.Max(0, math.Min(*received.RetryAfter, longestRetryAfter))
 				refused.RetryAfter = time.Duration(seconds * float64(time.Second))
 			}
@@ -228,17 +229,17 @@ func handOff(outer *tls.Conn, conn net.Conn) (net.Conn, error) {
 	if err := outer.CloseWrite(); err != nil {
 		return nil, fmt.Errorf("the hand-off failed: %w", err)
 	}
-	// CloseWrite leaves a write deadline that has passed on the connection, so that nothing is written after it.
+	// CloseWrite leaves an expired write deadline on the connection, which would make every later write fail.
 	if err := conn.SetWriteDeadline(time.Time{}); err != nil {
 		return nil, err
 	}
 	return conn, nil
 }
 
-// showTicket opens the second connection and returns it once the relay has taken the ticket.
+// showTicket opens the second connection and returns it when the relay has received the ticket.
 func showTicket(ctx context.Context, outer *tls.Conn, ticket string) (net.Conn, error) {
 	var dialer net.Dialer
-	// Not by name again: that might lead to another relay, which knows nothing of this ticket.
+	// Dial the same address, not the name: the name could lead to another relay, which does not know this ticket.
 	conn, err := dialer.DialContext(ctx, "tcp", outer.RemoteAddr().String())
 	if err != nil {
 		return nil, fmt.Errorf("no second connection to the relay: %w", err)
@@ -246,8 +247,8 @@ func showTicket(ctx context.Context, outer *tls.Conn, ticket string) (net.Conn, 
 	if _, err := io.WriteString(conn, "FRELAY/1 "+ticket+"\n"); err != nil {
 		return conn, fmt.Errorf("the ticket could not be shown: %w", err)
 	}
-	// The relay ends the outer TLS when it has the ticket, and not otherwise. That connection may break instead: the
-	// ticket is on its way, and if the relay has gone this connection tells.
+	// The relay ends the outer TLS when it has received the ticket. If the outer connection breaks instead, we go on:
+	// the ticket is sent, and if the relay is gone, the new connection fails too.
 	if err := readToEnd(outer); err == errData {
 		return conn, err
 	}
@@ -268,7 +269,7 @@ func readToEnd(outer *tls.Conn) error {
 	return nil
 }
 
-// meet runs the inner TLS with the other function and checks who that is.
+// meet runs the inner TLS with the other function and checks its name.
 func meet(ctx context.Context, raw net.Conn, role string, config Config) (*tls.Conn, error) {
 	pool := config.PeerCA
 	if pool == nil {
@@ -277,11 +278,11 @@ func meet(ctx context.Context, raw net.Conn, role string, config Config) (*tls.C
 	inner := &tls.Config{
 		MinVersion:   tls.VersionTLS13,
 		Certificates: []tls.Certificate{config.Certificate},
-		// The client of TLS would compare a host name, and functions have none: VerifyConnection does all the checks.
+		// By default a TLS client checks a host name, and functions have none. VerifyConnection does all the checks.
 		InsecureSkipVerify: true,
 		ClientAuth:         tls.RequireAndVerifyClientCert,
 		ClientCAs:          pool,
-		// Nobody resumes; and a client that only writes would never read them, and close with RST because of it.
+		// No session is resumed. And a client that only writes would not read the tickets, so its close would be an RST.
 		SessionTicketsDisabled: true,
 		VerifyConnection: func(state tls.ConnectionState) error {
 			usage := x509.ExtKeyUsageServerAuth
@@ -299,12 +300,12 @@ func meet(ctx context.Context, raw net.Conn, role string, config Config) (*tls.C
 	if err := wire.HandshakeContext(ctx); err != nil {
 		raw.Close()
 		if text := err.Error(); strings.HasPrefix(text, "remote error: tls:") && strings.Contains(text, "certificate") {
-			// A TLS client learns this only when it first reads: its handshake ends before the server has judged it.
+			// A TLS client gets this error only when it first reads: its handshake ends before the server checks it.
 			return nil, fmt.Errorf("the other function refused this function's own certificate: %w", err)
 		}
 		if role == "server" && strings.Contains(err.Error(), "bad record MAC") {
-			// A TLS 1.3 client that refuses a certificate has no keys yet to encrypt the alert with, and crypto/tls takes
-			// an alert in the clear for a record that was changed.
+			// A TLS 1.3 client that refuses a certificate has no keys yet to encrypt its alert, and crypto/tls takes an
+			// unencrypted alert for a forged record.
 			return nil, fmt.Errorf("the other function may have refused this function's certificate: %w", err)
 		}
 		return nil, fmt.Errorf("no TLS with the other function: %w", err)
@@ -313,7 +314,7 @@ func meet(ctx context.Context, raw net.Conn, role string, config Config) (*tls.C
 	return wire, nil
 }
 
-// verifyPeer checks the chain of the other function's certificate, and that it holds the name expected.
+// verifyPeer checks the chain of the other function's certificate, and that it has the expected name.
 func verifyPeer(state tls.ConnectionState, pool *x509.CertPool, usage x509.ExtKeyUsage, expected string) error {
 	if len(state.PeerCertificates) == 0 {
 		return errors.New("the other function shows no certificate")
@@ -334,8 +335,8 @@ func verifyPeer(state tls.ConnectionState, pool *x509.CertPool, usage x509.ExtKe
 	if err != nil {
 		return err
 	}
-	// Compared whole and by type. Not VerifyHostname, to which a wildcard in the certificate would be good enough; and
-	// of several URIs nobody could say which one is meant.
+	// Compare the whole name and its type. Not VerifyHostname, which would accept a wildcard in the certificate. With
+	// several URIs it would not be clear which one counts.
 	if kind == "uri" && len(leaf.URIs) == 1 && leaf.URIs[0].String() == want {
 		return nil
 	}
@@ -395,12 +396,12 @@ func readFrame(reader io.Reader) (byte, *message, error) {
 			return 0, nil, err
 		}
 	}
-	// Here all text of the relay comes in; none of it may steer the terminal that it is shown on.
+	// All text of the relay arrives here. Escape it, so that it cannot control the terminal that shows it.
 	payload.Code, payload.Reason, payload.Peer = printable(payload.Code), printable(payload.Reason), printable(payload.Peer)
 	return header[0], payload, nil
 }
 
-// printable escapes each character that could forge a line, move a cursor or change the reading direction.
+// printable escapes each character that could forge a line, move the cursor or change the text direction.
 func printable(text string) string {
 	var escaped strings.Builder
 	for _, char := range text {

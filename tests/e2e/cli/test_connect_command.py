@@ -26,7 +26,7 @@ def address_of(place: str) -> tuple[str, int]:
 
 @pytest.mark.parametrize("mode", ["handoff", "ticket", "tunnel"])
 async def test_two_commands_are_a_pipe(site: Site, mode: str) -> None:
-    """What goes into one comes out of the other, megabytes of it, and each end of input arrives by itself."""
+    """Megabytes that go into one come out of the other, and each end of input arrives alone."""
     async with site.relay() as relay:
         place = f"127.0.0.1:{relay.port()}"
         async with (
@@ -41,7 +41,7 @@ async def test_two_commands_are_a_pipe(site: Site, mode: str) -> None:
 
             nursery.start_soon(put)
             assert await two.output() == QUESTION
-            # Its other direction is open still, though the first has ended long ago.
+            # Its other direction is still open, although the first ended long ago.
             nursery.start_soon(two.stdin.send_all, REPLY[:1000])
             assert await one.stdout.receive_some(1000) == REPLY[:1000]
             await two.stdin.aclose()
@@ -52,7 +52,7 @@ async def test_two_commands_are_a_pipe(site: Site, mode: str) -> None:
 
 
 async def test_every_option_may_come_from_the_environment(site: Site) -> None:
-    """Functions are configured so; nothing at all stands on this command line."""
+    """Functions are configured like this: the command line is empty."""
     cert, key = site.paths["func1"]
     async with site.relay() as relay:
         env = {
@@ -91,7 +91,7 @@ async def test_every_option_may_come_from_the_environment(site: Site) -> None:
 
 
 async def test_a_local_port_here_is_a_local_service_there(site: Site) -> None:
-    """Several connections one after the other and at once; each has its own pairing, and half-closes through."""
+    """Several connections, one after the other and at once; each has its own pairing, and can half-close."""
 
     async def service(stream: trio.SocketStream) -> None:
         async with stream:
@@ -137,7 +137,7 @@ async def test_a_local_port_here_is_a_local_service_there(site: Site) -> None:
 
 
 async def test_a_cut_is_passed_on_as_a_cut(site: Site) -> None:
-    """A service that resets in mid-answer: the local client sees a reset, not an end it could take for the whole."""
+    """The service resets within its answer: the local client sees a reset, not an end that looks complete."""
 
     async def service(stream: trio.SocketStream) -> None:
         await stream.send_all(b"half of it")
@@ -178,7 +178,7 @@ async def test_a_command_is_joined_to_one_pairing(site: Site) -> None:
 
 
 async def test_exit_codes_say_what_happened(site: Site) -> None:
-    """3 refused, 4 nobody came, 1 no relay or a missing file, 2 usage; quiet but for one line."""
+    """3 refused, 4 nobody came, 1 no relay or a missing file, 2 usage; and one line of output."""
     site.add("stranger", site.ca.party(dns=["stranger.demo"]))
     async with site.relay() as relay:
         place = f"127.0.0.1:{relay.port()}"

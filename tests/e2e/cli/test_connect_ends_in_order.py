@@ -1,4 +1,4 @@
-"""The end of a wire through a relay: each direction ends for itself, the tail arrives, and a cut is no end."""
+"""The end of a wire through a relay: each direction ends alone, the last bytes arrive, and a cut is no end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from support.site import Site
 from support.waiting import TIMEOUT, eventually
 from support.wires import connect, in_thread, meet, options, read_to_end
 
-# Who has closed first cannot take the other's last close_notify any more, if that comes late: nothing is lost by it.
+# The side that closed first may miss the other's last close_notify, if that comes late. No data is lost by that.
 IN_ORDER: Final = {"closed", "hung-up"}
 BULK: Final = 3 * 1024 * 1024 + 1
 
@@ -51,7 +51,7 @@ async def test_the_reply_comes_after_the_end_of_the_question(site: Site, asking:
 
 
 async def test_an_answer_that_crosses_with_the_end_of_the_question_is_whole(site: Site) -> None:
-    """The answerer does not wait for the end; its bytes are under way, or here, when we end our direction."""
+    """The answer does not wait for our end: its bytes are on the way, or here, when we end our direction."""
     answer = block(100_000, 2)
     async with site.relay() as relay, meet(site, relay) as (one, two):
         await in_thread(two.sendall, answer)
@@ -65,7 +65,7 @@ async def test_an_answer_that_crosses_with_the_end_of_the_question_is_whole(site
 
 @pytest.mark.parametrize("writing", ["func1", "func2"])
 async def test_a_function_that_only_writes_loses_nothing_at_close(site: Site, writing: str) -> None:
-    """No session ticket waits unread in its socket, for which the kernel would turn its close into a reset."""
+    """Its socket holds no unread session ticket, which would make the kernel turn its close into a reset."""
     reading = "func2" if writing == "func1" else "func1"
     data = block(BULK, 3)
     async with site.relay() as relay, meet(site, relay, names=(writing, reading)) as (one, two):
@@ -82,7 +82,7 @@ async def test_a_function_that_only_writes_loses_nothing_at_close(site: Site, wr
 
 
 async def test_a_function_that_leaves_without_reading_loses_nothing_it_wrote(site: Site) -> None:
-    """The other one had said at once that it has nothing to say, or something that nobody wanted to know."""
+    """The other one has ended its direction at once, or has sent something that stays unread."""
     data = block(BULK, 4)
     async with site.relay() as relay, meet(site, relay) as (one, two):
         await in_thread(two.sendall, b"banner\r\n")
@@ -109,7 +109,7 @@ async def test_close_tells_the_other_function(site: Site) -> None:
 
 
 async def test_a_function_that_is_killed_is_no_end(site: Site) -> None:
-    """TESTPLAN 16, for the inner TLS: FIN from the kernel of a dead process is not the end of what it had to say."""
+    """TESTPLAN 16, for the inner TLS: when a process dies, the kernel sends FIN, but that is no end of its data."""
     async with site.relay() as relay:
         function = Function(site, relay.port(), "func2")
         async with trio.open_nursery() as nursery:
@@ -150,7 +150,7 @@ async def ended(relay: RelayProcess) -> None:
 
 
 class Function:
-    """A function in a process of its own, which says "begun" and then nothing more."""
+    """A function in its own process, which sends "begun" and then nothing more."""
 
     def __init__(self, site: Site, port: int, name: str) -> None:
         arguments = {
@@ -171,7 +171,7 @@ class Function:
 
 
 async def test_the_with_statement_ends_in_order(site: Site) -> None:
-    """As in the README: no call but ``with``."""
+    """As in the README: only ``with``, and no other call."""
     async with site.relay() as relay:
         address = f"127.0.0.1:{relay.port()}"
 

@@ -1,4 +1,4 @@
-"""What goes wrong for ``frelay.connect`` at a real relay has a type, a code, and a sentence that helps."""
+"""Each failure of ``frelay.connect`` at a real relay has a type, a code, and a sentence that helps."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ BY_ALERT: Final[dict[str, tuple[str, Callable[[Site], Credential]]]] = {
 
 @pytest.mark.parametrize("what", BY_ALERT)
 async def test_a_certificate_that_tls_turns_away(site: Site, what: str) -> None:
-    """TESTPLAN 1, from the function's side: the alert comes after the handshake seemed done, and still has a code."""
+    """TESTPLAN 1, from the function's side: the alert comes after the handshake, and still becomes a code."""
     code, make = BY_ALERT[what]
     bad = site.add("bad", make(site))
     site.ca.write_crl(site.directory, site.ca.crl(revoked=[bad] if what == "revoked" else []))
@@ -52,7 +52,7 @@ async def test_a_certificate_that_tls_turns_away(site: Site, what: str) -> None:
 
 
 async def test_a_certificate_that_fits_no_party(site: Site) -> None:
-    """TESTPLAN 7: and not a word about which routes and parties there are."""
+    """TESTPLAN 7: and the text names no route and no party."""
     site.add("func3", site.ca.party(dns=["func3.demo"]))
     async with site.relay() as relay:
         error = await refused(site, relay, "func3")
@@ -76,7 +76,7 @@ async def test_a_route_that_is_not_there(site: Site) -> None:
 
 
 async def test_nobody_comes_within_the_routes_limit(site: Site) -> None:
-    """TESTPLAN 32: without ``wait`` the route's limit counts, and the relay says so itself."""
+    """TESTPLAN 32: without ``wait`` the route's limit counts, and the relay sends the refusal."""
     async with site.relay(DEMO + "wait_timeout = 0.3\n") as relay:
         error = await refused(site, relay, wait=None)
         assert (error.code, error.reason, error.retry_after) == ("wait-timeout", "nobody came within 0.3 s", 0.0)
@@ -84,7 +84,7 @@ async def test_nobody_comes_within_the_routes_limit(site: Site) -> None:
 
 @pytest.mark.load
 async def test_nobody_comes_within_the_functions_own_time(site: Site) -> None:
-    """TESTPLAN 32: whoever notices first, it is the same error; and the place is free again."""
+    """TESTPLAN 32: the error is the same, no matter which side notices first; and the place is free again."""
     async with site.relay() as relay:
         began = trio.current_time()
         error = await refused(site, relay, wait=0.3)
@@ -112,7 +112,7 @@ async def test_the_queue_is_full(site: Site) -> None:
 
 
 async def test_the_relay_drains(site: Site) -> None:
-    """The function is told when to come again, rather than cut."""
+    """The function learns when to come again, and is not just cut."""
     async with site.relay() as relay:
         errors: list[frelay.Refused] = []
 
@@ -134,7 +134,7 @@ async def test_a_relay_that_another_ca_vouches_for(site: Site) -> None:
     async with site.relay() as relay:
         with pytest.raises(frelay.RelayUnreachable, match="is not to be trusted"):
             await connect(site, relay, "func1", ca=other, inner_ca=site.ca_path)
-        # It was not even told who we are.
+        # It did not even get our certificate.
         assert not relay.logged("waiting")
 
 
@@ -149,7 +149,7 @@ async def test_a_relay_with_another_name(site: Site) -> None:
 
 @pytest.mark.parametrize("careful", ["func1", "func2"])
 async def test_a_peer_of_another_name_gets_not_a_byte(site: Site, careful: str) -> None:
-    """Whichever side finds out, the other sees neither data nor a clean end."""
+    """The side that finds the wrong name cuts, and the other sees neither data nor a clean end."""
     trusting = "func2" if careful == "func1" else "func1"
     outcomes: dict[str, bytes | Exception] = {}
 
@@ -204,7 +204,7 @@ async def test_a_peer_that_dies_between_the_hand_off_and_its_tls(site: Site, rol
 
 @pytest.mark.parametrize("how", ["FIN", "RST", "silence"])
 async def test_a_peer_that_dies_within_its_hand_off(site: Site, how: str) -> None:
-    """The relay cuts our leg: wherever we are then, it is one of the two errors that mean "join again"."""
+    """The relay cuts our leg. At any step of ours this is one of the two errors that mean "join again"."""
     async with site.relay(sections="[limits]\nhandoff_timeout = 0.5\n") as relay:
         party = await site.party(relay, "func2")
 
@@ -228,7 +228,7 @@ async def test_a_peer_that_dies_within_its_hand_off(site: Site, how: str) -> Non
 
 
 async def test_a_peer_that_speaks_no_tls(site: Site) -> None:
-    """TESTPLAN 20: ``require_inner_tls`` stops it at the relay; and without that it stops at us."""
+    """TESTPLAN 20: ``require_inner_tls`` stops it at the relay; without that setting we stop it."""
     for require in ("true", "false"):
         async with site.relay(DEMO + f"require_inner_tls = {require}\n") as relay:
             party = await site.party(relay, "func2")
@@ -247,7 +247,7 @@ async def test_a_peer_that_speaks_no_tls(site: Site) -> None:
 
 
 async def test_every_refusal_leaves_nothing_open(site: Site, recwarn: pytest.WarningsRecorder) -> None:
-    """Sockets are closed by whoever opened them, not by the garbage collector."""
+    """The code that opens a socket closes it; the garbage collector must not have to."""
     wires: list[Wire] = []
     async with site.relay(DEMO + "wait_timeout = 0.1\n") as relay:
         for changes in ({}, {"party": "func2"}, {"server_name": "relay.example"}):

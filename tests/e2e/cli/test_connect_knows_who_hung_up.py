@@ -1,4 +1,4 @@
-"""A caller that hangs up before a partner came gives its place back; one that only said all it has is served."""
+"""A caller that hangs up before a partner comes gives its place back; one that only ended its direction is served."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from support.waiting import TIMEOUT, eventually
 
 
 async def banner(stream: trio.SocketStream) -> None:
-    """A service that speaks first, hears all, and says it again."""
+    """A service that sends first, reads everything, and sends it back."""
     await stream.send_all(b"hello ")
     heard = b"".join([bytes(data) async for data in stream])
     await stream.send_all(heard)
@@ -36,7 +36,7 @@ async def test_its_place_is_free_at_once(site: Site, at: str, how: str, says: by
         assert relay.waiting() == (1, 0)
         if how == "end, then close":
             await caller.send_eof()
-            # Whether it is still there is not to be seen from one look.
+            # One check cannot tell whether it is still there.
             await trio.sleep(0.1)
             assert relay.waiting() == (1, 0)
         if how == "reset":
@@ -50,7 +50,7 @@ async def test_its_place_is_free_at_once(site: Site, at: str, how: str, says: by
 
 @pytest.mark.parametrize("says", [b"", b"all that I have to say"])
 async def test_who_ends_its_direction_early_is_served(site: Site, at: str, says: bytes) -> None:
-    """As ``printf x | nc -N`` does, and ``nc -N </dev/null`` at a service that speaks first."""
+    """Like ``printf x | nc -N``, and like ``nc -N </dev/null`` at a service that sends first."""
     async with site.relay() as relay, port_here(site, relay, at=at) as (here, place), await dial(place) as caller:
         if says:
             await caller.send_all(says)
@@ -63,7 +63,7 @@ async def test_who_ends_its_direction_early_is_served(site: Site, at: str, says:
 
 
 async def test_the_next_one_in_the_queue_gets_the_place(site: Site) -> None:
-    """Eight join at once; of twenty that hang up none is joined for any more."""
+    """Eight join at once. After twenty callers hung up, no join is left for any of them."""
     async with site.relay() as relay, port_here(site, relay) as (here, place):
         callers = [await dial(place) for _ in range(28)]
         await eventually(lambda: relay.waiting() == (8, 0), "eight join")

@@ -1,4 +1,4 @@
-"""Two functions that call ``frelay.connect`` meet: end-to-end mTLS, each knowing who the other is."""
+"""Two functions that call ``frelay.connect`` are paired: end-to-end mTLS, and each has checked the other's name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SIZE = 4 * 1024 * 1024 + 1
 
 
 async def exchange(one: Wire, two: Wire) -> None:
-    """Bulk to, and then fro: an SSLSocket is for one direction at a time."""
+    """Bulk in one direction, then in the other: an SSLSocket is for one direction at a time."""
     for sender, receiver, seed in ((one, two, 1), (two, one, 2)):
         data = block(SIZE, seed)
         digest = hashlib.sha256()
@@ -56,7 +56,7 @@ async def end_in_order(relay: RelayInProcess, one: Wire, two: Wire) -> None:
 
 @pytest.mark.parametrize("first", ["func1", "func2"])
 async def test_two_functions_meet_whoever_comes_first(site: Site, first: str) -> None:
-    """Who waits and who comes settles nothing about the roles."""
+    """The order in which they come does not decide the TLS roles."""
     second = "func2" if first == "func1" else "func1"
     wires: dict[str, Wire] = {}
 
@@ -77,7 +77,7 @@ async def test_two_functions_meet_whoever_comes_first(site: Site, first: str) ->
 
 
 async def test_the_wire_blocks_without_a_limit_of_its_own(site: Site) -> None:
-    """``wait`` is for joining; afterwards the socket is like any other."""
+    """``wait`` is for joining; afterwards the socket has no timeout."""
     async with site.relay() as relay, meet(site, relay) as (one, _):
         assert one.gettimeout() == TIMEOUT, "set by meet"
         wires: list[Wire] = []
@@ -171,7 +171,7 @@ async def test_the_peer_may_be_a_spiffe_id(site: Site) -> None:
 
 
 async def test_the_inner_certificates_may_be_others_of_another_ca(site: Site) -> None:
-    """The relay's CA says who may join; who talks to whom may be vouched for by somebody else."""
+    """One CA issues the certificates for the relay, and another one those for the functions' own TLS."""
     inner = type(site.ca)("inner CA")
     (site.directory / "inner").mkdir()
     inner_ca = inner.write(site.directory / "inner")
@@ -205,7 +205,7 @@ async def test_paths_may_be_text(site: Site) -> None:
 
 
 async def test_the_route_and_the_party_can_be_said(site: Site) -> None:
-    """Where two routes share an address, and one certificate fits both parties."""
+    """Two routes share an address, and one certificate fits both parties."""
     routes = """
 [[route]]
 name = "one"

@@ -1,4 +1,4 @@
-"""Two functions meet where nothing but Python and ``frelay`` is there, as after ``pip install --no-deps frelay``."""
+"""Two functions are paired with only Python and ``frelay`` installed, as by ``pip install --no-deps frelay``."""
 
 from __future__ import annotations
 

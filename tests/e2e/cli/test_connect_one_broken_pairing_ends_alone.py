@@ -1,4 +1,4 @@
-"""Whatever breaks one pairing of ``frelay connect``, its own caller sees a cut; the port and all others live on."""
+"""When one pairing of ``frelay connect`` breaks, its own caller sees a cut; the port and all other callers go on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from support.waiting import eventually
 
 
 async def moody(stream: trio.SocketStream) -> None:
-    """An echo that resets its caller when it is told to."""
+    """An echo service that resets its caller on command."""
     while data := await stream.receive_some(65536):
         if data == b"reset":
             reset(stream)
@@ -37,7 +37,7 @@ async def the_caller_resets(caller: trio.SocketStream) -> None:
 
 
 async def the_caller_resets_with_bytes_on_their_way(caller: trio.SocketStream) -> None:
-    """So that both directions break at once."""
+    """It makes both directions break at once."""
     with trio.move_on_after(0.5):
         await caller.send_all(b"x" * 50_000_000)
     reset(caller)
@@ -75,7 +75,7 @@ async def test_a_side_that_resets(
 
 
 async def test_a_service_that_is_down(site: Site) -> None:
-    """Its address is named, its caller sees a cut, and the pairings that run there already go on."""
+    """The error names its address, the caller sees a cut, and running pairings go on."""
     async with site.relay() as relay, AsyncExitStack() as stack:
         with nobody() as place_of_nobody:
             there = await stack.enter_async_context(offering(site, relay, place_of_nobody))
@@ -117,7 +117,7 @@ async def test_a_partner_that_goes_before_its_tls(site: Site, how: str) -> None:
 
 
 async def test_a_partner_that_shows_another_name(site: Site) -> None:
-    """Its inner certificate is that of somebody else: its caller is cut, and no byte was sent to it."""
+    """Its inner certificate has another name: the caller is cut, and no byte was sent to the partner."""
     site.add("other", site.ca.party(dns=["other.demo"]))
     cert, key = site.paths["other"]
     inner = ("--inner-cert", str(cert), "--inner-key", str(key))
@@ -125,7 +125,7 @@ async def test_a_partner_that_shows_another_name(site: Site) -> None:
         async with offering(site, relay, service.address):
             calm = await dial(place)
             await still_echoes(calm)
-        # That one is killed: its caller sees a cut as well.
+        # Kill that one: its caller sees a cut as well.
         assert await ends_by_reset(calm)
         async with offering(site, relay, service.address, *inner) as wrong:
             async with await dial(place) as caller:
@@ -139,7 +139,7 @@ async def test_a_partner_that_shows_another_name(site: Site) -> None:
 
 
 async def test_a_to_that_is_killed(site: Site) -> None:
-    """Its callers see a cut; those of another process of the same service notice nothing."""
+    """Its callers see a cut; callers of another process of the same service notice nothing."""
     async with (
         serving(echo) as service,
         site.relay() as relay,
@@ -164,7 +164,7 @@ async def test_a_to_that_is_killed(site: Site) -> None:
 
 
 async def test_a_relay_that_is_killed(site: Site) -> None:
-    """All its pairings are cut, which is told as a cut on both sides; the next relay finds both ends there."""
+    """All its pairings are cut, and both sides see a cut; then both ends join the next relay."""
     cuts: list[bool] = []
 
     async def service(stream: trio.SocketStream) -> None:
@@ -191,7 +191,7 @@ async def test_a_relay_that_is_killed(site: Site) -> None:
             for caller in callers:
                 assert await ends_by_reset(caller)
             await eventually(lambda: cuts == [True] * 3, "the service saw cuts")
-            # With no relay a caller is refused, and the port stays.
+            # Without a relay a caller is cut, and the port stays open.
             async with await dial(place) as nobody_there:
                 assert await ends_by_reset(nobody_there)
             count = len(there.said("waiting"))
@@ -203,7 +203,7 @@ async def test_a_relay_that_is_killed(site: Site) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 async def test_a_port_that_goes_cuts_its_callers(site: Site, number: signal.Signals) -> None:
-    """They must not take what they have got for all of it, also where nobody had time to say so."""
+    """Their data must not look complete, also if the process had no time to cut them itself."""
     async with (
         serving(echo) as service,
         site.relay() as relay,

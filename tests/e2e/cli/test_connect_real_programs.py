@@ -1,4 +1,4 @@
-"""Real programs that know nothing of frelay, through ``frelay connect``: curl, redis, and ssh by ProxyCommand."""
+"""Real programs without any knowledge of frelay use ``frelay connect``: curl, redis, and ssh by ProxyCommand."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def digest_of_file() -> str:
 
 
 class _Files(BaseHTTPRequestHandler):
-    """GET gives 100 MiB, PUT answers with the SHA-256 of what came; connections are kept alive."""
+    """GET returns 100 MiB, PUT returns the SHA-256 of its body; connections are kept alive."""
 
     protocol_version = "HTTP/1.1"
 
@@ -154,7 +154,7 @@ async def test_ssh_goes_by_proxy_command(site: Site) -> None:
     known = (directory / "host.pub").read_text().split()[:2]
     (directory / "known").write_text(f"behind-frelay {' '.join(known)}\n")
     if os.geteuid() == 0:
-        # Where sshd was only just installed and never run as a service, nobody has made it yet.
+        # If sshd never ran as a service here, this directory does not exist yet.
         await trio.Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
     service = free_port()
     config = directory / "sshd_config"

@@ -21,7 +21,7 @@ from support.waiting import TIMEOUT
 
 
 class Screen:
-    """What a command has written on its terminal."""
+    """The text that a command has written on its terminal."""
 
     def __init__(self) -> None:
         self.text = ""
@@ -33,13 +33,13 @@ class Screen:
             try:
                 data = os.read(descriptor, 65536)
             except OSError:
-                return  # nobody has the terminal any more
+                return  # no process has the terminal open any more
             self.text += data.decode().replace("\r\n", "\n")
             self._more.set()
             self._more = trio.Event()
 
     async def shows(self, text: str) -> str:
-        """Wait for ``text``; gives what stands behind it on its line."""
+        """Wait for ``text``; returns the rest of its line."""
         with trio.move_on_after(TIMEOUT):
             while text not in self.text or "\n" not in self.text.partition(text)[2]:
                 await self._more.wait()
@@ -96,7 +96,7 @@ async def test_quiet(site: Site) -> None:
 
 
 async def failure(line: list[str], code: int = 1) -> str:
-    """The one line that a command says which fails."""
+    """The one line that a failing command writes."""
     with trio.fail_after(TIMEOUT):
         done = await trio.run_process(line, capture_stderr=True, check=False)
     text = done.stderr.decode()
@@ -141,7 +141,7 @@ async def test_what_is_no_address_is_usage(site: Site) -> None:
 
 
 async def test_a_service_that_is_down_is_named(site: Site) -> None:
-    """TCP or Unix socket; and the caller's side is told apart from it."""
+    """TCP or Unix socket; the text does not blame the caller's side."""
     async with site.relay() as relay:
         with nobody() as tcp:
             for place in (tcp, f"unix:{site.directory}/nobody"):

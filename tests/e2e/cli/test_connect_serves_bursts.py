@@ -1,4 +1,4 @@
-"""Callers that come all at once through ``--listen`` and ``--to`` are all served, within what each was allowed."""
+"""Many callers at once through ``--listen`` and ``--to`` are all served, within the limits of both."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ async def run(line: list[str]) -> str:
 
 
 async def test_redis_benchmark_at_its_defaults(site: Site) -> None:
-    """50 connections at once, which stay."""
+    """50 connections at once, which stay open."""
     benchmark, server, service = tool("redis-benchmark"), tool("redis-server"), free_port()
     options = ["--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", str(site.directory)]
     async with running([server, "--port", str(service), *options]), site.relay() as relay:
@@ -77,7 +77,7 @@ async def test_curl_with_sixty_at_once(site: Site) -> None:
 
 @pytest.mark.load
 async def test_legs_grow_with_callers_and_go_again(site: Site) -> None:
-    """At most eight wait on either side, and one once it is quiet."""
+    """At most eight wait on each side, and one when no more callers come."""
     most = [0, 0]
 
     async def watch() -> None:
@@ -116,7 +116,7 @@ async def test_legs_grow_with_callers_and_go_again(site: Site) -> None:
 
 @pytest.mark.parametrize("concurrency", [1, 3])
 async def test_concurrency_is_kept(site: Site, concurrency: int) -> None:
-    """What comes beyond it waits for its turn, and then is served."""
+    """Further callers wait, and then are served."""
     now = most = 0
 
     async def counted(stream: trio.SocketStream) -> None:
@@ -148,7 +148,7 @@ async def test_concurrency_is_kept(site: Site, concurrency: int) -> None:
 
 @pytest.mark.parametrize("limit", ["max_waiting_per_party = 1", "max_pairings = 2", "wait_timeout = 0.3"])
 async def test_what_passes_by_itself_is_tried_again(site: Site, limit: str) -> None:
-    """``queue-full``, ``limit`` and ``wait-timeout`` within ``--wait``; nobody asked for --retry."""
+    """``queue-full``, ``limit`` and ``wait-timeout`` within ``--wait``, without --retry."""
 
     async def call(count: int) -> None:
         async with await dial(place) as caller:
@@ -172,7 +172,7 @@ async def test_what_passes_by_itself_is_tried_again(site: Site, limit: str) -> N
 
 
 async def test_it_ends_with_the_wait(site: Site) -> None:
-    """A caller for whom nobody comes is cut then, and told how long it was."""
+    """A caller without a partner is cut then, and the text says how long it waited."""
     async with (
         site.relay(DEMO + "wait_timeout = 0.3\n") as relay,
         port_here(site, relay, "--wait", "2") as (here, place),

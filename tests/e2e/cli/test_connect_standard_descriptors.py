@@ -1,4 +1,4 @@
-"""Standard input, output and error of ``frelay connect`` as daemons, cron and other programs leave them."""
+"""Closed, full or non-blocking standard descriptors of ``frelay connect``, as cron and daemons may pass them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support.waiting import TIMEOUT
 
 
 async def by_shell(line: list[str], redirections: str) -> subprocess.CompletedProcess[bytes]:
-    """Run a command line with redirections of the shell."""
+    """Run a command line with shell redirections."""
     with trio.fail_after(TIMEOUT * 2):
         return await trio.run_process(
             ["/bin/sh", "-c", f"{shlex.join(line)} {redirections}"],
@@ -27,7 +27,7 @@ async def by_shell(line: list[str], redirections: str) -> subprocess.CompletedPr
 
 
 async def test_a_closed_input_is_an_empty_one(site: Site) -> None:
-    """And what comes the other way arrives."""
+    """And the data in the other direction arrives."""
     async with site.relay() as relay:
         place = f"127.0.0.1:{relay.port()}"
         async with command(arguments(site, place, "func2", "func1")) as there:
@@ -42,7 +42,7 @@ async def test_a_closed_input_is_an_empty_one(site: Site) -> None:
 
 @pytest.mark.parametrize("redirections", [">&-", "<&- >&-"])
 async def test_a_closed_output_is_an_error_that_says_so(site: Site, redirections: str) -> None:
-    """Before anything is joined: what arrived would be lost."""
+    """Before the join: data that arrived would be lost."""
     async with site.relay() as relay:
         place = f"127.0.0.1:{relay.port()}"
         done = await by_shell(arguments(site, place, "func1", "func2"), redirections)
@@ -64,10 +64,10 @@ async def test_an_output_that_is_full_is_an_error_that_says_so(site: Site) -> No
 
 
 async def test_nothing_of_ours_becomes_a_standard_descriptor(site: Site) -> None:
-    """With all three closed the next sockets opened would be standard input and output, and messages go into them."""
+    """With all three closed, the next opened sockets would become standard input and output, and get our messages."""
     async with site.relay() as relay:
         place = f"127.0.0.1:{relay.port()}"
-        # Its messages have nowhere to go; the data of the pairing must not get them instead.
+        # There is no stderr for its messages; they must not go into the data of the pairing.
         line = arguments(site, place, "func2", "func1", "--exec", "exec 1>&-; cat >&2", "--json")
         async with command(arguments(site, place, "func1", "func2")) as here, trio.open_nursery() as nursery:
             nursery.start_soon(by_shell, line, "<&- >&- 2>&-")
@@ -78,7 +78,7 @@ async def test_nothing_of_ours_becomes_a_standard_descriptor(site: Site) -> None
 
 
 async def test_descriptors_that_do_not_block(site: Site) -> None:
-    """As another program leaves them that shares them; EAGAIN is neither a fault nor an end."""
+    """Another program that shares them may have set them non-blocking; EAGAIN is neither a fault nor an end."""
     data = block(1_000_000, 1)
     async with site.relay() as relay:
         place = f"127.0.0.1:{relay.port()}"

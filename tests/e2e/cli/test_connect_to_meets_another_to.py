@@ -1,4 +1,4 @@
-"""Two ``frelay connect --to`` on one route would wait for each other's call for ever: both are told, and back off."""
+"""Two ``frelay connect --to`` on one route would both wait for a call for ever: both report it, and back off."""
 
 from __future__ import annotations
 

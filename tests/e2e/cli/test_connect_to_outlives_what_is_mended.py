@@ -1,4 +1,4 @@
-"""``--to --retry always`` is there again after every fault that an operator mends, and says meanwhile what is wrong."""
+"""``--to --retry always`` recovers from every fault that an operator corrects, and says meanwhile what is wrong."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ FUNCTIONS_OWN: Final[dict[str, tuple[Callable[[Site], None], str]]] = {
 
 @pytest.mark.parametrize("what", FUNCTIONS_OWN)
 async def test_its_own_files(site: Site, what: str) -> None:
-    """They are read again before each join, from the first one on."""
+    """It reads them again before each join, also before the first."""
     spoil, reason = FUNCTIONS_OWN[what]
     authority = site.ca_path.read_bytes()
     async with serving(echo) as service, site.relay() as relay:
@@ -78,7 +78,7 @@ async def test_its_own_files(site: Site, what: str) -> None:
 
 
 async def test_its_own_files_while_it_waits_are_read_at_the_next_join(site: Site) -> None:
-    """A certificate that is renewed before it lapses is never noticed."""
+    """If a certificate is renewed before it expires, no fault is seen."""
     routes = DEMO + "wait_timeout = 0.3\n"
     async with serving(echo) as service, site.relay(routes) as relay:
         line = arguments(site, f"127.0.0.1:{relay.port()}", "func2", "func1", "--to", service.address)
@@ -153,7 +153,7 @@ async def test_a_route_that_is_taken_away_and_comes_back(site: Site) -> None:
 
 
 async def test_what_is_no_relay(site: Site) -> None:
-    """Another server has its port for a while."""
+    """Another server uses its port for a while."""
 
     async def rude(stream: trio.SocketStream) -> None:
         await stream.receive_some(1)
@@ -172,7 +172,7 @@ async def test_what_is_no_relay(site: Site) -> None:
 
 
 async def test_without_always_a_refusal_is_the_end(site: Site) -> None:
-    """After the pairings that run; and the exit code says what it was."""
+    """After the running pairings have ended; and the exit code shows the reason."""
     routes = DEMO + "wait_timeout = 0.5\n"
     async with serving(echo) as service, site.relay(routes) as relay, port_here(site, relay) as (_, place):
         line = arguments(site, f"127.0.0.1:{relay.port()}", "func2", "func1", "--to", service.address)

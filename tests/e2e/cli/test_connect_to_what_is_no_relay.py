@@ -1,4 +1,4 @@
-"""``frelay.connect`` and servers that are no relay, or a relay that breaks its word: typed errors, and no hang.
+"""``frelay.connect`` at a server that is no relay, or at a relay that breaks the protocol: typed errors, and no hang.
 
 Each of them is a small real server with one odd habit.
 """
@@ -91,7 +91,7 @@ def test_a_server_that_is_silent_from_the_start(site: Site) -> None:
 
 
 def test_a_relay_of_another_ca(site: Site) -> None:
-    """What it is told before that is nothing: not even our certificate."""
+    """We send it nothing before that check, not even our certificate."""
     stranger = TestAuthority("other CA")
     site.relay_paths = stranger.relay().write(site.directory, "other-relay")
     with (
@@ -131,7 +131,7 @@ def test_a_server_with_tls_1_2_at_best(site: Site) -> None:
 
 
 def test_a_tls_server_that_knows_nothing_of_frelay(site: Site) -> None:
-    """It would wait for a request as long as we for WAITING."""
+    """It would wait for a request while we wait for WAITING."""
     with (
         fake_relay(site, lambda tls: None, alpn=()) as address,
         pytest.raises(frelay.RelayUnreachable, match="is not a relay: it speaks TLS, but not frelay/1"),
@@ -188,7 +188,7 @@ def test_a_relay_that_dies_while_we_wait(site: Site, linger: bool) -> None:
 def test_a_relay_that_falls_silent_does_not_hold_us_for_ever(
     site: Site, said: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``wait=None`` leaves the waiting to the relay; but a relay that lost its power says nothing, not even FIN."""
+    """With ``wait=None`` the relay ends the waiting. But a relay that lost its power sends nothing, not even FIN."""
     monkeypatch.setattr(joining, "_STEP_TIMEOUT", 0.5)
     done = threading.Event()
 
@@ -223,7 +223,7 @@ def test_the_callers_wait_ends_before_the_relays(site: Site) -> None:
 
 
 def test_an_absurd_deadline_of_a_relay_is_no_error_of_ours(site: Site) -> None:
-    """Seconds beyond what a socket's timeout can hold."""
+    """More seconds than a socket's timeout can hold."""
     absurd = {"route": "demo", "party": "func1", "identity": "dns:func1.demo", "deadline": 1e300, "peer_seen": None}
 
     told = threading.Event()
@@ -231,7 +231,7 @@ def test_an_absurd_deadline_of_a_relay_is_no_error_of_ours(site: Site) -> None:
     def script(tls: ssl.SSLSocket) -> None:
         read_frame(tls)
         tls.sendall(frame("WAITING", absurd))
-        # In one breath with WAITING the end would be found without any more waiting.
+        # If the end came together with WAITING, the client would find it without waiting again.
         assert told.wait(TIMEOUT)
         tls.unwrap()
 
@@ -240,7 +240,7 @@ def test_an_absurd_deadline_of_a_relay_is_no_error_of_ours(site: Site) -> None:
 
 
 def test_an_error_of_on_status_is_the_callers_own(site: Site) -> None:
-    """Not taken for one of the network, of whatever type it is."""
+    """An error of any type from ``on_status`` is not taken for an error of the network."""
 
     def script(tls: ssl.SSLSocket) -> None:
         read_frame(tls)
@@ -288,7 +288,7 @@ HALF_A_FRAME: Final = frame("PING", {"n": 1})[:5]
 def test_no_clean_end_after_paired_is_a_failed_hand_off(
     site: Site, script: Callable[[ssl.SSLSocket], None], match: str
 ) -> None:
-    """TESTPLAN 16, from the function's side: a truncation is never taken for the relay's close_notify."""
+    """TESTPLAN 16, from the function's side: a truncation never counts as the relay's close_notify."""
     with fake_relay(site, script) as address, pytest.raises(frelay.HandOffFailed, match=match):
         connect(address, site)
 
@@ -303,7 +303,7 @@ def test_a_close_notify_that_does_not_come(site: Site) -> None:
 
 @pytest.mark.parametrize("verdict", ["PAIRED", "REFUSED"])
 def test_a_verdict_in_one_breath_with_a_ping(site: Site, verdict: str) -> None:
-    """A relay may write both at once; it gets its PONG, as it does when the two cross (docs/protocol.md, 4.3)."""
+    """A relay may write both at once. It gets its PONG, as when the two cross (docs/protocol.md, 4.3)."""
     refused = frame("REFUSED", {"code": "draining", "reason": "going away", "retry_after": 2})
     told: list[type[Message]] = []
 
@@ -341,7 +341,7 @@ def test_an_unknown_code_of_a_later_relay_reaches_the_caller(site: Site) -> None
 
 
 def _handed_off(then: Callable[[socket.socket], Any]) -> Callable[[ssl.SSLSocket], None]:
-    """Be a relay as it should be, and then the other function."""
+    """Act as a correct relay, and then as the other function."""
     return _after_paired(then=lambda tls: then(tls.unwrap()))
 
 
@@ -374,7 +374,7 @@ def test_a_peer_that_is_silent_is_waited_for_within_the_callers_time(site: Site)
 def test_the_callers_time_may_run_out_between_the_hand_off_and_the_inner_tls(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Then somebody had come, so it is the peer that was not there in time, and not that nobody came."""
+    """The peer had come, so the error is that it was too slow, not that nobody came."""
     now, is_paired = [1000.0], threading.Event()
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     perform = blocking._Shell.perform
@@ -382,7 +382,7 @@ def test_the_callers_time_may_run_out_between_the_hand_off_and_the_inner_tls(
     def slowly(shell: blocking._Shell, step: Step) -> Any:
         result = perform(shell, step)
         if is_paired.is_set() and isinstance(step, Send):
-            now[0] += TIMEOUT * 2  # our close_notify, the last that is said in the outer TLS
+            now[0] += TIMEOUT * 2  # this is our close_notify, the last record of the outer TLS
         return result
 
     monkeypatch.setattr(blocking._Shell, "perform", slowly)
@@ -394,7 +394,7 @@ def test_the_callers_time_may_run_out_between_the_hand_off_and_the_inner_tls(
 
 
 def test_a_peer_whose_certificate_nobody_vouches_for_gets_not_a_byte(site: Site) -> None:
-    """The relay may be anybody's friend; whom we talk to is between us and the other function."""
+    """Even if the relay trusts it: only we decide which function we talk to."""
     stranger = TestAuthority("other CA").party(dns=["func2.demo"]).write(site.directory, "stranger")
     received: list[bytes | str | None] = []
 
@@ -416,7 +416,7 @@ def test_a_peer_whose_certificate_nobody_vouches_for_gets_not_a_byte(site: Site)
 
 
 def test_what_the_relay_says_about_the_peer_is_not_what_counts(site: Site) -> None:
-    """PAIRED says dns:func2.demo, the certificate says dns:func3.demo: the certificate counts."""
+    """PAIRED has dns:func2.demo, the certificate has dns:func3.demo: the certificate counts."""
     site.add("func3", site.ca.party(dns=["func3.demo"]))
     received: list[bytes | str | None] = []
 
@@ -433,12 +433,12 @@ def test_what_the_relay_says_about_the_peer_is_not_what_counts(site: Site) -> No
         with pytest.raises(frelay.PeerIdentityMismatch, match=r"showed dns:func3\.demo") as caught:
             connect(address, site)
         assert caught.value.found[0] == "dns:func3.demo"
-    # Neither a byte nor a clean end: the other side must not take this for an empty conversation.
+    # Neither a byte nor a clean end: for the other side this must not look like an empty stream.
     assert received == ["SSLEOFError"]
 
 
 def test_a_relay_as_it_should_be_is_no_error_at_all(site: Site) -> None:
-    """Or these servers would show nothing."""
+    """Without this test the servers above would prove nothing."""
 
     def then(raw: socket.socket) -> None:
         cert, key = site.paths["func2"]

@@ -1,4 +1,4 @@
-"""``unix:PATH`` where a TCP address may stand: ``--listen unix:PATH`` here, ``--to unix:PATH`` there."""
+"""``unix:PATH`` in place of a TCP address: ``--listen unix:PATH`` on one side, ``--to unix:PATH`` on the other."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ async def reversed_at_the_end(stream: trio.SocketStream) -> None:
 
 
 async def test_both_sides_and_both_ends(site: Site) -> None:
-    """Megabytes both ways, with half-close all the way."""
+    """Megabytes both ways, with half-close from end to end."""
     async with (
         serving_unix(site.directory / "service", reversed_at_the_end) as service,
         site.relay() as relay,
@@ -58,7 +58,7 @@ async def test_both_sides_and_both_ends(site: Site) -> None:
 
 
 async def test_a_partner_that_is_killed(site: Site) -> None:
-    """The caller's connection ends; a Unix socket knows no reset unless bytes are unread. The port lives on."""
+    """The caller's connection ends; a Unix socket has no reset unless bytes are unread. The port goes on."""
     async with (
         serving(echo) as service,
         site.relay() as relay,
@@ -105,7 +105,7 @@ async def test_a_socket_that_took_its_place_is_left_alone(site: Site) -> None:
 
 
 async def test_a_service_whose_queue_is_full_is_waited_for(site: Site) -> None:
-    """Unlike TCP the kernel says EAGAIN there, which is neither a connection nor a failure."""
+    """Unlike for TCP the kernel returns EAGAIN there, which is neither a connection nor a failure."""
     path = site.directory / "service"
     listener = trio.socket.socket(socket.AF_UNIX)
     await listener.bind(str(path))

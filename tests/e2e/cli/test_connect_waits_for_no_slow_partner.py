@@ -1,4 +1,4 @@
-"""Partners that stop in the middle of their handshake hold up their own caller, and nobody else."""
+"""A partner that stops in the middle of its handshake delays its own caller, and no other."""
 
 from __future__ import annotations
 

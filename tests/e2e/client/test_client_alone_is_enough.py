@@ -63,7 +63,7 @@ print(json.dumps({"whole": got == block, "loaded": loaded, "file": frelay.__file
 
 @pytest.fixture(scope="module")
 def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python of a fresh virtual environment that holds frelay and nothing else."""
+    """The Python of a fresh virtual environment with frelay and nothing else."""
     directory = tmp_path_factory.mktemp("alone")
     # A copy, because building leaves files beside the source.
     source = directory / "source"
@@ -92,7 +92,7 @@ def alone(interpreter: Path, *line: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("way", ["frelay", "python -m frelay", "frelay run -c relay.toml", "frelay --version"])
 def test_the_command_says_in_a_line_what_is_missing(interpreter: Path, way: str) -> None:
-    """It needs what is not there, and no function does; a traceback would look as if frelay were broken."""
+    """The command needs libraries that a function does not; a traceback would look as if frelay were broken."""
     program, *arguments = way.split()
     done = alone(interpreter, str(interpreter.with_name(program)), *arguments)
     assert done.returncode == 1

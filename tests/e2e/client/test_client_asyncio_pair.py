@@ -1,4 +1,4 @@
-"""asyncio's (reader, writer): back-pressure both ways, half-close, an end that is an end and a cut that is none."""
+"""asyncio's (reader, writer): back-pressure both ways, half-close, and a cut that is never taken for an end."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ async def against_trio(
 
 @pytest.mark.parametrize("mode", ["handoff", "tunnel"])
 async def test_drain_waits_for_a_reader_that_does_not_read(site: Site, mode: str) -> None:
-    """The writer's buffer stays small while the other side reads nothing, and all of it arrives once it reads."""
+    """The writer's buffer stays small while the other side does not read, and everything arrives when it reads."""
     chunk, is_full, total = b"w" * 262_144, trio.Event(), 0
     token = trio.lowlevel.current_trio_token()
 
@@ -83,7 +83,7 @@ async def test_drain_waits_for_a_reader_that_does_not_read(site: Site, mode: str
 
 
 async def test_a_reader_that_is_not_read_holds_its_sender_back(site: Site) -> None:
-    """The other side's send_all blocks, since the reader's limit pauses the socket, and nothing is lost."""
+    """The reader's limit pauses the socket, so the other side's send_all blocks, and nothing is lost."""
     size, is_blocked = 64 * 1024 * 1024, asyncio.Event()
     loops: list[asyncio.AbstractEventLoop] = []
 
@@ -117,7 +117,7 @@ async def test_a_reader_that_is_not_read_holds_its_sender_back(site: Site) -> No
 
 
 async def test_an_end_without_close_notify_is_an_error(site: Site) -> None:
-    """What had come is read, and then ConnectionResetError; never a clean end."""
+    """The reader gives what had arrived, and then raises ConnectionResetError; never a clean end."""
 
     async def here(pair: Pair) -> None:
         reader, writer = pair
@@ -139,7 +139,7 @@ async def test_an_end_without_close_notify_is_an_error(site: Site) -> None:
 
 
 async def test_close_lets_what_was_written_arrive(site: Site) -> None:
-    """write() of megabytes, close() at once, with bytes of the other side unread."""
+    """write() of megabytes and close() at once, while bytes of the other side are unread."""
 
     async def here(pair: Pair) -> None:
         _, writer = pair

@@ -1,4 +1,4 @@
-"""``wait`` is a deadline over everything: a name's look-up, a server that says nothing, a peer that never comes."""
+"""``wait`` is a deadline over everything: the look-up of a name, a silent server, a peer that never comes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from support.ports import reserved_port
 from support.site import Site
 from support.waiting import eventually
 
-# Generous, and far from the 30 s and more that each of these would take by itself.
+# Far less than the 30 s and more that each of these takes without a deadline.
 LATE = 10.0
 
 
@@ -31,7 +31,7 @@ async def took(call: Callable[[], Any]) -> float:
 @pytest.mark.load
 @pytest.mark.parametrize("client", CLIENTS)
 async def test_a_look_up_that_hangs(site: Site, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the resolver's thread does not hold the function up either, not even the end of asyncio.run()."""
+    """The resolver's thread does not delay the function either, nor the end of asyncio.run()."""
     release = threading.Event()
     real = socket.getaddrinfo
 
@@ -72,7 +72,7 @@ async def test_a_server_that_says_nothing(site: Site, client: Client) -> None:
 
 @pytest.mark.parametrize("client", CLIENTS)
 async def test_nobody_comes(site: Site, client: Client) -> None:
-    """Refused("wait-timeout"), and the relay is told."""
+    """Refused("wait-timeout"), and the relay gets LEAVE."""
     async with site.relay() as relay:
         given = options(site, "func1", "func2")
         given["wait"] = 0.5
@@ -85,7 +85,7 @@ async def test_nobody_comes(site: Site, client: Client) -> None:
 
 @pytest.mark.parametrize("client", CLIENTS)
 async def test_a_retry_outlives_a_relay_that_is_not_there_yet(site: Site, client: Client) -> None:
-    """The function comes first and meets connection refused; with ``retry`` it is there when the relay is."""
+    """The function comes first, and its connection is refused; with ``retry`` it joins once the relay is there."""
     with reserved_port() as port:
         given = options(site, "func1", "func2", retry=frelay.Retry(first=0.05, longest=0.2))
         heard: list[bytes] = []

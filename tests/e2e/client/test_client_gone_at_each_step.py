@@ -1,4 +1,4 @@
-"""A function that is killed or cancelled at any step of its joining: the other one learns it, the relay holds nothing.
+"""A function is killed or cancelled at any step of its joining: the other one learns it, and the relay keeps nothing.
 
 Killed means SIGKILL. Cancelled means SIGINT, which is KeyboardInterrupt in blocking code and a cancellation of the
 task in Trio and asyncio.
@@ -28,13 +28,13 @@ from support.waiting import TIMEOUT, despite_stalls, eventually
 
 STEPS: Final = ("waiting", "paired", "hand-off", "inner")
 ROOT: Final = Path(__file__).resolve().parents[3]
-# "Within a second" on a machine that does nothing else.
+# "Within a second" is meant for a machine that does nothing else.
 SOON: Final = 5.0
 
 
 @asynccontextmanager
 async def stopped_at(client: Client, step: str, address: str, given: Options) -> AsyncIterator[trio.Process]:
-    """A function in its own process, which has come to ``step`` and stays there."""
+    """A function in its own process, which has reached ``step`` and stays there."""
     settings = {"client": client, "stop_at": step, "address": address, "options": given}
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     async with trio.open_nursery() as nursery:
@@ -69,7 +69,7 @@ async def has_stopped(process: trio.Process) -> None:
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT], ids=["killed", "cancelled"])
 @pytest.mark.parametrize("client", CLIENTS)
 async def test_the_relay_forgets_a_waiting_function_that_goes(site: Site, client: Client, sign: signal.Signals) -> None:
-    """After JOIN. Cancelled it says LEAVE, which a reset could not be mistaken for."""
+    """After JOIN. A cancelled function sends LEAVE, which cannot be confused with a reset."""
     async with site.relay() as relay:
         address = f"127.0.0.1:{relay.port()}"
         async with stopped_at(client, "waiting", address, options(site, "func1", "func2")) as process:
@@ -88,7 +88,7 @@ async def test_the_relay_forgets_a_waiting_function_that_goes(site: Site, client
 async def test_the_other_function_learns_it(site: Site, step: str, sign: signal.Signals) -> None:
     """After PAIRED, in mid-hand-off, and in the inner handshake: PeerGone or HandOffFailed, within a second.
 
-    In all nine combinations of clients: each has a route of its own, all get there together, and go one by one.
+    In all nine combinations of clients: each has its own route. All reach the step together, and are ended one by one.
     """
     routes = "".join(DEMO.replace('"demo"', f'"{client}-{other}"') for client, other in PAIRS_OF_CLIENTS)
 

@@ -1,4 +1,4 @@
-"""Whatever two functions are written on, and whatever their modes, they exchange megabytes and half-close both ways."""
+"""Any two of the three clients, in any modes, exchange megabytes and half-close both ways."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from support.ends import block
 from support.site import DEMO, Site
 from support.waiting import eventually
 
-# Each mode on each side, and beside another one.
+# Each mode on each side, also together with another mode.
 MODES: tuple[tuple[Mode, Mode], ...] = (
     ("handoff", "handoff"),
     ("tunnel", "handoff"),
@@ -28,7 +28,7 @@ def digest(data: bytes) -> str:
 
 @pytest.mark.parametrize("clients", PAIRS_OF_CLIENTS, ids="-".join)
 async def test_two_clients_exchange_megabytes(site: Site, clients: tuple[Client, Client]) -> None:
-    """In several pairs of modes, one after the other on one relay, which counts each as closed in good order."""
+    """In several pairs of modes, one after the other on one relay, which records a clean end for each."""
     question, reply = block(3_000_001, 1), block(2_000_003, 2)
     async with site.relay() as relay:
         address = f"127.0.0.1:{relay.port()}"

@@ -1,4 +1,4 @@
-"""``peer=`` is this function's own judgement: if the certificate of the other one does not fit, no byte goes to it."""
+"""The function itself checks ``peer=``: if the other one's certificate does not match, it sends no byte to it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ SECRET = b"for somebody else" * 1000
 @pytest.mark.parametrize("mode", ["handoff", "tunnel"])
 @pytest.mark.parametrize("client", CLIENTS)
 async def test_nothing_is_sent_to_a_peer_that_was_not_expected(site: Site, client: Client, mode: Mode) -> None:
-    """The relay let both in, each with a good certificate; func1 wants somebody else than func2.
+    """The relay has admitted both, each with a good certificate; but func1 expects another function than func2.
 
-    func1 plays the TLS client, which finishes its handshake first and could send at once. What the relay counted from
-    func1 is its handshake, and smaller than what it would have said.
+    func1 plays the TLS client, which finishes its handshake first and could send at once. The bytes that the
+    relay counted from func1 are its handshake alone, fewer than the data that it would have sent.
     """
     heard: list[bytes] = []
 
@@ -28,7 +28,7 @@ async def test_nothing_is_sent_to_a_peer_that_was_not_expected(site: Site, clien
         try:
             heard.append(await run_function("trio", address, ask(b""), options(site, "func2", "func1")))
         except (frelay.FrelayError, trio.BrokenResourceError):
-            pass  # it is cut off, before or after its own handshake
+            pass  # func1 cuts it off, before or after its own handshake
 
     async with site.relay() as relay:
         address = f"127.0.0.1:{relay.port()}"
@@ -48,7 +48,7 @@ async def test_nothing_is_sent_to_a_peer_that_was_not_expected(site: Site, clien
 
 @pytest.mark.parametrize("client", CLIENTS)
 async def test_a_certificate_of_another_authority_is_a_mismatch(site: Site, client: Client) -> None:
-    """With an ``inner_ca`` that does not vouch for the other function, whatever the relay thinks of it."""
+    """The CA of the other function is not in ``inner_ca``; that the relay trusts it does not matter."""
     stranger = type(site.ca)("another CA").write(site.directory, "another-ca")
 
     async def other() -> None:

@@ -1,4 +1,4 @@
-"""Through an HTTP proxy by CONNECT, where a network lets functions out no other way."""
+"""Through an HTTP proxy by CONNECT, for a network that lets functions out only by it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from support.waiting import TIMEOUT, eventually
 
 
 class SmallProxy:
-    """An HTTP proxy that can CONNECT and nothing else; it keeps what it was asked."""
+    """An HTTP proxy that supports only CONNECT, and keeps the requests."""
 
     def __init__(self, port: int, user: str | None) -> None:
         self.port = port
@@ -42,7 +42,7 @@ class SmallProxy:
                 return
             host, _, port = head.split(b" ")[1].decode().rpartition(":")
             async with await trio.open_tcp_stream(host.strip("[]"), int(port)) as relay:
-                # Byte by byte: the head of an answer may come in any number of pieces.
+                # Byte by byte: the head of an answer may arrive in any number of pieces.
                 for byte in b"HTTP/1.0 200 Connection established\r\nVia: test\r\n\r\n":
                     await client.send_all(bytes([byte]))
                 try:
@@ -71,7 +71,7 @@ async def small_proxy(user: str | None = None) -> AsyncIterator[SmallProxy]:
 @pytest.mark.parametrize("mode", get_args(Mode))
 @pytest.mark.parametrize("client", CLIENTS)
 async def test_a_function_behind_a_proxy_meets_one_that_is_not(site: Site, client: Client, mode: Mode) -> None:
-    """In every mode, a ticket's second connection included; the password goes to the proxy."""
+    """In every mode, also for the second connection of a ticket; the proxy gets the password."""
     async with site.relay() as relay, small_proxy("me:p@ss") as proxy:
         address = f"127.0.0.1:{relay.port()}"
         given = (
@@ -121,7 +121,7 @@ async def test_what_is_no_proxy_is_no_way(site: Site, says: bytes) -> None:
 async def test_a_proxy_of_the_environment_that_cannot_be_used_is_a_failure_that_names_it(
     site: Site, variable: str, local: tuple[str, ...]
 ) -> None:
-    """Nothing is wrong with the command line; and nobody waits for what no time mends."""
+    """The command line is right, so this is no usage error; and there is no retry, which could not help."""
     line = arguments(site, "relay.acme:9001", "func1", "func2", *local)
     env = {"HTTPS_PROXY": "", "https_proxy": "", variable: "https://me:s3cret@proxy.acme:3128"}
     async with command(line, env) as one:
@@ -140,7 +140,7 @@ async def test_a_proxy_of_the_command_line_that_cannot_be_used_is_usage(site: Si
 
 @asynccontextmanager
 async def tinyproxy(site: Site) -> AsyncIterator[str]:
-    """Debian's tinyproxy, asking for a password; gives its URL."""
+    """Debian's tinyproxy, which asks for a password; yields its URL."""
     program, port = tool("tinyproxy"), free_port()
     config = site.directory / "tinyproxy.conf"
     lines = [f"Port {port}", "Listen 127.0.0.1", "Timeout 600", "MaxClients 20", "Allow 127.0.0.1"]
@@ -173,9 +173,9 @@ async def test_debians_tinyproxy_is_a_way(site: Site) -> None:
 
 @pytest.mark.parametrize("mode", ["handoff", "ticket"])
 async def test_tinyproxy_carries_raw_legs(site: Site, mode: str) -> None:
-    """A request and its answer, after which it is the asker who ends.
+    """A request and its answer; then the function that asked ends first.
 
-    tinyproxy takes FIN for the end of both directions, so a raw leg behind it cannot half-close; docs/functions.md.
+    tinyproxy ends both directions after one FIN, so a raw leg behind it cannot half-close: see docs/functions.md.
     """
     async with tinyproxy(site) as way, site.relay() as relay:
         place = f"127.0.0.1:{relay.port()}"

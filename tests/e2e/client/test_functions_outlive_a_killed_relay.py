@@ -1,4 +1,4 @@
-"""A relay that is killed costs its functions a few seconds: they join again by themselves, and meet again."""
+"""When the relay is killed, its functions join again by themselves, and are paired again within seconds."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ from support.site import DEMO, Site
 
 PAIRS: Final = int(os.environ.get("FRELAY_KILLED_PAIRS", "100"))
 PROMISED: Final = 10.0
-"""Seconds in which all are to be paired again, the new relay's start included, on a machine that is ours alone."""
+"""Seconds until all must be paired again, including the start of the new relay, on a machine without other work."""
 TRIES: Final = 3
-"""How often the relay is killed at most: one try may fall into a moment in which this machine does something else."""
+"""How many tries there are: during one of them this machine may be busy with something else."""
 
 
 class Crowd:
-    """Functions that want to be paired, whatever happens; each is paired, or on its way to be."""
+    """Functions that join again and again; each is paired, or about to be."""
 
     def __init__(self) -> None:
         self._met: Final[dict[str, int]] = {}
-        """How many of them are in each pairing now, by the relay's name for it."""
+        """How many of them are in each pairing now, by the id of the pairing."""
         self._news = trio.Event()
 
     async def live(self, address: str, given: Options) -> None:
-        """One function's life: join, stay until the connection breaks, and again."""
+        """Run one function: join, stay until the connection breaks, and repeat."""
         while True:
             try:
                 wire = await frelay.client.trio.connect(address, **given)
             except FrelayError:
-                continue  # the other one did not live to meet us; retry has had its pause already
+                continue  # the other one was gone before its TLS was up; ``retry`` has paused already
             pairing = wire.paired.pairing
             try:
                 self._note(pairing, +1)
                 await wire.receive_some(1)
             except trio.BrokenResourceError:
-                pass  # as it was meant to be
+                pass  # the relay was killed, as intended
             finally:
                 self._note(pairing, -1)
                 await trio.aclose_forcefully(wire)
@@ -59,7 +59,7 @@ class Crowd:
 
     @property
     def functions(self) -> int:
-        """How many are in a pairing with the other one in it, too."""
+        """How many are in a pairing whose other function is there too."""
         return 2 * sum(count == 2 for count in self._met.values())
 
     async def wait(self, functions: int) -> None:
@@ -68,12 +68,12 @@ class Crowd:
 
 
 def kept_waiting(pid: int | str = "self") -> float:
-    """Seconds for which a process has had something to do, and the kernel had given the processors to others."""
+    """Seconds for which a process was ready to run while the processors were busy with others."""
     return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
 
 
 async def kill(relay: RelayProcess, crowd: Crowd) -> None:
-    """kill -9, and wait until every function has noticed."""
+    """kill -9, and wait until every function has noticed it."""
     relay.process.kill()
     await relay.process.wait()
     await crowd.wait(0)
@@ -98,7 +98,7 @@ async def test_all_are_paired_again_within_ten_seconds(site: Site, capsys: pytes
                     with trio.fail_after(60):
                         await crowd.wait(2 * PAIRS)
                     if kills:
-                        # Others may be at work here, too, and neither the relay nor we get any faster by that.
+                        # Other programs may run here too, which slows down the relay and this test.
                         delay = max(kept_waiting() - waited, kept_waiting(relay.process.pid))
                         took = time.monotonic() - began - delay
                     if took <= PROMISED:

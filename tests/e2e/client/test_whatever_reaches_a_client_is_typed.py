@@ -1,6 +1,6 @@
-"""What a relay or another function sends is a FrelayError at worst, in all three clients, with real sockets.
+"""Whatever a relay or another function sends, each of the three clients raises only a FrelayError. With real sockets.
 
-The core, which they share, is tried with thousands of inputs in tests/fuzz/test_whatever_a_client_hears.py.
+tests/fuzz/test_whatever_a_client_hears.py tries the steps that they share with thousands of inputs.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ async def test_what_is_no_relay_may_say_anything(site: Site, client: Client, say
 
 
 def test_a_flood_of_pings_leaves_other_tasks_their_turn(site: Site) -> None:
-    """asyncio's sock_recv and sock_sendall give nobody a turn where there is something to do at once."""
+    """asyncio's sock_recv and sock_sendall do not yield to other tasks if they can finish at once."""
     has_flooded: list[bool] = []
 
     def script(tls: ssl.SSLSocket) -> None:
@@ -82,7 +82,7 @@ def test_a_flood_of_pings_leaves_other_tasks_their_turn(site: Site) -> None:
         tls.sendall(WAITING)
         pings = b"".join(frame("PING", {"n": number}) for number in range(500))
         tls.setblocking(False)
-        # Without end; its PONGs are thrown away so that neither side waits for the other.
+        # Send without end, and drop the PONGs, so that neither side waits for the other.
         with suppress(ssl.SSLEOFError, ConnectionError, ssl.SSLZeroReturnError):
             while True:
                 has_flooded.append(True)
@@ -99,7 +99,7 @@ def test_a_flood_of_pings_leaves_other_tasks_their_turn(site: Site) -> None:
             while len(statuses) < 100:
                 assert not task.done()
                 await asyncio.sleep(0)
-        # That this task had its turn while the flood went on is the promise; and it can end the other.
+        # The promise: this task ran during the flood. And it can cancel the other task.
         task.cancel()
         with suppress(asyncio.CancelledError, frelay.FrelayError):
             await task
@@ -118,7 +118,7 @@ def test_a_flood_of_pings_leaves_other_tasks_their_turn(site: Site) -> None:
 async def test_a_certificate_that_ssl_cannot_decode_names_nobody(
     site: Site, client: Client, mode: Mode, role: str
 ) -> None:
-    """Its CA has signed it, and the relay knows nothing of it: the functions' TLS is their own."""
+    """The CA has signed it, and the relay never sees it, because the functions' TLS is between themselves."""
     cert, key = site.ca.odd(san_der(dns=[b"\xff.demo", b"func2.demo"])).write(site.directory, "undecodable")
     me, other = ("func1", "func2") if role == "client" else ("func2", "func1")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if role == "client" else ssl.PROTOCOL_TLS_CLIENT)

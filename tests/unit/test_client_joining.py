@@ -1,4 +1,4 @@
-"""The core of the clients without a network: a relay of a few lines that is right in everything but one."""
+"""The joining without a network, with a relay of a few lines that does one thing wrong."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_ping_is_answered(site: Site, plan: JoinPlan) -> None:
 
 
 def test_the_other_functions_bytes_may_follow_paired_at_once(site: Site, plan: JoinPlan) -> None:
-    """In a tunnel: in the very record that PAIRED came in."""
+    """In a tunnel, and even in the same TLS record as PAIRED."""
 
     def answer(relay: FakeRelay, message: Message) -> None:
         assert isinstance(message, Join)
@@ -81,7 +81,7 @@ def test_the_other_functions_bytes_may_follow_paired_at_once(site: Site, plan: J
 
 
 def test_a_raw_byte_before_our_close_notify_is_a_fault(site: Site, plan: JoinPlan) -> None:
-    """It would be lost in the TLS library; the promise that none comes is looked at, not relied on."""
+    """The TLS library would lose it. The relay promises to send none; we check that all the same."""
 
     class Hasty(FakeRelay):
         def _take(self, data: bytes) -> None:
@@ -120,7 +120,7 @@ def test_the_close_notify_that_never_comes_is_bounded(site: Site, plan: JoinPlan
 
 
 def test_all_addresses_share_the_time(site: Site, plan: JoinPlan) -> None:
-    """One that swallows every SYN leaves half of it to the next, and the error names both."""
+    """An address that drops every SYN leaves half of the time to the next one, and the error names both."""
     relay = FakeRelay(site, pair_at_once)
     relay.refusing = {"192.0.2.1"}
     relay.peer = peer(site)
@@ -135,7 +135,7 @@ def test_all_addresses_share_the_time(site: Site, plan: JoinPlan) -> None:
 
 
 def test_a_retry_keeps_its_attempt_until_it_has_met_somebody(site: Site, plan: JoinPlan) -> None:
-    """The relay then knows that a stale leg is this function's own; once paired, the next try is another."""
+    """By the attempt the relay recognises a stale leg of this function; after a pairing it is a new one."""
     said = iter(["timeout", "timeout", "broken hand-off", "pair"])
 
     def answer(relay: FakeRelay, message: Message) -> None:
@@ -159,7 +159,7 @@ def test_a_retry_keeps_its_attempt_until_it_has_met_somebody(site: Site, plan: J
 
 
 def test_a_retry_ends_with_the_wait(site: Site, plan: JoinPlan) -> None:
-    """A pause that would outlast it is not begun: the last error comes now."""
+    """If the pause would be longer than the rest of ``wait``, the last error is raised at once."""
 
     def answer(relay: FakeRelay, message: Message) -> None:
         relay.say(messages.Refused("queue-full", "try later", 60.0))
@@ -181,11 +181,11 @@ def test_a_function_that_gives_up_while_it_waits_says_leave(site: Site, plan: Jo
     assert joining.final_bytes("outer") == b"", "a last word is said once"
 
 
-# --- who answers a byte at a time, or any number ----------------------------------------------------------------------
+# --- answers in single bytes, and absurd numbers ----------------------------------------------------------------------
 
 
 class Slow(FakeRelay):
-    """Gives a byte at a time, each after nearly all of our patience."""
+    """Answers one byte at a time, each after nearly the whole timeout."""
 
     def perform(self, step: Step) -> Any:
         if isinstance(step, Receive):
@@ -196,7 +196,7 @@ class Slow(FakeRelay):
         return super().perform(step)
 
 
-def test_a_handshake_in_single_bytes_has_one_patience(site: Site, plan: JoinPlan) -> None:
+def test_a_handshake_in_single_bytes_has_one_timeout(site: Site, plan: JoinPlan) -> None:
     relay = Slow(site, pair_at_once)
     with pytest.raises(RelayUnreachable, match="no TLS with localhost:9001: timed out"):
         join(plan, relay)
@@ -204,10 +204,10 @@ def test_a_handshake_in_single_bytes_has_one_patience(site: Site, plan: JoinPlan
 
 
 @pytest.mark.parametrize(("wait", "error"), [(None, RelayUnreachable), (25.0, Refused)])
-def test_an_answer_of_a_proxy_in_single_bytes_has_one_patience(
+def test_an_answer_of_a_proxy_in_single_bytes_has_one_timeout(
     site: Site, plan: JoinPlan, wait: float | None, error: type[Exception]
 ) -> None:
-    """And ends with ``wait``, which is for everything together."""
+    """And ``wait`` ends it, which is for everything together."""
 
     class Proxying(Slow):
         def _take(self, data: bytes) -> None:
@@ -221,7 +221,7 @@ def test_an_answer_of_a_proxy_in_single_bytes_has_one_patience(
 
 @pytest.mark.parametrize("retry_after", [1e308, 1e9, 2.0**63])
 def test_an_absurd_retry_after_is_a_day(site: Site, plan: JoinPlan, retry_after: float) -> None:
-    """time.sleep() has no such number, and a service that sleeps for thirty years is none."""
+    """time.sleep() does not accept such a number, and no service should sleep for thirty years."""
     said = iter([True, False])
 
     def answer(relay: FakeRelay, message: Message) -> None:
@@ -237,7 +237,7 @@ def test_an_absurd_retry_after_is_a_day(site: Site, plan: JoinPlan, retry_after:
 
 
 def test_a_protocol_that_is_no_text_is_none_of_ours() -> None:
-    """OpenSSL gives a client whatever octets a server has chosen, in the versions that do not compare them."""
+    """Some versions of OpenSSL give a client any octets that the server chose, without comparing them."""
 
     class Odd:
         def selected_alpn_protocol(self) -> str:
@@ -250,7 +250,7 @@ def test_a_protocol_that_is_no_text_is_none_of_ours() -> None:
 
 
 class Ticketing(FakeRelay):
-    """Gives a ticket, and takes it on the raw line; ``breaks`` is what becomes of the first line then."""
+    """Sends a ticket, and receives it on the raw connection; then ``breaks`` happens to the first connection."""
 
     def __init__(self, site: Site, breaks: bytes | OSError | None) -> None:
         super().__init__(site, self._give)
@@ -305,7 +305,7 @@ def test_it_may_break_once_the_ticket_is_on_its_way(site: Site, plan: JoinPlan, 
     assert relay.closed == ["outer"]
 
 
-def test_where_the_relay_has_gone_with_it_the_raw_line_tells(site: Site, plan: JoinPlan) -> None:
+def test_where_the_relay_has_gone_with_it_the_raw_connection_fails_too(site: Site, plan: JoinPlan) -> None:
     class Gone(Ticketing):
         def perform(self, step: Step) -> Any:
             if isinstance(step, Receive) and step.connection == "raw":
