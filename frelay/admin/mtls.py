@@ -21,8 +21,8 @@ from frelay.errors import ConnectionBroken, RemoteProtocolError
 from frelay.net.sockets import close_after_linger, format_address
 from frelay.net.streams import TlsFault
 from frelay.protocol.identity import Selector, match
-from frelay.tls.context import FailedVerification, OuterTls, VerifiedPeer, verified_peer
 from frelay.tls.stream import TlsStream
+from frelay.tls.trust import FailedVerification, OuterTls, VerifiedPeer, verified_peer
 
 __all__ = ["MutualTlsGate"]
 
@@ -99,7 +99,7 @@ class _VerifiedCaller:
 
     def _check(self) -> str | None:
         trust = self._trust()
-        refusal = trust.judge(self._peer)
+        refusal = trust.recheck(self._peer)
         if refusal is not None:
             return refusal.reason
         # The files in force now accept it. Until a reload replaces them, only time can change that.

@@ -29,7 +29,7 @@ from frelay.net.binding import bind
 from frelay.net.passed_sockets import PassedSockets
 from frelay.net.sockets import format_address
 from frelay.protocol.identity import Selector
-from frelay.tls.context import OuterTls
+from frelay.tls.trust import OuterTls
 
 __all__ = ["Servers"]
 

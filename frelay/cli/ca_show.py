@@ -20,8 +20,8 @@ from frelay.errors import CertificateError, ConfigError, printable
 from frelay.joining.explain import Verdict, examine
 from frelay.pki.files import read_file
 from frelay.relay.prepare import prepare
-from frelay.tls.context import OuterTls
 from frelay.tls.facts import CertificateFacts, CrlFacts, Facts, KeyFacts, iso, read_facts
+from frelay.tls.trust import OuterTls
 
 __all__ = ["Row", "certificate_rows", "fit_rows", "print_rows", "show_files"]
 

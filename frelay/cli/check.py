@@ -13,7 +13,7 @@ from frelay.config.model import Config
 from frelay.errors import ConfigError, Problem
 from frelay.relay.config_warnings import warnings_of
 from frelay.relay.prepare import prepare, with_all_problems
-from frelay.tls.context import OuterTls
+from frelay.tls.trust import OuterTls
 
 __all__ = ["as_json_object", "check_file", "load_and_prepare", "report_problems"]
 

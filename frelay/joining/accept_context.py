@@ -12,7 +12,7 @@ from frelay.joining.runner import PairingRunner
 from frelay.joining.tickets import TicketRegistry
 from frelay.journal import Journal
 from frelay.net.slots import Admission
-from frelay.tls.context import OuterTls
+from frelay.tls.trust import OuterTls
 
 __all__ = ["AcceptContext", "AcceptSettings", "SharedParts"]
 

@@ -38,8 +38,9 @@ from frelay.net.tcp import is_open
 from frelay.pairing.leg import Leg
 from frelay.protocol.messages import Join, Mode
 from frelay.protocol.refusal import Refusal
-from frelay.tls.context import ALPN, FailedVerification, VerifiedPeer, verified_peer
+from frelay.tls.context import ALPN
 from frelay.tls.stream import TlsStream
+from frelay.tls.trust import FailedVerification, VerifiedPeer, verified_peer
 
 __all__ = ["IncomingConnection"]
 

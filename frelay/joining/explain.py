@@ -1,8 +1,8 @@
 """Why a certificate is let in or not: the relay's own checks, one after the other, without a relay.
 
 Nothing is decided here. :func:`examine` asks the same code that decides when a function dials: the TLS context, by a
-dry-run handshake, ``OuterTls.judge`` and ``select_route``. This module adds the order of the checks, a remedy for each
-(:mod:`frelay.joining.remedies`), and hints about near misses (:mod:`frelay.joining.near_misses`).
+simulated handshake, ``OuterTls.recheck`` and ``select_route``. This module adds the order of the checks, a remedy for
+each (:mod:`frelay.joining.remedies`), and hints about near misses (:mod:`frelay.joining.near_misses`).
 
 OpenSSL stops at the first thing that is wrong. So the check that refuses is exact, those before it have passed, and
 those after it were not reached. One exception, because a person wants to know it: which routes the names would fit once
@@ -45,10 +45,10 @@ from frelay.joining.route_selection import (
 from frelay.protocol.identity import Name
 from frelay.protocol.messages import Join, PartyName
 from frelay.protocol.refusal import Refusal
-from frelay.tls.context import FailedVerification, OuterTls
-from frelay.tls.dry_run import Rehearsal, rehearse
+from frelay.tls.dry_run import HandshakeResult, simulate_handshake
 from frelay.tls.facts import CertificateFacts, certificate_facts, iso
 from frelay.tls.identity import MOST_NAMES, identities
+from frelay.tls.trust import FailedVerification, OuterTls
 
 if TYPE_CHECKING:
     from cryptography import x509
@@ -178,8 +178,8 @@ def examine(
         for one in guarded
         if (parties := Parties(one).matches(names))
     )
-    rehearsal = rehearse(trust, chain)
-    checks, refusal = _verify(rehearsal, trust, facts, config)
+    handshake = simulate_handshake(trust, chain)
+    checks, refusal = _verify(handshake, trust, facts, config)
     named, chosen = _names(facts), _route(guarded, found, names, config)
     if refusal is None and identity.objection is not None:
         remedy = f"issue certificates with at most {MOST_NAMES} names: one for each function, say"
@@ -193,7 +193,7 @@ def examine(
     hints = [] if found or identity.objection else list(near_misses(facts, guarded))
     if facts.authority and not all(certificate_facts(one).authority for one in chain[1:]):
         hints.insert(0, "the file begins with the certificate of an authority; the function's own must be the first")
-    if rehearsal.failure is not None and rehearsal.failure.number in _OF_LISTS:
+    if handshake.failure is not None and handshake.failure.number in _OF_LISTS:
         hints += [warning.message for warning in trust.warnings if warning.key == "tls.crl"]
     warnings = tuple(_inner_warnings(chain, found))
     return Verdict(facts, tuple(checks), found, len(guarded), plain, refusal, tuple(hints[:_HINTS]), warnings)
@@ -227,13 +227,13 @@ def _inner_warnings(chain: Sequence[x509.Certificate], found: Sequence[RouteFit]
 
 
 def _verify(
-    rehearsal: Rehearsal, trust: OuterTls, facts: CertificateFacts, config: Config
+    handshake: HandshakeResult, trust: OuterTls, facts: CertificateFacts, config: Config
 ) -> tuple[list[Check], SeenRefusal | None]:
-    """The checks of OpenSSL and of ``OuterTls.judge``, and how the relay says no if one of them refuses."""
-    failure = rehearsal.failure
+    """The checks of OpenSSL and of ``OuterTls.recheck``, and how the relay says no if one of them refuses."""
+    failure = handshake.failure
     if failure is None:
-        checks = [Check(name, "ok", _passed(name, rehearsal, trust, facts)) for name, _ in _STAGES]
-        if rehearsal.peer is None or (late := trust.judge(rehearsal.peer)) is None:
+        checks = [Check(name, "ok", _passed(name, handshake, trust, facts)) for name, _ in _STAGES]
+        if handshake.peer is None or (late := trust.recheck(handshake.peer)) is None:
             return checks, None
         # It expired within the last milliseconds: its handshake would succeed, and the relay would refuse its leg.
         stage, remedy = ("signature and dates", "issue a new one")
@@ -241,9 +241,9 @@ def _verify(
             stage, remedy = ("revocation", "publish a list that is in date")
         checks = [Check(stage, "refuses", late.reason, remedy) if one.name == stage else one for one in checks]
         return checks, SeenRefusal.by_frame(late)
-    refusal = SeenRefusal(failure.refusal.code, failure.refusal.reason, alert=rehearsal.alert)
+    refusal = SeenRefusal(failure.refusal.code, failure.refusal.reason, alert=handshake.alert)
     refusing = next((name for name, errors in _STAGES if failure.number in errors), None)
-    if rehearsal.unshown is not None:
+    if handshake.unshown is not None:
         refusing = "key"
     if refusing is None:
         # An error of no stage that we know: how many checks OpenSSL passed before it is not known.
@@ -257,22 +257,22 @@ def _verify(
                 Check(
                     name,
                     "refuses",
-                    _what_is_wrong(rehearsal, failure, facts),
-                    remedy_for(failure, rehearsal, trust, facts, config),
+                    _what_is_wrong(handshake, failure, facts),
+                    remedy_for(failure, handshake, trust, facts, config),
                 )
             )
             result = "not reached"
         else:
-            checks.append(Check(name, result, _passed(name, rehearsal, trust, facts) if result == "ok" else ""))
+            checks.append(Check(name, result, _passed(name, handshake, trust, facts) if result == "ok" else ""))
     return checks, refusal
 
 
-def _passed(name: str, rehearsal: Rehearsal, trust: OuterTls, facts: CertificateFacts) -> str:
+def _passed(name: str, handshake: HandshakeResult, trust: OuterTls, facts: CertificateFacts) -> str:
     match name:
         case "key":
             return facts.key
         case "issuer":
-            return " < ".join(rehearsal.path[1:])
+            return " < ".join(handshake.path[1:])
         case "purpose":
             return "any, since it names none" if facts.usages is None else ", ".join(facts.usages)
         case "revocation" if trust.crl_next_update is None:
@@ -281,16 +281,16 @@ def _passed(name: str, rehearsal: Rehearsal, trust: OuterTls, facts: Certificate
             until = datetime.fromtimestamp(trust.crl_next_update or 0, UTC)
             return f"not on the list, which is good until {iso(until)}"
         case "signature and dates":
-            end = facts.not_after.timestamp() if rehearsal.peer is None else rehearsal.peer.credential.not_after
+            end = facts.not_after.timestamp() if handshake.peer is None else handshake.peer.credential.not_after
             return f"until {iso(datetime.fromtimestamp(end, UTC))}"
     return ""
 
 
-def _what_is_wrong(rehearsal: Rehearsal, failure: FailedVerification, facts: CertificateFacts) -> str:
-    if rehearsal.unshown is not None:
-        return f"{facts.key}; no function can show this certificate: {rehearsal.unshown}"
+def _what_is_wrong(handshake: HandshakeResult, failure: FailedVerification, facts: CertificateFacts) -> str:
+    if handshake.unshown is not None:
+        return f"{facts.key}; no function can show this certificate: {handshake.unshown}"
     reason = failure.refusal.reason
-    return reason if failure.depth == 0 else f"{reason}: {certificate_at(failure.depth, rehearsal)}"
+    return reason if failure.depth == 0 else f"{reason}: {certificate_at(failure.depth, handshake)}"
 
 
 # --- what its names say -------------------------------------------------------------------------------------------

@@ -35,8 +35,8 @@ from frelay.net.tcp import is_dead, unacknowledged
 from frelay.pairing.leg import Leg, LegGone
 from frelay.protocol.messages import Mode, Paired, PartyName
 from frelay.protocol.refusal import Refusal
-from frelay.tls.context import VerifiedPeer
 from frelay.tls.stream import TlsStream
+from frelay.tls.trust import VerifiedPeer
 
 __all__ = ["BareLeg", "HelloLeg", "PlainLeg"]
 

@@ -39,8 +39,8 @@ from frelay.pairing.leg import Leg, LegGone
 from frelay.protocol.messages import Draining, Join, Leave, Paired, PartyName, Waiting
 from frelay.protocol.refusal import Refusal
 from frelay.protocol.session import RelaySession, State
-from frelay.tls.context import VerifiedPeer
 from frelay.tls.stream import TlsStream
+from frelay.tls.trust import VerifiedPeer
 
 __all__ = ["LINGER_TIME", "FramedLeg", "TlsLeg"]
 

@@ -23,7 +23,7 @@ from frelay.pairing.leg import Leg, LegGone
 from frelay.pairing.pairing import Pairing
 from frelay.protocol.messages import Waiting
 from frelay.protocol.refusal import Refusal
-from frelay.tls.context import EXPIRED
+from frelay.tls.trust import EXPIRED
 
 __all__ = ["PartnerSearch"]
 

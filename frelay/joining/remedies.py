@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from frelay.config.model import Config
-from frelay.tls.context import FailedVerification, OuterTls
-from frelay.tls.dry_run import Rehearsal
+from frelay.tls.dry_run import HandshakeResult
 from frelay.tls.facts import CertificateFacts
+from frelay.tls.trust import FailedVerification, OuterTls
 
 __all__ = ["certificate_at", "remedy_for"]
 
 
-def certificate_at(depth: int, rehearsal: Rehearsal) -> str:
+def certificate_at(depth: int, handshake: HandshakeResult) -> str:
     """The subject of the certificate at ``depth`` of the chain, in words."""
-    return rehearsal.path[depth] if depth < len(rehearsal.path) else "an authority"
+    return handshake.path[depth] if depth < len(handshake.path) else "an authority"
 
 
 def remedy_for(
-    failure: FailedVerification, rehearsal: Rehearsal, trust: OuterTls, facts: CertificateFacts, config: Config
+    failure: FailedVerification, handshake: HandshakeResult, trust: OuterTls, facts: CertificateFacts, config: Config
 ) -> str:
     """A sentence that tells a person what to do."""
     section = config.tls
     client_ca = "tls.client_ca" if section is None else f"tls.client_ca ({section.client_ca})"
     crl = "tls.crl" if section is None else f"tls.crl ({section.crl})"
-    authority = certificate_at(failure.depth, rehearsal)
+    authority = certificate_at(failure.depth, handshake)
     is_own = failure.depth == 0
     match failure.number:
         case 0:
@@ -36,16 +36,16 @@ def remedy_for(
                 f"{failure.authority} of {client_ca} has expired, and with it all that it issued: have the "
                 "certificate issued by another authority, or put that one's renewed certificate there"
             )
-        case 2 | 19 | 20 | 21 if (rehearsal.missing or facts.issuer) in trust.authorities:
+        case 2 | 19 | 20 | 21 if (handshake.missing or facts.issuer) in trust.authorities:
             return (
-                f"the authority that issued {'it' if len(rehearsal.path) < 2 else rehearsal.path[-1]} has the same "
+                f"the authority that issued {'it' if len(handshake.path) < 2 else handshake.path[-1]} has the same "
                 f"name as one of {client_ca}, and another key: have it issued again by the one in the file, or add the "
                 "other one to the file"
             )
         case 2 | 19 | 20 | 21:
             return (
                 f"no authority of {client_ca} leads to it: have it issued by one of those, add the authority above "
-                f"{rehearsal.path[-1] if rehearsal.path else facts.subject} there, or put the missing intermediates "
+                f"{handshake.path[-1] if handshake.path else facts.subject} there, or put the missing intermediates "
                 "behind the certificate in its file"
             )
         case 26 if is_own and facts.usages is not None and "clientAuth" not in facts.usages:
@@ -63,10 +63,10 @@ def remedy_for(
         case 67 | 68:
             return f"replace {authority}, whose key or signature is too weak"
         case 3 | 33:
-            issuer = certificate_at(min(failure.depth + 1, len(rehearsal.path) - 1), rehearsal)
+            issuer = certificate_at(min(failure.depth + 1, len(handshake.path) - 1), handshake)
             return f"{crl} must hold a list of every authority of the chain; add that of {issuer}"
         case 5 | 8 | 15 | 16 | 35 | 36 | 44 | 54:
-            issuer = certificate_at(min(failure.depth + 1, len(rehearsal.path) - 1), rehearsal)
+            issuer = certificate_at(min(failure.depth + 1, len(handshake.path) - 1), handshake)
             return (
                 f"the list of {issuer} in {crl} does not cover it: publish a complete one, signed by that authority "
                 "itself, that covers such certificates"

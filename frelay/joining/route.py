@@ -28,7 +28,7 @@ from frelay.pairing.terms import PairingLimits, PairingTerms
 from frelay.protocol.messages import PartyName
 from frelay.protocol.outcome import Outcome
 from frelay.protocol.refusal import Refusal
-from frelay.tls.context import OuterTls
+from frelay.tls.trust import OuterTls
 
 __all__ = ["UNFINISHED", "LiveRoute", "Service", "Unfinished"]
 
@@ -160,7 +160,7 @@ class LiveRoute:
         trust = self._trust()
         if leg.peer is None or trust is None:
             return None
-        return trust.judge(leg.peer)
+        return trust.recheck(leg.peer)
 
     def match(self, leg: Leg) -> Pairing | Refusal | Unfinished | None:
         """Pair ``leg`` with the leg of the other party that has waited longest.

@@ -22,8 +22,8 @@ from frelay.net.sockets import close_after_delivery, close_with_reset
 from frelay.net.streams import RawStream
 from frelay.protocol.messages import Mode, Paired, PartyName, Waiting
 from frelay.protocol.refusal import Refusal
-from frelay.tls.context import Credential, VerifiedPeer
 from frelay.tls.stream import TlsStream
+from frelay.tls.trust import Credential, VerifiedPeer
 
 __all__ = ["Leg", "LegGone"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from frelay.config.model import Config
 from frelay.config.plan import ListenerKey, Plan, listener_keys
 from frelay.joining.listener import Listener
-from frelay.tls.context import OuterTls
+from frelay.tls.trust import OuterTls
 
 __all__ = ["ActiveConfig"]
 

@@ -16,7 +16,7 @@ from frelay.config.model import Config
 from frelay.config.plan import ListenerKey, Plan
 from frelay.joining.listener import Listener
 from frelay.relay.prepare import TlsFiles
-from frelay.tls.context import OuterTls
+from frelay.tls.trust import OuterTls
 
 __all__ = ["Backend", "Prepared", "Resources", "Staged"]
 

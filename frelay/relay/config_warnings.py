@@ -2,7 +2,7 @@
 
 ``frelay check`` prints them, and they are logged when the configuration is put in force. A warning is a
 :class:`~frelay.errors.Problem` that does not stop the relay. Loading the certificates has given warnings about their
-files (:attr:`~frelay.tls.context.OuterTls.warnings`); this module adds those that follow from the routes as well.
+files (:attr:`~frelay.tls.trust.OuterTls.warnings`); this module adds those that follow from the routes as well.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Final
 from frelay.config.model import Config, Dial, Party, Route
 from frelay.errors import Problem
 from frelay.protocol.identity import Selector
-from frelay.tls.context import OuterTls
+from frelay.tls.trust import OuterTls
 
 __all__ = ["log_warnings", "warnings_of"]
 

@@ -39,7 +39,7 @@ from frelay.protocol.outcome import Outcome
 from frelay.protocol.refusal import Refusal
 from frelay.relay.backend import Prepared, Resources, Staged
 from frelay.relay.parts import Parts
-from frelay.tls.context import OuterTls
+from frelay.tls.trust import OuterTls
 
 __all__ = ["LocalBackend"]
 

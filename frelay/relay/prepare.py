@@ -15,8 +15,8 @@ from frelay.config.model import Config
 from frelay.errors import ConfigError, Problem
 from frelay.net.sockets import objection_to_congestion_control
 from frelay.relay.privileges import groups_in_force
-from frelay.tls.context import OuterTls
 from frelay.tls.loading import load_outer_tls
+from frelay.tls.trust import OuterTls
 
 __all__ = ["TlsFiles", "prepare", "with_all_problems"]
 

@@ -29,7 +29,7 @@ from frelay.protocol.messages import PartyName
 from frelay.protocol.outcome import Outcome
 from frelay.protocol.refusal import Refusal
 from frelay.relay.active_config import ActiveConfig
-from frelay.tls.context import Credential, OuterTls
+from frelay.tls.trust import Credential, OuterTls
 
 __all__ = ["CredentialRecheck", "follow_clock", "recheck_credentials", "reload_at_expiry"]
 

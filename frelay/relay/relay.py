@@ -33,7 +33,8 @@ from frelay.relay.recheck import follow_clock, reload_at_expiry
 from frelay.relay.reload import Reloader
 from frelay.relay.resources import warn_of_unclaimed_sockets
 from frelay.relay.service_manager import ServiceManager
-from frelay.tls.context import OuterTls, openssl_version
+from frelay.tls.context import openssl_version
+from frelay.tls.trust import OuterTls
 
 __all__ = ["HttpServers", "OpenServers", "Relay"]
 

@@ -20,7 +20,7 @@ from frelay.relay.active_config import ActiveConfig
 from frelay.relay.backend import Prepared
 from frelay.relay.config_warnings import log_warnings
 from frelay.relay.prepare import TlsFiles, prepare
-from frelay.tls.context import OuterTls
+from frelay.tls.trust import OuterTls
 
 __all__ = ["OwnResources", "warn_of_unclaimed_sockets"]
 

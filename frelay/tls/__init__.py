@@ -1,9 +1,10 @@
-"""The outer TLS: contexts, streams and identities. With ``pki/`` the only rooms that know OpenSSL.
+"""The outer TLS: contexts, streams and identities. Only this room and ``pki/`` know OpenSSL.
 
-OpenSSL reads its configuration once, when it is first loaded, and two settings can be made nowhere else: that no
-session tickets are sent, and which key exchanges there are (``openssl.cnf`` beside this file says why it matters). So
-it is loaded here, before anything in this room, with that file named in the environment for just that moment. An
-operator's own ``OPENSSL_CONF`` has the last word; then that file must say both, ``NumTickets = 0`` above all.
+OpenSSL reads its configuration file once, when it is loaded, and two settings can be made only there: that no session
+tickets are sent, and which key exchanges are offered (``openssl.cnf`` beside this file says why this matters). So this
+package loads OpenSSL before any module in it, and the environment names that file only during the load. If the
+operator has set ``OPENSSL_CONF``, OpenSSL reads that file instead; then it must make both settings, above all
+``NumTickets = 0``.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def _load_openssl() -> None:
     try:
         import_module("cryptography.hazmat.bindings.openssl.binding")
     finally:
-        # Not for our children: it would be the configuration of their OpenSSL, too.
+        # Processes that we start would inherit it, and their OpenSSL would read it.
         del os.environ[_VARIABLE]
 
 

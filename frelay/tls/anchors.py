@@ -1,15 +1,15 @@
-"""What the certificates of ``client_ca`` and the lists of ``crl`` are good for: by which of them somebody can come in.
+"""Finds out which authorities of ``client_ca`` can be used, and which of them admit nobody, with the reason.
 
-Each certificate of ``client_ca`` is trusted because the operator wrote it there. OpenSSL ends a chain at a root only,
-so one whose own issuer is not in the file is an anchor *by itself*, and has to be marked as that
-(:mod:`frelay.tls.context`). From any other the chain goes on up, as far as the file leads: so a list can revoke an
-authority that stands in the file, and constraints of those above it hold.
+Each certificate of ``client_ca`` is trusted because the operator put it there. OpenSSL ends a chain only at a root. So
+a certificate whose issuer is not in the file is an anchor *by itself*, and has to be marked as one
+(:mod:`frelay.tls.context`). From every other certificate the chain goes on upwards, as far as the file has issuers: so
+a list can revoke an authority in the file, and the constraints of the authorities above it hold.
 
-What has expired is left out. It lets nobody in, and could only stand in the way of a newer certificate of the same
-name, or of the authorities that it once issued.
+Expired certificates are left out. They admit nobody, and OpenSSL might take one of them instead of a newer certificate
+of the same name.
 
-Nothing is decided here about a function: where this module says that nobody comes in by an authority, OpenSSL refuses
-them in any case. What it finds is what an operator wants to be told before the first function is refused.
+This module decides nothing about a function: if it says that an authority admits nobody, OpenSSL refuses its functions
+in any case. The operator is told before the first function is refused.
 """
 
 from __future__ import annotations
@@ -41,24 +41,24 @@ __all__ = [
 ]
 
 UNREADABLE: Final = (ValueError, x509.InvalidVersion, x509.DuplicateExtension, x509.UnsupportedGeneralNameType)
-"""What ``cryptography`` raises for a certificate or a list that it cannot make sense of. Not all is a ValueError."""
+"""The errors of ``cryptography`` for a certificate or a list that it cannot parse. Not all are a ValueError."""
 
 _NOT_SIGNED: Final = (TypeError, InvalidSignature, ValueError, UnsupportedAlgorithm)
 
 
 @dataclass(frozen=True, slots=True)
 class RevocationList:
-    """A list, and who has signed it: the certificates of one authority, at least one in date."""
+    """A list, and the certificates of the authority that signed it; at least one of them has not expired."""
 
     crl: x509.CertificateRevocationList
     signers: tuple[x509.Certificate, ...]
     counts: bool = True
-    """Whether OpenSSL looks anybody up in it."""
+    """Whether OpenSSL uses it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Blocked:
-    """An authority by which nobody can come in; ``why`` goes on from its name, ``key`` is where it is mended."""
+    """An authority that admits nobody. ``why`` follows its name in a sentence; ``key`` is the setting to correct."""
 
     certificate: x509.Certificate
     key: Literal["client_ca", "crl"]
@@ -67,24 +67,24 @@ class Blocked:
 
 @dataclass(frozen=True, slots=True)
 class Anchors:
-    """What OpenSSL is to be told, and what nobody can come in by."""
+    """The authorities, sorted by how OpenSSL has to use them."""
 
     chained: tuple[x509.Certificate, ...]
-    """Roots, and those whose issuer is here."""
+    """Roots, and authorities whose issuer is in the file."""
     alone: tuple[x509.Certificate, ...]
-    """Those whose issuer is not: anchors by themselves."""
+    """Authorities whose issuer is not in the file: anchors by themselves."""
     expired: tuple[x509.Certificate, ...]
-    """Left out."""
+    """Expired authorities, which are not used."""
     blocked: tuple[Blocked, ...]
-    """Of the first two kinds."""
+    """Those of ``chained`` and ``alone`` that admit nobody."""
     open: tuple[tuple[x509.Certificate, ...], ...]
-    """The others, each with those above it in the file, one of each name and key."""
+    """The others, each followed by the authorities above it in the file, one of each name and key."""
 
 
 def find_anchors(
     authorities: Sequence[x509.Certificate], lists: Sequence[RevocationList] | None, now: float
 ) -> Anchors:
-    """Sort out ``authorities``; ``lists`` is None where revocation is not looked at, ``now`` in seconds since 1970."""
+    """Sort ``authorities``. ``lists`` is None if revocation is not checked; ``now`` is in seconds since 1970."""
     unique = list({one.public_bytes(Encoding.DER): one for one in authorities}.values())
     expired = [one for one in unique if now > one.not_valid_after_utc.timestamp()]
     used = [one for one in unique if one not in expired]
@@ -99,7 +99,7 @@ def find_anchors(
 
 
 class _Hierarchy:
-    """The authorities of one file, with who issued whom."""
+    """The authorities of one file, and which of them issued which."""
 
     def __init__(
         self, authorities: Sequence[x509.Certificate], lists: Sequence[RevocationList] | None, now: float
@@ -121,7 +121,7 @@ class _Hierarchy:
         return not self._issuers[one]
 
     def line(self, one: x509.Certificate) -> Iterator[x509.Certificate]:
-        """``one``, and those above it."""
+        """``one``, and the authorities above it."""
         seen: set[x509.Certificate] = set()
         while one not in seen:
             seen.add(one)
@@ -129,9 +129,9 @@ class _Hierarchy:
             one = next((other for other in self._issuers[one] if self.blocked(other) is None), one)
 
     def blocked(self, one: x509.Certificate) -> Blocked | None:
-        """Why nobody can come in by it, if nobody can."""
+        """Why it admits nobody, or None."""
         if one not in self._blocked:
-            # Two authorities may have signed each other; then neither makes the other any better.
+            # Two authorities may have signed each other; this entry ends the recursion, and both are blocked.
             self._blocked[one] = Blocked(one, "client_ca", "leads to no authority that can be trusted")
             self._blocked[one] = self._find_block(one)
         return self._blocked[one]
@@ -157,7 +157,7 @@ class _Hierarchy:
             return Blocked(one, "crl", "has no revocation list there")
         for other in self._issuers[one]:
             if other is one:
-                continue  # nobody looks a root up
+                continue  # a root is not looked up in a list
             if not any(not _is_for_leaves_only(crl) for crl in self._own_lists(other)):
                 return Blocked(one, "crl", f"was issued by {subject(other)}, which has no list of authorities there")
             if any(_revokes(crl, one) for crl in self._own_lists(other)):
@@ -172,7 +172,7 @@ class _Hierarchy:
 
 
 def subject(certificate: x509.Certificate) -> str:
-    """Its subject as text that is safe to print."""
+    """The subject of a certificate, as text that is safe to print."""
     return distinguished_name(partial(getattr, certificate, "subject"))
 
 
@@ -194,7 +194,7 @@ def has_issued(issuer: x509.Certificate, certificate: x509.Certificate) -> bool:
 
 
 def _objection_to_usages(one: x509.Certificate) -> str | None:
-    """What OpenSSL says of an authority that may not vouch for clients."""
+    """Why an authority may not issue certificates for clients, or None."""
     if _key_usage(one, "key_cert_sign") is False:
         return "may not sign certificates (its key usage lacks keyCertSign)"
     try:
@@ -230,20 +230,20 @@ def _is_signed_by(crl: x509.CertificateRevocationList, authority: x509.Certifica
 
 
 def objection_to_list(crl: x509.CertificateRevocationList) -> str | None:
-    """Why OpenSSL would not look at what ``crl`` revokes, None where it does. Raises one of UNREADABLE."""
+    """Why OpenSSL does not use ``crl``, or None if it does. Raises one of UNREADABLE."""
     for extension in crl.extensions:
         value = extension.value
         if isinstance(value, x509.DeltaCRLIndicator):
-            return "is a delta list, and only complete lists are looked at: give the complete one"
+            return "is a delta list, but only complete lists are used: give the complete one"
         if isinstance(value, x509.IssuingDistributionPoint):
             if value.indirect_crl:
-                return "is an indirect list, which is not looked at: give each authority's own list"
+                return "is an indirect list, which is not used: give each authority's own list"
             if value.only_some_reasons:
-                return "is a list for some reasons only, which is not looked at: give a list for all reasons"
+                return "is a list for some reasons only, which is not used: give a list for all reasons"
             if value.only_contains_attribute_certs:
-                return "is a list of attribute certificates, which nobody shows here: take it out"
+                return "is a list of attribute certificates, which functions never show: remove it"
         elif extension.critical and isinstance(value, x509.UnrecognizedExtension):
-            return f"has a critical extension that is not known here ({extension.oid.dotted_string})"
+            return f"has a critical extension that frelay does not know ({extension.oid.dotted_string})"
     return None
 
 
@@ -252,7 +252,7 @@ def _revokes(crl: x509.CertificateRevocationList, one: x509.Certificate) -> bool
 
 
 def scope_of(crl: x509.CertificateRevocationList) -> bytes:
-    """What tells lists of one authority apart that are to be looked at together: the issuingDistributionPoint.
+    """The issuingDistributionPoint. Lists of one authority that differ in it are used together.
 
     Raises one of UNREADABLE.
     """

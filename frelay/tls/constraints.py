@@ -1,7 +1,7 @@
-"""Which selectors can match nobody, because no authority may give such a name: the name constraints of ``client_ca``.
+"""Finds selectors that can match nobody, because the name constraints of ``client_ca`` forbid such names.
 
-Only what is certain is said. A name that these constraints permit may be impossible for another reason, and whether a
-certificate keeps to them is OpenSSL's to judge, in each handshake.
+It reports only what is certain. A name that the constraints permit may be impossible for another reason. OpenSSL checks
+in each handshake whether a certificate obeys them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["NameLimits", "name_limits"]
 
 @dataclass(frozen=True, slots=True)
 class _Subtrees:
-    """The constraints of one certificate on names of one kind; ``permitted`` is None where it names none."""
+    """The constraints of one certificate on names of one kind. ``permitted`` is None if it permits all."""
 
     permitted: tuple[str, ...] | None
     excluded: tuple[str, ...]
@@ -27,13 +27,13 @@ class _Subtrees:
 
 @dataclass(frozen=True, slots=True)
 class NameLimits:
-    """What the authorities above a function permit it to be called."""
+    """The names that the authorities above a function may give to it."""
 
     dns: tuple[_Subtrees, ...] = ()
     uri: tuple[_Subtrees, ...] = ()
 
     def permit(self, selector: Selector) -> bool:
-        """Whether some name that ``selector`` matches may be permitted; False is certain."""
+        """Whether some name that ``selector`` matches may be permitted; if not, that is certain."""
         match selector.kind:
             case Kind.DNS:
                 return all(_permits_dns(one, selector.pattern.split(".")) for one in self.dns)
@@ -43,7 +43,7 @@ class NameLimits:
 
 
 def name_limits(line: Sequence[x509.Certificate]) -> NameLimits:
-    """The limits of a ``line`` of certificates, an authority with those above it."""
+    """The limits of a ``line``: an authority, followed by the authorities above it."""
     constraints = [found for one in line if (found := _constraints(one)) is not None]
     return NameLimits(
         dns=tuple(_subtrees(one, x509.DNSName) for one in constraints),
@@ -88,11 +88,11 @@ def _is_below(pattern: list[str], base: str) -> bool:
 
 
 def _tail(pattern: list[str], base: str) -> list[tuple[str, str]] | None:
-    """The last labels of ``pattern`` beside those of ``base``; None if it has too few of them."""
+    """The last labels of ``pattern`` in pairs with those of ``base``; None if it has too few."""
     if not base:
         return []
     labels = base.removeprefix(".").split(".")
-    # A leading dot asks for one label more.
+    # A leading dot requires one more label.
     if len(pattern) < len(labels) + base.startswith("."):
         return None
     return list(zip(pattern[-len(labels) :], labels, strict=True))
@@ -104,7 +104,7 @@ def _permits_uri(subtrees: _Subtrees, pattern: str) -> bool:
     _, slashes, rest = pattern.partition("://")
     host = rest.replace("/", ":").partition(":")[0].lower()
     if not slashes or not host:
-        return False  # OpenSSL refuses a URI without a host where there are constraints on hosts
+        return False  # with constraints on hosts, OpenSSL refuses a URI without a host
     if subtrees.permitted is not None and not any(_is_host_in(host, base) for base in subtrees.permitted):
         return False
     return not any(_is_host_in(host, base) for base in subtrees.excluded)

@@ -1,19 +1,19 @@
-"""What a PEM file holds, as facts for people and programs. Nothing is verified here, and no secret leaves it.
+"""Reads what a PEM file holds, as facts for people and programs. It verifies nothing, and shows no secret.
 
-``frelay ca show`` prints all of it, and ``frelay why`` compares what a certificate says with what a route wants. Every
-text is safe to print (see :func:`~frelay.tls.identity.distinguished_name`), whoever made the certificate.
+``frelay ca show`` prints all of it, and ``frelay why`` compares a certificate with what a route wants. Every text is
+safe to print (see :func:`~frelay.tls.identity.distinguished_name`), even that of a stranger's certificate.
 
-``as_json`` of each kind of facts is a stable shape: keys may be added to it, none goes or changes its meaning. Times
-are UTC, ``2026-01-31T12:00:00Z``.
+``as_json`` of each kind of facts is a stable shape: keys may be added, but none is removed or changes its meaning.
+Times are UTC, ``2026-01-31T12:00:00Z``.
 
 * certificate: ``kind`` "certificate", ``subject``, ``names`` (as selectors, the key pin last), ``ignored`` (a sentence
   for each thing that is no identity), ``issuer``, ``serial`` (hex), ``not_before``, ``not_after``, ``expired``,
-  ``usages`` (extended key usages; null: none are named, so any), ``key_usages`` (null likewise), ``key``,
+  ``usages`` (extended key usages; null: it names none, so all are allowed), ``key_usages`` (likewise), ``key``,
   ``authority`` (whether it is a CA).
 * CRL: ``kind`` "crl", ``issuer``, ``number`` (or null), ``this_update``, ``next_update`` (or null), ``expired``,
   ``revoked``: a list of ``serial`` (hex), ``date`` and ``reason`` (or null).
-* key: ``kind`` "private key" or "public key", ``key`` (or null, where it is encrypted), ``encrypted``.
-* anything else: ``kind`` "other", ``label`` (as after BEGIN).
+* key: ``kind`` "private key" or "public key", ``key`` (or null if it is encrypted), ``encrypted``.
+* anything else: ``kind`` "other", ``label`` (the text after BEGIN).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _PURPOSES: Final = {
     ExtendedKeyUsageOID.OCSP_SIGNING: "OCSPSigning",
     ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE: "anyExtendedKeyUsage",
 }
-# In the order of RFC 5280, 4.2.1.3. The last two mean something with keyAgreement only, and cryptography insists on it.
+# In the order of RFC 5280, 4.2.1.3. Its last two are left out: they only have a meaning together with keyAgreement.
 _KEY_USAGES: Final = {
     "digital_signature": "digitalSignature",
     "content_commitment": "nonRepudiation",
@@ -69,14 +69,14 @@ _KEY_USAGES: Final = {
     "key_cert_sign": "keyCertSign",
     "crl_sign": "cRLSign",
 }
-# What people call the curves that SECG calls otherwise.
+# The usual names of curves, by their names of SECG.
 _CURVES: Final = {"secp224r1": "P-224", "secp256r1": "P-256", "secp384r1": "P-384", "secp521r1": "P-521"}
 _EDWARDS: Final = {"Ed25519PublicKey": "Ed25519", "Ed448PublicKey": "Ed448", "DSAPublicKey": "DSA"}
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Something that a certificate says of its owner, an identity or not: where it says so, and its very text."""
+    """A name in a certificate, whether it is an identity or not: its field, and its exact text."""
 
     where: str
     """One of: common name, DNS name, URI, e-mail address, IP address, otherName."""
@@ -85,7 +85,7 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class CertificateFacts:
-    """What a certificate says. ``claims`` are texts as they stand there, for comparison: not safe to print."""
+    """The facts of a certificate. ``claims`` are its exact texts, for comparison; they are not safe to print."""
 
     subject: str
     names: tuple[str, ...]
@@ -130,7 +130,7 @@ class Revoked:
 
 @dataclass(frozen=True, slots=True)
 class CrlFacts:
-    """What a revocation list says."""
+    """The facts of a revocation list."""
 
     issuer: str
     number: int | None
@@ -146,7 +146,7 @@ class CrlFacts:
             "number": self.number,
             "this_update": iso(self.this_update),
             "next_update": None if self.next_update is None else iso(self.next_update),
-            # Without nextUpdate it would never run out; the relay takes it as expired, and so is it called here.
+            # Without nextUpdate a list would never expire. The relay treats it as expired, so it is called that here.
             "expired": self.next_update is None or now > self.next_update,
             "revoked": [{"serial": one.serial, "date": iso(one.date), "reason": one.reason} for one in self.revoked],
         }
@@ -154,7 +154,7 @@ class CrlFacts:
 
 @dataclass(frozen=True, slots=True)
 class KeyFacts:
-    """Of a key nothing but its kind; ``key`` is None where a password hides even that."""
+    """The kind of a key, and nothing else of it; ``key`` is None if the key is encrypted with a password."""
 
     kind: str
     key: str | None
@@ -166,7 +166,7 @@ class KeyFacts:
 
 @dataclass(frozen=True, slots=True)
 class OtherFacts:
-    """A block that is none of the above."""
+    """A PEM block of another kind."""
 
     label: str
 
@@ -179,12 +179,12 @@ Facts = CertificateFacts | CrlFacts | KeyFacts | OtherFacts
 
 
 def iso(moment: datetime) -> str:
-    """``moment``, which is UTC, as the JSON shapes have it."""
+    """``moment`` as the JSON shapes write it."""
     return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def read_facts(content: bytes) -> list[tuple[Facts, x509.Certificate | None]]:
-    """What each PEM block of ``content`` holds, in order, and the certificate itself where it is one.
+    """The facts of each PEM block of ``content``, in order, and the certificate itself if it is one.
 
     A file without any PEM is tried as one DER certificate or CRL.
 
@@ -198,7 +198,7 @@ def read_facts(content: bytes) -> list[tuple[Facts, x509.Certificate | None]]:
 
 
 def certificate_facts(certificate: x509.Certificate) -> CertificateFacts:
-    """What ``certificate`` says; never raises for what is in it."""
+    """The facts of ``certificate``; no content of it makes this raise."""
     identity = identities(certificate)
     extensions: list[x509.Extension[x509.ExtensionType]] = _tried(lambda: list(certificate.extensions), [])
     usages = next((one.value for one in extensions if isinstance(one.value, x509.ExtendedKeyUsage)), None)
@@ -249,9 +249,9 @@ def _read_block(label: bytes, block: bytes) -> tuple[Facts, x509.Certificate | N
         if label in _PRIVATE_KEYS:
             return KeyFacts("private key", _private_key_kind(block)), None
     except UnsupportedAlgorithm:
-        raise CertificateError(f"holds a {text} of a kind that is not known here") from None
+        raise CertificateError(f"holds a {text} of a kind that frelay does not know") from None
     except (ValueError, x509.InvalidVersion) as error:
-        # What a parser says of a key may quote it.
+        # The parser's message may quote the key.
         detail = "" if b"KEY" in label else f" ({error})"
         raise CertificateError(f"holds a {text} that cannot be read{detail}; write the file again") from None
     return OtherFacts(text), None
@@ -266,7 +266,7 @@ def _read_der(content: bytes) -> tuple[Facts, x509.Certificate | None]:
     try:
         return _crl_facts(x509.load_der_x509_crl(content)), None
     except ValueError:
-        raise CertificateError("holds no PEM, and no certificate or CRL in DER; give a file that does") from None
+        raise CertificateError("holds neither PEM nor a certificate or CRL in DER; give a file that does") from None
 
 
 def _private_key_kind(block: bytes) -> str | None:
@@ -314,13 +314,13 @@ def _claim(name: x509.GeneralName) -> Claim | None:
         case x509.IPAddress():
             return Claim("IP address", str(name.value))
         case x509.OtherName():
-            # Mostly a UTF8String or an IA5String of less than 128 octets: tag, length, text.
+            # Usually a UTF8String or an IA5String of less than 128 octets: tag, length, text.
             return Claim("otherName", name.value[2:].decode("utf-8", "replace"))
     return None
 
 
 def _tried(read: Callable[[], T], otherwise: T) -> T:
-    """What ``read`` gives, or ``otherwise``: a parser may refuse any part of what a stranger made."""
+    """The result of ``read``, or ``otherwise`` if it raises: any part of a stranger's certificate may be unreadable."""
     try:
         return read()
     except Exception:

@@ -1,17 +1,16 @@
-"""From a verified certificate to the names that selectors may match.
+"""Reads the names in a verified certificate that selectors may match.
 
-A certificate can say a great deal, and only three things of it count: the SAN URIs, the SAN DNS names, and the public
-key itself. The common name, e-mail addresses, other names and IP addresses are never identities, whatever their text.
+Only three things in a certificate are identities: the SAN URIs, the SAN DNS names, and the public key itself. The
+common name, e-mail addresses, other names and IP addresses are never identities, whatever their text.
 
 This module never raises and never guesses. A value that could be read in two ways is left out, and ``ignored`` says
-why, so that a person can find out what is wrong with a certificate that nobody matches. How much is left out follows
-how far the doubt reaches: an odd DNS name falls alone; an odd URI takes the other URIs with it, since SPIFFE makes
-one judgement of them together; a certificate whose extensions cannot be parsed has no names at all, not even its key
-pin, because another parser may have understood its purposes and constraints differently. A certificate with more than
-:data:`MOST_NAMES` names is refused as a whole, before one of them is decoded: with some of them left out it would say
-something else than its authority signed.
+why, so that a person can find out why no route matches a certificate. An odd DNS name is left out alone. With an odd
+URI all other URIs are left out, since SPIFFE has one rule for all of them together. If the extensions cannot be parsed,
+the certificate has no names at all, not even its key pin, because another parser may have understood its purposes and
+constraints differently. A certificate with more than :data:`MOST_NAMES` names is refused as a whole, before any is
+decoded: if only some were used, the certificate would mean something else than its authority signed.
 
-Nothing is verified here. Signature, dates, purpose, constraints and revocation were OpenSSL's to judge before.
+Nothing is verified here. OpenSSL has checked the signature, dates, purpose, constraints and revocation before.
 """
 
 from __future__ import annotations
@@ -36,12 +35,12 @@ from frelay.protocol.identity import (
 
 __all__ = ["MOST_NAMES", "PeerIdentity", "describe_unverified", "distinguished_name", "identities", "nobody"]
 
-# Bounds of describe(): a certificate may hold hundreds of names, a log line should not.
+# Bounds of describe(): a certificate may have hundreds of names, but a log line should not.
 _SHOWN: Final = 8
 MOST_NAMES: Final = 256
-"""How many names a certificate may hold, of whatever kind. All of them are compared with routes at each JOIN."""
+"""How many names of all kinds a certificate may have. All of them are compared with routes at each JOIN."""
 _SHOWN_LENGTH: Final = 256
-# Bytes of DER. Every stranger's certificate is described in the log, and 80 KiB of name are 30 ms of work.
+# Bytes of DER. The log describes the certificate of every stranger, and a name of 80 KiB takes 30 ms.
 _LONGEST_NAME: Final = 4096
 
 _NEVER: Final[dict[type[x509.GeneralName], str]] = {
@@ -55,7 +54,7 @@ _NEVER: Final[dict[type[x509.GeneralName], str]] = {
 
 @dataclass(frozen=True, slots=True)
 class PeerIdentity:
-    """Who a peer is, as its certificate says it.
+    """The identity of a peer, from its certificate.
 
     ``names`` are what selectors match: URIs first, then DNS names, then the key pin. ``ignored`` holds a sentence for
     each thing in the certificate that is not an identity. ``subject`` and ``issuer`` are RFC 4514 text, safe to log.
@@ -70,7 +69,7 @@ class PeerIdentity:
     not_before: float
     not_after: float
     objection: str | None = None
-    """Why nobody with this certificate is let in, whatever a route says; None where its names decide."""
+    """Why nobody with this certificate is let in to any route; None if its names decide."""
 
     def describe(self) -> str:
         """One line for the log: subject, names (without the key pin), what was ignored, issuer, serial in hex."""
@@ -83,15 +82,15 @@ class PeerIdentity:
 
 
 def identities(certificate: x509.Certificate) -> PeerIdentity:
-    """Read the names of ``certificate``, which must be verified already; never raises for what is in it."""
+    """Read the names of ``certificate``, which must be verified already; no content of it makes this raise."""
     try:
         return _read(certificate)
-    except Exception as error:  # a date before our era, or another value that only OpenSSL takes
+    except Exception as error:  # a date before the year 1, or another value that only OpenSSL accepts
         return nobody(error)
 
 
 def nobody(error: Exception) -> PeerIdentity:
-    """The identity of a certificate that OpenSSL has verified, and that ``error`` keeps from being read: none."""
+    """The identity of a verified certificate that cannot be read because of ``error``: it has no names."""
     unreadable = f"(unreadable: {_reason(error)})"
     return PeerIdentity(
         names=(),
@@ -122,7 +121,7 @@ def _read(certificate: x509.Certificate) -> PeerIdentity:
             ignored.append(f"all names, because there are {count}: at most {MOST_NAMES} are allowed")
         else:
             names, ignored = _names(certificate, der)
-    except Exception as error:  # whatever a parser makes of foreign bytes, the answer is "nobody"
+    except Exception as error:  # whatever the parser raises: a certificate that it cannot read has no names
         names, ignored = [], [_unparsed(error)]
     return PeerIdentity(
         names=tuple(names),
@@ -137,25 +136,25 @@ def _read(certificate: x509.Certificate) -> PeerIdentity:
 
 
 def _short_name(read: Callable[[], x509.Name], size: int) -> str:
-    """:func:`distinguished_name` of a name of ``size`` bytes, for which anybody may have made a great deal of text."""
+    """:func:`distinguished_name` of a name of ``size`` bytes; only its size if a stranger made it too long."""
     return distinguished_name(read) if size <= _LONGEST_NAME else f"(a name of {size} bytes)"
 
 
 def describe_unverified(read: Callable[[], x509.Certificate]) -> str:
-    """:meth:`PeerIdentity.describe` of the certificate that ``read`` gives, for which nobody has vouched; never raises.
+    """:meth:`PeerIdentity.describe` of the certificate that ``read`` returns, which is not verified; never raises.
 
-    It says who somebody claims to be, for a person who looks for a mistake. Nothing may be decided by it.
+    It helps a person to find a mistake: it says who the other side claims to be. Nothing may be decided by it.
     """
     try:
         return f"unverified: {identities(read()).describe()}"
-    except Exception as error:  # a stranger's bytes, in which the very dates may be unreadable
+    except Exception as error:  # a stranger made it: even its dates may be unreadable
         return f"unverified: (unreadable: {_reason(error)})"
 
 
 def distinguished_name(read: Callable[[], x509.Name]) -> str:
-    """The RFC 4514 text of the name that ``read`` gives, without anything that could forge or garble a log line.
+    """The RFC 4514 text of the name that ``read`` returns, escaped so that it cannot forge or garble a log line.
 
-    A callable, because ``cryptography`` parses a name only when it is asked for, and may then refuse it.
+    It takes a callable, because ``cryptography`` parses a name only when it is read, and may then raise.
     """
     try:
         text = read().rfc4514_string()
@@ -192,7 +191,7 @@ def _names(certificate: x509.Certificate, der: bytes) -> tuple[list[Name], list[
         except OddName as odd:
             ignored.append(str(odd))
     ignored += _other_kinds(alternatives)
-    # A name given twice, or in two cases, is one name.
+    # A name that is there twice, or in upper and lower case, counts once.
     return [*dict.fromkeys(names), pin], ignored
 
 

@@ -1,9 +1,9 @@
-"""The files of ``[tls]``, read and checked: certificate, key, CA bundle and CRLs become one :class:`OuterTls`, or none.
+"""Reads and checks the files of ``[tls]``: certificate, key, CA bundle and CRLs become one :class:`OuterTls`.
 
-:func:`load_outer_tls` reads every file once and checks them against each other *in memory*: a key that is swapped while
-the certificate is being read can therefore never be paired with it. Fail closed: what cannot be read, has expired or
-does not fit is a :class:`~frelay.errors.ConfigError`, at start as at reload, and it tells of all files what is wrong,
-not the first thing only. What OpenSSL is told of files that are good is the business of :mod:`frelay.tls.context`.
+:func:`load_outer_tls` reads every file once and checks them against each other *in memory*. So if the certificate and
+its key are replaced during the read, an old and a new file are never used together. Fail closed: a file that cannot be
+read, has expired or does not fit is a :class:`~frelay.errors.ConfigError`, at start and at reload. The error names the
+problems of all files, not only the first. Good files go to :mod:`frelay.tls.context`, which sets OpenSSL up with them.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ from frelay.tls.anchors import (
     subject,
 )
 from frelay.tls.constraints import name_limits
-from frelay.tls.context import NOT_TAKEN, ListDates, OuterTls, Trusted, judgement_of, server_context
+from frelay.tls.context import NOT_TAKEN, Trusted, server_context, stores_for_verify
 from frelay.tls.identity import distinguished_name
+from frelay.tls.trust import ListDates, OuterTls
 
 __all__ = ["load_outer_tls"]
 
@@ -49,7 +50,7 @@ _SHOWN: Final = 8
 
 
 class _Loader:
-    """Collects what is wrong instead of stopping at the first thing."""
+    """Reads files, and collects all problems instead of stopping at the first."""
 
     def __init__(
         self, source: Path, contents: MutableMapping[Path, bytes] | None, key_readers: frozenset[int] | None
@@ -68,7 +69,7 @@ class _Loader:
         self.warnings.append(Problem(self._source, message, key=f"tls.{key}"))
 
     def warn_of_many(self, found: Sequence[tuple[str, str]]) -> None:
-        """Of a bundle of a hundred authorities, half may have no list."""
+        """Warn of some of ``found`` and count the rest: in a bundle of a hundred authorities, fifty may lack a list."""
         for key, message in found[:_SHOWN]:
             self.warn(key, message)
         if len(found) > _SHOWN:
@@ -94,7 +95,7 @@ class _Loader:
         try:
             found = x509.load_pem_x509_certificates(data)
             for one in found:
-                one.not_valid_before_utc, one.not_valid_after_utc  # noqa: B018  read only when asked for, and maybe not then
+                one.not_valid_before_utc, one.not_valid_after_utc  # noqa: B018  parsed only now, and may raise
             return found
         except UNREADABLE as error:
             self.complain(key, f"{path} holds no readable PEM certificate ({error})")
@@ -104,14 +105,17 @@ class _Loader:
         data = self.read("private_key", path)
         if data is None:
             return None
-        # What was given was read by somebody who has looked at the file.
+        # The process that read the given contents has checked the mode of the file.
         objection = None if path in self._given else objection_to_mode(path.stat(), path, self._key_readers)
         if objection is not None:
             self.complain("private_key", f"{path} {objection}")
         try:
             return load_pem_private_key(data, password=None)
         except TypeError:
-            self.complain("private_key", f"{path} is encrypted; frelay has nobody to ask for its passphrase")
+            self.complain(
+                "private_key",
+                f"{path} is encrypted, but frelay cannot ask for a passphrase; decrypt it with `openssl pkey`",
+            )
         except (ValueError, UnsupportedAlgorithm) as error:
             self.complain("private_key", f"{path} holds no readable PEM private key ({error})")
         return None
@@ -146,14 +150,14 @@ def load_outer_tls(
     """Read and check the files of ``[tls]``; raises ConfigError with every problem, named by file and key.
 
     ``source`` is the route file, for the messages. With ``serves_http`` there is a second context, for the admin API.
-    What is read is put into ``contents``, and what stands there already is not read: so another process, given both the
-    ``contents`` and the ``now`` of this call, comes to the same result, whatever the files hold by then.
-    ``key_readers`` are the ids of the groups that the relay is in when it serves; by default those of this process.
+    The content of each file is put into ``contents``, and a file that is there already is not read. So another process
+    that gets the ``contents`` and the ``now`` of this call has the same result, even if the files have changed since.
+    ``key_readers`` are the ids of the groups of the relay when it serves; by default those of this process.
     """
     now = time.time() if now is None else now
     loader = _Loader(source, contents, key_readers)
     with warnings.catch_warnings():
-        # Of serial numbers and the like that RFC 5280 forbids, in roots of decades ago.
+        # Old roots have serial numbers and other values that RFC 5280 forbids, and `cryptography` warns of them.
         warnings.simplefilter("ignore", CryptographyDeprecationWarning)
         return _load(loader, section, source, now, serves_http=serves_http)
 
@@ -174,9 +178,9 @@ def _load(loader: _Loader, section: TlsSection, source: Path, now: float, *, ser
     try:
         context = server_context(chain, private_key, trusted)
         http = server_context(chain, private_key, trusted, for_http=True) if serves_http else None
-        judgement = judgement_of(trusted)
+        verify_stores = stores_for_verify(trusted)
     except NOT_TAKEN as error:
-        raise ConfigError([Problem(source, f"OpenSSL does not take these files: {error}", key="tls")]) from error
+        raise ConfigError([Problem(source, f"OpenSSL does not accept these files: {error}", key="tls")]) from error
     used = (*anchors.chained, *anchors.alone)
     return OuterTls(
         context=context,
@@ -187,7 +191,7 @@ def _load(loader: _Loader, section: TlsSection, source: Path, now: float, *, ser
         server_names=_server_names(chain[0]),
         subject=distinguished_name(lambda: chain[0].subject),
         authorities=tuple(map(subject, used)),
-        judgement=judgement,
+        verify_stores=verify_stores,
         name_limits=tuple(map(name_limits, anchors.open)),
         is_open=bool(anchors.open),
         warnings=tuple(loader.warnings),
@@ -199,9 +203,9 @@ def _last_end(certificates: Sequence[x509.Certificate]) -> float:
 
 
 def _end_of_own(chain: Sequence[x509.Certificate]) -> float:
-    """When the relay's certificate is trusted no more: its own end, or that of the last one that can vouch for it.
+    """When the relay's certificate is no longer trusted: when it expires itself, or the last of its issuers here.
 
-    Any other certificate behind it is one way to a root among others, of which a function may need none.
+    The other certificates of the file lead to roots that a function may not need.
     """
     leaf, *others = chain
     issuers = [one for one in others if has_issued(one, leaf)]
@@ -234,8 +238,8 @@ def _check_own(
         if now > one.not_valid_after_utc.timestamp():
             loader.warn(
                 "certificate",
-                f"{path}: {subject(one)}, behind the relay's own, expired on {_date(one.not_valid_after_utc)}; "
-                "renew it, or take it out if functions do not need it",
+                f"{path}: {subject(one)}, which follows the relay's own, expired on {_date(one.not_valid_after_utc)}; "
+                "renew it, or remove it if functions do not need it",
             )
     if now > leaf.not_valid_after_utc.timestamp():
         loader.complain("certificate", f"{path} expired on {_date(leaf.not_valid_after_utc)}; issue a new one")
@@ -281,38 +285,38 @@ def _check_authorities(
             is_authority = False
         if not is_authority:
             loader.complain("client_ca", f"{path}: {subject(certificate)} is not a CA certificate")
-    # A list that could not be read or is not in date is a problem of its own, and says nothing of the authorities.
+    # If a list cannot be read or has expired, that is reported alone, and not also for each authority.
     reads_lists = section.crl is not None and not any(one.key == "tls.crl" for one in loader.problems)
     anchors = find_anchors(authorities, [one for one in lists if one.counts] if reads_lists else None, now)
     if any(one.key == "tls.client_ca" for one in loader.problems):
-        return anchors  # of a file that is no good
+        return anchors  # the file is refused in any case
     found = [
         (
             "client_ca",
-            f"{path}: {subject(one)} expired on {_date(one.not_valid_after_utc)}, so nobody comes in by it; remove it",
+            f"{path}: {subject(one)} expired on {_date(one.not_valid_after_utc)}, so it admits nobody; remove it",
         )
         for one in anchors.expired
     ]
     for one in anchors.blocked:
         if one.key == "crl":
-            text = f"{section.crl}: {subject(one.certificate)}, which stands in {path}, {one.why}"
+            text = f"{section.crl}: {subject(one.certificate)}, which is in {path}, {one.why}"
             remedy = "add that list (`frelay ca revoke` writes one), or remove the authority"
         else:
             text = f"{path}: {subject(one.certificate)} {one.why}"
-            remedy = "remove it, or put another in its place"
-        found.append((one.key, f"{text}, so nobody comes in by it; {remedy}"))
+            remedy = "remove it, or replace it by another"
+        found.append((one.key, f"{text}, so it admits nobody; {remedy}"))
     if not (anchors.chained or anchors.alone):
         for key, text in found[:_SHOWN]:
             loader.complain(key, text)
-        loader.complain("client_ca", f"{path} holds no authority that has not expired; put one there")
+        loader.complain("client_ca", f"{path} holds no authority that has not expired; add one")
     elif not anchors.open:
-        loader.warn("client_ca", f"{path} holds no authority by which anybody can come in: nobody is let in")
+        loader.warn("client_ca", f"{path} holds no authority that admits anybody: nobody is let in")
     loader.warn_of_many(found)
     return anchors
 
 
 def _next_update(crl: x509.CertificateRevocationList) -> float:
-    # Without nextUpdate a list would never run out, and an attacker could serve it for ever: it counts as expired.
+    # Without nextUpdate a list would never expire, and an attacker could present it for ever. So it counts as expired.
     return crl.next_update_utc.timestamp() if crl.next_update_utc else 0.0
 
 
@@ -323,7 +327,7 @@ def _check_lists(
     authorities: Sequence[x509.Certificate],
     now: float,
 ) -> list[RevocationList]:
-    """The lists that count; complains of those that would let somebody in, or nobody."""
+    """The lists to use. Reports those that are not signed by an authority, cannot be used, or are out of date."""
     path = section.crl
     kept: dict[tuple[bytes, bytes, bytes], RevocationList] = {}
     lapsed: list[tuple[RevocationList, str]] = []
@@ -334,7 +338,7 @@ def _check_lists(
             loader.complain("crl", f"{path}: the list of {issuer} was not signed by any CA of {section.client_ca}")
             continue
         if authorities and now > _last_end(found):
-            continue  # of an authority that has expired itself, nobody needs one any more
+            continue  # its authority has expired, so nobody needs the list
         try:
             objection, scope = objection_to_list(crl), scope_of(crl)
         except UNREADABLE as error:
@@ -347,7 +351,7 @@ def _check_lists(
         if now > _next_update(crl):
             when = _date(crl.next_update_utc) if crl.next_update_utc else "(it has no nextUpdate)"
             lapsed.append((one, f"{path}: the list of {issuer} expired on {when}"))
-        # Of an authority's lists the newest counts, as for OpenSSL.
+        # The newest list of an authority counts, as for OpenSSL.
         key = (crl.issuer.public_bytes(), _key_of(found), scope)
         if key not in kept or crl.last_update_utc > kept[key].crl.last_update_utc:
             kept[key] = one
@@ -355,7 +359,7 @@ def _check_lists(
         if one in kept.values():
             loader.complain("crl", f"{text}; publish a newer one")
         else:
-            loader.warn("crl", f"{text}, and a newer one is there; remove it")
+            loader.warn("crl", f"{text}, and the file has a newer one; remove it")
     return list(kept.values())
 
 

@@ -3,39 +3,40 @@
 Theory of operation
 ===================
 
-The stream runs pyOpenSSL in *socket* mode: OpenSSL gets the descriptor and calls read(2) and write(2) itself. That is
-less fashionable than a memory BIO, and it is the whole point. Without read-ahead, which is off and stays off, OpenSSL
-reads the five bytes of a record header and then exactly that record's body. So when the record that says
-``close_notify`` has been read, the next byte on the wire is still in the kernel, whoever it belongs to, even if it
-came in the same segment. A memory BIO would have to be fed whole segments, and would swallow it.
+The stream runs pyOpenSSL in *socket* mode: OpenSSL gets the descriptor and calls read(2) and write(2) itself. A memory
+BIO is more usual, but here socket mode is essential. Without read-ahead, which is off and stays off, OpenSSL reads the
+five bytes of a record header and then exactly the body of that record. So after it has read the record with
+``close_notify``, the next byte of the wire is still in the kernel, even if it came in the same segment. A memory BIO is
+fed whole segments, so it would keep that byte.
 
 How OpenSSL's answers map to Trio:
 
-* ``WantRead`` / ``WantWrite``: nothing happened that cannot be repeated; wait for the descriptor, call again. A
-  cancellation can only arrive while waiting, so a cancelled ``receive_some`` has lost nothing: a record that was read
-  in part stays inside OpenSSL. A cancelled ``send_all`` may have left half a record on the wire, after which nothing
-  sensible can be sent any more: the sending half is marked as broken.
-* ``ZeroReturn``: close_notify came. A clean end; ``receive_some`` gives ``b""``, now and ever after.
-* ``SysCallError(-1, "Unexpected EOF")``: FIN without close_notify. A truncation, a different error.
+* ``WantRead`` / ``WantWrite``: wait for the descriptor, then call again. A cancellation can only arrive during this
+  wait. So a cancelled ``receive_some`` loses nothing: a record that was read in part stays inside OpenSSL. A cancelled
+  ``send_all`` may leave half a record on the wire, and nothing valid can be sent after that: the sending half is then
+  marked as broken.
+* ``ZeroReturn``: close_notify was received. This is a clean end: ``receive_some`` returns ``b""``, now and later.
+* ``SysCallError(-1, "Unexpected EOF")``: FIN without close_notify. This is a truncation, which is another error.
 * ``SysCallError(errno)``: the connection broke.
 * any other ``SSL.Error``: the other side broke TLS; OpenSSL has already written its alert.
 
 Two of OpenSSL's habits are switched off, through the binding under pyOpenSSL, which has no public name for either:
 
-* ``SSL_MODE_AUTO_RETRY`` makes one read go on for as long as records come that carry no data. A party that had
-  prepared a few hundred thousand KeyUpdates would have the relay to itself for seconds. Without it each such record is
-  a ``WantRead``, and everybody else gets a turn.
-* Errors stay in a queue that belongs to the thread, not to the connection. Before OpenSSL 4, what a failed verification
-  left there was taken for the fault of whoever was read next; so the queue is emptied first, as OpenSSL 3 asks for.
+* ``SSL_MODE_AUTO_RETRY`` makes one read continue as long as records without data come. A party that sends a few hundred
+  thousand KeyUpdates would block the whole relay for seconds. Without it each such record is a ``WantRead``, and the
+  other tasks run.
+* Errors stay in a queue of the thread, not of the connection. Before OpenSSL 4, an error that a failed verification
+  left there was taken for a fault of the next connection that was read. So the queue is emptied before each call, as
+  OpenSSL 3 demands.
 
 Ending a direction: ``send_eof`` writes close_notify (``SSL_shutdown`` once, never twice: a second call with input
 pending ends the *reading* side). In TLS 1.3 the other direction goes on.
 
 Giving the socket back: after both close_notify have crossed, :meth:`TlsStream.detach` frees the TLS state and returns
-the bare socket; its first byte is the first one after the peer's close_notify. One thing can spoil that from our side:
-OpenSSL answers a request for a KeyUpdate when it reads the next one, even after it has sent close_notify, and to a peer
-that has left TLS the answer would be raw bytes. It cannot be prevented, but it is noticed (:func:`_event_callback`),
-and such a socket is not given back.
+the bare socket; its first byte is the first one after the peer's close_notify. One thing can spoil that on our side:
+OpenSSL answers a request for a KeyUpdate even after it has sent close_notify, and a peer that has left TLS would read
+that answer as raw bytes. We cannot prevent it, but :func:`_event_callback` notices it, and then the socket is not given
+back.
 """
 
 from __future__ import annotations
@@ -61,11 +62,11 @@ T = TypeVar("T")
 
 # One TLS record's plaintext at most; asking for more gains nothing without read-ahead.
 _RECORD = 16384
-# Twice what fills the buffer of a pump if they are full.
+# Full records of this number are twice the buffer of a pump.
 _RECORDS_AT_ONCE: Final = 16
 _SPOKE_AFTER_END: Final = object()
-# While OpenSSL has a part of a KeyUpdate it writes nothing before it has read the rest. That message has five bytes:
-# who spreads it over two records does so to have us wait for reading in both directions, which only one task may.
+# While OpenSSL has read a part of a KeyUpdate, it writes nothing before it has read the rest. The message has five
+# bytes. A peer that splits it into two records wants both of our directions to wait for reading, but only one task may.
 _IN_PIECES: Final = "a handshake message in pieces"
 
 
@@ -74,7 +75,7 @@ def _event_callback() -> Any:
     """OpenSSL's info callback; one for all, and made when the first connection needs it."""
 
     def note(ssl: Any, where: int, _: int) -> None:
-        # Whatever it writes as the accepting side, once our close_notify has gone: there is nothing else it could be.
+        # After our close_notify, the accepting side writes only to answer a request for a KeyUpdate.
         if where == SSL.SSL_CB_ACCEPT_LOOP and _openssl.SSL_get_shutdown(ssl) & SSL.SENT_SHUTDOWN:
             connection = SSL.Connection._reverse_mapping[ssl]
             if b"write" in connection.get_state_string():
@@ -108,13 +109,13 @@ class TlsStream(trio.abc.HalfCloseableStream):
         self._eof_was_sent = False
         self._eof_was_received = False
         self._breakage: str | None = None
-        """How the connection broke, once either half was told of it."""
+        """How the connection broke, once either half has seen it."""
         self._room_is_awaited: trio.Event | None = None
         self._receive_failure: tuple[type[ConnectionBroken | RemoteProtocolError], str] | None = None
         self._must_write_first = False
-        """Whether :meth:`receive_now` came upon something that OpenSSL wants to answer before it reads on."""
+        """Whether :meth:`receive_now` has read something that OpenSSL must answer before it reads on."""
 
-    # --- the parts, for those who are allowed to look ------------------------------------------------------
+    # --- its parts -----------------------------------------------------------------------------------------
 
     @property
     def sock(self) -> socket.socket:
@@ -138,7 +139,7 @@ class TlsStream(trio.abc.HalfCloseableStream):
     # --- the one loop ----------------------------------------------------------------------------------------
 
     async def _retry(self, operation: Callable[[SSL.Connection], T]) -> T:
-        """Call ``operation`` until OpenSSL no longer wants to wait, translating what it raises."""
+        """Call ``operation`` until OpenSSL no longer asks to wait; translates its errors."""
         while True:
             connection, sock = self.connection, self.sock
             _openssl.ERR_clear_error()
@@ -154,17 +155,17 @@ class TlsStream(trio.abc.HalfCloseableStream):
                 raise self._translated(error) from None
 
     def _translated(self, error: SSL.Error) -> ConnectionBroken | RemoteProtocolError:
-        """What we call ``error``, which is neither a wish to wait nor a clean end."""
+        """Our exception for ``error``, which is neither a request to wait nor a clean end."""
         if isinstance(error, SSL.SysCallError):
             code = error.args[0]
             if code == -1 and self._breakage is None:
                 return TruncatedStream("the connection ended without close_notify")
             if self._breakage is None:
                 self._breakage = str(broken(OSError(code, os.strerror(code))))
-            # Linux tells of a reset once, and told the other half of this stream; to this one it looks like FIN.
+            # Linux reports a reset only once, here to the other half of this stream; this half sees a FIN.
             return BrokenStream(self._breakage)
         if error.args == ([],):
-            # Nothing new: the other half has met it before this one, and knows what it was.
+            # OpenSSL has no new error: the other half has seen it before, and has recorded it.
             if self._receive_failure is not None:
                 kind, text = self._receive_failure
                 return kind(text)
@@ -172,9 +173,10 @@ class TlsStream(trio.abc.HalfCloseableStream):
         return TlsFault(_reason(error))
 
     async def _wait_for_room(self, sock: socket.socket) -> None:
-        """Wait until the kernel takes more; for both halves, since reading may have a KeyUpdate to answer.
+        """Wait until the kernel has room for more. Both halves may need it: reading may have to answer a KeyUpdate.
 
-        Trio lets only one task wait for a descriptor's room. The other waits for that one, and then looks for itself.
+        Trio lets only one task wait until a descriptor is writable. The other one waits for that task, then tries
+        again.
         """
         if self._room_is_awaited is not None:
             await self._room_is_awaited.wait()
@@ -189,14 +191,14 @@ class TlsStream(trio.abc.HalfCloseableStream):
     # --- handshake -------------------------------------------------------------------------------------------
 
     async def do_handshake(self) -> None:
-        """Run the handshake; raises TlsFault, with the alert already written, if it was not to be."""
+        """Run the handshake; raises TlsFault if it fails, after its alert was sent."""
         with self._sending, self._receiving:
             await trio.lowlevel.checkpoint()
             try:
                 await self._retry(SSL.Connection.do_handshake)
             except SSL.ZeroReturnError:
                 raise TlsFault("close_notify in the middle of the handshake") from None
-            # Not in the context: a handshake has twenty events, and none of them is of interest.
+            # Set only now and not in the context, since the twenty events of a handshake do not matter.
             _openssl.SSL_set_info_callback(self.connection._ssl, _event_callback())
 
     # --- sending ---------------------------------------------------------------------------------------------
@@ -216,7 +218,7 @@ class TlsStream(trio.abc.HalfCloseableStream):
             await self._send(data)
 
     async def send_rest(self, data: bytes) -> None:
-        """Send what :meth:`send_now` has left."""
+        """Send what :meth:`send_now` has not sent."""
         with self._sending:
             self._send_is_broken = False
             self._check_sendable()
@@ -225,8 +227,8 @@ class TlsStream(trio.abc.HalfCloseableStream):
     async def _send(self, data: bytes | bytearray | memoryview) -> None:
         with memoryview(data).cast("B") as view:
             sent = 0
-            # OpenSSL must be offered the same bytes again after WantWrite, which the view guarantees, and
-            # an empty write raises, which the condition prevents.
+            # After WantWrite OpenSSL must get the same bytes again: the view guarantees that. An empty write would
+            # raise: the condition prevents it.
             while sent < len(view):
                 rest = view[sent:]
                 self._send_is_broken = True
@@ -237,15 +239,15 @@ class TlsStream(trio.abc.HalfCloseableStream):
                 self._send_is_broken = False
 
     def send_now(self, data: memoryview) -> int:
-        """Send what the kernel takes without waiting; how many bytes of ``data`` went.
+        """Send as much as the kernel takes without waiting; returns how many bytes of ``data`` were sent.
 
-        The rest is :meth:`send_rest`'s to send, and nobody else's: a record of it may be under way.
+        Only :meth:`send_rest` may send the rest, since a part of its next record may be on the wire already.
         """
         self._check_sendable()
         connection, size = self.connection, len(data)
         corks = size > _RECORD and self.sock.family != socket.AF_UNIX
         if corks:
-            # Each record is a write of its own; the kernel shall make large segments of them all the same.
+            # OpenSSL writes each record apart; with TCP_CORK the kernel still makes large segments.
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
         sent = 0
         try:
@@ -254,7 +256,7 @@ class TlsStream(trio.abc.HalfCloseableStream):
                     _openssl.ERR_clear_error()
                     result = _openssl.SSL_write(connection._ssl, start + sent, size - sent)
                     if result <= 0:
-                        # As in a send that was cancelled, until the rest has gone.
+                        # Until the rest is sent, the stream is in the state of a cancelled send.
                         self._send_is_broken = True
                         self._note_send_failure(connection, result)
                         break
@@ -322,7 +324,7 @@ class TlsStream(trio.abc.HalfCloseableStream):
             if self._eof_was_received:
                 return b""
             if self._receive_failure is not None:
-                # Asked again, OpenSSL would call a truncation something else.
+                # On a second call OpenSSL would report another error than the truncation.
                 kind, text = self._receive_failure
                 raise kind(text)
             self._must_write_first = False
@@ -333,24 +335,24 @@ class TlsStream(trio.abc.HalfCloseableStream):
                 self._eof_was_received = True
                 return b""
             except (ConnectionBroken, RemoteProtocolError) as failure:
-                # Not the exception itself: its traceback would keep the TLS state alive after the close.
+                # Do not keep the exception itself: its traceback would keep the TLS state alive after the close.
                 self._receive_failure = type(failure), str(failure)
                 raise
 
     @property
     def has_met_more(self) -> bool:
-        """Whether :meth:`receive_now` has met more than bytes, which the socket may never tell again.
+        """Whether :meth:`receive_now` has read more than data: an end, a fault, or something to answer first.
 
-        An end, a fault, or a wish to write first. What it is, :meth:`receive_some` knows.
+        The socket may never become readable for it again. :meth:`receive_some` returns or raises it.
         """
         return self._must_write_first or self._eof_was_received or self._receive_failure is not None
 
     def receive_now(self, room: memoryview) -> int:
-        """Receive what is there, record after record, into ``room``, as long as it has room for a whole one.
+        """Receive the records that have arrived into ``room``, as long as it has room for a whole one.
 
-        How many bytes that was. 0 if there are none and the socket must become readable first; -1 if there are none
-        and :meth:`receive_some` has more to say. It takes a few records at most: who sends a byte in each must not keep
-        everybody else waiting for 100,000 of them.
+        Returns the number of bytes; 0 if there are none, and the socket must become readable first; -1 if there are
+        none, but :meth:`receive_some` has an end or a fault. It reads a few records at most: a peer that sends 100,000
+        records of one byte must not keep all others waiting.
         """
         connection = self.connection
         if self.has_met_more:
@@ -371,7 +373,7 @@ class TlsStream(trio.abc.HalfCloseableStream):
         return received
 
     def _note_receive_failure(self, connection: SSL.Connection, result: int) -> None:
-        """Keep for :meth:`receive_some` what is not to be asked for twice."""
+        """Keep the failure for :meth:`receive_some`, since OpenSSL reports it only once."""
         try:
             connection._raise_ssl_error(connection._ssl, result)
         except SSL.WantWriteError:
@@ -383,10 +385,10 @@ class TlsStream(trio.abc.HalfCloseableStream):
             self._receive_failure = type(failure), str(failure)
 
     def has_ended(self) -> bool:
-        """Whether the other side's close_notify, FIN or fault is the next thing to come, with no data before it.
+        """Whether the next thing to read is the other side's close_notify, FIN or fault, with no data before it.
 
-        A look that waits for nothing and takes no data: of a record that holds some, at most that one record is moved
-        into OpenSSL, where the next :meth:`receive_some` finds it.
+        It does not wait and takes no data. If there is data, at most one record moves into OpenSSL, where the next
+        :meth:`receive_some` finds it.
         """
         _openssl.ERR_clear_error()
         try:
@@ -405,8 +407,8 @@ class TlsStream(trio.abc.HalfCloseableStream):
     def detach(self) -> socket.socket:
         """Free the TLS state and give the bare socket back.
 
-        Only after both close_notify have crossed: before that, the next byte on the wire could still be TLS's. Raises
-        LocalProtocolError then, and TlsFault if the peer made TLS speak on after our close_notify.
+        This is only possible after both close_notify: before that, the next byte on the wire could belong to TLS, and
+        it raises LocalProtocolError. It raises TlsFault if the peer made TLS write after our close_notify.
         """
         if not (self._eof_was_sent and self._eof_was_received) or self._send_is_broken:
             raise LocalProtocolError("the socket is only free once close_notify has crossed both ways")
@@ -419,8 +421,8 @@ class TlsStream(trio.abc.HalfCloseableStream):
     def leave_without_close_notify(self) -> socket.socket:
         """Free the TLS state in mid-stream and give the bare socket back, for the hello hand-off alone.
 
-        What was received so far ends with a whole record, since records are read one at a time; whether the other side
-        sees the border in the same place, TLS does not say.
+        What was received ends with a whole record, since records are read one at a time. But without close_notify TLS
+        cannot say whether the other side ends TLS at the same byte.
         """
         sock = self.sock
         self._sock = self._connection = None
@@ -433,9 +435,9 @@ class TlsStream(trio.abc.HalfCloseableStream):
         self._sock = self._connection = None
 
     async def aclose(self) -> None:
-        """Send close_notify if nothing stands in its way, and close.
+        """Send close_notify if that is possible, and close.
 
-        It does not wait for the peer's close_notify: who needs that reads to the end first.
+        It does not wait for the peer's close_notify. If you need that, read to the end first.
         """
         if self._sock is None:
             await trio.lowlevel.checkpoint()
@@ -444,14 +446,14 @@ class TlsStream(trio.abc.HalfCloseableStream):
             if not self._eof_was_sent and not self._send_is_broken:
                 await self.send_eof()
         except (trio.BrokenResourceError, trio.BusyResourceError, trio.ClosedResourceError):
-            pass  # whoever is in the way learns of the close from the close, or was quicker
+            pass  # another task is sending and will see the close, or the connection has ended already
         finally:
             self.close()
         await trio.lowlevel.checkpoint()
 
 
 def _reason(error: SSL.Error) -> str:
-    """OpenSSL's own words for the last thing it put on its error queue."""
+    """OpenSSL's text for the last entry of its error queue."""
     queue = error.args[0] if error.args else None
     if isinstance(queue, list) and queue:
         return str(queue[-1][-1] or "TLS error")

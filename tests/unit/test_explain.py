@@ -21,7 +21,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from frelay.config.load import load
 from frelay.joining.explain import Verdict, examine
 from frelay.relay.prepare import prepare
-from frelay.tls.context import ListDates
+from frelay.tls.trust import ListDates
 from support.certs import Credential, TestAuthority, san_der
 from support.site import DEMO, Site
 

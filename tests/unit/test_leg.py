@@ -18,8 +18,8 @@ from frelay.net.slots import Admission, Slot
 from frelay.pairing.leg import LegGone
 from frelay.protocol.messages import Mode, Paired, Waiting
 from frelay.protocol.refusal import Refusal
-from frelay.tls.context import Credential, VerifiedPeer
 from frelay.tls.stream import TlsStream
+from frelay.tls.trust import Credential, VerifiedPeer
 from support.party import TLS_HEADER, Party, frame
 from support.site import Site
 from support.streams import server_context, tcp_pair

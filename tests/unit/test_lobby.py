@@ -21,7 +21,7 @@ from frelay.pairing.leg import Leg
 from frelay.pairing.pairing import Pairing
 from frelay.protocol.messages import PartyName
 from frelay.protocol.refusal import Refusal
-from frelay.tls.context import Credential
+from frelay.tls.trust import Credential
 
 PARTIES: Final[tuple[PartyName, ...]] = ("func1", "func2")
 MOST: Final = 4

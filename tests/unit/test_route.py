@@ -20,7 +20,7 @@ from frelay.pairing.pairing import Pairing
 from frelay.protocol.messages import PartyName
 from frelay.protocol.outcome import Outcome
 from frelay.protocol.refusal import Refusal
-from frelay.tls.context import EXPIRED, OuterTls, VerifiedPeer
+from frelay.tls.trust import EXPIRED, OuterTls, VerifiedPeer
 from support.streams import tcp_pair
 
 
@@ -56,7 +56,7 @@ class Judge:
     def __init__(self) -> None:
         self.rejected: list[VerifiedPeer | None] = []
 
-    def judge(self, peer: VerifiedPeer) -> Refusal | None:
+    def recheck(self, peer: VerifiedPeer) -> Refusal | None:
         return EXPIRED if peer in self.rejected else None
 
 

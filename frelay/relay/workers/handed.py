@@ -15,7 +15,7 @@ from frelay.net.channel import Received
 from frelay.relay.backend import Prepared
 from frelay.relay.prepare import TlsFiles, prepare
 from frelay.relay.workers.codec import key_from_json, tls_files_from_json
-from frelay.tls.context import OuterTls
+from frelay.tls.trust import OuterTls
 
 __all__ = ["HandedResources"]
 

@@ -31,7 +31,7 @@ from frelay.relay.workers.codec import counts_to_json, key_to_json, tls_files_to
 from frelay.relay.workers.fleet import Fleet, WorkerSlot, for_each
 from frelay.relay.workers.placement import clusters, share, spread
 from frelay.relay.workers.process import WorkerLost, WorkerProcess
-from frelay.tls.context import OuterTls
+from frelay.tls.trust import OuterTls
 
 __all__ = ["WORKER_TIMEOUT", "Supervisor"]
 

@@ -15,7 +15,7 @@ import pytest
 import trio
 
 from frelay.relay.control import RelayControl
-from frelay.tls.context import OuterTls
+from frelay.tls.trust import OuterTls
 from support.admin import ADMIN, admin, events
 from support.relay import RelayInProcess
 from support.site import DEMO, Site

@@ -77,9 +77,9 @@ def test_the_list_of_the_root_is_missing(site: Site) -> None:
     said = check(site, crl=True)
     assert (said.code, said.stdout) == (1, "")
     assert "nobody is let in" in said.messages[0]
-    assert "CN=lab root, which stands in" in said.stderr
-    assert "has no revocation list there, so nobody comes in by it; add that list" in said.stderr
-    assert "CN=lab issuing, which stands in" in said.stderr
+    assert "CN=lab root, which is in" in said.stderr
+    assert "has no revocation list there, so it admits nobody; add that list" in said.stderr
+    assert "CN=lab issuing, which is in" in said.stderr
     assert "was issued by CN=lab root, which has no list" in said.stderr
     assert remedy(site).endswith("add that of CN=lab root")
     found = json.loads(frelay_command("check", "--json", "-c", site.config).stdout)
@@ -93,7 +93,7 @@ def test_the_list_of_the_issuing_authority_is_missing(site: Site) -> None:
     lists(site, below.root.crl())
     said = check(site, crl=True)
     assert said.code == 0
-    assert "CN=lab issuing, which stands in" in said.messages[0]
+    assert "CN=lab issuing, which is in" in said.messages[0]
     assert "has no revocation list there" in said.messages[0]
     assert remedy(site).endswith("add that of CN=lab issuing")
 
@@ -107,7 +107,7 @@ async def test_of_two_authorities_one_has_no_list(site: Site) -> None:
     assert said.code == 0
     (warning,) = said.messages
     assert warning.startswith(f"warning: {site.config}: tls.crl: ")
-    assert "CN=other CA, which stands in" in warning
+    assert "CN=other CA, which is in" in warning
     found = json.loads(frelay_command("check", "--json", "-c", site.config).stdout)
     assert [one["key"] for one in found["warnings"]] == ["tls.crl"]
     assert remedy(site, "stranger").endswith("add that of CN=other CA")
@@ -137,7 +137,10 @@ async def test_a_relay_that_lets_nobody_in_says_so(site: Site) -> None:
         (point(indirect_crl=True), "is an indirect list"),
         (point(only_some_reasons=frozenset({x509.ReasonFlags.key_compromise})), "is a list for some reasons only"),
         (point(only_contains_attribute_certs=True), "is a list of attribute certificates"),
-        (x509.UnrecognizedExtension(x509.ObjectIdentifier("1.3.6.1.4.1.99999.1"), b"\x05\x00"), "is not known here"),
+        (
+            x509.UnrecognizedExtension(x509.ObjectIdentifier("1.3.6.1.4.1.99999.1"), b"\x05\x00"),
+            "that frelay does not know",
+        ),
     ],
     ids=["delta", "indirect", "reasons", "attributes", "unknown"],
 )
@@ -168,7 +171,7 @@ def test_a_delta_list_beside_the_whole_one(site: Site) -> None:
     lists(site, site.ca.crl(), site.ca.crl(critical=[DELTA], number=2))
     said = check(site, crl=True)
     assert said.code == 0
-    assert "is a delta list, and only complete lists are looked at" in said.stderr
+    assert "is a delta list, but only complete lists are used" in said.stderr
 
 
 def test_a_list_in_date_and_a_lapsed_one_of_another(site: Site) -> None:
@@ -185,7 +188,7 @@ def test_a_lapsed_list_beside_the_newer_one_of_the_same(site: Site) -> None:
     said = check(site, crl=True)
     assert said.code == 0
     assert "expired on" in said.messages[0]
-    assert "a newer one is there; remove it" in said.messages[0]
+    assert "the file has a newer one; remove it" in said.messages[0]
 
 
 def test_a_list_signed_by_another_key(site: Site) -> None:

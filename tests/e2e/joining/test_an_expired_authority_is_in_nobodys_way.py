@@ -15,7 +15,7 @@ from frelay.config.load import load
 from frelay.errors import ConfigError
 from frelay.pki.files import certificates_pem
 from frelay.relay.prepare import prepare
-from frelay.tls.context import OuterTls
+from frelay.tls.trust import OuterTls
 from support.admin import ADMIN, ROUTE, admin
 from support.certs import TestAuthority
 from support.commands import frelay_command
@@ -249,7 +249,7 @@ async def test_an_expired_cross_sign_behind_the_relays_own(site: Site) -> None:
     trust(site, site.ca.root)
     async with site.relay(sections=SECTIONS) as relay:
         assert await readyz(relay) == 200
-        assert "behind the relay's own, expired on" in relay.logged("configuration warning")[0]["problem"]
+        assert "which follows the relay's own, expired on" in relay.logged("configuration warning")[0]["problem"]
         await meet(site, relay)
 
 

@@ -19,8 +19,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from frelay.config.load import load
 from frelay.pki.authority import Authority
 from frelay.pki.files import certificates_pem
-from frelay.tls.context import Credential as Judged
 from frelay.tls.loading import load_outer_tls
+from frelay.tls.trust import Credential as Judged
 from support.certs import ODD_URIS, Credential, TestAuthority, content, der, elements, pem, san_der
 from support.party import Party
 from support.relay import RelayInProcess

@@ -21,6 +21,7 @@ import frelay.joining.route
 import frelay.pairing.pairing
 import frelay.pairing.raw_pump
 import frelay.tls.context
+import frelay.tls.trust
 from support.certs import Credential, TestAuthority, self_signed
 from support.ends import join_ends
 from support.party import Party, pair
@@ -37,9 +38,9 @@ STEPS: Final[dict[str, tuple[object, str]]] = {
     "verify callback": (frelay.tls.context._VerifyCallback, "__call__"),
     "ALPN callback": (frelay.tls.context, "_select_protocol"),
     "reading the chain": (frelay.joining.connection, "verified_peer"),
-    "reading the names": (frelay.tls.context, "identities"),
+    "reading the names": (frelay.tls.trust, "identities"),
     "choosing the route": (frelay.joining.connection, "select_route"),
-    "policy": (frelay.tls.context.OuterTls, "judge"),
+    "policy": (frelay.tls.trust.OuterTls, "recheck"),
     "matching": (frelay.joining.route.LiveRoute, "match"),
     "WAITING": (frelay.joining.legs.FramedLeg, "welcome"),
     "attending": (frelay.joining.legs.FramedLeg, "attend"),
@@ -50,7 +51,7 @@ STEPS: Final[dict[str, tuple[object, str]]] = {
 def armed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Make one step raise while ``armed[0]`` is True."""
     # The facts of a certificate chain are cached, so they would not be read again.
-    monkeypatch.setattr(frelay.tls.context, "_read", frelay.tls.context._read.__wrapped__)
+    monkeypatch.setattr(frelay.tls.trust, "_read", frelay.tls.trust._read.__wrapped__)
     owner, name = STEPS[request.param]
     original: Any = getattr(owner, name)
     armed = [False]
@@ -213,7 +214,7 @@ async def test_the_verify_callback_never_turns_a_failure_into_a_success(
     def broken(*args: object) -> object:
         raise Fault("while noting")
 
-    monkeypatch.setattr(frelay.tls.context, "_refusal", broken)
+    monkeypatch.setattr(frelay.tls.context, "refusal_for", broken)
     async with site.relay() as relay:
         await ended(await site.connect(relay, "wrong"))
         assert not relay.logged("waiting")
