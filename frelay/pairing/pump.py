@@ -26,7 +26,7 @@ __all__ = ["Cut", "Pump", "TlsProbe"]
 
 
 class Cut(Exception):
-    """A direction ended other than cleanly."""
+    """Control flow: a direction ended other than cleanly. Its pairing always catches it."""
 
     def __init__(self, outcome: Outcome, side: Side, detail: str, *, only_writing: bool = False) -> None:
         super().__init__(f"{outcome.value} by {side}: {detail}")

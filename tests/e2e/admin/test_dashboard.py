@@ -1,7 +1,7 @@
 """The dashboard in a real browser: an operator finds what is needed at night, whatever the size of relay and window.
 
-With ``FRELAY_SCREENSHOTS=DIR`` the tests write screenshots to DIR. The one for the README takes two minutes, to fill its
-sparklines.
+With ``FRELAY_SCREENSHOTS=DIR`` the tests write screenshots to DIR. The one for the README takes two minutes, to fill
+its sparklines.
 """
 
 from __future__ import annotations
