@@ -156,8 +156,9 @@ def _add_changes(app: FastAPI, control: Control) -> None:
     @app.put(
         "/v1/routes/{name}",
         summary="Add or replace a route; the answer comes when the route listens and its file is on disk",
+        response_description="The route was replaced",
         responses={
-            201: {"model": RouteView, "description": "The route was added; with 200 it replaced one"},
+            201: {"model": RouteView, "description": "The route was added"},
             **error_answers(409, 412, 503, 507),
         },
     )
@@ -185,6 +186,7 @@ def _add_changes(app: FastAPI, control: Control) -> None:
     @app.delete(
         "/v1/routes/{name}",
         summary="Remove a route; the answer comes when its port is free and its file is removed",
+        response_description="The route was removed",
         status_code=204,
         responses=error_answers(404, 409, 412, 503, 507),
     )
@@ -194,6 +196,7 @@ def _add_changes(app: FastAPI, control: Control) -> None:
     @app.post(
         "/v1/reload",
         summary="Read the configuration files again and put them in force",
+        response_description="The configuration is in force",
         responses=error_answers(409, 503),
     )
     async def reload() -> ReloadedView:
