@@ -244,10 +244,10 @@ async def test_a_pairing_that_ends_while_it_waits_leaves_its_turn_to_others(
     with trio.move_on_after(1):
         await share.spend(1_000_000)
         await share.spend(1_000_000)
-    with trio.move_on_after(math.inf) as patience:
+    with trio.move_on_after(math.inf) as scope:
         began = trio.current_time()
         await share.spend(1000)
-    assert not patience.cancelled_caught
+    assert not scope.cancelled_caught
     assert trio.current_time() - began <= 1.1
 
 

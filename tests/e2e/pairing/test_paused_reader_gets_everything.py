@@ -35,11 +35,11 @@ async def fill(end: End, chunk: bytes) -> int:
     """Send ``chunk`` again and again until all buffers to the reader are full; returns how many bytes were sent."""
     sent = 0
     sock = end.party.socket
-    with trio.move_on_after(0.5) as patience:
+    with trio.move_on_after(0.5) as scope:
         while True:
             await trio.lowlevel.wait_writable(sock)
             sent += await sock.send(chunk[sent % len(chunk) :])
-            patience.deadline = trio.current_time() + 0.5
+            scope.deadline = trio.current_time() + 0.5
     return sent
 
 
