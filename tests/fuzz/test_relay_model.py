@@ -1,14 +1,14 @@
 """TESTPLAN 22: whatever functions and operators do, in whatever order, the relay does what a small model says.
 
-Hypothesis chooses the events; a real relay, in this process and on loopback, is put through them by real parties; and
-:class:`World` keeps beside it what must be true: who waits where and in which order, who is paired with whom, how many
-bytes were carried, and what was counted. Both are compared after every event, down to the order of each queue, so that
-the first one to go wrong is the one that is shown. Once all is over nothing may be left: no leg, no task, no pipe, no
-ticket, no descriptor.
+Hypothesis chooses the events. Real parties do them with a real relay, in this process and on loopback.
+:class:`World` keeps what must be true: which legs wait where and in which order, which are paired, how many bytes were
+carried, and what was counted. Both are compared after every event, down to the order of each queue, so that the first
+event that goes wrong is shown. In the end nothing may be left: no leg, no task, no pipe, no ticket, no descriptor.
 
-Rules are plain functions and a relay is not. So the state machine runs in a thread of its own, and each rule is a call
-into the Trio of the test (:func:`trio.from_thread.run`), which returns once relay and model agree again. Nothing is
-left to chance in between, so that a failure can be shrunk; what happens when many come at once has a rule of its own.
+Rules are plain functions, and a relay is asynchronous. So the state machine runs in a thread of its own, and each rule
+is a call into the Trio of the test (:func:`trio.from_thread.run`), which returns once relay and model agree again.
+Nothing depends on chance in between, so that a failure can be shrunk. Many callers at one moment have a rule of their
+own.
 
 More than a few examples, by hand::
 
@@ -64,10 +64,10 @@ STEPS: Final = 40
 
 CERTIFICATES: Final[dict[str, list[str]]] = {
     "left": ["left.demo"],
-    # Another certificate of the same name: to revoke one of the two is not to revoke the other.
+    # Another certificate of the same name: revoking one of the two does not revoke the other.
     "twin": ["left.demo"],
     "right": ["right.demo"],
-    # One certificate that is either party, by different names: it must not meet itself through a retry.
+    # One certificate that may be either party, by different names: it must not meet itself through a retry.
     "both": ["one.both.demo", "two.both.demo"],
     "stranger": ["stranger.demo"],
 }
@@ -83,7 +83,7 @@ ADMITTED: Final[dict[Wiring, dict[PartyName, dict[str, str]]]] = {
 }
 """By wiring and party, which certificates are admitted and under which name."""
 
-# No limit may strike: the model has no clock.
+# No time limit may end anything: the model has no clock.
 UNHURRIED: Final = """
 [relay]
 drain_timeout = 600
@@ -95,7 +95,7 @@ wait_timeout = 600
 ping_interval = 600
 half_close_timeout = 600
 """
-# So much fits into the kernel's buffers on the way, whoever reads or does not: nobody ever waits for room.
+# The kernel's buffers on the way hold this much, even if nobody reads: no sender waits for room.
 IN_FLIGHT: Final = 48 * 1024
 BULK: Final = 300_000
 CONTENT: Final = block(1 << 20)
@@ -111,8 +111,8 @@ def wired(name: str, wiring: Wiring) -> dict[str, Any]:
 
 
 @dataclass(eq=False)
-class Guest:
-    """A connection of a function, as the model sees it, and the hand on its other end."""
+class Caller:
+    """A connection of a function, as the model sees it, and the party at its other end."""
 
     number: int
     certificate: str
@@ -136,48 +136,48 @@ class Guest:
         return f"{self.number} ({self.certificate} on {self.route.name})"
 
     @property
-    def other(self) -> Guest:
+    def other(self) -> Caller:
         assert self.meeting is not None
-        return self.meeting.guests[opposite(self.side)]
+        return self.meeting.callers[opposite(self.side)]
 
     @property
     def in_flight(self) -> int:
         return self.sent - self.other.received
 
     def words(self, start: int, count: int) -> bytes:
-        """What it sends, ``count`` bytes from ``start`` on; no two guests say the same."""
+        """The bytes that it sends, ``count`` from ``start`` on; no two callers send the same."""
         start = (self.number * 77_773 + start) % len(CONTENT)
         return (CONTENT[start : start + count] + CONTENT)[:count]
 
-    def is_retry_of(self, other: Guest) -> bool:
+    def is_retry_of(self, other: Caller) -> bool:
         is_same = self.certificate == other.certificate or self.identity == other.identity
         return self.attempt == other.attempt and is_same
 
 
 @dataclass(eq=False)
 class Meeting:
-    """Two guests that are paired."""
+    """Two callers that are paired."""
 
     pairing: str
-    guests: dict[PartyName, Guest]
+    callers: dict[PartyName, Caller]
 
     @property
     def is_handed_off(self) -> bool:
-        return all(guest.end is not None for guest in self.guests.values())
+        return all(caller.end is not None for caller in self.callers.values())
 
     @property
     def carried(self) -> list[int]:
         """Bytes that the relay must have delivered by now, by side."""
-        return [self.guests[side].sent if self.is_handed_off else 0 for side in SIDES]
+        return [self.callers[side].sent if self.is_handed_off else 0 for side in SIDES]
 
 
 @dataclass(eq=False)
 class Route:
-    """A route for as long as it is what it was: one that is replaced, or comes back, is another."""
+    """A route until it is removed or replaced; a route that comes back is another one."""
 
     name: str
     wiring: Wiring
-    queues: dict[PartyName, list[Guest]] = field(default_factory=lambda: {"func1": [], "func2": []})
+    queues: dict[PartyName, list[Caller]] = field(default_factory=lambda: {"func1": [], "func2": []})
     meetings: list[Meeting] = field(default_factory=list)
     closed: str = ""
     """The code with which everybody is refused, once it is closed."""
@@ -185,7 +185,7 @@ class Route:
     def __str__(self) -> str:
         return f"route {self.name}, {self.wiring}"
 
-    def waiting(self) -> list[Guest]:
+    def waiting(self) -> list[Caller]:
         return [*self.queues["func1"], *self.queues["func2"]]
 
 
@@ -210,13 +210,13 @@ class Stage:
 
 
 class World:
-    """A relay, everybody who is connected to it, and the model of both."""
+    """A relay, all its callers, and the model of both."""
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
         self.site = stage.site
-        self.guests: list[Guest] = []
-        self.joining: list[Guest] = []
+        self.callers: list[Caller] = []
+        self.joining: list[Caller] = []
         """Those of them that have shown a certificate and not said JOIN."""
         self.routes: dict[str, Route] = {}
         self.retired: list[Route] = []
@@ -235,7 +235,7 @@ class World:
     # --- its beginning and end -------------------------------------------------------------------------------------
 
     async def open(self) -> None:
-        # How long a leg may still speak to a listener that was stopped: a constant, and a clock that the model lacks.
+        # How long a stopped listener waits for refusals to be sent. It is a clock, which the model lacks.
         self._patches.enter_context(mock.patch.object(listener, "_GOODBYE", 600))
         self.descriptors = open_descriptors()
         self.tasks = trio.lowlevel.current_statistics().tasks_living
@@ -263,12 +263,12 @@ class World:
         self._handshakes_seen += isinstance(entry, HandshakeDone)
 
     async def close(self) -> None:
-        """End what is left, by force, and see that nothing is left of it."""
+        """End by force what is left, and check that nothing of it remains."""
         try:
             self.relay.drain(reason="the example is over")
             self.relay.stop_now()
-            for guest in tuple(self.guests):
-                self.hang_up(guest)
+            for caller in tuple(self.callers):
+                self.hang_up(caller)
             with trio.fail_after(TIMEOUT):
                 await self._over.wait()
         finally:
@@ -310,7 +310,7 @@ class World:
 
         return {
             "waiting": {
-                name: {side: [place.leg.address for place in live.lobby.waiting(side)] for side in SIDES}
+                name: {side: [waiter.leg.address for waiter in live.lobby.waiting(side)] for side in SIDES}
                 for name, live in relay.routes.items()
             },
             "pairings": {name: pairings(live) for name, live in relay.routes.items()},
@@ -332,12 +332,12 @@ class World:
     def as_it_should_be(self) -> dict[str, Any]:
         def pairings(route: Route) -> list[Any]:
             return sorted(
-                ([meeting.guests[side].address for side in SIDES], meeting.carried) for meeting in route.meetings
+                ([meeting.callers[side].address for side in SIDES], meeting.carried) for meeting in route.meetings
             )
 
         return {
             "waiting": {
-                name: {side: [guest.address for guest in route.queues[side]] for side in SIDES}
+                name: {side: [caller.address for caller in route.queues[side]] for side in SIDES}
                 for name, route in self.routes.items()
             },
             "pairings": {name: pairings(route) for name, route in self.routes.items()},
@@ -346,9 +346,9 @@ class World:
                 name: (dict(totals.outcomes), dict(totals.refusals), totals.carried)
                 for name, totals in self.totals.items()
             },
-            "legs": len(self.guests),
+            "legs": len(self.callers),
             "slots": len(self.joining),
-            "tickets": sum(guest.ticket != "" for guest in self.guests),
+            "tickets": sum(caller.ticket != "" for caller in self.callers),
             "handshakes": self._handshakes,
         }
 
@@ -364,11 +364,11 @@ class World:
 
     # --- what the model knows of itself ----------------------------------------------------------------------------
 
-    def paired(self) -> list[Guest]:
-        return [guest for guest in self.guests if guest.meeting is not None]
+    def paired(self) -> list[Caller]:
+        return [caller for caller in self.callers if caller.meeting is not None]
 
-    def waiting(self) -> list[Guest]:
-        return [guest for route in self.routes.values() for guest in route.waiting()]
+    def waiting(self) -> list[Caller]:
+        return [caller for route in self.routes.values() for caller in route.waiting()]
 
     def meetings(self) -> list[Meeting]:
         return [meeting for route in (*self.routes.values(), *self.retired) for meeting in route.meetings]
@@ -381,51 +381,51 @@ class World:
         kept = {"", *self.routes, *(route.name for route in self.retired)}
         self.totals = {name: totals for name, totals in self.totals.items() if name in kept}
 
-    def hang_up(self, guest: Guest) -> None:
-        """Close its connections, however they stand, and forget it."""
-        for party in {guest.party, *([guest.end.party] if guest.end is not None else [])}:
+    def hang_up(self, caller: Caller) -> None:
+        """Close its connections in whatever state, and forget it."""
+        for party in {caller.party, *([caller.end.party] if caller.end is not None else [])}:
             party.close()
             self.site.parties.remove(party)
-        self.guests.remove(guest)
+        self.callers.remove(caller)
 
-    async def refused(self, guest: Guest, code: str) -> None:
-        """It is told so in as many words, and that counts."""
-        if code == "draining" and guest not in self.joining:
-            await guest.party.expect("DRAINING")
-        assert (await guest.party.refusal())["code"] == code
-        self._counted_under(guest.route.name).refusals[code] += 1
-        if guest in self.joining:
-            self.joining.remove(guest)
-        self.hang_up(guest)
+    async def refused(self, caller: Caller, code: str) -> None:
+        """It is told its refusal, and the refusal is counted."""
+        if code == "draining" and caller not in self.joining:
+            await caller.party.expect("DRAINING")
+        assert (await caller.party.refusal())["code"] == code
+        self._counted_under(caller.route.name).refusals[code] += 1
+        if caller in self.joining:
+            self.joining.remove(caller)
+        self.hang_up(caller)
 
     # --- coming ----------------------------------------------------------------------------------------------------
 
     def _port(self, route: str) -> int:
         return int(self.relay.bound(route)[0].rpartition(":")[2])
 
-    async def _connect(self, certificate: str, route: Route) -> Guest:
+    async def _connect(self, certificate: str, route: Route) -> Caller:
         party = await self.site.connect(self._port(route.name), context=self.stage.contexts[certificate])
         host, port = party.socket.getsockname()
         self._numbers += 1
-        guest = Guest(self._numbers, certificate, route, party, party.attempt, f"{host}:{port}")
-        self.guests.append(guest)
-        return guest
+        caller = Caller(self._numbers, certificate, route, party, party.attempt, f"{host}:{port}")
+        self.callers.append(caller)
+        return caller
 
     async def knock(self, certificate: str, route: Route) -> None:
-        """Show a certificate."""
-        guest = await self._connect(certificate, route)
-        await guest.party.handshake()
+        """Connect and show a certificate."""
+        caller = await self._connect(certificate, route)
+        await caller.party.handshake()
         if certificate in self.revoked:
-            assert "REVOKED" in await guest.party.alert()
+            assert "REVOKED" in await caller.party.alert()
             self._counted_under(route.name).refusals["revoked"] += 1
-            self.hang_up(guest)
+            self.hang_up(caller)
         else:
             self._handshakes += 1
-            self.joining.append(guest)
+            self.joining.append(caller)
 
-    def objection(self, guest: Guest, asked: PartyName | None) -> str | None:
+    def objection(self, caller: Caller, asked: PartyName | None) -> str | None:
         """The code with which its JOIN is refused; None if it is let in, and then its side and identity are settled."""
-        route, certificate = guest.route, guest.certificate
+        route, certificate = caller.route, caller.certificate
         fits = {side: names[certificate] for side, names in ADMITTED[route.wiring].items() if certificate in names}
         if asked is not None:
             fits = {side: identity for side, identity in fits.items() if side == asked}
@@ -433,253 +433,253 @@ class World:
             return "not-authorised"
         if len(fits) > 1:
             return "protocol-error"
-        [(guest.side, guest.identity)] = fits.items()
+        [(caller.side, caller.identity)] = fits.items()
         if certificate in self.revoked:
             return "revoked"
         if route.closed:
             return route.closed
-        if self._is_full(guest) and self._stale(guest) is None and self._spare(guest) is None:
+        if self._is_full(caller) and self._stale(caller) is None and self._spare(caller) is None:
             return "queue-full"
         return None
 
-    def _is_full(self, guest: Guest) -> bool:
-        return len(guest.route.queues[guest.side]) >= self.most_waiting
+    def _is_full(self, caller: Caller) -> bool:
+        return len(caller.route.queues[caller.side]) >= self.most_waiting
 
-    def _spare(self, guest: Guest) -> Guest | None:
-        """Who gives up a place in a full queue for it: the last of those of whom most wait, if two more than of its."""
-        queue = guest.route.queues[guest.side]
+    def _spare(self, caller: Caller) -> Caller | None:
+        """The caller that is evicted from a full queue for it: the newest of those with most, if two more than it."""
+        queue = caller.route.queues[caller.side]
         held = Counter(other.identity for other in queue)
         [(greediest, most)] = held.most_common(1)
-        if most < held[guest.identity] + 2:
+        if most < held[caller.identity] + 2:
             return None
         return [other for other in queue if other.identity == greediest][-1]
 
-    def _has_its_share(self, guest: Guest) -> bool:
+    def _has_its_share(self, caller: Caller) -> bool:
         """Whether it may not be paired: the last 1/32 of the pairings, at least one, is for those with few of them."""
-        meetings = guest.route.meetings
+        meetings = caller.route.meetings
         free = self.most_pairings - len(meetings)
-        held = sum(guest.identity in {other.identity for other in meeting.guests.values()} for meeting in meetings)
+        held = sum(caller.identity in {other.identity for other in meeting.callers.values()} for meeting in meetings)
         return free <= 0 or (free <= max(1, self.most_pairings // 32) and held >= free)
 
-    def _stale(self, guest: Guest) -> Guest | None:
-        return next((other for other in guest.route.waiting() if guest.is_retry_of(other)), None)
+    def _stale(self, caller: Caller) -> Caller | None:
+        return next((other for other in caller.route.waiting() if caller.is_retry_of(other)), None)
 
-    async def join(self, guest: Guest, asked: PartyName | None, mode: Mode, attempt: str) -> None:
-        """Say JOIN; and be refused, wait, or be paired."""
-        guest.mode, guest.attempt = mode, attempt
+    async def join(self, caller: Caller, asked: PartyName | None, mode: Mode, attempt: str) -> None:
+        """Send JOIN; then it is refused, waits, or is paired."""
+        caller.mode, caller.attempt = mode, attempt
         fields: dict[str, Any] = {} if asked is None else {"party": asked}
-        await guest.party.send_frame("JOIN", {"attempt": attempt, "modes": [mode], **fields})
-        code = self.objection(guest, asked)
+        await caller.party.send_frame("JOIN", {"attempt": attempt, "modes": [mode], **fields})
+        code = self.objection(caller, asked)
         if code is not None:
-            await self.refused(guest, code)
+            await self.refused(caller, code)
             return
-        await self._is_let_in(guest)
-        stale = self._stale(guest)
+        await self._is_let_in(caller)
+        stale = self._stale(caller)
         if stale is not None:
             stale.route.queues[stale.side].remove(stale)
             await self.refused(stale, "replaced")
-        others = guest.route.queues[opposite(guest.side)]
-        if others and self._has_its_share(guest):
-            await self.refused(guest, "limit")
+        others = caller.route.queues[opposite(caller.side)]
+        if others and self._has_its_share(caller):
+            await self.refused(caller, "limit")
             return
-        self.joining.remove(guest)
+        self.joining.remove(caller)
         while others and self._has_its_share(others[0]):
             await self.refused(others.pop(0), "limit")
         if others:
-            await self._meet(guest, others.pop(0))
+            await self._meet(caller, others.pop(0))
             return
-        spare = self._spare(guest) if self._is_full(guest) else None
+        spare = self._spare(caller) if self._is_full(caller) else None
         if spare is not None:
             spare.route.queues[spare.side].remove(spare)
             await self.refused(spare, "queue-full")
-        guest.route.queues[guest.side].append(guest)
+        caller.route.queues[caller.side].append(caller)
 
-    async def _is_let_in(self, guest: Guest) -> None:
-        told = await guest.party.expect("WAITING")
-        assert (told["route"], told["party"], told["identity"]) == (guest.route.name, guest.side, guest.identity)
+    async def _is_let_in(self, caller: Caller) -> None:
+        told = await caller.party.expect("WAITING")
+        assert (told["route"], told["party"], told["identity"]) == (caller.route.name, caller.side, caller.identity)
 
-    async def _meet(self, one: Guest, two: Guest) -> None:
-        """Both are told of each other, and of nobody else."""
-        told = {guest: await guest.party.expect("PAIRED") for guest in (one, two)}
+    async def _meet(self, one: Caller, two: Caller) -> None:
+        """Both are told of each other only."""
+        told = {caller: await caller.party.expect("PAIRED") for caller in (one, two)}
         assert told[one]["pairing"] == told[two]["pairing"]
         meeting = Meeting(told[one]["pairing"], {one.side: one, two.side: two})
         one.route.meetings.append(meeting)
-        for guest, words in told.items():
-            guest.meeting = meeting
-            role = "client" if guest.side == "func1" else "server"
-            assert (words["route"], words["peer"]) == (guest.route.name, guest.other.identity)
-            assert (words["role"], words["mode"]) == (role, guest.mode)
-            guest.ticket = words.get("ticket", "")
-            if guest.mode == "tunnel":
-                guest.end = End(guest.party, "tunnel")
+        for caller, words in told.items():
+            caller.meeting = meeting
+            role = "client" if caller.side == "func1" else "server"
+            assert (words["route"], words["peer"]) == (caller.route.name, caller.other.identity)
+            assert (words["role"], words["mode"]) == (role, caller.mode)
+            caller.ticket = words.get("ticket", "")
+            if caller.mode == "tunnel":
+                caller.end = End(caller.party, "tunnel")
 
     async def crowd(self, route: Route, certificates: Iterable[str]) -> None:
-        """Many come in one moment. Who of them meets whom is theirs to race for, and what else is so is not.
+        """Many come at one moment. A race decides which of them are paired; all else is certain.
 
-        As many are paired as can be; whoever waited before goes first, and in order. All who came, and whom they met,
-        leave again: what follows must not depend on the race, or no failure could be repeated.
+        As many as possible are paired; callers that waited before go first, in order. All that came, and their
+        partners, leave again: what follows must not depend on the race, or no failure could be repeated.
         """
         before = {side: list(route.queues[side]) for side in SIDES}
-        came: list[Guest] = []
+        came: list[Caller] = []
 
         async def come(certificate: str) -> None:
-            guest = await self._connect(certificate, route)
-            came.append(guest)
-            await guest.party.handshake()
-            await guest.party.join()
-            assert self.objection(guest, None) is None
-            await self._is_let_in(guest)
+            caller = await self._connect(certificate, route)
+            came.append(caller)
+            await caller.party.handshake()
+            await caller.party.join()
+            assert self.objection(caller, None) is None
+            await self._is_let_in(caller)
 
         async with trio.open_nursery() as nursery:
             for certificate in certificates:
                 nursery.start_soon(come, certificate)
         self._handshakes += len(came)
-        there = {side: [*before[side], *(guest for guest in came if guest.side == side)] for side in SIDES}
-        expected = len(route.meetings) + min(len(guests) for guests in there.values())
+        there = {side: [*before[side], *(caller for caller in came if caller.side == side)] for side in SIDES}
+        expected = len(route.meetings) + min(len(callers) for callers in there.values())
         live = self.relay.routes[route.name]
         deadline = trio.current_time() + TIMEOUT
         while len(live.pairings) < expected:
             assert trio.current_time() < deadline, f"{len(live.pairings)} pairings where {expected} should be"
             await trio.sleep(0.001)
         known = {meeting.pairing for meeting in route.meetings}
-        at = {guest.address: guest for guest in self.guests}
+        at = {caller.address: caller for caller in self.callers}
         for pairing in list(live.pairings.values()):
             if pairing.id not in known:
                 await self._meet(*(at[pairing.legs[side].address] for side in SIDES))
         for side in SIDES:
-            # In the order in which the relay let them in, of which only the beginning is known.
-            left = route.queues[side] = [at[place.leg.address] for place in live.lobby.waiting(side)]
-            assert set(left) == {guest for guest in there[side] if guest.meeting is None}
-            stayed = [guest for guest in before[side] if guest.meeting is None]
+            # In the order in which the relay let them in; the model only knows the beginning of that order.
+            left = route.queues[side] = [at[waiter.leg.address] for waiter in live.lobby.waiting(side)]
+            assert set(left) == {caller for caller in there[side] if caller.meeting is None}
+            stayed = [caller for caller in before[side] if caller.meeting is None]
             assert before[side][len(before[side]) - len(stayed) :] == stayed == left[: len(stayed)]
             if stayed:
-                assert all(guest.meeting is None for guest in came if guest.side == side)
-        for guest in came:
-            if guest in route.queues[guest.side]:
-                await self.leave(guest, "reset")
-            elif guest in self.guests:
-                await self.reset(guest)
+                assert all(caller.meeting is None for caller in came if caller.side == side)
+        for caller in came:
+            if caller in route.queues[caller.side]:
+                await self.leave(caller, "reset")
+            elif caller in self.callers:
+                await self.reset(caller)
 
     # --- going -----------------------------------------------------------------------------------------------------
 
-    async def leave(self, guest: Guest, way: str) -> None:
-        """Go without having met anybody."""
+    async def leave(self, caller: Caller, way: str) -> None:
+        """Leave without having been paired."""
         if way == "LEAVE":
-            await guest.party.send_frame("LEAVE")
+            await caller.party.send_frame("LEAVE")
         elif way == "close_notify":
-            await guest.party.stream.send_all(guest.party.close_notify())
+            await caller.party.stream.send_all(caller.party.close_notify())
         elif way == "reset":
-            guest.party.reset()
-        guest.route.queues[guest.side].remove(guest)
-        self.hang_up(guest)
+            caller.party.reset()
+        caller.route.queues[caller.side].remove(caller)
+        self.hang_up(caller)
 
-    async def give_up(self, guest: Guest) -> None:
-        """Go before JOIN."""
-        guest.party.reset()
-        self.joining.remove(guest)
-        self.hang_up(guest)
+    async def give_up(self, caller: Caller) -> None:
+        """Leave before JOIN."""
+        caller.party.reset()
+        self.joining.remove(caller)
+        self.hang_up(caller)
 
     # --- pairings --------------------------------------------------------------------------------------------------
 
-    async def hand_off(self, guest: Guest, early: int) -> None:
-        """Do its part of the hand-off, with the first raw bytes on the heels of it."""
-        first = guest.words(0, early)
-        if guest.mode == "ticket":
+    async def hand_off(self, caller: Caller, early: int) -> None:
+        """Do its part of the hand-off, directly followed by the first raw bytes."""
+        first = caller.words(0, early)
+        if caller.mode == "ticket":
             breaks_off = early % 2 == 1
             if breaks_off:
-                guest.party.reset()
-            second = await self.site.connect(self._port(guest.route.name), context=self.stage.contexts["left"])
-            await second.send_raw(f"FRELAY/1 {guest.ticket}\n".encode() + first)
-            guest.end, guest.ticket = End(second, "raw"), ""
+                caller.party.reset()
+            second = await self.site.connect(self._port(caller.route.name), context=self.stage.contexts["left"])
+            await second.send_raw(f"FRELAY/1 {caller.ticket}\n".encode() + first)
+            caller.end, caller.ticket = End(second, "raw"), ""
             if not breaks_off:
-                await guest.party.read_to_close_notify()
+                await caller.party.read_to_close_notify()
         else:
-            await guest.party.hand_off(first)
-            guest.end = End(guest.party, "raw")
-        guest.sent += early
+            await caller.party.hand_off(first)
+            caller.end = End(caller.party, "raw")
+        caller.sent += early
 
-    async def send(self, guest: Guest, count: int) -> None:
-        assert guest.end is not None
-        await guest.end.send(guest.words(guest.sent, count))
-        guest.sent += count
+    async def send(self, caller: Caller, count: int) -> None:
+        assert caller.end is not None
+        await caller.end.send(caller.words(caller.sent, count))
+        caller.sent += count
 
-    async def receive(self, guest: Guest) -> None:
-        """All that is under way arrives, byte for byte, and the end behind it if there is one."""
-        assert guest.end is not None
-        other, count = guest.other, guest.other.in_flight
-        assert await guest.end.receive_exactly(count) == other.words(guest.received, count)
-        guest.received += count
+    async def receive(self, caller: Caller) -> None:
+        """All that is on the way arrives, byte for byte, and then the end if there is one."""
+        assert caller.end is not None
+        other, count = caller.other, caller.other.in_flight
+        assert await caller.end.receive_exactly(count) == other.words(caller.received, count)
+        caller.received += count
         if other.has_ended:
-            assert await guest.end.receive() == b""
+            assert await caller.end.receive() == b""
 
-    async def bulk(self, guest: Guest) -> None:
-        """More than any buffer holds, so that somebody must read meanwhile."""
-        other = guest.other
+    async def bulk(self, caller: Caller) -> None:
+        """Send more than all buffers hold, so that the other one must read meanwhile."""
+        other = caller.other
         await self.receive(other)
         assert other.end is not None
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self.send, guest, BULK)
+            nursery.start_soon(self.send, caller, BULK)
             found = await other.end.receive_exactly(BULK)
-        assert found == guest.words(other.received, BULK)
+        assert found == caller.words(other.received, BULK)
         other.received += BULK
 
-    async def end(self, guest: Guest) -> None:
-        """Say that there is no more; the pairing is over once both have."""
-        assert guest.end is not None
-        assert guest.meeting is not None
-        await guest.end.send_eof()
-        guest.has_ended = True
-        if guest.other.has_ended:
-            for one in (guest, guest.other):
+    async def end(self, caller: Caller) -> None:
+        """End its direction; the pairing is over once both have."""
+        assert caller.end is not None
+        assert caller.meeting is not None
+        await caller.end.send_eof()
+        caller.has_ended = True
+        if caller.other.has_ended:
+            for one in (caller, caller.other):
                 await self.receive(one)
-            self._part(guest.meeting, "closed")
+            self._part(caller.meeting, "closed")
 
     def _part(self, meeting: Meeting, outcome: str) -> None:
         """The pairing is over, and counts."""
-        guests = tuple(meeting.guests.values())
-        totals = self._counted_under(guests[0].route.name)
+        callers = tuple(meeting.callers.values())
+        totals = self._counted_under(callers[0].route.name)
         totals.outcomes[outcome] += 1
         totals.carried = [before + now for before, now in zip(totals.carried, meeting.carried, strict=True)]
-        guests[0].route.meetings.remove(meeting)
-        for guest in guests:
-            self.hang_up(guest)
+        callers[0].route.meetings.remove(meeting)
+        for caller in callers:
+            self.hang_up(caller)
         self._forget_routes_that_are_gone()
 
-    async def _is_cut(self, guest: Guest) -> None:
-        """Its connection is broken off: what still came is a beginning of what was sent, and no end was made up."""
-        assert guest.meeting is not None
-        if guest.end is None:
-            assert await guest.party.ended() == "reset"
+    async def _is_cut(self, caller: Caller) -> None:
+        """Its connection is cut: what still arrived is a beginning of what was sent, and there was no orderly end."""
+        assert caller.meeting is not None
+        if caller.end is None:
+            assert await caller.party.ended() == "reset"
             return
         found = b""
         try:
-            while data := await guest.end.receive():
+            while data := await caller.end.receive():
                 found += data
         except (trio.BrokenResourceError, ssl.SSLEOFError):
             pass
         else:
-            assert guest.other.has_ended, "a cut that looks like an end"
-        expected = guest.other.words(guest.received, guest.other.in_flight) if guest.meeting.is_handed_off else b""
+            assert caller.other.has_ended, "a cut that looks like an end"
+        expected = caller.other.words(caller.received, caller.other.in_flight) if caller.meeting.is_handed_off else b""
         assert expected.startswith(found)
 
-    async def reset(self, guest: Guest) -> None:
-        """Break a pairing off."""
-        meeting, other = guest.meeting, guest.other
+    async def reset(self, caller: Caller) -> None:
+        """Reset a connection of a pairing."""
+        meeting, other = caller.meeting, caller.other
         assert meeting is not None
-        (guest.end.party if guest.end is not None else guest.party).reset()
+        (caller.end.party if caller.end is not None else caller.party).reset()
         if not meeting.is_handed_off:
             await self._is_cut(other)
             self._part(meeting, "handoff-aborted")
-        elif not guest.has_ended:
+        elif not caller.has_ended:
             await self._is_cut(other)
             self._part(meeting, "reset")
         else:
-            # What it had said was delivered, and is not taken back. That it takes no more may show with the next byte.
+            # What it had sent was delivered before. The relay may notice only at the next byte that it takes no more.
             assert other.end is not None
             with suppress(trio.BrokenResourceError):
                 await other.end.send(b"?")
-            count = guest.in_flight
-            assert await other.end.receive_exactly(count) == guest.words(other.received, count)
+            count = caller.in_flight
+            assert await other.end.receive_exactly(count) == caller.words(other.received, count)
             self._part(meeting, "hung-up")
 
     # --- what operators do -----------------------------------------------------------------------------------------
@@ -699,7 +699,7 @@ class World:
         assert self.relay.last_reload_error is None
 
     async def set_limits(self, most_waiting: int, most_pairings: int) -> None:
-        """They hold for whoever comes next."""
+        """They hold for callers that come from now on."""
         self.most_waiting, self.most_pairings = most_waiting, most_pairings
         self.write_file()
         await self.reload()
@@ -717,7 +717,7 @@ class World:
         self.write_list()
 
     async def put_route(self, name: str, wiring: Wiring) -> None:
-        """Add a route, change who its parties are, or leave it as it is."""
+        """Add a route, change its parties, or leave it as it is."""
         _, is_new = await self.control.put_route(name, wired(name, wiring), if_match=None, must_be_new=False)
         old = self.routes.get(name)
         assert is_new is (old is None)
@@ -740,26 +740,26 @@ class World:
         route.closed = code
         sent_away = route.waiting()
         route.queues = {"func1": [], "func2": []}
-        for guest in sent_away:
-            await self.refused(guest, code)
+        for caller in sent_away:
+            await self.refused(caller, code)
 
     async def revoke(self, certificate: str) -> None:
-        """Revoke a certificate, or let it back in; whoever is in by one that is revoked is out."""
+        """Revoke a certificate, or undo that; callers that are in by a revoked one are thrown out."""
         self.revoked ^= {certificate}
         self.write_list()
         await self.reload()
-        for guest in self.waiting():
-            if guest.certificate in self.revoked:
-                guest.route.queues[guest.side].remove(guest)
-                await self.refused(guest, "revoked")
+        for caller in self.waiting():
+            if caller.certificate in self.revoked:
+                caller.route.queues[caller.side].remove(caller)
+                await self.refused(caller, "revoked")
         for meeting in self.meetings():
-            if any(guest.certificate in self.revoked for guest in meeting.guests.values()):
-                for guest in meeting.guests.values():
-                    await self._is_cut(guest)
+            if any(caller.certificate in self.revoked for caller in meeting.callers.values()):
+                for caller in meeting.callers.values():
+                    await self._is_cut(caller)
                 self._part(meeting, "revoked")
 
     async def drain(self) -> None:
-        """Take nobody in any more; who is paired goes on."""
+        """Let no caller in any more; pairings go on."""
         self.is_draining = True
         self.relay.drain(reason="a rule")
         for route in (*self.routes.values(), *self.retired):
@@ -778,7 +778,7 @@ pairs_of_modes = st.tuples(*[st.sampled_from(["handoff", "handoff", "tunnel", "t
 
 
 class RelayMachine(RuleBasedStateMachine):
-    """The events, each of which may come whenever it can."""
+    """The events; each may come whenever it is possible."""
 
     stage: ClassVar[Stage]
 
@@ -807,39 +807,42 @@ class RelayMachine(RuleBasedStateMachine):
         modes=st.lists(pairs_of_modes, max_size=2),
     )
     def begin(self, waiting: int, pairings: int, modes: list[tuple[Mode, Mode]]) -> None:
-        """With limits and pairings from the start in many examples: few would get by themselves to where these tell."""
+        """Many examples start with limits and pairings, because few would reach an interesting state by themselves."""
         self.do(self.world.set_limits, waiting, pairings)
         for pair in modes:
             self._introduce(self.world.routes["a"], pair)
 
-    # --- who can do something --------------------------------------------------------------------------------------
+    # --- callers that can act --------------------------------------------------------------------------------------
 
     def there_is_room(self, for_so_many: int = 1) -> bool:
-        return not self.world.is_draining and len(self.world.guests) + for_so_many < 16
+        return not self.world.is_draining and len(self.world.callers) + for_so_many < 16
 
-    def not_handed_off(self) -> list[Guest]:
+    def not_handed_off(self) -> list[Caller]:
         world = self.world
         can_bring_tickets = {} if world.is_draining else world.routes
         return [
-            guest
-            for guest in world.paired()
-            if guest.end is None and (guest.mode != "ticket" or guest.route.name in can_bring_tickets)
+            caller
+            for caller in world.paired()
+            if caller.end is None and (caller.mode != "ticket" or caller.route.name in can_bring_tickets)
         ]
 
-    def speakers(self) -> list[Guest]:
-        return [guest for guest in self.world.paired() if guest.end is not None and not guest.has_ended]
+    def speakers(self) -> list[Caller]:
+        return [caller for caller in self.world.paired() if caller.end is not None and not caller.has_ended]
 
-    def readers(self) -> list[Guest]:
-        return [guest for guest in self.world.paired() if guest.meeting is not None and guest.meeting.is_handed_off]
+    def readers(self) -> list[Caller]:
+        return [caller for caller in self.world.paired() if caller.meeting is not None and caller.meeting.is_handed_off]
 
-    def both(self) -> list[Guest]:
+    def both(self) -> list[Caller]:
         readers = self.readers()
-        return [guest for guest in self.speakers() if guest in readers]
+        return [caller for caller in self.speakers() if caller in readers]
 
-    def breakers(self) -> list[Guest]:
-        # A leg that has been handed off and waits for the other one is not read, and so not known to be gone. And one
-        # whose ticket is out may break off.
-        return [*self.readers(), *(guest for guest in self.world.paired() if guest.end is None and not guest.ticket)]
+    def breakers(self) -> list[Caller]:
+        # The relay does not read a leg that is handed off and waits for the other one, so it does not know when that
+        # goes. A caller with a ticket may break its connection.
+        return [
+            *self.readers(),
+            *(caller for caller in self.world.paired() if caller.end is None and not caller.ticket),
+        ]
 
     # --- functions -------------------------------------------------------------------------------------------------
 
@@ -856,41 +859,41 @@ class RelayMachine(RuleBasedStateMachine):
         retry_of=st.none() | picks,
     )
     def join(self, which: int, asked: PartyName | None, mode: Mode, retry_of: int | None) -> None:
-        guest: Guest = pick(self.world.joining, which)
-        attempt = guest.attempt if retry_of is None else pick(self.world.guests, retry_of).attempt
-        self.do(self.world.join, guest, asked, mode, attempt)
+        caller: Caller = pick(self.world.joining, which)
+        attempt = caller.attempt if retry_of is None else pick(self.world.callers, retry_of).attempt
+        self.do(self.world.join, caller, asked, mode, attempt)
 
     @precondition(there_is_room)
     @rule(certificate=st.sampled_from(KNOWN), which=picks, side=sides, mode=st.sampled_from(["handoff", "tunnel"]))
     def come(self, certificate: str, which: int, side: PartyName, mode: Mode) -> None:
-        """Knock and join in one, since most of what follows needs somebody who is in."""
+        """Connect and join in one event, because most other events need a caller that is in."""
         self._come(certificate, pick(self.world.routes.values(), which), side, mode, None)
 
     @precondition(lambda self: self.there_is_room(2))
     @rule(which=picks, modes=pairs_of_modes)
     def introduce(self, which: int, modes: tuple[Mode, Mode]) -> None:
-        """Two come, and whoever is paired by now does its part of the hand-off: the way to most pairings that talk."""
+        """Two come, and those that are paired now do their hand-off: so most examples get pairings that send."""
         self._introduce(pick(self.world.routes.values(), which), modes)
 
     def _introduce(self, route: Route, modes: tuple[Mode, Mode]) -> None:
         for certificate, mode in zip(("left", "right"), modes, strict=True):
             self._come(certificate, route, "func1", mode, None)
-        for guest in self.not_handed_off():
-            self.do(self.world.hand_off, guest, 0)
+        for caller in self.not_handed_off():
+            self.do(self.world.hand_off, caller, 0)
 
     @precondition(lambda self: self.there_is_room() and self.world.waiting())
     @rule(which=picks, certificate=st.none() | st.sampled_from(KNOWN), side=sides)
     def come_again(self, which: int, certificate: str | None, side: PartyName) -> None:
-        """Somebody who waits comes with the same attempt on a new connection; or somebody else says so."""
-        guest: Guest = pick(self.world.waiting(), which)
-        self._come(certificate or guest.certificate, guest.route, side, "handoff", guest.attempt)
+        """A waiting caller comes with the same attempt on a new connection; or another one uses that attempt."""
+        caller: Caller = pick(self.world.waiting(), which)
+        self._come(certificate or caller.certificate, caller.route, side, "handoff", caller.attempt)
 
     def _come(self, certificate: str, route: Route, side: PartyName, mode: Mode, attempt: str | None) -> None:
         world, before = self.world, len(self.world.joining)
         self.do(world.knock, certificate, route)
-        for guest in world.joining[before:]:
+        for caller in world.joining[before:]:
             asked = side if certificate == "both" else None
-            self.do(world.join, guest, asked, mode, attempt or guest.attempt)
+            self.do(world.join, caller, asked, mode, attempt or caller.attempt)
 
     @precondition(lambda self: self.there_is_room(6) and self.world.most_waiting > 2 and self.world.most_pairings > 2)
     @rule(which=picks, certificates=st.lists(st.sampled_from(["left", "right", "twin"]), min_size=2, max_size=6))
@@ -917,9 +920,9 @@ class RelayMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.speakers())
     @rule(which=picks, count=st.sampled_from([1, 5, 997, 16384, 16385]))
     def send(self, which: int, count: int) -> None:
-        guest: Guest = pick(self.speakers(), which)
-        if guest.in_flight + count <= IN_FLIGHT:
-            self.do(self.world.send, guest, count)
+        caller: Caller = pick(self.speakers(), which)
+        if caller.in_flight + count <= IN_FLIGHT:
+            self.do(self.world.send, caller, count)
 
     @precondition(lambda self: self.readers())
     @rule(which=picks)
@@ -934,25 +937,25 @@ class RelayMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.speakers())
     @rule(which=picks, answered=st.booleans())
     def end(self, which: int, answered: bool) -> None:
-        guest: Guest = pick(self.speakers(), which)
-        self.do(self.world.end, guest)
-        if answered and guest.meeting is not None and guest.other in self.speakers():
-            self.do(self.world.end, guest.other)
+        caller: Caller = pick(self.speakers(), which)
+        self.do(self.world.end, caller)
+        if answered and caller.meeting is not None and caller.other in self.speakers():
+            self.do(self.world.end, caller.other)
 
     @precondition(lambda self: self.breakers())
     @rule(which=picks, having_ended=st.booleans())
     def reset(self, which: int, having_ended: bool) -> None:
-        guest: Guest = pick(self.breakers(), which)
-        if having_ended and guest in self.both() and not guest.other.has_ended:
-            self.do(self.world.end, guest)
+        caller: Caller = pick(self.breakers(), which)
+        if having_ended and caller in self.both() and not caller.other.has_ended:
+            self.do(self.world.end, caller)
             self.do(self.world.agree)
-        self.do(self.world.reset, guest)
+        self.do(self.world.reset, caller)
 
     # --- operators -------------------------------------------------------------------------------------------------
 
     @rule()
     def look(self) -> None:
-        """Nothing happens; and nothing happens in a relay that has drained and is gone."""
+        """Nothing happens; nor in a relay that has drained and ended."""
 
     @precondition(lambda self: not self.world.is_draining)
     @rule()
@@ -984,14 +987,14 @@ class RelayMachine(RuleBasedStateMachine):
     def revoke(self, certificate: str) -> None:
         self.do(self.world.revoke, certificate)
 
-    @precondition(lambda self: not self.world.is_draining and len(self.world.guests) > 3)
+    @precondition(lambda self: not self.world.is_draining and len(self.world.callers) > 3)
     @rule()
     def drain(self) -> None:
         self.do(self.world.drain)
 
 
 def pick(candidates: Iterable[Any], which: int) -> Any:
-    """One of them; by a number, so that it stays the same one while an example shrinks around it."""
+    """One of them, by a number, so that it stays the same one while an example is shrunk."""
     found = sorted(candidates, key=str)
     chosen = found[which % len(found)]
     note(f"# {chosen}")
