@@ -1,4 +1,4 @@
-"""A congestion control that this kernel does not have, or keeps from ordinary users, is told of with its remedy."""
+"""A congestion control that the kernel lacks, or that ordinary users may not use, is reported with a remedy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from frelay.net.sockets import objection_to_congestion_control
 
 @pytest.fixture
 def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """One that has three, and lets everybody use two of them."""
+    """A kernel that has three, and lets everybody use two of them."""
     (tmp_path / "available").write_text("reno cubic bbr\n")
     (tmp_path / "allowed").write_text("reno cubic\n")
     monkeypatch.setattr(frelay.net.sockets, "_AVAILABLE", tmp_path / "available")

@@ -117,8 +117,8 @@ def test_an_end_does_not_wait_for_a_reader_that_never_comes() -> None:
         writer = LineWriter(writing, missing)
         writer.write("stuck\n")
         began = time.monotonic()
-        writer.close(patience=0.1)
-        assert 0.1 <= time.monotonic() - began < 20  # without patience it would wait for ever
+        writer.close(timeout=0.1)
+        assert 0.1 <= time.monotonic() - began < 20  # without the timeout it would wait for ever
 
 
 @pytest.mark.load
@@ -147,7 +147,7 @@ def test_a_write_that_fails_is_counted_until_one_succeeds(tmp_path: Path) -> Non
 
 @pytest.mark.load
 def test_a_line_that_was_cut_short_does_not_swallow_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a disk that becomes full in mid-line, and has room again later."""
+    """As on a disk that becomes full in the middle of a line, and has room again later."""
     written = b""
     room = 6
 
@@ -218,7 +218,7 @@ def test_nothing_in_a_value_can_forge_a_line_or_move_a_cursor(tmp_path: Path, fo
 
 
 def test_json_keeps_what_was_said(tmp_path: Path) -> None:
-    """Escaped is not changed: whoever reads it as JSON gets the very text."""
+    """Escaping changes nothing: a JSON reader gets the same text."""
     text = logged(tmp_path, "json", lambda logger: logger.info("refused", reason=HOSTILE))
     assert json.loads(text)["reason"] == HOSTILE
 

@@ -1,4 +1,4 @@
-"""What systemd is told, word for word, and which of the sockets that it passes are taken for what."""
+"""What systemd is told, word for word, and how the sockets that it passes are used."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ async def test_a_manager_that_does_not_read_costs_no_time_and_hears_it_later(
             await trio.sleep(1)
             words += manager.heard()
         nursery.cancel_scope.cancel()
-    # The last ones, in order: what such a manager missed before is no longer so.
+    # Only the last messages, in order: those before them are out of date.
     assert len(words) == 16
     assert words[-1] == "READY=1\nSTATUS=two"
     assert all(word.startswith("RELOADING=1") for word in words[:-1])
@@ -295,7 +295,7 @@ def test_a_server_takes_only_what_is_bound_where_it_listens(name: str) -> None:
 
 
 def test_the_api_of_a_unix_socket_never_takes_another(tmp_path: Path) -> None:
-    """On a Unix socket it asks nobody for a certificate: the socket's mode is all that guards it."""
+    """A Unix socket asks for no certificate: only the mode of the socket guards it."""
     path = tmp_path / "admin.sock"
     with ExitStack() as stack:
         tcp = stack.enter_context(listening())
@@ -344,7 +344,7 @@ def test_a_name_may_stand_for_several_addresses() -> None:
 
 
 def test_a_route_with_several_addresses_gets_a_socket_for_each() -> None:
-    """All by one name, in any order; and one at none of its addresses is a slip in the unit."""
+    """All sockets have one name, in any order; one that is at no address of the route is a mistake in the unit."""
     with listening("127.0.0.1") as four, listening("::1", four.getsockname()[1]) as six, listening() as stray:
         port = four.getsockname()[1]
         both = [parse_address(f"127.0.0.1:{port}"), parse_address(f"[::1]:{port}")]

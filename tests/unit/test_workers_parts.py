@@ -1,4 +1,4 @@
-"""The parts of a relay with workers, one at a time: who gets which address, and what goes through the channel."""
+"""The parts of a relay with workers, one at a time: which worker gets an address, and what the channel carries."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ from frelay.relay.workers.placement import clusters, spread
 
 KEYS = [ListenerKey(Address("127.0.0.1", port)) for port in range(9001, 9009)]
 
-# --- who has which address -----------------------------------------------------------------------------------------
+# --- which worker has an address -----------------------------------------------------------------------------------
 
 
 def alone(keys: list[ListenerKey]) -> list[tuple[ListenerKey, ...]]:
@@ -61,7 +61,7 @@ def test_addresses_are_dealt_out_in_their_order() -> None:
     assert list(spread(alone(KEYS[:5]), (1, 2), {}).values()) == [1, 2, 1, 2, 1]
 
 
-def test_a_new_address_goes_to_whoever_has_the_fewest() -> None:
+def test_a_new_address_goes_to_the_worker_with_the_fewest() -> None:
     before = spread(alone(KEYS[:4]), (1, 2), {})
     left = [key for key in KEYS[:4] if before[key] == 2]
     after = spread(alone([*left, *KEYS[4:]]), (1, 2), before)
@@ -105,7 +105,7 @@ def test_a_route_that_joins_two_clusters_moves_the_smaller() -> None:
     assert sorted(before.values()) == [1, 1, 2]
     after = spread(clusters([*routes, _route("c", 2, 3)]), (1, 2), before)
     assert set(after.values()) == {1}
-    # And when it goes again nothing moves back.
+    # When that route goes again, nothing moves back.
     assert spread(clusters(routes), (1, 2), after) == after
 
 
@@ -122,7 +122,7 @@ def channels() -> Iterator[tuple[Channel, Channel]]:
 
 
 async def test_messages_arrive_whole_and_in_order() -> None:
-    """Also those that the kernel takes in many pieces."""
+    """Also messages that the kernel takes in many pieces."""
     messages = [{"text": "x" * size} for size in (0, 1, 1_000_000, 5)]
     with channels() as (one, two):
         async with trio.open_nursery() as nursery:
@@ -136,7 +136,7 @@ async def test_messages_arrive_whole_and_in_order() -> None:
 
 
 async def test_more_sockets_than_the_kernel_takes_at_once() -> None:
-    """And each message has its own."""
+    """Each message comes with its own sockets."""
     with closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as sock, channels() as (one, two):
         async with trio.open_nursery() as nursery:
 
@@ -155,7 +155,7 @@ async def test_more_sockets_than_the_kernel_takes_at_once() -> None:
 
 
 async def test_sockets_belong_to_their_message_however_many_are_read_at_once() -> None:
-    """All of it is there before the first read, which ends with the bytes that came with sockets, and not before."""
+    """All of it is there before the first read; each read ends behind the bytes that came with sockets."""
     with closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as sock, channels() as (one, two):
         sent = [0, 1, 0, 0, 2, 3, 0]
         for number, count in enumerate(sent):
@@ -184,7 +184,7 @@ async def test_a_worker_that_is_not_listened_to_drops_the_oldest() -> None:
         outbox = Outbox(one)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(outbox.run)
-            # It has something on its way that fills the kernel's buffers, and whoever should read it does not.
+            # A message on its way fills the kernel's buffers, and the supervisor does not read it.
             outbox.answer({"answer": 1, "value": "x" * 2_000_000})
             await trio.testing.wait_all_tasks_blocked()
             for number in range(10_000):

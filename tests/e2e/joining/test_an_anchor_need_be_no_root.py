@@ -82,7 +82,7 @@ async def talk(one: End, two: End) -> None:
 
 
 async def inspected(relay: RelayInProcess) -> None:
-    await eventually(lambda: not relay.relay.parts.recheck.is_requested, "the inspection begins")
+    await eventually(lambda: not relay.relay.parts.recheck.is_requested, "the recheck begins")
     await trio.testing.wait_all_tasks_blocked()
 
 

@@ -126,7 +126,7 @@ async def test_a_reload_changes_it_for_new_pairings(site: Site) -> None:
         old = await join_ends(site, relay)
         site.write(OPEN)
         await relay.relay.reload()
-        await eventually(lambda: not relay.relay.parts.recheck.is_requested, "the inspection begins")
+        await eventually(lambda: not relay.relay.parts.recheck.is_requested, "the recheck begins")
         await trio.testing.wait_all_tasks_blocked()
         new = await join_ends(site, relay, names=("func1b", "func2"))
         await expired(credential)

@@ -22,7 +22,7 @@ BYTES: Final = TLS_HEADER + bytes(100_000)
 
 
 async def meet(site: Site, port: int) -> None:
-    """A whole pairing with its hand-off, which is some lines of the log."""
+    """Make a whole pairing with its hand-off, which gives some lines of the log."""
     one, two = await site.party(port, "func1"), await site.party(port, "func2")
     await pair(one, two)
     await one.hand_off()
@@ -79,7 +79,7 @@ async def test_with_the_standard_streams_closed(site: Site, shell: str) -> None:
 
 @pytest.mark.load
 async def test_with_a_reader_that_never_reads(site: Site) -> None:
-    """The cruel one: a write to a full pipe does not fail, it waits. The relay must not wait with it."""
+    """The hardest case: a write to a full pipe does not fail, it waits. The relay must not wait with it."""
     reading, writing = os.pipe()
     fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
     os.write(writing, bytes(4096))
@@ -117,7 +117,7 @@ async def test_with_a_reader_that_comes_late_no_line_is_lost(site: Site) -> None
 
 
 def _read_events(descriptor: int) -> list[dict[str, Any]]:
-    """The events of a log up to the one that is always its last."""
+    """The events of a log, up to the one that always comes last."""
     text = b""
     while b'"event": "stopped"' not in text or not text.endswith(b"\n"):
         text += os.read(descriptor, 65536)
@@ -125,14 +125,14 @@ def _read_events(descriptor: int) -> list[dict[str, Any]]:
 
 
 async def test_what_was_lost_is_counted_afterwards(site: Site, tmp_path: Path) -> None:
-    """Whoever reads the log later must not take a gap for silence."""
+    """A later reader of the log must not take a gap for silence."""
     fifo = tmp_path / "log"
     os.mkfifo(fifo)
     first = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
     writing = os.open(fifo, os.O_WRONLY)
     try:
         async with relay_logging_to(site, writing, "--log-format", "json") as (process, port):
-            # Who can be dialled has not written its first line yet: a thread does that.
+            # The relay can be dialled before its first line is written: a thread writes it.
             with trio.fail_after(TIMEOUT):
                 await trio.lowlevel.wait_readable(first)
             os.close(first)

@@ -39,7 +39,7 @@ async def shows(site: Site, relay: RelayInProcess, subject: str) -> None:
 
 
 async def test_the_next_handshake_has_the_new_certificate(site: Site) -> None:
-    """And pairings that run go on in every mode, though the certificate that they began with is gone."""
+    """Pairings that run go on in every mode, though the certificate that they began with is gone."""
     async with site.relay(OPEN) as relay:
         pairs = await join_all(site, relay)
         await shows(site, relay, "CN=relay")
@@ -53,10 +53,10 @@ async def test_the_next_handshake_has_the_new_certificate(site: Site) -> None:
 
 
 async def test_a_handshake_that_has_begun_ends_with_the_certificate_that_it_began_with(site: Site) -> None:
-    """A reload in mid-handshake is no reason to fail it."""
+    """A reload in the middle of a handshake does not make it fail."""
     async with site.relay(OPEN) as relay:
         one = await site.connect(relay, "func1")
-        # The relay's first flight is with us: its certificate is chosen.
+        # The relay's first flight has arrived, so it has chosen its certificate.
         with pytest.raises(ssl.SSLWantReadError):
             one.tls.do_handshake()
         await one.flush()
@@ -96,13 +96,15 @@ class SlowFile:
         os.mkfifo(path, 0o600)
 
     async def give(self, content: bytes) -> None:
-        """Let the one reader that waits, or will, have ``content``; from then on it is an ordinary file."""
+        """Give ``content`` to the one reader that waits now or later; after that it is an ordinary file."""
 
         def write() -> None:
             new = self.path.with_name(f".{self.path.name}.new")
             new.touch(0o600)
             new.write_bytes(content)
-            with open(self.path, "wb") as fifo:  # waits for the reader, who by now has read what comes before
+            with open(
+                self.path, "wb"
+            ) as fifo:  # waits for the reader, which has read the other files by then
                 new.replace(self.path)
                 fifo.write(content)
 

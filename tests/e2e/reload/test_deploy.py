@@ -45,7 +45,7 @@ def analyze(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def options(unit: str, section: str) -> dict[str, list[str]]:
-    """The options of one section of a unit, each with all that was assigned to it."""
+    """The options of one section of a unit, each with all its values."""
     found: dict[str, list[str]] = {}
     here = ""
     for line in (DEPLOY / unit).read_text().splitlines():
@@ -61,7 +61,7 @@ def options(unit: str, section: str) -> dict[str, list[str]]:
 
 
 def test_the_exposure_is_low() -> None:
-    """systemd's own measure: 0 may do nothing, 10 everything, and a service with no protection has 9.6."""
+    """systemd's own score: 0 for a service that may do nothing, 10 for everything, 9.6 for one without protection."""
     done = analyze("security", "--offline=true", "--threshold=20", "--no-pager", DEPLOY / "frelay.service")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Overall exposure level for frelay.service" in done.stdout
@@ -69,10 +69,10 @@ def test_the_exposure_is_low() -> None:
 
 @pytest.mark.parametrize("unit", ["frelay.service", "frelay.socket"])
 def test_every_line_means_something_to_systemd(tmp_path: Path, unit: str) -> None:
-    """A key that is misspelt, or in the wrong section, protects nobody, and systemd goes on without it."""
+    """A key that is misspelt or in the wrong section protects nothing, and systemd starts the service without it."""
     for name in ("frelay.service", "frelay.socket"):
         text = (DEPLOY / name).read_text()
-        # It must be there for verify; what it is does not matter.
+        # systemd-analyze verify wants the file to be there; its content does not matter.
         (tmp_path / name).write_text(text.replace("/opt/frelay/bin/frelay", sys.executable))
     version = int(re.findall(r"systemd (\d+)", analyze("--version").stdout)[0])
     done = analyze("verify", "--man=false", tmp_path / unit)
@@ -124,8 +124,8 @@ def allowed_calls() -> frozenset[str]:
 async def test_the_relay_makes_no_call_that_the_filter_forbids(
     site: Site, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """From its start to its end, with all that a relay does in between: the HTTP servers, too."""
-    # Not where the relay watches: each line of the trace would be an event, and each event some lines more.
+    """From the start of a relay to its end, with everything that it does in between, the HTTP servers included."""
+    # Not in a directory that the relay watches: each line of the trace would be an event, and each event more lines.
     trace = tmp_path_factory.mktemp("trace") / "trace"
     strace = [tool("strace"), "-f", "-qq", "-e", "signal=none", "-e", "trace=all", "-o", str(trace)]
     if (await trio.run_process([*strace, "true"], capture_stderr=True, check=False)).returncode:
@@ -160,7 +160,7 @@ async def test_the_relay_makes_no_call_that_the_filter_forbids(
             relay_pid = int(trace.read_text().split()[0])
             site.write(DEMO + DEMO.replace('"demo"', '"other"'), sections=sections)
             await relay.log("reloaded", added=["other"])
-            os.kill(relay_pid, signal.SIGTERM)  # strace itself is deaf to it
+            os.kill(relay_pid, signal.SIGTERM)  # strace itself ignores the signal
             await relay.exit_code()
     text = trace.read_text()
     made = set(re.findall(r"^\d+ +(?:<\.\.\. )?([a-z_0-9]+)[( ]", text, re.MULTILINE))
@@ -168,12 +168,12 @@ async def test_the_relay_makes_no_call_that_the_filter_forbids(
     assert made - allowed_calls() == set()
     families = set(re.findall(r"\bsocket(?:pair)?\((AF_[A-Z0-9]+)", text))
     permitted = set(options("frelay.service", "Service")["RestrictAddressFamilies"][0].split())
-    # glibc asks netlink which families there are, and does without an answer.
+    # glibc asks netlink for the address families, and does without if it may not.
     assert families - {"AF_NETLINK"} <= permitted
 
 
 def test_why_memory_may_be_writable_and_executable(site: Site) -> None:
-    """If it fails since the relay runs, MemoryDenyWriteExecute=yes has become possible, and belongs into the unit."""
+    """If this fails because the relay runs, MemoryDenyWriteExecute=yes has become possible: add it to the unit."""
     if ctypes.CDLL(None).prctl(_PR_GET_MDWE, 0, 0, 0, 0) < 0:
         pytest.skip("this kernel has no MDWE (Linux 6.3)")
     assert "MemoryDenyWriteExecute" not in options("frelay.service", "Service")

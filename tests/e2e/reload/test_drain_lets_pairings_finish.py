@@ -1,4 +1,4 @@
-"""SIGTERM: nothing new comes in, who waits is told, who talks may finish, and the exit code says whether all could."""
+"""SIGTERM: nothing new comes in, waiting legs are told, pairings may finish, and the exit code says whether all did."""
 
 from __future__ import annotations
 
@@ -91,13 +91,13 @@ async def test_five_transfers_of_8_mib_are_completed(site: Site, number: signal.
 
 
 async def test_the_doors_are_shut_before_it_is_said(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TESTPLAN 45: who reads in the log that the relay drains cannot come in any more, not even in the same moment."""
+    """TESTPLAN 45: once the log says that the relay drains, nobody can connect, not even in the same moment."""
     answers: list[int] = []
     async with site.relay(OPEN) as relay:
         port = relay.own_port()
 
         class DialsAtOnce:
-            """A log whose reader is as quick as can be."""
+            """A log whose reader connects in the moment in which a line is written."""
 
             def info(self, event: str, **fields: object) -> None:
                 if event == "draining":
@@ -146,7 +146,7 @@ async def test_who_finishes_does_not_wait_for_who_is_cut(site: Site) -> None:
 
 @pytest.mark.load
 async def test_an_idle_relay_ends_at_once(site: Site) -> None:
-    """Nobody there, nothing to wait for."""
+    """Without any leg there is nothing to wait for."""
     async with site.process(OPEN, sections=drain_timeout(60)) as relay:
         began = time.monotonic()
         await draining(relay)
@@ -177,10 +177,10 @@ async def test_who_waits_is_told_when_to_come_back(site: Site) -> None:
 
 
 async def test_who_is_just_joining_is_told_too(site: Site) -> None:
-    """A connection that was accepted before the signal gets an answer, if it asks soon; and is not paired any more."""
+    """A connection that was accepted before the signal is refused if it asks soon, and is not paired any more."""
     async with site.process(OPEN) as relay:
         one, two = await join_ends(site, relay)  # keeps the relay alive
-        late = await site.party(relay, "func1")  # a finished handshake means that it was accepted
+        late = await site.party(relay, "func1")  # its handshake is finished, so it was accepted
         await draining(relay)
         await late.join()
         refusal = await late.refusal()
@@ -191,10 +191,10 @@ async def test_who_is_just_joining_is_told_too(site: Site) -> None:
 
 @pytest.mark.load
 async def test_a_silent_stranger_does_not_hold_it_up(site: Site) -> None:
-    """Whoever has connected and says nothing is not waited for longer than a few seconds."""
+    """The relay waits only a few seconds for a connection that says nothing."""
     async with site.process(OPEN, sections="[limits]\nhandshake_timeout = 60\n") as relay:
         silent = await site.connect(relay, "func1")
-        one, two = await join_ends(site, relay)  # so it was accepted, as it came first
+        one, two = await join_ends(site, relay)  # so the silent one was accepted, as it came first
         one.party.close()
         two.party.close()
         began = time.monotonic()
@@ -224,7 +224,7 @@ async def test_a_second_sigterm_ends_it_now(site: Site) -> None:
 
 
 async def test_a_second_sigterm_in_the_middle_of_a_hand_off(site: Site) -> None:
-    """TESTPLAN 46: now means now, also for a pairing whose legs are still on their way to it."""
+    """TESTPLAN 46: a second signal also ends, at once, a pairing whose legs have not been handed off yet."""
     async with site.process(OPEN, sections="[limits]\nhandoff_timeout = 600\n") as relay:
         one, two = await site.party(relay, "func1"), await site.party(relay, "func2")
         await pair(one, two)
@@ -237,7 +237,7 @@ async def test_a_second_sigterm_in_the_middle_of_a_hand_off(site: Site) -> None:
 
 
 async def test_the_deadline_holds_for_a_hand_off_too(site: Site) -> None:
-    """TESTPLAN 45: a pairing in mid-hand-off is cut at the deadline like any other."""
+    """TESTPLAN 45: a pairing in the middle of its hand-off is cut at the deadline like any other."""
     sections = drain_timeout(0.5) + "[limits]\nhandoff_timeout = 600\n"
     async with site.process(OPEN, sections=sections) as relay:
         one, two = await site.party(relay, "func1"), await site.party(relay, "func2")
@@ -249,9 +249,9 @@ async def test_the_deadline_holds_for_a_hand_off_too(site: Site) -> None:
 
 @pytest.mark.load
 async def test_a_second_sigterm_does_not_wait_for_strangers(site: Site) -> None:
-    """TESTPLAN 46: a connection in mid-handshake does not hold it up at all."""
+    """TESTPLAN 46: a connection in the middle of its handshake does not delay the end."""
     took: list[float] = []
-    # A relay that still heard the stranger out would take 3.5 s each time; this one does so on a busy machine at most.
+    # A relay that waited for the stranger would take 3.5 s each time; this one takes as long only on a busy machine.
     while len(took) < 3 and min(took, default=math.inf) >= 2.5:
         async with site.process(OPEN, sections="[limits]\nhandshake_timeout = 60\n") as relay:
             await site.connect(relay, "func1")
@@ -267,7 +267,7 @@ async def test_a_second_sigterm_does_not_wait_for_strangers(site: Site) -> None:
 
 
 async def test_sighup_during_the_drain_is_harmless(site: Site) -> None:
-    """TESTPLAN 46: no reload, no new listener, no end; the drain goes on as if nothing had been."""
+    """TESTPLAN 46: a SIGHUP makes no reload, no new listener and no early end: the drain goes on as before."""
     async with site.process(OPEN) as relay:
         one, two = await join_ends(site, relay)
         await draining(relay)
@@ -292,7 +292,7 @@ def storm(pid: int, over: threading.Event) -> None:
 
 
 async def test_sighups_until_the_very_end(site: Site) -> None:
-    """TESTPLAN 46: not even in its last moment does a SIGHUP turn exit code 0 into a death by signal."""
+    """TESTPLAN 46: a SIGHUP in the last moment of the process does not turn exit code 0 into a death by signal."""
     for _ in range(3):
         async with site.process(OPEN, options=["--no-watch"]) as relay:
             over = threading.Event()
@@ -305,7 +305,7 @@ async def test_sighups_until_the_very_end(site: Site) -> None:
 
 
 async def test_a_reload_that_is_overtaken_by_the_drain(site: Site) -> None:
-    """TESTPLAN 46: a reload that was under way opens no listener any more, which nobody would ever close."""
+    """TESTPLAN 46: a reload that was under way opens no listener any more: nothing would ever close it."""
     async with site.relay(OPEN) as relay:
         one, _two = await join_ends(site, relay)
         # A FIFO as CA bundle: the reload waits in the middle of its work until it is written.
@@ -325,7 +325,7 @@ async def test_a_reload_that_is_overtaken_by_the_drain(site: Site) -> None:
 
 
 async def test_a_drain_on_the_heels_of_a_reload(site: Site) -> None:
-    """A listener that was opened a moment ago, and has not yet accepted anybody, closes like any other."""
+    """A listener that was opened a moment ago and has not accepted yet closes like any other."""
     async with site.relay(OPEN) as relay:
         site.write(OPEN + OPEN.replace('"demo"', '"late"'))
         await relay.relay.reload()

@@ -1,7 +1,7 @@
-"""However a file of the configuration changes, the relay takes the change over by itself: once, and as a whole.
+"""In whatever way a file of the configuration changes, the relay takes the change over by itself, once and whole.
 
-Each test makes a change and then a second one of the same kind, and counts: two right reloads and no third one. So
-nothing here waits for something *not* to happen.
+Each test makes a change and then a second one of the same kind, and counts two right reloads and no third. So no test
+has to wait for something *not* to happen.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ async def reloaded(relay: RelayInProcess, count: int) -> list[str]:
 
 
 async def nothing_more(relay: RelayInProcess, reloads: int, refusals: int = 0) -> None:
-    """Every request so far is served, and there were no more than these."""
+    """Wait until every request so far is served, and check that there were no more."""
     # The watcher looks again at least this long after an event; a second report of the same change would come now.
     await trio.sleep(0.6)
     assert len(relay.logged("reloaded")) == reloads
@@ -86,7 +86,7 @@ def delete_and_recreate(path: Path, content: bytes) -> None:
 
 
 def write_in_two_halves_quickly(path: Path, content: bytes) -> None:
-    """What a writer with a small buffer does: for a moment the file is neither old nor new."""
+    """Write as a program with a small buffer does: for a moment the file is neither old nor new."""
     with path.open("wb", buffering=0) as file:
         file.write(content[: len(content) // 2])
         time.sleep(0.02)
@@ -94,7 +94,7 @@ def write_in_two_halves_quickly(path: Path, content: bytes) -> None:
 
 
 def touch_and_write(path: Path, content: bytes) -> None:
-    """Events without a change around the one that is a change."""
+    """Cause events that change nothing around the one that is a change."""
     path.touch()
     path.chmod(0o600)
     path.write_bytes(content)
@@ -177,7 +177,7 @@ async def test_the_same_content_again_is_no_change(site: Site) -> None:
 
 
 async def test_a_busy_neighbour_does_not_hold_it_up(site: Site) -> None:
-    """TESTPLAN 41: a file beside it that is written all the time, a log say, is an event all the time and no change."""
+    """TESTPLAN 41: a file beside it that is written all the time, such as a log, gives many events and no reload."""
     over = threading.Event()
 
     def write_all_the_time() -> None:
@@ -272,7 +272,7 @@ async def test_files_that_come_after_the_route_file_that_names_them(site: Site) 
         trust = relay.relay.parts.active.trust
         assert trust is not None
         assert "the next one" in trust.subject
-        # And from now on they are watched like any others, and the old ones no longer.
+        # From now on they are watched like all others, and the old ones no longer.
         site.ca.relay(common_name="the one after").write(site.directory, "next")
         await reloaded(relay, 2)
         site.ca.relay(common_name="the forgotten one").write(site.directory, "relay")

@@ -1,4 +1,4 @@
-"""TESTPLAN 13: what let a function in may cease to hold, and then it is out, whether it waits or is paired."""
+"""TESTPLAN 13: once a certificate is no longer accepted, its function is put out, whether it waits or is paired."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ async def are_cut(*ends: End) -> None:
             assert await end.ended() in ("reset", "truncated")
 
 
-async def inspected(relay: RelayInProcess) -> None:
-    """Wait until the last reload's inspection is over."""
-    await eventually(lambda: not relay.relay.parts.recheck.is_requested, "the inspection begins")
+async def rechecked(relay: RelayInProcess) -> None:
+    """Wait until the recheck after the last reload is over."""
+    await eventually(lambda: not relay.relay.parts.recheck.is_requested, "the recheck begins")
     await trio.testing.wait_all_tasks_blocked()
 
 
@@ -67,13 +67,13 @@ async def inspected(relay: RelayInProcess) -> None:
 
 
 async def test_revoked_while_it_waits(site: Site) -> None:
-    """It is told at once, and not only when somebody comes for it; who waits beside it keeps the place."""
+    """It is told at once and not only when a partner comes; the others that wait keep their places."""
     async with with_list(site) as relay:
         bad = await waits(site, relay)
         good = await waits(site, relay, "other func1")
         await revoke(site, relay, "func1")
         assert (await bad.refusal())["code"] == "revoked"
-        await inspected(relay)
+        await rechecked(relay)
         assert relay.waiting() == (1, 0)
         two = await waits(site, relay, "func2")
         await two.expect("PAIRED")
@@ -81,7 +81,7 @@ async def test_revoked_while_it_waits(site: Site) -> None:
 
 
 async def test_a_bare_leg_revoked_while_it_waits(site: Site) -> None:
-    """It cannot be told, and is closed in order."""
+    """It has no frames to be told with, and is closed in order."""
     async with with_list(site) as relay:
         party = await site.party(relay, "func1", alpn=())
         await eventually(lambda: relay.waiting() == (1, 0), "it waits")
@@ -93,7 +93,7 @@ async def test_a_bare_leg_revoked_while_it_waits(site: Site) -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("which", ["func1", "func2"])
 async def test_revoked_while_paired(site: Site, which: str, mode: Mode) -> None:
-    """The pairing is cut on both sides, its record says whose fault it is, and the others run on."""
+    """The pairing is cut on both sides, its record names the party, and the others run on."""
     async with with_list(site) as relay:
         one, two = await join_ends(site, relay, mode, mode)
         others = await join_ends(site, relay, mode, mode, names=("other func1", "other func2"))
@@ -104,13 +104,13 @@ async def test_revoked_while_paired(site: Site, which: str, mode: Mode) -> None:
         assert (record["outcome"], record["side"]) == ("revoked", "relay")
         assert f"the certificate of {which} is no longer accepted" in record["detail"]
         assert record["bytes_func1_to_func2"] == 10
-        await inspected(relay)
+        await rechecked(relay)
         await talk(*others)
         assert len(relay.logged("pairing ended")) == 1
 
 
 async def test_revoked_in_the_middle_of_the_hand_off(site: Site) -> None:
-    """It is a pairing already, and ends like one."""
+    """It is a pairing already, and ends like any other."""
     async with with_list(site) as relay:
         one, two = await waits(site, relay), await waits(site, relay, "func2")
         for party in (one, two):
@@ -121,7 +121,7 @@ async def test_revoked_in_the_middle_of_the_hand_off(site: Site) -> None:
 
 
 async def test_revoked_with_a_ticket_brought(site: Site) -> None:
-    """The leg is another connection by now; the certificate that it was given for is the same."""
+    """The leg is another connection by now, but the certificate that got the ticket counts."""
     async with with_list(site) as relay:
         one = await site.party(relay, "func1")
         await one.join(modes=["ticket"])
@@ -151,7 +151,7 @@ async def test_half_closed_pairings_end_too(site: Site) -> None:
 
 
 async def test_a_ca_that_is_removed(site: Site) -> None:
-    """Its functions are out, waiting or paired; those of the CA that stays are not touched."""
+    """Functions of the removed CA are put out, waiting or paired; those of the CA that stays are not touched."""
     second = TestAuthority("second CA")
     for name in ("func1", "func2"):
         site.add(f"second {name}", second.party(dns=[f"{name}.demo"]))
@@ -168,13 +168,13 @@ async def test_a_ca_that_is_removed(site: Site) -> None:
         record = await relay.outcome()
         assert record["outcome"] == "revoked"
         assert "the certificate of func1 is no longer accepted" in record["detail"]
-        await inspected(relay)
+        await rechecked(relay)
         await talk(*stay)
         assert len(relay.logged("pairing ended")) == 1
 
 
 async def test_an_intermediate_that_is_revoked(tmp_path: Path) -> None:
-    """Who is vouched for by it is out with it."""
+    """All functions whose chain needs the intermediate are put out with it."""
     site = Site(tmp_path, TestAuthority.root_for_intermediates())
     below = site.ca.intermediate()
     site.add("below", below.party(dns=["func1.demo"]))
@@ -186,24 +186,24 @@ async def test_an_intermediate_that_is_revoked(tmp_path: Path) -> None:
         out = await join_ends(site, relay, names=("below", "func2"))
         site.ca.write_crl(site.directory, site.ca.crl(number=2) + below.crl(number=2))
         await relay.relay.reload()
-        await inspected(relay)
+        await rechecked(relay)
         await talk(*out)
         site.ca.write_crl(site.directory, site.ca.crl(revoked=[as_credential], number=3) + below.crl(number=2))
         await relay.relay.reload()
         await are_cut(*out)
-        await inspected(relay)
+        await rechecked(relay)
         await talk(*stay)
 
 
 async def test_an_intermediate_that_only_the_function_showed(tmp_path: Path) -> None:
-    """It is in no file of the relay, so it is kept with the leaf, or a reload would end a pairing that is in order."""
+    """No file of the relay has it, so it is kept with the leaf; otherwise a reload would end a good pairing."""
     site = Site(tmp_path, TestAuthority.root_for_intermediates())
     site.add("below", site.ca.intermediate().party(dns=["func1.demo"]))
     async with site.relay(OPEN) as relay:
         ends = await join_ends(site, relay, names=("below", "func2"))
         waiting = await waits(site, relay, "below")
         await relay.relay.reload()
-        await inspected(relay)
+        await rechecked(relay)
         await talk(*ends)
         assert relay.waiting() == (1, 0)
         waiting.close()
@@ -213,7 +213,7 @@ async def test_an_intermediate_that_only_the_function_showed(tmp_path: Path) -> 
 
 
 async def test_expired_while_it_waits(site: Site) -> None:
-    """It is told in that moment, though nobody has come, and not before."""
+    """It is told at that moment and not before, even if no partner has come."""
     credential = site.add("func1", site.ca.ending(2.5, dns=["func1.demo"]))
     async with site.relay() as relay:
         party = await waits(site, relay)
@@ -232,13 +232,13 @@ async def test_a_wait_that_ends_before_the_certificate_does(site: Site) -> None:
 
 @pytest.mark.parametrize("is_inspected", [False, True])
 async def test_expired_while_paired(site: Site, is_inspected: bool) -> None:
-    """By itself, without a reload; and an inspection in between does not take it for something else."""
+    """It ends by itself, without a reload, and a recheck in between does not give another reason."""
     credential = site.add("func1", site.ca.ending(3, dns=["func1.demo"]))
     async with site.relay(OPEN) as relay:
         ends = await join_ends(site, relay)
         if is_inspected:
             await relay.relay.reload()
-            await inspected(relay)
+            await rechecked(relay)
         await talk(*ends)
         await are_cut(*ends)
         assert time.time() >= credential.certificate.not_valid_after_utc.timestamp()
@@ -250,13 +250,13 @@ async def test_expired_while_paired(site: Site, is_inspected: bool) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 async def test_revocation_may_leave_pairings_alone(site: Site, mode: Mode) -> None:
-    """It still sends away who waits, and lets nobody in."""
+    """It still sends waiting legs away, and lets nobody in."""
     async with with_list(site, sections=LENIENT) as relay:
         ends = await join_ends(site, relay, mode, mode)
         waiting = await waits(site, relay)
         await revoke(site, relay, "func1")
         assert (await waiting.refusal())["code"] == "revoked"
-        await inspected(relay)
+        await rechecked(relay)
         await talk(*ends)
         assert not relay.logged("pairing ended")
 
@@ -269,14 +269,14 @@ async def test_expiry_may_leave_pairings_alone(site: Site) -> None:
         assert (await waiting.refusal())["code"] == "certificate-expired"
         await trio.sleep(credential.certificate.not_valid_after_utc.timestamp() + 0.3 - time.time())
         await talk(*ends)
-        # And a reload looks, too.
+        # A reload checks it, too.
         await relay.relay.reload()
-        await inspected(relay)
+        await rechecked(relay)
         await talk(*ends)
 
 
 async def test_a_removed_route_may_leave_pairings_alone(site: Site) -> None:
-    """Beyond drain_timeout; but the relay's own end is no policy."""
+    """They run on after drain_timeout; but the end of the relay ends them, as it is no policy."""
     other = OPEN.replace('"demo"', '"other"')
     async with site.relay(OPEN + other, sections=LENIENT) as relay:
         ends = await join_ends(site, relay)
@@ -296,13 +296,13 @@ async def test_max_lifetime_holds_all_the_same(site: Site) -> None:
 
 
 async def test_the_option_may_be_turned_on_later(site: Site) -> None:
-    """From then on it holds for those that run, too: who was revoked before, and who expires after."""
+    """From then on it also holds for pairings that run: those revoked before, and those that expire later."""
     credential = site.add("func2", site.ca.ending(4, dns=["func2.demo"]))
     async with with_list(site, sections=LENIENT) as relay:
         revoked = await join_ends(site, relay, names=("func1", "other func2"))
         expiring = await join_ends(site, relay, names=("other func1", "func2"))
         await revoke(site, relay, "func1")
-        await inspected(relay)
+        await rechecked(relay)
         await talk(*revoked)
         site.write(OPEN, crl=True)
         await relay.relay.reload()
@@ -316,7 +316,7 @@ async def test_the_option_may_be_turned_on_later(site: Site) -> None:
 
 
 async def test_twenty_pairings_run_through_a_rotation(site: Site) -> None:
-    """The relay's certificate, a CA bundle with one more in it, and a new list: nobody notices but the one revoked."""
+    """A new relay certificate, one more CA in the bundle and a new list: only the revoked function notices."""
     async with with_list(site) as relay:
         modes = [MODES[number % 3] for number in range(20)]
         names = (("func1", "func2"), ("other func1", "func2"))
@@ -329,7 +329,7 @@ async def test_twenty_pairings_run_through_a_rotation(site: Site) -> None:
         second = TestAuthority("second CA")
         site.ca_path.write_bytes(site.ca.cert_pem + second.cert_pem)
         await relay.relay.reload()
-        await inspected(relay)
+        await rechecked(relay)
         assert relay.waiting() == (1, 0)
         waiting.close()
         await eventually(lambda: relay.waiting() == (0, 0), "it has left")
@@ -338,7 +338,7 @@ async def test_twenty_pairings_run_through_a_rotation(site: Site) -> None:
         site.ca.write_crl(site.directory, lists)
         await relay.relay.reload()
         await are_cut(*bad)
-        await inspected(relay)
+        await rechecked(relay)
         for ends in running:
             await talk(*ends)
         assert len(relay.logged("pairing ended")) == 1
@@ -348,9 +348,9 @@ async def test_twenty_pairings_run_through_a_rotation(site: Site) -> None:
 
 
 async def test_pairings_without_a_certificate_are_nobodys_business(site: Site) -> None:
-    """A plain route beside one with TLS: its pairings have nothing that could be judged."""
+    """Pairings of a plain route beside one with TLS have no certificate that could be judged."""
     async with site.relay(PLAIN + OPEN.replace('"demo"', '"other"')) as relay:
         ends = await join_ends(site, relay, "plain", "plain")
         await relay.relay.reload()
-        await inspected(relay)
+        await rechecked(relay)
         await talk(*ends)

@@ -1,7 +1,7 @@
-"""A relay that root started is not root any more when it meets its first stranger, and nothing reads its memory.
+"""A relay that root started is not root any more when its first connection comes, and nothing reads its memory.
 
-The tests become ``nobody``, so they need root, as CI has it. Python itself may lie where only root can look, in a
-pyenv of root's say; then the relay is started in a mount namespace in which that place is open.
+The tests become ``nobody``, so they need root, which CI has. Python itself may lie where only root can read, such as a
+pyenv in root's home; then the relay is started in a mount namespace in which that directory is open.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ NET_BIND_SERVICE: Final = 1 << 10
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 
-# Everything that leads to the directory $1 is open in here, and nothing outside has changed.
+# In this namespace every directory above $1 is open; nothing has changed outside of it.
 _OPEN: Final = """
 set -e
 place=$1 closed=$2 && shift 2
@@ -62,7 +62,7 @@ def launcher() -> list[str]:
 
 @pytest.fixture
 def site() -> Iterator[Site]:
-    """As elsewhere, but in a place that ``nobody`` can get at, with files that are nobody's."""
+    """As in other tests, but in a directory that ``nobody`` can reach, with files that ``nobody`` owns."""
     # pytest's own directories are closed to all others.
     directory = Path(tempfile.mkdtemp(prefix="frelay-"))
     try:
@@ -79,7 +79,7 @@ def give(site: Site, uid: int = NOBODY.pw_uid) -> None:
 
 
 def low_address() -> str:
-    """One of loopback's sixteen million addresses, with a port that is reserved to whoever has the capability."""
+    """A loopback address with a port below 1024, which only a process with the capability may bind."""
     return "127.{}.{}.{}:443".format(*(1 + byte % 254 for byte in secrets.token_bytes(3)))
 
 
@@ -92,7 +92,7 @@ def at(address: str, name: str = "demo") -> str:
 
 
 def statuses(pid: int) -> list[dict[str, list[str]]]:
-    """``/proc/PID/status`` of each thread: each could have kept something for itself."""
+    """``/proc/PID/status`` of each thread, since each has capabilities of its own."""
     texts = [(task / "status").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
     return [
         {key: value.split() for key, _, value in (line.partition(":") for line in text.splitlines())} for text in texts
@@ -121,7 +121,7 @@ def assert_keeps_its_memory_to_itself(pid: int) -> None:
     assert all(status["NoNewPrivs"] == ["1"] for status in statuses(pid))
     (limit,) = [line for line in Path(f"/proc/{pid}/limits").read_text().splitlines() if "core file size" in line]
     assert limit.split()[4:6] == ["0", "0"]
-    # proc(5): the files of a process that may not be dumped belong to root, whoever it is itself.
+    # proc(5): the files in /proc of a process that may not be dumped belong to root.
     assert Path(f"/proc/{pid}/status").stat().st_uid == 0
 
 
@@ -130,7 +130,7 @@ def assert_keeps_its_memory_to_itself(pid: int) -> None:
 
 async def test_it_is_nobody_with_no_capability_at_all(site: Site) -> None:
     async with site.process(sections=USER, launcher=launcher()) as relay:
-        # Of its own descriptors it still sees what frelay.pairing.readiness must see.
+        # It still sees of its own descriptors what frelay.pairing.readiness needs.
         assert not relay.logged("small messages cost more than they should")
         assert_is_nobody(relay.process.pid, 0)
         assert_keeps_its_memory_to_itself(relay.process.pid)
@@ -146,7 +146,7 @@ async def test_it_is_nobody_with_no_capability_at_all(site: Site) -> None:
 
 
 async def test_a_low_port_is_bound_again_by_a_reload(site: Site) -> None:
-    """The one thing that it keeps of root."""
+    """The right to bind low ports is the only one of root's that it keeps."""
     first, second = low_address(), low_address()
     async with site.process(at(first), sections=USER, launcher=launcher()) as relay:
         assert_is_nobody(relay.process.pid, NET_BIND_SERVICE)
@@ -159,7 +159,7 @@ async def test_a_low_port_is_bound_again_by_a_reload(site: Site) -> None:
 
 @pytest.mark.skipif(are_free(443), reason="no port is reserved on this machine")
 async def test_without_a_low_port_at_start_there_is_none_later(site: Site) -> None:
-    """And that is said, with the old configuration whole."""
+    """The reload says so, with the old configuration whole."""
     address = low_address()
     async with site.process(sections=USER, launcher=launcher()) as relay:
         site.write(DEMO + at(address, "low"), sections=USER)
@@ -170,7 +170,7 @@ async def test_without_a_low_port_at_start_there_is_none_later(site: Site) -> No
 
 
 async def test_the_api_is_nobodys_too(site: Site) -> None:
-    """Its socket, the routes that it writes, and its look at the process's own descriptors."""
+    """Its socket, the route files that it writes, and the count of the process's own descriptors work."""
     async with site.process(sections=USER + ADMIN, launcher=launcher()) as relay, admin(site) as api:
         socket = (site.directory / "a.sock").stat()
         assert (socket.st_uid, stat.S_IMODE(socket.st_mode)) == (NOBODY.pw_uid, 0o600)
@@ -183,7 +183,7 @@ async def test_the_api_is_nobodys_too(site: Site) -> None:
 
 
 async def test_its_workers_are_nobody_too(site: Site) -> None:
-    """With the relay's key in their memory, and without its one capability: they are given their sockets."""
+    """They have the relay's key in their memory, but not its one capability: they are given their sockets."""
     address = low_address()
     async with site.process(at(address), sections=USER, workers=2, launcher=launcher()) as relay:
         assert_is_nobody(relay.process.pid, NET_BIND_SERVICE)
@@ -195,7 +195,7 @@ async def test_its_workers_are_nobody_too(site: Site) -> None:
 
 
 async def test_who_is_that_user_already_need_not_become_it(site: Site) -> None:
-    """Started by systemd with User=, say, and the same file."""
+    """As when systemd starts it with User= and the same file."""
     already = ["setpriv", "--reuid=nobody", "--regid", str(NOBODY.pw_gid), "--init-groups"]
     async with site.process(sections=USER, launcher=[*launcher(), *already]) as relay:
         assert_is_nobody(relay.process.pid, 0)
@@ -226,7 +226,7 @@ def failed_start(site: Site, *before: str) -> str:
 
 
 def test_a_key_that_it_cannot_read_is_named_with_the_remedy(site: Site) -> None:
-    """Root could load it, once. The first reload could not."""
+    """Root could load it at the start, but the first reload could not."""
     site.write(sections=USER)
     key = site.relay_paths[1]
     os.chown(key, 0, 0)
@@ -245,7 +245,7 @@ def test_every_file_that_it_cannot_read_at_once(site: Site) -> None:
 
 
 def test_a_program_that_it_cannot_read_is_named(site: Site) -> None:
-    """Or a module that is needed months later would not be found."""
+    """Otherwise a module that is needed months later could not be loaded."""
     if not launcher():
         pytest.skip("everybody can read this Python")
     site.write(sections=USER)
@@ -272,7 +272,7 @@ def test_who_is_not_root_is_told_what_to_do(site: Site) -> None:
     ],
 )
 def test_a_user_that_cannot_be_meant(site: Site, user: str, said: str) -> None:
-    """At start, and by `frelay check`; by a reload as well, below."""
+    """At the start and by `frelay check`; the next test is about a reload."""
     config = load(site.write(sections=f'[relay]\nuser = "{user}"\n'))
     with pytest.raises(ConfigError) as refused:
         prepare(config)
@@ -282,7 +282,7 @@ def test_a_user_that_cannot_be_meant(site: Site, user: str, said: str) -> None:
 
 
 async def test_another_user_waits_for_a_restart(site: Site) -> None:
-    """A reload has no way back to root; nor is that a reason to refuse all the rest of it."""
+    """A reload cannot become root again; but it takes over all the rest of the file."""
     async with site.process(sections=USER, launcher=launcher()) as relay:
         site.write(DEMO + at("127.0.0.1:0", "other"), sections=USER.replace("nobody", "daemon"))
         relay.signal(signal.SIGHUP)
@@ -301,7 +301,7 @@ UID_OF_A_POD: Final = 1000770
 
 
 def mount_with_fs_group(site: Site, gid: int) -> None:
-    """Files as Kubernetes mounts a Secret with ``fsGroup``: root's, of that group, and not to be changed."""
+    """Files as Kubernetes mounts a Secret with ``fsGroup``: owned by root and that group, and read-only."""
     site.directory.chmod(0o755)
     os.chown(site.directory, 0, 0)
     for path in (*site.paths["func1"], *site.relay_paths, site.ca_path):

@@ -21,7 +21,7 @@ from support.relay import RelayInProcess
 from support.site import DEMO, Site
 from support.waiting import eventually
 
-# A change that is good by itself stands beside every bad one: none of it may be taken over.
+# Beside every bad change stands a good one; the relay must not take that over either.
 GOOD = DEMO.replace('"demo"', '"good"')
 
 
@@ -83,7 +83,7 @@ def directory_as_key(site: Site) -> None:
     site.relay_paths[1].mkdir()
 
 
-# DER of a PKCS#8 PrivateKeyInfo whose algorithm is 1.2.3.4: well-formed, and nobody can do anything with it.
+# DER of a PKCS#8 PrivateKeyInfo whose algorithm is 1.2.3.4: well-formed, and of an unknown kind.
 KEY_OF_UNKNOWN_ALGORITHM = """-----BEGIN PRIVATE KEY-----
 MA4CAQAwBQYDKgMEBAIEAA==
 -----END PRIVATE KEY-----
@@ -155,7 +155,7 @@ CASES: dict[str, tuple[Callable[[Site], object], str]] = {
 
 @contextmanager
 def saved(directory: Path) -> Iterator[Callable[[], None]]:
-    """What the files of ``directory`` hold; the function given puts it all back."""
+    """Remember the content of the files in ``directory``; gives a function that puts all of it back."""
     files = {path: (path.read_bytes(), path.stat().st_mode & 0o777) for path in directory.iterdir() if path.is_file()}
 
     def restore() -> None:
@@ -230,7 +230,7 @@ async def test_the_old_configuration_stays_whole(site: Site, change: Callable[[S
 
 @pytest.mark.load
 async def test_a_port_in_use(site: Site) -> None:
-    """TESTPLAN 40: one address that cannot be bound refuses the whole, and gives the others back."""
+    """TESTPLAN 40: for one address that cannot be bound all is refused, and the other addresses are given back."""
     async with site.relay() as relay:
         one, two = await join_ends(site, relay)
         route = relay.relay.routes["demo"]
@@ -255,7 +255,7 @@ async def test_a_port_in_use(site: Site) -> None:
 
 
 async def test_a_fault_in_loading_is_a_refused_reload_and_no_more(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TESTPLAN 40: whatever a file may set off in the loader, pairings and routes survive it."""
+    """TESTPLAN 40: pairings and routes survive any bug that a file may trigger in the loader."""
 
     def fail(path: Path, **options: object) -> None:
         raise RuntimeError("nobody thought of this")
@@ -273,12 +273,12 @@ async def test_a_fault_in_loading_is_a_refused_reload_and_no_more(site: Site, mo
         await works(site, relay)
         relay.relay.request_reload()
         await relay.log("reloaded")
-        # The site fails a test for every bug that was logged; this one was caused on purpose.
+        # The site fails a test for every bug that is logged; the test has caused this one on purpose.
         relay.events[:] = [entry for entry in relay.events if entry["event"] != event]
 
 
 async def test_all_problems_are_told_at_once(site: Site) -> None:
-    """TESTPLAN 40: who mends the file sees the whole list, with file and line, and not the first problem only."""
+    """TESTPLAN 40: the operator sees all problems with file and line, and not only the first."""
     async with site.relay() as relay:
         site.write(DEMO + "colour = 1\nflavour = 2\n" + DEMO)
         logged = await refused(relay)

@@ -1,4 +1,4 @@
-"""Routes come, change and go by reload, and whatever happens to one is nothing to another."""
+"""Routes come, change and go by reload, and what happens to one does not affect another."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ async def reload(site: Site, relay: RelayInProcess, routes: str, drain_timeout: 
 def can_bind(port: int) -> bool:
     with socket.socket() as sock:
         try:
-            # Without SO_REUSEADDR even a connection of this port in TIME_WAIT would be in the way, so with it.
+            # With SO_REUSEADDR, as a connection of this port in TIME_WAIT would otherwise prevent it.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(("127.0.0.1", port))
             sock.listen()
@@ -109,7 +109,7 @@ async def test_its_port_is_free_at_once(site: Site) -> None:
             with socket.socket() as sock:
                 assert sock.connect_ex(("127.0.0.1", port)) == errno.ECONNREFUSED
             await talks(one, two)
-            # And the relay itself can have it again.
+            # The relay itself can bind it again.
             await reload(site, relay, B + route("c", port))
             assert relay.own_port("c") == port
             await talks(*await join_ends(site, relay, route="c"))
@@ -117,7 +117,7 @@ async def test_its_port_is_free_at_once(site: Site) -> None:
 
 
 async def test_its_pairings_may_end_within_drain_timeout(site: Site) -> None:
-    """TESTPLAN 44: who ends in time ends in order; nobody is cut early."""
+    """TESTPLAN 44: a pairing that ends in time ends in order; none is cut early."""
     async with site.relay(A + B) as relay:
         one, two = await join_ends(site, relay, route="a")
         await reload(site, relay, B)
@@ -207,7 +207,7 @@ async def test_a_route_that_moves_to_another_port(site: Site) -> None:
 
 
 async def test_a_kept_route_with_new_limits(site: Site) -> None:
-    """Its socket and its pairings stay, the old limits with them; who comes from now on has the new ones."""
+    """Its socket and its pairings stay with the old limits; legs that come from now on have the new ones."""
     async with site.relay(route("a", extra="idle_timeout = 500\nmax_waiting_per_party = 2\n")) as relay:
         one, two = await join_ends(site, relay, route="a")
         first = await waiting(site, relay, "a")
@@ -219,7 +219,7 @@ async def test_a_kept_route_with_new_limits(site: Site) -> None:
         second = await site.party(relay, "func1", route="a")
         await second.join()
         assert (await second.refusal())["code"] == "queue-full"
-        # Who waited before is still there, and its pairing is a new one.
+        # The leg that waited before is still there, and its pairing is new, so it has the new limits.
         func2 = await site.party(relay, "func2", route="a")
         await func2.join()
         await func2.expect("WAITING")
@@ -263,7 +263,7 @@ async def test_a_shared_address_outlives_one_of_its_routes(site: Site) -> None:
 
 
 async def test_a_route_that_is_removed_and_comes_back(site: Site) -> None:
-    """The new one of the same name has nothing to do with the old one's pairings."""
+    """The new route of the same name does not touch the pairings of the old one."""
     async with site.relay(A + B) as relay:
         one, two = await join_ends(site, relay, route="a")
         await reload(site, relay, B)

@@ -1,4 +1,4 @@
-"""A thousand SIGHUPs in a second, with every pairing under load: no byte is lost, and few reloads come of it."""
+"""A thousand SIGHUPs in a second, with every pairing under load, lose no byte and cause few reloads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PAIRS: list[tuple[Mode, Mode]] = [("raw", "raw"), ("raw", "tunnel"), ("bare", "b
 
 
 async def load(source: End, sink: End, over: trio.Event, seed: int) -> None:
-    """Bytes from one end to the other, as fast as they go, until ``over``; then their end, and whether all came."""
+    """Send bytes from one end to the other, as fast as they go, until ``over``; says whether all of them arrived."""
     sent, received = hashlib.sha256(), hashlib.sha256()
     piece = block(65536, seed)
 
@@ -64,7 +64,7 @@ async def test_a_thousand_sighups_in_a_second_under_load(site: Site) -> None:
         assert reloads <= 2 + 10 * took + 2, f"{reloads} reloads in {took:.1f} s"
         assert not relay.logged("reload refused, the old configuration stays")
         await relay.log("pairing ended", count=len(PAIRS), outcome="closed")
-        # And it is as good as new.
+        # The relay still serves as before.
         one, two = await join_ends(site, relay)
         await one.send(b"after the storm")
         assert await two.receive_exactly(15) == b"after the storm"

@@ -1,4 +1,4 @@
-"""A real ``frelay run`` under something like systemd: what it says, and what it does with sockets that it is given."""
+"""A real ``frelay run`` under a stand-in for systemd: what it reports, and how it uses sockets that it is given."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def route(port: int, name: str = "demo") -> str:
 async def relay_with(
     site: Site, sockets: Sequence[tuple[str, socket.socket]], routes: str, **more: Any
 ) -> AsyncIterator[RelayProcess]:
-    """A relay that was passed these sockets. They are closed here once it has them, as the test is no systemd."""
+    """A relay that is passed these sockets. Once it has them the test closes its own, which systemd would not."""
     launcher, descriptors = activated(sockets)
     async with site.process(routes, launcher=launcher, pass_fds=descriptors, **more) as relay:
         for _, sock in sockets:
@@ -138,7 +138,7 @@ async def test_it_survives_reloads_and_goes_with_its_route(site: Site) -> None:
     with listening() as sock:
         port = sock.getsockname()[1]
         async with relay_with(site, [("demo", sock)], route(port) + DEMO.replace('"demo"', '"other"')) as relay:
-            # Neither a limit nor other parties are another address.
+            # A route with another limit or other parties is still at the same address.
             site.write(route(port) + "wait_timeout = 7\n")
             await relay.log("reloaded", removed=["other"])
             await check_that_they_meet(site, port)
@@ -155,7 +155,7 @@ async def test_it_survives_reloads_and_goes_with_its_route(site: Site) -> None:
 
 
 async def test_a_failed_reload_leaves_a_passed_socket_for_the_next(site: Site) -> None:
-    """Nobody needed it at first; it is kept for whoever will, and a failure on the way does not lose it."""
+    """No route needed it at first; it is kept for a later one, and a reload that fails does not lose it."""
     with listening() as sock, listening() as taken:
         port = sock.getsockname()[1]
         async with relay_with(site, [("late", sock)], DEMO) as relay:
@@ -205,7 +205,7 @@ async def test_any_route_of_a_shared_address_may_name_it(site: Site) -> None:
 
 
 async def test_a_route_with_several_addresses_takes_a_socket_for_each(site: Site) -> None:
-    """All by its name; and an address that systemd has none for is bound by the relay."""
+    """All sockets have its name; the relay itself binds an address that systemd has no socket for."""
     with listening() as one, listening("127.0.0.2") as two, reserved_port() as free:
         (_, port), there = one.getsockname(), two.getsockname()
         passed = [f"127.0.0.1:{port}", f"127.0.0.2:{there[1]}"]
@@ -247,7 +247,7 @@ async def test_the_two_http_servers_take_their_sockets_by_name(site: Site, tmp_p
 
 
 def test_an_api_without_certificates_never_comes_to_a_network(site: Site) -> None:
-    """[admin] is a Unix socket here, and a unit that says TCP must not change that."""
+    """[admin] is a Unix socket here, and a unit with a TCP socket must not change that."""
     with listening() as sock:
         launcher, descriptors = activated([("admin", sock)])
         done = subprocess.run(

@@ -49,7 +49,7 @@ SECTIONS: Final[Mapping[str, type[Section]]] = {
     "metrics": MetricsSection,
 }
 
-# Before the reload everything is wide open, so that a limit that strikes is the new one.
+# Before the reload all limits are wide, so a limit that takes effect is the new one.
 BEFORE: Final[Mapping[str, Mapping[str, str]]] = {
     "relay": {"drain_timeout": "600"},
     "limits": {
@@ -68,7 +68,7 @@ Probe = Callable[[Site, RelayInProcess], Awaitable[None]]
 
 
 def sections(**changes: Mapping[str, str]) -> str:
-    """BEFORE with other values, as TOML; ``tls`` is the site's own affair."""
+    """BEFORE with other values, as TOML; the site itself writes ``tls``."""
     text = ""
     for name in ("relay", "limits", "tcp", "admin", "metrics"):
         table = {**BEFORE.get(name, {}), **changes.get(name, {})}
@@ -193,7 +193,7 @@ async def option(site: Site, relay: RelayInProcess, *, level: int, name: int, va
 
 
 async def route_is_removed(site: Site, relay: RelayInProcess) -> None:
-    """And its pairing is cut after drain_timeout."""
+    """The pairing of a removed route is cut after drain_timeout."""
     await both(site, relay)
     text = site.config.read_text()
     site.config.write_text(text.replace(DEMO, ""))
@@ -356,8 +356,8 @@ async def test_a_changed_key_is_in_force_or_needs_a_restart(
 
 
 def test_every_key_of_a_route_is_planned() -> None:
-    """One that the plan does not compare would be in force for new routes alone, and nobody would be told."""
-    # Who it is; compared key by key; where it stands, which changes nothing; compared as a set of sockets.
+    """A key that the plan does not compare would be in force for new routes only, and no report would say so."""
+    # In this order: the identity; compared key by key; its file, which changes nothing; compared as a set of sockets.
     told = {"name", "limits", "source", "listen"}
     assert set(Route.model_fields) - told == set(_WIRING) | set(_TIMINGS)
 
@@ -378,7 +378,7 @@ METRICS: Final = '[metrics]\nlisten = "127.0.0.1:0"\n'
     ids=["gone", "to a Unix socket", "elsewhere, with another list"],
 )
 async def test_the_admin_api_stays_as_it_is(site: Site, section: str, reported: tuple[str, ...]) -> None:
-    """A list of who may call belongs to the section: it goes with it, or changes at once."""
+    """``allow`` belongs to the section: it goes with the section, or changes at once."""
     site.add("operator", site.ca.party(dns=["operator.demo"]))
     site.add("another", site.ca.party(dns=["another.demo"]))
     async with site.relay(sections=TCP) as relay:
@@ -421,7 +421,7 @@ async def test_a_section_that_comes_or_goes_needs_a_restart(site: Site, before: 
 
 
 async def test_it_is_said_until_it_is_done_or_taken_back(site: Site) -> None:
-    """Not only by the reload that brought it: who looks an hour later must see it, too."""
+    """Not only the reload that brought it reports it: an operator must see it an hour later, too."""
     async with site.relay(sections=ADMIN), admin(site) as api:
         name = '[relay]\nname = "another"\n'
         site.write(sections=name + ADMIN)
@@ -438,7 +438,7 @@ async def test_it_is_said_until_it_is_done_or_taken_back(site: Site) -> None:
 
 
 async def test_what_needs_a_restart_is_judged_all_the_same(site: Site) -> None:
-    """Or the restart would be the first to say so, at the worst time."""
+    """Otherwise only the restart would say so, at the worst time."""
     async with site.relay() as relay:
         site.write(sections='[relay]\nuser = "frelay-nobody-of-that-name"\n')
         with pytest.raises(ConfigError, match="no user"):
@@ -457,7 +457,7 @@ async def test_an_address_that_the_running_api_has_is_not_free(site: Site) -> No
 
 
 def test_a_plan_is_the_same_from_either_side() -> None:
-    """What is in force after it has nothing left to change but what needs a restart."""
+    """After a reload the same file changes only keys that need a restart."""
     old = Config(path=Path("/f"), relay=RelaySection(name="old"), admin=AdminSection(listen="unix:/s"))
     new = Config(path=Path("/f"), relay=RelaySection(name="new", drain_timeout=1), limits=Limits(ping_interval=1))
     settled = without_restart(old, new)
@@ -468,7 +468,7 @@ def test_a_plan_is_the_same_from_either_side() -> None:
 
 
 async def test_with_workers_the_same_holds(site: Site) -> None:
-    """A supervisor keeps what needs a restart as well, and its workers get a configuration without it."""
+    """A supervisor too keeps the keys that need a restart, and its workers get the values that run."""
     async with site.process(sections=ADMIN, workers=2) as relay:
         site.write(sections='[relay]\nname = "another"\n[limits]\nping_interval = 0.3\n')
         relay.signal(signal.SIGHUP)

@@ -1,4 +1,4 @@
-"""Many cores: several processes are one relay, and the end of one of them is nobody else's."""
+"""Many cores: several processes are one relay, and the end of one of them does not end another."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from support.relay import RelayProcess
 from support.site import Site
 from support.waiting import TIMEOUT, eventually
 
-# As many as fall to two workers by turns: one and three to the first, two and four to the second.
+# Two workers have them by turns: the first has one and three, the second two and four.
 NAMES: Final = ("one", "two", "three", "four")
 METRICS: Final = '[metrics]\nlisten = "127.0.0.1:0"\n'
 
@@ -50,7 +50,7 @@ async def two_workers(site: Site, *, sections: str = "", routes: str = ROUTES) -
 
 
 def is_there(pid: int) -> bool:
-    """Whether a process runs; one that has ended and that nobody has asked about does not."""
+    """Whether a process runs; one that has ended and is still a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -58,7 +58,7 @@ def is_there(pid: int) -> bool:
 
 
 async def kill(pid: int) -> None:
-    """As the kernel does when memory runs out; it serves nobody any more when this returns."""
+    """Kill it as the kernel does when memory runs out; when this returns, it serves nobody any more."""
     os.kill(pid, signal.SIGKILL)
     await eventually(lambda: not is_there(pid), "the process is gone")
 
@@ -77,7 +77,7 @@ async def metrics(relay: RelayProcess) -> dict[str, float]:
 
 
 async def becomes(relay: RelayProcess, value: float, name: str) -> dict[str, float]:
-    """Wait until a metric has this value: what a party sees may be a moment before its relay has noted it."""
+    """Wait until a metric has this value: a party may see an event a moment before the relay counts it."""
     with trio.fail_after(TIMEOUT):
         while True:
             found = await metrics(relay)
@@ -87,7 +87,7 @@ async def becomes(relay: RelayProcess, value: float, name: str) -> dict[str, flo
 
 
 async def speak(one: Any, two: Any, size: int = 50_000) -> None:
-    """Bytes each way arrive."""
+    """Send bytes each way, and check that they arrive."""
     for source, sink in ((one, two), (two, one)):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(source.send, block(size))
@@ -134,7 +134,7 @@ async def test_both_serve_and_the_api_tells_of_all(site: Site) -> None:
 
 
 async def test_a_refusal_is_told_by_the_supervisor(site: Site) -> None:
-    """Both in the status and as an event, once, although another process refused."""
+    """The refusal is in the status and an event, once each, although another process refused."""
     async with two_workers(site, sections=ADMIN) as relay, admin(site) as api, events(api) as seen:
         site.add("stranger", site.ca.party(dns=["stranger.demo"]))
         party = await site.party(relay, "stranger", route="two")
@@ -147,7 +147,7 @@ async def test_a_refusal_is_told_by_the_supervisor(site: Site) -> None:
 
 
 async def test_routes_come_and_go_by_the_api(site: Site) -> None:
-    """Served when the answer is there, and closed when it is."""
+    """A new route is served when the answer comes, and a removed one is closed when it comes."""
     async with two_workers(site, sections=ADMIN) as relay, admin(site) as api:
         kept = await join_ends(site, relay, route="one")
         for name in ("five", "six"):
@@ -167,7 +167,7 @@ async def test_routes_come_and_go_by_the_api(site: Site) -> None:
 
 
 async def test_a_reload_moves_nothing_that_stays(site: Site) -> None:
-    """Pairings and waiting legs of kept routes go on, in the worker and on the socket that they had."""
+    """Pairings and waiting legs of kept routes go on in the same worker and on the same socket."""
     async with two_workers(site, sections=ADMIN) as relay, admin(site) as api:
         before = await owners(api)
         ends = [await join_ends(site, relay, route=name) for name in NAMES[1:]]
@@ -191,7 +191,7 @@ async def test_a_reload_moves_nothing_that_stays(site: Site) -> None:
 
 @pytest.mark.load
 async def test_what_one_worker_cannot_take_nobody_has(site: Site) -> None:
-    """The second worker has no room for one more socket: the first must not go on alone."""
+    """The second worker has no room for one more socket; then the first must not take the change over alone."""
     async with two_workers(site, sections=ADMIN) as relay, admin(site) as api:
         kept = await join_ends(site, relay, route="two")
         pid = relay.worker(2)
@@ -217,7 +217,7 @@ async def test_what_one_worker_cannot_take_nobody_has(site: Site) -> None:
 
 @pytest.mark.load
 async def test_many_reloads_leave_no_descriptor(site: Site) -> None:
-    """Neither in the supervisor nor in a worker; routes come and go with each, and some are refused."""
+    """Neither the supervisor nor a worker keeps any; routes come and go with each reload, and some are refused."""
     async with two_workers(site, sections=ADMIN) as relay, admin(site) as api:
         processes = [relay.process.pid, relay.worker(1), relay.worker(2)]
 
@@ -257,7 +257,7 @@ async def test_a_storm_of_signals_loses_nothing(site: Site) -> None:
 
 
 async def test_a_worker_that_dies_is_started_again(site: Site) -> None:
-    """Its routes blink; whoever dials meanwhile is served; the others do not notice; and no counter falls."""
+    """Its pairings end; a function that dials meanwhile is served later; other routes go on; and no counter falls."""
     async with two_workers(site, sections=ADMIN + METRICS) as relay, admin(site) as api:
         stays = await join_ends(site, relay, route="one")
         for name in NAMES:
@@ -269,7 +269,7 @@ async def test_a_worker_that_dies_is_started_again(site: Site) -> None:
         dies = await join_ends(site, relay, route="two")
         await becomes(relay, 2, "frelay_pairings_active")
         await kill(relay.worker(2))
-        # These dial while nobody is there.
+        # These dial while the worker is down.
         one, two = await join_ends(site, relay, route="two")
         await speak(one, two)
         assert await dies[0].ended() in ("reset", "eof")
@@ -292,7 +292,7 @@ async def test_a_worker_that_dies_is_started_again(site: Site) -> None:
 
 
 async def test_a_worker_comes_back_with_what_is_in_force(site: Site) -> None:
-    """And not with what is on disk: a mistake in a file that nobody took over harms nobody later."""
+    """It does not read the disk: a mistake in a file that no reload took over does no harm later."""
     async with two_workers(site, sections=ADMIN), admin(site) as api:
         answer = await api.put("/v1/routes/five", json=route_body(require_inner_tls=False))
         port = int(answer.json()["bound"][0].rpartition(":")[2])
@@ -354,8 +354,8 @@ async def test_a_drain_lets_pairings_of_all_workers_finish(site: Site) -> None:
 
 
 @pytest.mark.parametrize("route", ["one", "two"])
-async def test_whoever_cuts_a_pairing_says_so(site: Site, route: str) -> None:
-    """Whichever worker it was."""
+async def test_a_worker_that_cuts_a_pairing_makes_the_exit_code_1(site: Site, route: str) -> None:
+    """In either worker."""
     async with two_workers(site, sections="[relay]\ndrain_timeout = 0.5\n") as relay:
         await join_ends(site, relay, route=route)
         relay.signal(signal.SIGTERM)
