@@ -1,10 +1,10 @@
-"""What does a machine carry, and what gives out first? ``python bench/model.py all.json --cores 8 --memory 16``
+"""What does a machine carry, and which limit comes first? ``python bench/model.py all.json --cores 8 --memory 16``
 
-``all.json`` is what ``compare.py --json`` has measured. The model is a sum: so much CPU for each join, message and
-gigabyte, so much memory and so many descriptors for each pairing; a core, a gibibyte and a limit are divided by that.
-It knows nothing of queues, so it keeps a share of each core free for what comes in bursts.
+``all.json`` is what ``compare.py --json`` has measured. The model adds up: CPU for each join, message and gigabyte,
+memory and descriptors for each pairing. It divides the machine's cores, memory and descriptors by these sums. It does
+not compute queues, so it keeps a share of each core free for bursts.
 
-    python bench/model.py all.json --check                 # measure 1 and 2 workers here, beside what it predicts
+    python bench/model.py all.json --check                 # also measure 1 and 2 workers here, beside the prediction
     python bench/model.py all.json --check --update-docs   # ... and write that into docs/capacity.md
 
 Data goes to stdout, progress to stderr. Exit codes: 0 done, 1 failed, 2 usage, 130 or 143 interrupted.
@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Final
 
-# Run as a script, Python would look in bench/ alone; and the relay measured shall be the one beside this file.
+# A script finds only its own directory. It needs the bench and the frelay of this checkout.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.comparison.own_network import congestion_control, enter_own_network
@@ -40,23 +40,23 @@ __all__ = ["Costs", "Machine", "Work", "carried", "costs_of", "needed"]
 
 _PAGE: Final = checkout_root() / "docs" / "capacity.md"
 
-# How much of a core may be planned for. Above that what comes in bursts waits, and the model knows no waiting.
+# The share of a core to plan for. Above it bursts must wait, and the model does not compute waiting.
 _USABLE: Final = 0.7
-# The kernel's, beside the relay's own: a TCP socket with its file and inode. A buffer only while bytes are in it.
+# Kernel memory of a TCP socket with its file and inode, beside the relay's. Buffers exist only with bytes in them.
 _KERNEL_KIB_A_SOCKET: Final = 4.0
-# What is left of the memory for everything else on the machine, and for buffers.
+# The share of the memory to plan for; the rest is for buffers and for everything else on the machine.
 _MEMORY_SHARE: Final = 0.7
 # limits.fd_budget, and the default hard limit of a service under systemd.
 _FD_BUDGET: Final = 0.8
 _DESCRIPTORS: Final = 524_288
 _SOCKETS: Final = 2
-# ... each with one more set aside for its share of the pipes, as the relay's admission does.
+# Each with one more reserved for its share of the pipes, as the relay reserves them.
 _SET_ASIDE: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What was measured, each with its unit."""
+    """The measured costs, each with its unit."""
 
     join_us: float
     """CPU for a pairing: both legs admitted, paired, handed off, and closed in the end."""
@@ -67,12 +67,12 @@ class Costs:
     pairing_kib: float
     waiting_kib: float
     relay_mib: float
-    """A process without anybody."""
+    """A relay process without connections."""
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What there is."""
+    """The machine's resources."""
 
     cores: int
     memory_gib: float
@@ -82,7 +82,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What is to be carried."""
+    """The work to carry."""
 
     pairings: float
     joins: float
@@ -95,7 +95,7 @@ class Work:
 
 
 def costs_of(record: Record) -> Costs:
-    """The costs in a record; raises UsageError where it lacks one."""
+    """The costs in a record; raises UsageError if one is missing."""
     sizes = record.sizes
 
     def found(case: str, amount: int, figure: str) -> float:
@@ -115,7 +115,7 @@ def costs_of(record: Record) -> Costs:
 
 
 def _median(record: Record, key: Key, figure: str) -> float:
-    """One figure over the rounds; raises UsageError where the record lacks it."""
+    """The median of one figure over the rounds; raises UsageError if the record lacks it."""
     spread = record.spread(key, figure)
     if spread is None:
         raise UsageError(
@@ -147,7 +147,7 @@ def _there(costs: Costs, machine: Machine) -> dict[str, float]:
 
 
 def carried(costs: Costs, machine: Machine, work: Work) -> tuple[float, str]:
-    """How many times ``work`` the machine carries, and what gives out first."""
+    """How many times the machine carries ``work``, and which resource runs out first."""
     there, wanted = _there(costs, machine), needed(costs, work)
     return min((there[what] / wanted[what] if wanted[what] else math.inf, what) for what in there)
 
@@ -157,7 +157,7 @@ def carried(costs: Costs, machine: Machine, work: Work) -> tuple[float, str]:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One prediction, and what came of it."""
+    """One prediction, and the measurement beside it."""
 
     what: str
     workers: int
@@ -185,12 +185,12 @@ _CHECKS: Final[tuple[tuple[Load, str, str, float], ...]] = (
 
 
 def check(record: Record, rounds: int, seconds: float) -> list[Check]:
-    """Measure 1 and 2 workers, round by round; raises BenchError, and UsageError where the record lacks a figure."""
-    # All that is taken from the record, first: what it lacks shall be told before anything is measured.
+    """Measure 1 and 2 workers, round by round; raises BenchError, and UsageError if the record lacks a figure."""
+    # Read the record first, so that a missing figure is told before anything is measured.
     costs = {case: _seconds_a_unit(record, _key(record, case), figure) for _, case, figure, _ in _CHECKS}
     cores = record.machine["cpus"]
     if (wanted := record.machine["congestion_control"]) != congestion_control():
-        # What was measured there says nothing of a network in which TCP sends by something else.
+        # The record's figures hold for its own congestion control only.
         enter_own_network(wanted, allowed=False)
     found: dict[tuple[str, int], list[float]] = {}
     with tempfile.TemporaryDirectory(prefix="frelay-bench-") as scratch:
@@ -225,7 +225,6 @@ def _seconds_a_unit(record: Record, key: Key, figure: str) -> tuple[float, float
 
 # --- showing it -------------------------------------------------------------------------------------------------------
 
-# A function's day: a message now and then, a minute of life, and of the bytes a hundredth in bulk.
 _EXAMPLES: Final = (
     ("idle: a pairing lives for a day and says something each minute", Work(1, 1 / 86_400, 2 / 60, 0)),
     ("chatty: lives for an hour, ten messages a second", Work(1, 1 / 3600, 10, 0)),
@@ -245,7 +244,7 @@ def _said(value: float) -> str:
 
 
 def rates(costs: Costs, machine: Machine) -> list[list[str]]:
-    """What it does at most of one thing alone."""
+    """The most of each kind of work alone that the machine carries."""
     one = {
         "idle pairings": Work(1, 0, 0, 0),
         "waiting legs": Work(0, 0, 0, 0, waiting=1),
@@ -305,8 +304,9 @@ def _plan(costs: Costs) -> list[str]:
         "",
         *as_rows(rows),
         "",
-        f"One such machine sets {_said(joins)} pairings up in a second: the {_said(_MILLION / 10)} of one that fails, "
-        f"of ten, are back on the other nine after {_said(_MILLION / 10 / joins / 9)} s at the earliest.",
+        f"One such machine sets up {_said(joins)} pairings a second. If one of ten machines fails, its "
+        f"{_said(_MILLION / 10)} pairings are on the other nine after {_said(_MILLION / 10 / joins / 9)} s at the "
+        "earliest.",
     ]
 
 
@@ -332,7 +332,7 @@ def answer(options: argparse.Namespace) -> None:
         costs = costs_of(record)
         checks = check(record, options.rounds, options.seconds) if options.check else []
     except UsageError as error:
-        # Which file it was is known here alone.
+        # Only here the file's name is known.
         raise UsageError(f"{options.record}: {error}") from None
     cores = options.cores or record.machine["cpus"]
     memory = options.memory or record.machine["memory_gib"]

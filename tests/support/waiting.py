@@ -26,10 +26,11 @@ async def eventually(condition: Callable[[], bool], what: str = "the condition",
 
 
 async def before_it_expires(make: Callable[[float], datetime], use: Callable[[], Awaitable[T]]) -> tuple[T, float]:
-    """Make something that ends soon, such as a certificate, and use it before it ends. If that was too slow, try again.
+    """Make something that ends soon, such as a certificate, and use it before its end. If that was slow, try again.
 
-    ``make`` is given the life in seconds, longer each time, and returns the end, in whole seconds as in certificates, so
-    up to a second earlier. ``use`` may be called several times. Returns the result of ``use``, and the end as Unix time.
+    ``make`` gets the life in seconds, longer each time, and returns the end. Certificates have whole seconds, so the
+    end may be a second earlier. ``use`` may be called several times. Returns the result of ``use``, and the end as
+    Unix time.
     """
     for seconds in (2, 4, 8, 16, 32):
         ends = make(seconds).timestamp()
@@ -47,8 +48,8 @@ async def before_it_expires(make: Callable[[float], datetime], use: Callable[[],
 async def despite_stalls(test: Callable[[float], Awaitable[None]], limit: float) -> None:
     """Run a test in which a time limit of ``limit`` seconds must not strike; with a longer limit if the machine stalls.
 
-    Relay and parties share this process, so a pause of the process looks like silence. A failed test is tried again with
-    four times the limit, but only if the process stood still for a third of the limit.
+    Relay and parties share this process, so a pause of the process looks like silence. A failed test is tried again
+    with four times the limit, but only if the process stood still for a third of the limit.
     """
     for attempt in range(3):
         longest = 0.0

@@ -1,4 +1,4 @@
-"""TESTPLAN 55: what is installed is what was tested, byte for byte, and is asked about known vulnerabilities."""
+"""TESTPLAN 55: CI installs exactly the files that were tested, and audits them for known vulnerabilities."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PROJECT: Final[dict[str, Any]] = tomllib.loads((ROOT / "pyproject.toml").read_te
 
 @dataclass(frozen=True)
 class Pin:
-    """One package of a list: in one version, with the hashes of that version's files."""
+    """One package of a list: its version, and the hashes of that version's files."""
 
     name: str
     version: str
@@ -35,7 +35,7 @@ class Pin:
 
 
 def pins(name: str) -> dict[str, Pin]:
-    """A list by the names of its packages; fails on a line that is anything but a pin, a hash or a comment."""
+    """A list by the names of its packages; fails on a line that is no pin, hash or comment."""
     text = (ROOT / "requirements" / name).read_text()
     lines = [line for line in text.replace("\\\n", " ").splitlines() if line.strip() and line.lstrip()[0] != "#"]
     found = {}
@@ -48,7 +48,7 @@ def pins(name: str) -> dict[str, Pin]:
 
 
 def declared(*extras: str) -> list[Requirement]:
-    """What pyproject.toml asks for, its own extras followed, and what it is built with."""
+    """The requirements of pyproject.toml with those of its own extras, and of its build."""
     project = PROJECT["project"]
     texts = [*PROJECT["build-system"]["requires"], *project["dependencies"]]
     for extra in extras:
@@ -83,7 +83,7 @@ def test_what_runs_is_what_was_tested() -> None:
 
 
 def test_a_package_with_machine_code_is_pinned_for_every_python_and_machine() -> None:
-    """Not for that alone on which the list was made."""
+    """Not only for the machine on which the list was made."""
     pinned = pins("ci.txt")
     for name in ("cryptography", "cffi", "pydantic-core", "watchfiles"):
         assert len(pinned[name].hashes) > 10, name
@@ -91,14 +91,14 @@ def test_a_package_with_machine_code_is_pinned_for_every_python_and_machine() ->
 
 @pytest.mark.parametrize("name", LISTS)
 def test_no_list_says_where_packages_come_from(name: str) -> None:
-    """That is each machine's own affair; and where it is not the registry itself, nobody else's business."""
+    """Each machine has its own index, and its address may be private."""
     text = (ROOT / "requirements" / name).read_text()
     assert not re.search(r"https?:|file:|index|trusted-host|find-links|@", text, re.IGNORECASE)
 
 
 @pytest.mark.skipif("CI" not in os.environ, reason="everybody else may test with what they like")
 def test_ci_tests_with_what_is_pinned() -> None:
-    """README's command, which knows nothing of pins, has found its wishes fulfilled and changed none of them."""
+    """README's command does not name the pins; pip found all requirements installed and changed none."""
     pinned = pins("ci.txt")
     installed = {canonicalize_name(one.metadata["Name"]): one.version for one in metadata.distributions()}
     others = {name: version for name, version in installed.items() if name not in pinned and name != "frelay"}
@@ -107,7 +107,7 @@ def test_ci_tests_with_what_is_pinned() -> None:
 
 
 async def test_the_relay_says_which_openssl_speaks_for_it(site: Site) -> None:
-    """The one that cryptography brings along, and not the machine's: no list of the machine's packages has it."""
+    """OpenSSL comes with cryptography, not from the machine, so the lists of the machine's packages do not have it."""
     async with site.relay() as relay:
         ready = await relay.log("ready")
         assert ready["openssl"] == relay.relay.openssl == backend.openssl_version_text()
@@ -132,7 +132,7 @@ VULNERABLE: Final = {
     ("packages", "code", "said", "is_loud"),
     [
         ([CLEAN], 0, "audited 1 of 1 packages, 0 with a vulnerability", False),
-        ([CLEAN, VULNERABLE], 1, "h2 4.1.0: PYSEC-2099-1, mended in 4.3.0", False),
+        ([CLEAN, VULNERABLE], 1, "h2 4.1.0: PYSEC-2099-1, fixed in 4.3.0", False),
         ([SKIPPED, SKIPPED], 0, "2 of 2 packages WERE NOT AUDITED", True),
         ([SKIPPED, VULNERABLE], 1, "1 of 2 packages WERE NOT AUDITED", True),
         (None, 0, "NOTHING WAS AUDITED", True),
@@ -141,7 +141,7 @@ VULNERABLE: Final = {
 def test_the_audit_fails_for_a_vulnerability_and_never_keeps_silent(
     tmp_path: Path, packages: list[Any] | None, code: int, said: str, is_loud: bool
 ) -> None:
-    """pip-audit 2.10 gives 0, "No known vulnerabilities found", where its service knows nothing at all."""
+    """pip-audit 2.10 exits with 0, "No known vulnerabilities found", even if its service knows no package."""
     report = tmp_path / "report.json"
     if packages is not None:
         report.write_text(json.dumps({"dependencies": packages, "fixes": []}))
