@@ -18,7 +18,6 @@ from frelay.pairing.pipes import PipePool
 from frelay.pairing.raw_pump import RawPump
 from frelay.pairing.readiness import ReadinessSet
 from frelay.pairing.stepping import PolledSocket
-from support.site import Site
 from support.streams import tcp_pair
 from support.waiting import TIMEOUT, eventually
 
@@ -182,11 +181,3 @@ async def test_a_bug_while_sleeping_for_trio_ends_the_run_with_it() -> None:
         async with running(readiness), joined(readiness) as (one, _):
             one.send(b"hello")
             await trio.sleep_forever()
-
-
-@pytest.mark.parametrize("sections", ["", "[relay]\nworkers = 2\n"], ids=["one process", "two workers"])
-async def test_a_real_relay_sees_trios_set(site: Site, sections: str) -> None:
-    """Also when it may not be dumped or traced; for another user see test_privileges_are_given_up.py."""
-    async with site.process(sections=sections, options=["--no-watch"]) as relay:
-        assert relay.logged("ready")
-        assert not relay.logged("small messages cost more than they should")
