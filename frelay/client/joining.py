@@ -321,15 +321,15 @@ class Joining:
     def _send_ticket(self, tls: Engine, paired: Paired) -> Steps[Connection]:
         """Send the ticket on a second connection, which is raw from then on."""
         if paired.ticket is None or not paired.ticket.isascii():
-            raise HandOffFailed("the relay paired us by ticket and gave none")
+            raise HandOffFailed("the relay chose mode ticket and sent no ticket")
         time_left = self._deadline.stage(_STEP_TIMEOUT)
         try:
             yield from self._reach("raw")
             yield Send("raw", f"FRELAY/1 {paired.ticket}\n".encode("ascii"), time_left())
         except (TimeoutError, OutOfTime):
-            raise HandOffFailed("there was no time left to bring the ticket") from None
+            raise HandOffFailed("there was no time left to send the ticket") from None
         except (OSError, RelayUnreachable) as error:
-            raise HandOffFailed(f"the ticket could not be brought: {_text(error)}") from error
+            raise HandOffFailed(f"the ticket could not be sent: {_text(error)}") from error
         yield from self._wait_for_end_of_outer(tls)
         self._outer = None
         return "raw"
@@ -352,7 +352,7 @@ class Joining:
             return
         yield Close("outer", tls.take())
 
-    # --- meeting the other function ----------------------------------------------------------------------------
+    # --- the inner TLS -----------------------------------------------------------------------------------------
 
     def _inner_tls(self, connection: Connection, tunnel: Engine | None, paired: Paired) -> Steps[Joined]:
         context = self._plan.inner[paired.role]

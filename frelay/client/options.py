@@ -89,7 +89,7 @@ class JoinPlan:
         host, port = split_address(address)
         mode, wait, proxy = options.get("mode", "handoff"), options.get("wait"), options.get("proxy")
         if mode not in MODES:
-            raise ValueError(f"mode={mode!r} is not one: write {', '.join(MODES)}")
+            raise ValueError(f"mode={mode!r} is not a mode: write {', '.join(MODES)}")
         if wait is not None and math.isnan(wait):
             raise ValueError("wait: this is not a number: write seconds, or None for no limit")
         cert, key, ca = options["cert"], options.get("key"), options["ca"]

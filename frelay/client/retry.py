@@ -8,7 +8,7 @@ from typing import Final
 
 from frelay.errors import CertificateRefused, FrelayError, HandOffFailed, PeerGone, Refused, RelayUnreachable
 
-__all__ = ["NoRelay", "Retry", "read_retry"]
+__all__ = ["NoRelay", "Retry", "random_pause", "read_retry"]
 
 # A relay may send any number. We never wait longer than a day because of it.
 _LONGEST_RETRY_AFTER: Final = 86400.0
@@ -54,9 +54,14 @@ class Retry:
             at_least = min(error.retry_after or 0.0, _LONGEST_RETRY_AFTER)
         if not may_pass:
             return None
-        # Without min(), 2.0**1024 would be an OverflowError after weeks of tries.
-        ceiling = min(self.longest, self.first * 2.0 ** min(failures, 64))
-        return at_least + random.uniform(ceiling / 2, ceiling)  # noqa: S311  not a secret
+        return at_least + random_pause(self, failures)
+
+
+def random_pause(retry: Retry, failures: int) -> float:
+    """Seconds to pause after this many failures in a row, by the lengths of ``retry``."""
+    # Without min(), 2.0**1024 would be an OverflowError after weeks of tries.
+    ceiling = min(retry.longest, retry.first * 2.0 ** min(failures, 64))
+    return random.uniform(ceiling / 2, ceiling)  # noqa: S311  not a secret
 
 
 def read_retry(retry: Retry | bool | int | None) -> Retry | None:

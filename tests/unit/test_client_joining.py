@@ -328,5 +328,5 @@ def test_what_breaks_before_the_ticket_is_sent_is_a_fault(site: Site, plan: Join
                 raise BrokenPipeError(32, "Broken pipe")
             return super().perform(step)
 
-    with pytest.raises(HandOffFailed, match=r"could not be brought: .*Broken pipe"):
+    with pytest.raises(HandOffFailed, match=r"could not be sent: .*Broken pipe"):
         join(replace(plan, mode="ticket"), Unreachable(site, None))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from typing import Final
 
 from frelay.cli.connect.report import Report
 from frelay.cli.connect.service_mark import join_as_service
 from frelay.client.options import JoinPlan, Options
-from frelay.client.retry import Retry
+from frelay.client.retry import Retry, random_pause
 from frelay.client.trio import TrioWire, join
 from frelay.errors import FrelayError, Refused
 from frelay.protocol.messages import Message
@@ -67,5 +66,4 @@ def is_wait_timeout(error: FrelayError) -> bool:
 def back_off(retry: Retry, error: FrelayError, failures: int) -> float:
     """Seconds to wait after any error, as ``retry`` says; its number of tries does not count."""
     at_least = (error.retry_after or 0.0) if isinstance(error, Refused) else 0.0
-    ceiling = min(retry.longest, retry.first * 2.0 ** min(failures, 64))
-    return at_least + random.uniform(ceiling / 2, ceiling)  # noqa: S311  not a secret
+    return at_least + random_pause(retry, failures)

@@ -93,6 +93,7 @@ class Service:
         """Why a leg could not join, until ``_keep_legs_waiting`` has handled it."""
         self._has_reported_waiting = False
         self._changed = trio.Event()
+        """Set when a leg was paired or has ended."""
 
     async def serve(self) -> int:
         """Serve until cancelled, or until a lasting failure and the end of the pairings that run then."""
@@ -109,6 +110,7 @@ class Service:
     async def _keep_legs_waiting(self, nursery: trio.Nursery) -> FrelayError:
         """Start legs when they are needed; returns the failure after which another join cannot help."""
         while True:
+            self._changed = trio.Event()
             while self._failure is None and self._needs_leg():
                 leg = _Leg()
                 self._unpaired.append(leg)
@@ -128,7 +130,6 @@ class Service:
             self._failure = None  # other legs that failed meanwhile had the same cause
 
     def _needs_leg(self) -> bool:
-        self._changed = trio.Event()
         return len(self._unpaired) < min(self._target, self._concurrency - self._taken)
 
     def _pause_after(self, error: FrelayError) -> float | None:

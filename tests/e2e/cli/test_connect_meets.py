@@ -55,7 +55,7 @@ async def end_in_order(relay: RelayInProcess, one: Wire, two: Wire) -> None:
 
 
 @pytest.mark.parametrize("first", ["func1", "func2"])
-async def test_two_functions_meet_whoever_comes_first(site: Site, first: str) -> None:
+async def test_two_functions_meet_in_either_order(site: Site, first: str) -> None:
     """The order in which they come does not decide the TLS roles."""
     second = "func2" if first == "func1" else "func1"
     wires: dict[str, Wire] = {}
