@@ -94,9 +94,9 @@ class EventStream:
     def objection_to_another(self, holder: str) -> str | None:
         """Why ``holder`` cannot have one more reader now, or None."""
         if len(self._readers) >= self._most:
-            return f"{self._most} event streams are open already, and there are no more at a time"
+            return f"{self._most} event streams are open already, which is the most this relay allows"
         if sum(reader.holder == holder for reader in self._readers) >= self._most // 2:
-            return f"{self._most // 2} event streams of this address are open already, and it gets no more at a time"
+            return f"{self._most // 2} event streams of this address are open already, which is the most it may have"
         return None
 
     @contextmanager

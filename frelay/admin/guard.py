@@ -69,7 +69,7 @@ class Guard:
         if not await self._may_call(scope, receive, send):
             return
         if body is None:
-            text = f"a body has at most {_MAX_BODY} bytes here, and comes within {_BODY_TIMEOUT:g} s"
+            text = f"a body may have at most {_MAX_BODY} bytes and must arrive within {_BODY_TIMEOUT:g} s"
             await problem_response(413, "too-large", text)(scope, receive, send)
             return
         await self._app(scope, _replayed(body, receive), send)
@@ -90,7 +90,7 @@ class Guard:
         is_navigation = method == "GET" and navigation <= {*headers}
         hosts = [value for name, value in headers if name == b"host"]
         if len(hosts) != 1 or not self._is_own_host(_without_port(hosts[0].lower())):
-            return "this relay is not called by that Host; use an address of its own, or localhost"
+            return "the Host header does not name this relay; use one of its own names or addresses, or localhost"
         for name, value in headers:
             if name == b"origin" and value.lower().partition("://")[2] != hosts[0].lower():
                 return "a page from another origin may not use this API"

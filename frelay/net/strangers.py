@@ -54,9 +54,9 @@ _TURNS_PER_PASS: Final = 8
 _POLL_INTERVAL: Final = 0.1
 
 _LOST_PLACE: Final = "gave its place to another connection: all places for strangers are taken"
-_LOST_TURN: Final = "gave its handshake's place to another connection: it let it wait (limits.max_pre_auth)"
+_LOST_TURN: Final = "gave its handshake's place to another connection: it made no progress (limits.max_pre_auth)"
 _LOST_TURN_TO_OWN: Final = (
-    "gave its handshake's place to another connection of its address: it let it wait (limits.max_pre_auth_per_ip)"
+    "gave its handshake's place to another connection of its address: it made no progress (limits.max_pre_auth_per_ip)"
 )
 _NO_PLACE: Final = "all places for strangers are taken, and no address has more of them than this one"
 
