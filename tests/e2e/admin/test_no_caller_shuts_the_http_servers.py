@@ -26,7 +26,7 @@ DOOR: Final = '[admin]\nlisten = "127.0.0.1:0"\nallow = ["dns:operator.demo"]\n'
 GET: Final = b"GET /metrics HTTP/1.1\r\nhost: localhost\r\n\r\n"
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\x04\0\0\0\0\0"
 FLOOD: Final = 60
-PLACES: Final = 12
+SLOTS: Final = 12
 
 
 def port_of(relay: RelayInProcess, server: str) -> int:
@@ -34,9 +34,9 @@ def port_of(relay: RelayInProcess, server: str) -> int:
 
 
 @pytest.fixture
-def few_places(monkeypatch: pytest.MonkeyPatch) -> None:
+def few_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     """The servers get few slots, so that a flood needs fewer descriptors."""
-    monkeypatch.setattr("frelay.net.slots._MOST_PLACES", PLACES)
+    monkeypatch.setattr("frelay.net.slots._MOST_HTTP_CONNECTIONS", SLOTS)
 
 
 async def is_healthy(relay: RelayInProcess) -> None:
@@ -130,7 +130,7 @@ async def flood(port: int, way: Way) -> AsyncIterator[None]:
 WAYS: Final = (says_nothing, one_byte, a_head_byte_by_byte, half_a_body, asks_and_never_reads, asks_once, http2)
 
 
-@pytest.mark.usefixtures("few_places")
+@pytest.mark.usefixtures("few_slots")
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 async def test_healthz_is_answered_in_a_flood(site: Site, way: Way) -> None:
     async with site.relay(sections=METRICS) as relay, flood(port_of(relay, "metrics"), way):
@@ -138,14 +138,14 @@ async def test_healthz_is_answered_in_a_flood(site: Site, way: Way) -> None:
             await is_healthy(relay)
 
 
-@pytest.mark.usefixtures("few_places")
+@pytest.mark.usefixtures("few_slots")
 @pytest.mark.parametrize("way", [says_nothing, one_byte, half_a_client_hello, http2], ids=lambda way: way.__name__)
 async def test_the_admin_api_is_answered_in_a_flood(site: Site, way: Way) -> None:
     async with site.relay(sections=DOOR) as relay, flood(port_of(relay, "admin"), way), caller(site, relay) as api:
         assert (await api.get("/v1/status")).status_code == 200
 
 
-@pytest.mark.usefixtures("few_places")
+@pytest.mark.usefixtures("few_slots")
 async def test_idle_callers_of_the_unix_socket_shut_nobody_out(site: Site) -> None:
     """Idle connections lose their slots, and a connection that the relay works for keeps its slot."""
     async with (
@@ -163,7 +163,7 @@ async def test_idle_callers_of_the_unix_socket_shut_nobody_out(site: Site) -> No
         assert relay.logged("HTTP connections closed to make room", address="unix")
 
 
-@pytest.mark.usefixtures("few_places")
+@pytest.mark.usefixtures("few_slots")
 async def test_event_streams_are_bounded_and_shut_nobody_out(site: Site) -> None:
     """A reader of events keeps its slot, so one address gets only a part of all event streams."""
     async with site.relay(sections=ADMIN), AsyncExitStack() as all_:
@@ -174,10 +174,10 @@ async def test_event_streams_are_bounded_and_shut_nobody_out(site: Site) -> None
             if answer.status_code != 200:
                 break
             open_.append(answer)
-            assert len(open_) < PLACES
+            assert len(open_) < SLOTS
         await answer.aread()
         assert (answer.status_code, answer.json()["error"]) == (429, "too-many")
-        assert len(open_) == PLACES // 4
+        assert len(open_) == SLOTS // 4
         async with admin(site) as api:
             assert (await api.get("/v1/status")).status_code == 200
         await open_.pop().aclose()
