@@ -102,9 +102,7 @@ class SlowFile:
             new = self.path.with_name(f".{self.path.name}.new")
             new.touch(0o600)
             new.write_bytes(content)
-            with open(
-                self.path, "wb"
-            ) as fifo:  # waits for the reader, which has read the other files by then
+            with open(self.path, "wb") as fifo:  # waits for the reader, which has read the other files by then
                 new.replace(self.path)
                 fifo.write(content)
 
