@@ -156,8 +156,17 @@ async def free_again(relay: RelayInProcess) -> None:
 
 
 async def still_serves(site: Site, relay: RelayInProcess) -> None:
+    """Two good functions meet; again if this machine was too slow for the short limits that the bad ones need."""
     hello = client_hello(site)
-    one, two = await met(site, relay)
+    for attempt in range(5):
+        try:
+            one, two = await met(site, relay)
+        except AssertionError as error:
+            if "within 0." not in str(error) or attempt == 4:
+                raise
+            site.hang_up()
+        else:
+            break
     await one.hand_off(hello)
     await two.hand_off()
     assert await two.receive_exactly(len(hello)) == hello

@@ -67,6 +67,10 @@ async def drain(sink: End) -> None:
         pass
 
 
+async def is_cut(end: End) -> None:
+    assert await end.ended() in ("reset", "truncated")
+
+
 async def talk(one: End, two: End) -> None:
     for source, sink in ((one, two), (two, one)):
         await source.send(b"still here")
@@ -105,8 +109,10 @@ async def test_while_idle_in_flight_and_waiting(site: Site, cut: str) -> None:
         net.cut("func1", to=to, back=back)
 
         pairs = [*idle, *sent_to, *sent_from]
-        for _, two in pairs:
-            assert await two.ended() in ("reset", "truncated")
+        # All at once: a func2 that reads nothing for user_timeout is cut for that, and not for the cable.
+        async with trio.open_nursery() as ends:
+            for _, two in pairs:
+                ends.start_soon(is_cut, two)
         await relay.log("pairing ended", count=len(pairs), side="func1")
         ended = relay.logged("pairing ended")
         assert {entry["outcome"] for entry in ended} <= {"reset", "stall-timeout"}
