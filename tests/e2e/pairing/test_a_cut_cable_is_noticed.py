@@ -110,9 +110,9 @@ async def test_while_idle_in_flight_and_waiting(site: Site, cut: str) -> None:
 
         pairs = [*idle, *sent_to, *sent_from]
         # All at once: a func2 that reads nothing for user_timeout is cut for that, and not for the cable.
-        async with trio.open_nursery() as ends:
+        async with trio.open_nursery() as waiting:
             for _, two in pairs:
-                ends.start_soon(is_cut, two)
+                waiting.start_soon(is_cut, two)
         await relay.log("pairing ended", count=len(pairs), side="func1")
         ended = relay.logged("pairing ended")
         assert {entry["outcome"] for entry in ended} <= {"reset", "stall-timeout"}
