@@ -98,7 +98,7 @@ class IncomingConnection:
     async def _run_as_stranger(self) -> None:
         """Go through all stages. Until the connection is admitted, a newer stranger may take its place."""
         with trio.CancelScope() as scope:
-            too_many = self._slot.enter(self._source[0], lambda: scope.cancel(reason="it gave way to another"))
+            too_many = self._slot.enter(self._source[0], lambda: scope.cancel(reason="a newer stranger took its place"))
             if too_many is not None:
                 # A refusal could only be told inside TLS, which has not begun. So the connection is just closed.
                 self._log.note_refusal(Refusal("limit", too_many))

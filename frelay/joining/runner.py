@@ -32,10 +32,10 @@ class PairingRunner:
         """Whether the end of the relay has cut a pairing."""
 
     @asynccontextmanager
-    async def open(self) -> AsyncIterator[trio.Nursery]:
+    async def open(self) -> AsyncIterator[None]:
         """The scope in which pairings run; it ends once all of them have ended."""
         async with trio.open_nursery() as self._nursery:
-            yield self._nursery
+            yield
 
     def start(self, pairing: Pairing, route: LiveRoute) -> None:
         """Give ``pairing``, which ``route`` has just matched, the task that it runs in."""

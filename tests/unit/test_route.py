@@ -24,7 +24,7 @@ from frelay.tls.trust import EXPIRED, OuterTls, VerifiedPeer
 from support.streams import tcp_pair
 
 
-class Guest(Leg):
+class StandInLeg(Leg):
     """A leg with nothing but a connection and a certificate."""
 
     def __init__(self, party: PartyName, sock: socket.socket) -> None:
@@ -78,13 +78,13 @@ async def test_nobody_is_paired_with_one_whose_certificate_is_no_longer_good(con
         table, Limits(), policy_ends_pairings=True, forwarding=Forwarding(), trust=lambda: cast(OuterTls, judge)
     )
     woken = []
-    first, second = Guest("func1", connection), Guest("func1", connection)
+    first, second = StandInLeg("func1", connection), StandInLeg("func1", connection)
     waiters = [
         route.lobby.enter(leg, lambda leg=leg: woken.append(leg), recompute_expiry=lambda: None)  # type: ignore[misc]
         for leg in (first, second)
     ]
     judge.rejected.append(first.peer)
-    pairing = route.match(Guest("func2", connection))
+    pairing = route.match(StandInLeg("func2", connection))
     assert isinstance(pairing, Pairing)
     assert pairing.legs["func1"] is second
     assert waiters[0].verdict == EXPIRED
@@ -97,12 +97,13 @@ async def test_nobody_is_paired_on_a_route_that_is_gone(connection: socket.socke
     table = Route(name="r", listen=Addresses([Address("127.0.0.1", 0)]), func1=(), func2=(), source=Path("r"))
     route = LiveRoute(table, Limits(), policy_ends_pairings=True, forwarding=Forwarding(), trust=lambda: None)
     waiters = [
-        route.lobby.enter(Guest("func1", connection), lambda: None, recompute_expiry=lambda: None) for _ in range(100)
+        route.lobby.enter(StandInLeg("func1", connection), lambda: None, recompute_expiry=lambda: None)
+        for _ in range(100)
     ]
     refusal = Refusal("route-removed", "the route was removed")
     route.close(refusal, outcome=Outcome.ROUTE_REMOVED, cut_at=0.0)
     assert waiters[-1].verdict is None
-    assert route.match_with(waiters[-1], Guest("func2", connection)) is refusal
+    assert route.match_with(waiters[-1], StandInLeg("func2", connection)) is refusal
     assert not route.pairings
 
 
