@@ -56,7 +56,7 @@ async def connect(
         transport = WireTransport(loop, joined.engine, protocol)
         sock = shell.connections.sockets[joined.connection]
         # The plain transport owns the socket from here on, and closes it also when this call is cancelled.
-        await loop.create_connection(lambda: _Below(transport), sock=sock)
+        await loop.create_connection(lambda: _PlainProtocol(transport), sock=sock)
         shell.connections.take(joined.connection)
         return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
     finally:
@@ -120,7 +120,7 @@ class _Shell:
         return result
 
 
-class _Below(asyncio.Protocol):
+class _PlainProtocol(asyncio.Protocol):
     """The protocol of the plain transport: it passes everything on to the wire."""
 
     def __init__(self, wire: WireTransport) -> None:

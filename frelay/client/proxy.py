@@ -140,8 +140,8 @@ def connect_through(
         name = host if host.isascii() else host.encode("idna").decode("ascii")
     except UnicodeError:
         raise NoRelay(f"{host} is not a host name") from None
-    place = f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
-    request = f"CONNECT {place} HTTP/1.1\r\nHost: {place}\r\n"
+    target = f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
+    request = f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n"
     if proxy.authorization is not None:
         request += f"Proxy-Authorization: {proxy.authorization}\r\n"
     yield Send(connection, f"{request}\r\n".encode("ascii"), time_left())
@@ -161,7 +161,7 @@ def connect_through(
     code, words = int(status[1]), (status[2] or b"")[:_MAX_WORDS].decode("utf-8", "replace")
     if not 200 <= code < 300:
         hint = ": give user and password in its URL" if code == 407 else ""
-        raise RelayUnreachable(f"the proxy {proxy} refused a connection to {place}: {code} {words}{hint}".rstrip())
+        raise RelayUnreachable(f"the proxy {proxy} refused a connection to {target}: {code} {words}{hint}".rstrip())
     rest = len(answer) - end - 4
     if rest:
         # These bytes are not the relay's: it sends nothing before our ClientHello.

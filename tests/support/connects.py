@@ -1,8 +1,8 @@
 """Both ends of ``frelay connect``: a local port on one side, a local service on the other, and callers.
 
 async with serving(echo) as service, site.relay() as relay:
-    async with offering(site, relay, service.address) as there, port_here(site, relay) as (here, place):
-        async with await dial(place) as caller:
+    async with offering(site, relay, service.address) as there, port_here(site, relay) as (here, address):
+        async with await dial(address) as caller:
             await still_echoes(caller)
 """
 
@@ -29,11 +29,11 @@ _CUT: Final = b"\1\0\0\0\0\0\0\0"
 
 @asynccontextmanager
 async def offering(
-    site: Site, relay: RelayInProcess | RelayProcess | int, place: str, *more: str
+    site: Site, relay: RelayInProcess | RelayProcess | int, address: str, *more: str
 ) -> AsyncIterator[Command]:
     """func2 with ``--to``, once its first leg waits."""
     port = relay if isinstance(relay, int) else relay.port()
-    async with command(arguments(site, f"127.0.0.1:{port}", "func2", "func1", "--to", place, *more)) as there:
+    async with command(arguments(site, f"127.0.0.1:{port}", "func2", "func1", "--to", address, *more)) as there:
         await there.say("waiting")
         yield there
 
@@ -50,12 +50,12 @@ async def port_here(
         assert "Traceback" not in here.stderr
 
 
-async def dial(place: str) -> trio.SocketStream:
+async def dial(address: str) -> trio.SocketStream:
     """A connection to ``HOST:PORT`` or ``unix:PATH``."""
     with trio.fail_after(TIMEOUT):
-        if place.startswith("unix:"):
-            return await trio.open_unix_socket(os.fspath(place.removeprefix("unix:")))
-        return await trio.open_tcp_stream(*split_address(place))
+        if address.startswith("unix:"):
+            return await trio.open_unix_socket(os.fspath(address.removeprefix("unix:")))
+        return await trio.open_tcp_stream(*split_address(address))
 
 
 async def still_echoes(stream: trio.SocketStream, text: bytes = b"as before") -> None:
