@@ -51,7 +51,7 @@ class Backend(Protocol):
         """The scope in which routes are served. After :meth:`drain` it ends with the last pairing."""
 
     def drain(self, *, reason: str, timeout: float) -> None:
-        """Accept nothing more, send away the legs that wait, and let pairings end within ``timeout`` seconds."""
+        """Accept nothing more, send waiting legs away, and let pairings end within ``timeout`` seconds."""
 
     def stop_now(self) -> None:
         """End the drain: cut every pairing now."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import trio
+
 from frelay.joining.accept_context import SharedParts
 from frelay.joining.routes import RouteRegistry
 from frelay.joining.runner import PairingRunner
@@ -36,5 +38,11 @@ class Parts:
     shared: SharedParts
     """What all connections share."""
     journal: Journal
+    draining: trio.Event
+    """Set once the relay drains: it takes nothing new any more."""
+    changing: trio.Lock
+    """Held while the active configuration may be replaced."""
+    reading: trio.CapacityLimiter
+    """Limits the threads that read files. It has no other use: a reload must not wait for what else runs in threads."""
     log: Any
     """The relay's logger."""

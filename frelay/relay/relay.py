@@ -72,8 +72,6 @@ class Relay:
         *,
         inherited: PassedSockets,
         service_manager: ServiceManager,
-        reading: trio.CapacityLimiter,
-        draining: trio.Event,
         open_servers: OpenServers | None,
         watch_files: bool,
         obeys_signals: bool,
@@ -83,8 +81,7 @@ class Relay:
         self._reloader: Final = reloader
         self._inherited: Final = inherited
         self._service_manager: Final = service_manager
-        self._reading: Final = reading
-        self._draining: Final = draining
+        self._draining: Final = parts.draining
         self._open_servers: Final = open_servers
         self._watch_files: Final = watch_files
         self._obeys_signals: Final = obeys_signals
@@ -162,7 +159,7 @@ class Relay:
         if self._watch_files:
             # What changed between the caller's load and this mark would otherwise never be noticed.
             await watcher.mark()
-            first = await trio.to_thread.run_sync(load, first.path, limiter=self._reading)
+            first = await trio.to_thread.run_sync(load, first.path, limiter=self.parts.reading)
         prepared = await self._backend.prepare(first)
         try:
             async with trio.open_nursery() as root:

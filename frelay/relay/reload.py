@@ -48,26 +48,16 @@ class Reloader:
     """Replaces the active configuration by what the files say, with the steps of ``backend``.
 
     :meth:`reload` and :meth:`edit` do it at once. :meth:`run` does it whenever it was requested by :meth:`request`.
-    ``changing`` is held while the active configuration may be replaced, ``reading`` limits the threads that read files.
     """
 
-    def __init__(
-        self,
-        parts: Parts,
-        backend: Backend,
-        *,
-        draining: trio.Event,
-        changing: trio.Lock,
-        reading: trio.CapacityLimiter,
-        service_manager: ServiceManager,
-    ) -> None:
+    def __init__(self, parts: Parts, backend: Backend, service_manager: ServiceManager) -> None:
         self._active: Final = parts.active
         self._journal: Final = parts.journal
         self._log: Final[Any] = parts.log
         self._backend: Final = backend
-        self._draining: Final = draining
-        self._changing: Final = changing
-        self._reading: Final = reading
+        self._draining: Final = parts.draining
+        self._changing: Final = parts.changing
+        self._reading: Final = parts.reading
         self._service_manager: Final = service_manager
         self._attempted = self._active.config
         """The last configuration that could be read. Its files are watched too: one may be why it was refused."""

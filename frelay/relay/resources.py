@@ -16,9 +16,9 @@ from frelay.errors import ConfigError, Problem
 from frelay.joining.listener import Listener
 from frelay.net.binding import bind_failure, resolve
 from frelay.net.passed_sockets import RESERVED, PassedSockets
-from frelay.relay.active_config import ActiveConfig
 from frelay.relay.backend import Prepared
 from frelay.relay.config_warnings import log_warnings
+from frelay.relay.parts import Parts
 from frelay.relay.prepare import TlsFiles, prepare
 from frelay.tls.trust import OuterTls
 
@@ -31,17 +31,14 @@ _Addresses = tuple[Address, ...] | OSError
 class OwnResources:
     """The resources of a process that reads and binds for itself.
 
-    ``inherited`` are sockets that systemd has bound; they are used before any are bound here. ``reading`` limits the
-    threads that files are read in.
+    ``inherited`` are sockets that systemd has bound; they are used before any are bound here.
     """
 
-    def __init__(
-        self, active: ActiveConfig, *, inherited: PassedSockets, reading: trio.CapacityLimiter, log: Any
-    ) -> None:
-        self._active: Final = active
+    def __init__(self, parts: Parts, inherited: PassedSockets) -> None:
+        self._active: Final = parts.active
+        self._reading: Final = parts.reading
+        self._log: Final[Any] = parts.log
         self._inherited: Final = inherited
-        self._reading: Final = reading
-        self._log: Final[Any] = log
 
     async def prepare(self, config: Config) -> Prepared:
         """Load what ``config`` refers to; raises ConfigError."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import structlog
 import trio
@@ -88,10 +88,9 @@ def make_relay(
 
     ``inherited`` are the sockets that systemd has passed. ``log_format`` and ``log_level`` are how the workers log.
     """
-    inherited = inherited or PassedSockets()
+    inherited, service_manager = inherited or PassedSockets(), service_manager or ServiceManager()
     parts = _make_parts(config, structlog.get_logger("frelay.relay"))
-    steps = _Steps()
-    resources = OwnResources(parts.active, inherited=inherited, reading=steps.reading, log=parts.log)
+    resources = OwnResources(parts, inherited)
     backend: Backend
     if config.relay.worker_count == 1:
         backend, open_servers = LocalBackend(parts, resources), _servers_opener(inherited)
@@ -101,16 +100,14 @@ def make_relay(
         from frelay.relay.workers.supervisor import Supervisor
 
         fleet = Fleet(config.relay.worker_count)
-        backend = Supervisor(
-            parts, resources, fleet, changing=steps.changing, log_format=log_format, log_level=log_level
-        )
+        backend = Supervisor(parts, resources, fleet, log_format=log_format, log_level=log_level)
         open_servers = _servers_opener(inherited, fleet)
-    return _assemble(
+    return Relay(
         parts,
         backend,
-        steps,
+        Reloader(parts, backend, service_manager),
         inherited=inherited,
-        service_manager=service_manager or ServiceManager(),
+        service_manager=service_manager,
         open_servers=open_servers,
         watch_files=watch_files,
         obeys_signals=True,
@@ -120,26 +117,17 @@ def make_relay(
 def make_worker_relay(config: Config, resources: Resources, *, log: Any) -> Relay:
     """The relay inside a worker process: the supervisor has the signals, the files and the HTTP servers."""
     parts = _make_parts(config, log)
-    return _assemble(
+    backend, service_manager = LocalBackend(parts, resources), ServiceManager()
+    return Relay(
         parts,
-        LocalBackend(parts, resources),
-        _Steps(),
+        backend,
+        Reloader(parts, backend, service_manager),
         inherited=PassedSockets(),
-        service_manager=ServiceManager(),
+        service_manager=service_manager,
         open_servers=None,
         watch_files=False,
         obeys_signals=False,
     )
-
-
-class _Steps:
-    """What the steps of a relay's life have in common."""
-
-    def __init__(self) -> None:
-        self.draining: Final = trio.Event()
-        self.changing: Final = trio.Lock()
-        # A limiter of its own: a reload must not wait for whatever else runs in threads.
-        self.reading: Final = trio.CapacityLimiter(1)
 
 
 def _make_parts(config: Config, log: Any) -> Parts:
@@ -165,45 +153,15 @@ def _make_parts(config: Config, log: Any) -> Parts:
             strangers_refused=StrangersRefused(journal),
         ),
         journal=journal,
+        draining=trio.Event(),
+        changing=trio.Lock(),
+        reading=trio.CapacityLimiter(1),
         log=log,
     )
 
 
-def _assemble(
-    parts: Parts,
-    backend: Backend,
-    steps: _Steps,
-    *,
-    inherited: PassedSockets,
-    service_manager: ServiceManager,
-    open_servers: OpenServers | None,
-    watch_files: bool,
-    obeys_signals: bool,
-) -> Relay:
-    reloader = Reloader(
-        parts,
-        backend,
-        draining=steps.draining,
-        changing=steps.changing,
-        reading=steps.reading,
-        service_manager=service_manager,
-    )
-    return Relay(
-        parts,
-        backend,
-        reloader,
-        inherited=inherited,
-        service_manager=service_manager,
-        reading=steps.reading,
-        draining=steps.draining,
-        open_servers=open_servers,
-        watch_files=watch_files,
-        obeys_signals=obeys_signals,
-    )
-
-
 def _servers_opener(inherited: PassedSockets, fleet: Fleet | None = None) -> OpenServers:
-    """What binds the HTTP servers of a relay; its routes are served by ``fleet``, or by itself."""
+    """A function that binds the HTTP servers of a relay; ``fleet`` serves its routes, None if it does so itself."""
 
     def open_servers(relay: Relay) -> HttpServers | None:
         config = relay.config

@@ -88,6 +88,13 @@ def test_asking_a_running_relay_loads_no_relay(command: str) -> None:
     assert not modules & {"trio", "OpenSSL", "cryptography", "fastapi", "frelay.relay.relay", "frelay.config.model"}
 
 
+def test_a_relay_of_one_process_loads_neither_workers_nor_http() -> None:
+    """Both are loaded once a route file asks for them: they take a second and 30 MB."""
+    modules = loaded_after("import frelay.relay.run")
+    assert {"frelay.relay.relay", "frelay.relay.local"} <= modules
+    assert not modules & {"fastapi", "frelay.admin.servers", "frelay.relay.workers.supervisor"}
+
+
 @pytest.mark.parametrize("module", ["check", "why", "plan", "ca_show"])
 def test_checking_a_file_loads_no_running_relay(module: str) -> None:
     """The file and its certificates are all that these commands look at: nothing listens, pairs or forwards."""

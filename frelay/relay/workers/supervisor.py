@@ -49,25 +49,15 @@ _LONGEST_PAUSE: Final = 30.0
 class Supervisor:
     """Serves the routes of a relay in the workers of ``fleet``.
 
-    ``changing`` is held by the reloader while the active configuration may be replaced. ``log_format`` and
-    ``log_level`` are how the workers log.
+    ``log_format`` and ``log_level`` are how the workers log.
     """
 
-    def __init__(
-        self,
-        parts: Parts,
-        resources: Resources,
-        fleet: Fleet,
-        *,
-        changing: trio.Lock,
-        log_format: str,
-        log_level: str,
-    ) -> None:
+    def __init__(self, parts: Parts, resources: Resources, fleet: Fleet, *, log_format: str, log_level: str) -> None:
         self._active: Final = parts.active
         self._log: Final[Any] = parts.log
         self._resources: Final = resources
         self._fleet: Final = fleet
-        self._changing: Final = changing
+        self._changing: Final = parts.changing
         self._tls_files = TlsFiles({}, 0.0)
         """Those of the configuration in force."""
         self._spawn: Final = partial(
@@ -76,7 +66,7 @@ class Supervisor:
         self._root: trio.Nursery | None = None
         self._has_started = False
         self._drain_reason = ""
-        self._draining: Final = trio.Event()
+        self._draining: Final = parts.draining
         self._stopping: Final = trio.Event()
         self._was_cut = False
 
@@ -295,9 +285,8 @@ class Supervisor:
     # --- ending ------------------------------------------------------------------------------------------------
 
     def drain(self, *, reason: str, timeout: float) -> None:
-        """Accept nothing more; a task of its own tells the workers."""
+        """Accept nothing more; a task of its own tells the workers, once the relay is draining."""
         self._drain_reason = reason
-        self._draining.set()
         for listener in self._active.listeners.values():
             listener.stop()
 
