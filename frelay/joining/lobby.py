@@ -1,4 +1,4 @@
-"""The lobby of one route: two FIFO queues of legs, and who meets whom.
+"""The lobby of one route: two FIFO queues of waiting legs, and the rules by which they are matched.
 
 Plain data, no I/O and no waiting: every method is one synchronous decision, so two tasks can never disagree about a
 leg. The task that matches or evicts a waiting leg writes its decision into the leg's :attr:`Waiter.verdict` (the first

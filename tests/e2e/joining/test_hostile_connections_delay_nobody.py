@@ -63,14 +63,14 @@ async def test_a_rightful_pair_joins_at_once(site: Site, kinds: dict[str, int]) 
             assert await slowest_join(site, relay, JOINS) < max(PROMPT, 10 * usual)
 
 
-async def waits_by(site: Site, relay: RelayProcess, patience: float) -> None:
-    """The seconds until a function that joins has WAITING."""
+async def waits_by(site: Site, relay: RelayProcess, limit: float) -> None:
+    """A function that joins has WAITING within ``limit`` seconds."""
     began = trio.current_time()
-    with trio.fail_after(patience + TIMEOUT):
+    with trio.fail_after(limit + TIMEOUT):
         party = await site.party(relay, "func1")
         await party.join()
         await party.expect("WAITING")
-    assert trio.current_time() - began < patience
+    assert trio.current_time() - began < limit
     site.hang_up()
 
 

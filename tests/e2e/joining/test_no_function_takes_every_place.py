@@ -99,7 +99,7 @@ async def test_on_a_route_that_dials(site: Site, caller: Caller) -> None:
             assert reason_for(relay, "greedy") == (
                 "this function has 7 of the 8 pairings of the route (max_pairings), and the rest is kept for others"
             )
-            assert service.connections == MOST - 1, "the service was troubled for nothing"
+            assert service.connections == MOST - 1, "the relay has dialled the service for a caller that it refused"
             end = await call(site, relay, caller, name="polite")
             await end.send(b"at last")
             with trio.fail_after(TIMEOUT):

@@ -33,7 +33,7 @@ async def test_a_caller_without_time_says_nothing_of_the_service(site: Site, wai
         assert not relay.logged("pairing ended")
 
 
-async def test_a_callers_own_patience_says_nothing_of_the_service(site: Site) -> None:
+async def test_a_callers_own_limit_says_nothing_of_the_service(site: Site) -> None:
     """Even if the service never answers: a caller that waits less than connect_timeout cannot know that."""
     with black_hole() as address:
         async with site.relay(dialling(address, options=", connect_timeout = 60")) as relay:
