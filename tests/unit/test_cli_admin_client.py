@@ -1,4 +1,4 @@
-"""The client of the admin API: which relay is meant, and what it says when that one does not answer as it should."""
+"""The client of the admin API: which relay it finds, and its messages when that does not answer properly."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FILE = '[admin]\nlisten = "unix:run/a.sock"\n'
 
 @contextmanager
 def answering(path: Path, answer: bytes | None) -> Iterator[None]:
-    """A server on a Unix socket that answers one request with these bytes; None: it never answers."""
+    """A server on a Unix socket that answers one request with these bytes, or never if they are None."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
         server.bind(str(path))
         server.listen()
@@ -148,7 +148,7 @@ def test_a_name_that_no_path_can_hold_is_a_wrong_call(name: str) -> None:
     assert route_path("a b") == "/v1/routes/a%20b"
 
 
-# --- nobody there -----------------------------------------------------------------------------------------------------
+# --- no relay ---------------------------------------------------------------------------------------------------------
 
 
 def test_no_socket(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_a_socket_that_was_left_behind(tmp_path: Path) -> None:
 
 @contextmanager
 def as_somebody_else(path: Path) -> Iterator[None]:
-    """As a user who may not use the socket: root becomes nobody, anybody else takes the mode away."""
+    """As a user who may not use the socket: root becomes nobody, another user removes the mode."""
     if os.geteuid() != 0:
         path.chmod(0)
         yield
@@ -220,7 +220,7 @@ def test_certificates_that_are_not_there(tmp_path: Path) -> None:
         AdminClient(parse_admin_address("127.0.0.1:1", "--admin"), Credentials(cert=tmp_path / "c", ca=tmp_path / "ca"))
 
 
-# --- an answer that is none -------------------------------------------------------------------------------------------
+# --- invalid answers --------------------------------------------------------------------------------------------------
 
 
 def test_no_answer_in_time(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What commands print for a person: it fits, it is aligned, and it cannot steer a terminal."""
+"""What commands print for a person: it fits, it is aligned, and it cannot control a terminal."""
 
 from __future__ import annotations
 

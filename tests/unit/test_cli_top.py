@@ -243,7 +243,7 @@ def test_every_row_can_be_reached_and_the_way_back_is_at_once() -> None:
     assert "of 300)" in lay_out(LARGE, at_end, 120, 24).lines[2].text
     shown = [line.text for line in lay_out(LARGE, at_end, 120, 24).lines]
     assert any(text.startswith("route-299") for text in shown)
-    # One step back from the end moves at once, however far the end was overshot.
+    # One step back from the end moves at once, even after many steps beyond the end.
     assert first_row(pressed("GjjjK" + "k")) == f"route-{int(first_row(at_end)[6:]) - 1:03}"
     assert first_row(pressed("Gg")) == "route-000"
 

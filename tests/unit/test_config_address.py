@@ -1,4 +1,4 @@
-"""Addresses and networks mean one thing each, or are refused with the way to write them."""
+"""Each address and network has one meaning, or is refused with a message that says how to write it."""
 
 from __future__ import annotations
 
@@ -139,5 +139,5 @@ def test_a_place_to_listen_is_one_with_and_without_a_dot_at_its_end(text: str, s
 
 
 def test_localhost_is_localhost_wherever_it_stands() -> None:
-    """No resolver has a say in it; of any other name the dot may matter to one."""
+    """No resolver is asked for ``localhost``; for any other name the dot may matter to a resolver."""
     assert parse_address("localhost.:1") == Address("localhost", 1)

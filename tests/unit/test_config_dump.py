@@ -1,4 +1,4 @@
-"""A configuration as it is dumped to others, and read back from that: nothing is lost between two processes."""
+"""A configuration is dumped and loaded again without a loss, as between two processes."""
 
 from __future__ import annotations
 

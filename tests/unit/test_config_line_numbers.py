@@ -1,4 +1,4 @@
-"""The line of every key of a TOML document is known, whatever the document looks like."""
+"""The line of every key of any TOML document is found."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ x = 1
         (("route", 1, "sub"), 40),
         (("a", "b", "c"), 41),
         (("a", "b"), 41),
-        (("a",), 42),  # its own header, not the one that brought it into being
+        (("a",), 42),  # its own header, not the one that created it
         (("a", "x"), 43),
     ],
 )
@@ -131,7 +131,7 @@ def test_depth_costs_no_recursion_and_no_memory() -> None:
     assert lines.line(("a", *(0,) * 1000)) == 1
 
 
-# --- against tomllib, on documents that only tomllib has to like -------------------------------------------------
+# --- compared with tomllib, on any document that tomllib accepts -------------------------------------------------
 
 
 def places(value: object, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:

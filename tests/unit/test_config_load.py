@@ -1,4 +1,4 @@
-"""A route file becomes a configuration, or every problem in it with file, key path and line."""
+"""A route file becomes a configuration, or every problem in it is reported with file, key path and line."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ Written = Callable[[str], Path]
 
 @pytest.fixture
 def written(tmp_path: Path) -> Written:
-    """Writes ``relay.toml`` and gives its path."""
+    """Writes ``relay.toml`` and returns its path."""
 
     def write(text: str) -> Path:
         path = tmp_path / "relay.toml"
@@ -293,7 +293,7 @@ def test_routes_of_the_directory_are_judged_beside_another_mistake_in_relay(writ
 
 
 def test_double_names_name_both_files_and_lines(written: Written, tmp_path: Path) -> None:
-    """TESTPLAN 40: a double route."""
+    """TESTPLAN 40: two routes with one name."""
     (tmp_path / "routes.d").mkdir()
     other = tmp_path / "routes.d/shuffle.toml"
     other.write_text(f'# first\nlisten = "127.0.0.1:9002"\n{BOTH}name = "shuffle"\n')
@@ -516,7 +516,7 @@ BROKEN = [
 def test_each_broken_rule_is_one_problem_at_its_key_and_line(
     written: Written, text: str, key: str, line: int | None, words: str
 ) -> None:
-    """TESTPLAN 40: unknown key, double route, and every other rule of the route file."""
+    """TESTPLAN 40: an unknown key, two routes with one name, and every other rule of the route file."""
     path = written(text)
     found = only_problem(path)
     assert (found.file, found.key, found.line) == (path, key, line)
@@ -548,7 +548,7 @@ def test_all_problems_are_reported_at_once_in_the_order_of_their_lines(written: 
 
 
 def test_every_route_that_overlaps_an_earlier_one_is_named_once(written: Written) -> None:
-    """In whichever order the wide address and the others come."""
+    """In any order of the wide address and the others."""
     addresses = ["127.0.0.1:1", "0.0.0.0:1", "127.0.0.2:1", "[::1]:1", "localhost:1", "127.0.0.1:2"]
     text = "".join(PLAIN.replace('"p"', f'"p{n}"').replace("127.0.0.1:1", at) for n, at in enumerate(addresses))
     found = problems(written(text))
@@ -612,7 +612,7 @@ def test_refusing_leaves_no_descriptor_open(tmp_path: Path) -> None:
 
 
 def test_a_file_that_may_not_be_read_is_a_problem(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TESTPLAN 40: an unreadable file; root reads everything, so the refusal comes from a stand-in for open(2)."""
+    """TESTPLAN 40: an unreadable file. Root can read every file, so a replacement of open(2) refuses."""
     path = written("")
 
     def refuse(*arguments: object, **keywords: object) -> int:
@@ -622,7 +622,7 @@ def test_a_file_that_may_not_be_read_is_a_problem(written: Written, monkeypatch:
     assert f"may not be read by user {os.geteuid()}" in only_problem(path).message
 
 
-# --- what may come back to the reader ------------------------------------------------------------------------------
+# --- what a message may quote --------------------------------------------------------------------------------------
 
 
 def test_no_message_can_forge_a_log_line_or_steer_a_terminal(written: Written) -> None:
@@ -724,7 +724,7 @@ def test_the_example_is_a_valid_route_file_with_one_route() -> None:
 
 
 def test_the_example_shows_every_key_with_its_true_default(written: Written) -> None:
-    """Uncommenting the whole example changes nothing but what has no default."""
+    """With all comments removed, the example differs only in the keys without a default."""
     text = EXAMPLE.read_text()
     keys = {(section, key) for section, keys in _keys_of_example(text).items() for key in keys}
     wanted = {(name, key) for name, model in (*SECTIONS.items(), *ARRAYS.items()) for key in model.model_fields}

@@ -1,4 +1,4 @@
-"""A reload's plan: what stays, what comes, what goes, as a pure function of two configurations."""
+"""The plan of a reload: which routes stay, are added or are removed, as a pure function of two configurations."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_nothing_changed_is_an_empty_plan() -> None:
 
 
 def test_removing_one_route_leaves_the_other_alone() -> None:
-    """TESTPLAN 44, the planning of it."""
+    """TESTPLAN 44, its plan."""
     one, two = route("one"), route("two", "127.0.0.1:9002")
     found = plan(config(one, two), config(two))
     assert found == Plan(keep=(Keep(two),), remove=(Remove(one),), close=frozenset({key("127.0.0.1:9001")}))
@@ -160,7 +160,7 @@ def test_each_route_on_port_0_has_a_socket_of_its_own_and_keeps_it() -> None:
 
 
 def test_a_route_that_keeps_an_address_is_kept() -> None:
-    """Functions still find it there; only where all addresses change it is another place."""
+    """Functions still find it there. Only if all addresses change, the route is replaced."""
     four, six, other = "0.0.0.0:9001", "[::]:9001", "127.0.0.1:9002"
     found = plan(config(route("r", four)), config(route("r", four, six)))
     assert (found.keep, found.replace) == ((Keep(route("r", four, six), ("listen",)),), ())

@@ -1,4 +1,4 @@
-"""What a certificate says, and what of it is an identity: the names that may match, and those that never do."""
+"""Which names of a certificate are identities that may match, and which never are."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_a_dns_name_that_only_looks_like_it_never_matches(ca: TestAuthority, oct
 
 @pytest.mark.parametrize("what", sorted(ODD_DNS.keys() - {"prefix", "suffix", "label before", "A-label"}))
 def test_an_odd_dns_name_is_no_name_and_says_so(ca: TestAuthority, what: str) -> None:
-    """TESTPLAN 3: what could be read in two ways fits no selector at all, with or without a wildcard."""
+    """TESTPLAN 3: a name that could be read in two ways fits no selector, with or without a wildcard."""
     identity = identities(ca.odd(san_der(dns=[ODD_DNS[what]])).certificate)
     assert named(identity) == []
     (why,) = identity.ignored
@@ -132,7 +132,7 @@ def test_a_spiffe_id_that_only_looks_like_it_never_matches(ca: TestAuthority, ur
 @pytest.mark.parametrize(
     "what",
     sorted(
-        # These are proper names, of somebody else.
+        # These are valid names, but of another function.
         ODD_SPIFFE.keys() - {"wrong trust domain", "trust domain as prefix", "another scheme", "case of the path"}
     ),
 )
@@ -153,7 +153,7 @@ def test_a_good_uri_falls_with_an_odd_one(ca: TestAuthority) -> None:
 
 
 def test_the_same_text_in_other_places_never_matches(ca: TestAuthority) -> None:
-    """TESTPLAN 4: e-mail, otherName, directory name, CN and URI hold it; only a DNS name would count."""
+    """TESTPLAN 4: the text is in e-mail, otherName, directory name, CN and URI; only a DNS name would count."""
     identity = identities(ca.text_elsewhere("func1.demo").certificate)
     assert match(FUNC1, identity.names) is None
     assert named(identity) == []
@@ -167,7 +167,7 @@ def test_the_same_text_in_other_places_never_matches(ca: TestAuthority) -> None:
 
 
 def test_a_uri_as_dns_name_or_e_mail_never_matches(ca: TestAuthority) -> None:
-    """TESTPLAN 4, for a route that asks for a SPIFFE ID."""
+    """TESTPLAN 4, for a route with a SPIFFE ID."""
     identity = identities(ca.odd(san_der(dns=[SPIFFE_ID.encode()], emails=[SPIFFE_ID.encode()])).certificate)
     assert match(JOB1, identity.names) is None
     assert named(identity) == []
@@ -181,7 +181,7 @@ def test_an_ip_address_never_matches(ca: TestAuthority) -> None:
 
 
 def test_an_authority_is_no_spiffe_function(ca: TestAuthority) -> None:
-    """X509-SVID 5.2: who may sign certificates is not a leaf, whatever SPIFFE ID it shows."""
+    """X509-SVID 5.2: a certificate that may sign others is no leaf, even with a SPIFFE ID."""
     uri = san_der(uris=[SPIFFE_ID.encode()])
     assert match(JOB1, identities(ca.odd(uri).certificate).names) is not None
     assert match(JOB1, identities(ca.odd(uri, ca=True).certificate).names) is None
@@ -223,12 +223,12 @@ def test_a_certificate_that_cannot_be_parsed_is_nobody(ca: TestAuthority, san: b
 
 
 def test_a_second_san_extension_makes_it_nobody(ca: TestAuthority) -> None:
-    """RFC 5280 forbids it, and nobody can say which of the two was meant."""
+    """RFC 5280 forbids two such extensions, and nobody can say which one was meant."""
     other = x509.ObjectIdentifier("2.5.29.99")
     one = ca.odd(san_der(dns=[b"func1.demo"]), extra=[x509.UnrecognizedExtension(other, san_der(dns=[b"func2.demo"]))])
     octets = one.certificate.public_bytes(Encoding.DER)
     assert octets.count(b"\x06\x03\x55\x1d\x63") == 1
-    # Its signature is wrong now, which is not looked at here.
+    # Its signature is wrong now, but that is not checked here.
     doubled = x509.load_der_x509_certificate(octets.replace(b"\x06\x03\x55\x1d\x63", b"\x06\x03\x55\x1d\x11"))
     identity = identities(doubled)
     assert identity.names == ()
@@ -256,7 +256,7 @@ octets = st.one_of(st.binary(max_size=40), st.sampled_from([b"func1.demo", b"f1\
 def test_whatever_the_san_holds_nothing_is_raised(
     *, dns: list[bytes], uris: list[bytes], rest: bytes, whole: bool
 ) -> None:
-    """TESTPLAN 9: and each name that is read means itself and nothing else, when it is written as a selector."""
+    """TESTPLAN 9: and each name that is read, used as a selector, matches itself and nothing else."""
     san = rest if whole else san_der(dns=dns, uris=uris, raw=rest)
     identity = identities(AUTHORITY.odd(san).certificate)
     for name in identity.names:
@@ -315,7 +315,7 @@ def test_describe_stays_short_however_many_names_there_are(ca: TestAuthority) ->
 
 @pytest.mark.parametrize("count", [MOST_NAMES, MOST_NAMES + 1, 3500])
 def test_a_certificate_with_more_names_than_that_is_refused_as_a_whole(ca: TestAuthority, count: int) -> None:
-    """Names of any kind count, and none is left out: of 256 all are there, of one more none, nor the pin."""
+    """Names of all kinds count: with 256 all are there, with one more none is, and no pin either."""
     texts = [f"f{number}.demo".encode() for number in range(count - 2)]
     one = ca.odd(san_der(dns=texts, uris=[b"https://acme/f"], emails=[b"f@demo"]))
     identity = identities(one.certificate)
@@ -329,7 +329,7 @@ def test_a_certificate_with_more_names_than_that_is_refused_as_a_whole(ca: TestA
 
 
 def test_a_name_that_is_too_long_to_describe_is_told_by_its_size(ca: TestAuthority) -> None:
-    """A subject has no bound of its own, and the certificate of a stranger is described at each handshake."""
+    """A subject has no limit of its own, and the log describes the certificate of a stranger at each handshake."""
     for count, is_shown in ((60, True), (200, False)):
         name = x509.Name([x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, f"{i:040}") for i in range(count)])
         size = len(name.public_bytes())
@@ -348,7 +348,7 @@ def test_a_name_that_is_too_long_to_describe_is_told_by_its_size(ca: TestAuthori
 def test_names_are_counted_without_decoding_them(
     ca: TestAuthority, dns: list[bytes], uris: list[bytes], is_critical: bool, more: list[bytes]
 ) -> None:
-    """Of any kind, beside other extensions; and whatever is cut off from a certificate does no harm."""
+    """Names of any kind, with other extensions beside them; and a certificate that is cut short does no harm."""
     san = san_der(dns=dns, uris=uris, raw=b"".join(more))
     if is_critical:
         one = ca.odd(None, critical=[x509.UnrecognizedExtension(x509.ObjectIdentifier("2.5.29.17"), san)])

@@ -1,4 +1,4 @@
-"""Real handshakes with the bad certificates of ``certs``: each is refused, for the reason that it is made for.
+"""Real handshakes with the bad certificates of ``certs``: each is refused for the one fault that it has.
 
 The relay's own policy is tested where it is built; here it is shown that every bad certificate is right in all but
 one thing, so that a test which uses it tests what it says.
@@ -18,7 +18,7 @@ from support.certs import SPIFFE_ID, Credential, TestAuthority, self_signed
 
 FUNC1 = ["func1.demo"]
 
-# X509_V_ERR_* of x509_vfy.h: the numbers are stable, OpenSSL's sentences are not.
+# X509_V_ERR_* of x509_vfy.h: the numbers are stable, the texts of OpenSSL are not.
 VERDICTS = {
     9: "not yet valid",
     10: "expired",
@@ -35,13 +35,13 @@ VERDICTS = {
 
 @dataclass
 class Setting:
-    """An authority, a relay's certificate by it, and the directory where all of them are written."""
+    """An authority, a relay's certificate from it, and the directory with all of them."""
 
     ca: TestAuthority
     directory: Path
 
     def verdict(self, party: Credential, *, crl: bytes | None = None, trust: TestAuthority | None = None) -> str:
-        """Let ``party`` knock at a TLS 1.3 server: 'admitted', or the reason why OpenSSL did not."""
+        """Connect with ``party`` to a TLS 1.3 server; returns 'admitted', or the reason why OpenSSL refused it."""
         authority = trust or self.ca
         server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         server.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -84,7 +84,7 @@ def test_good_parties_are_admitted(setting: Setting) -> None:
     assert setting.verdict(setting.ca.party(uris=[SPIFFE_ID])) == "admitted"
     assert setting.verdict(setting.ca.party()) == "admitted"
     assert setting.verdict(setting.ca.ending(3600, dns=FUNC1)) == "admitted"
-    assert setting.verdict(setting.ca.cn_only("func1.demo")) == "admitted"  # and then has no name: test_identity.py
+    assert setting.verdict(setting.ca.cn_only("func1.demo")) == "admitted"  # but it has no name: test_identity.py
 
 
 @pytest.mark.parametrize(
@@ -139,5 +139,5 @@ def test_a_chain_of_intermediates_is_sent_whole(setting: Setting) -> None:
 
 
 def test_our_authority_allows_no_authority_below_it(setting: Setting) -> None:
-    """pathlen 0: a stolen party key, or a careless signature, makes no second authority."""
+    """pathlen 0: neither a stolen key of a party nor a careless signature makes a second authority."""
     assert setting.verdict(setting.ca.intermediate().party(dns=FUNC1)) == "path too long"

@@ -1,4 +1,4 @@
-"""Selectors match whole names of their own kind, and nothing that only looks like them."""
+"""Selectors match whole names of their own kind, and nothing that only looks similar."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from frelay.protocol.identity import (
 from frelay.protocol.selector_set import SelectorSet
 from support.certs import TestAuthority
 
-# The machine may be busy with other tests: how long one example takes says nothing here.
+# No deadline for an example, since the machine may be busy with other tests.
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 labels = st.from_regex(r"[a-z0-9_]([a-z0-9_-]{0,6}[a-z0-9_])?", fullmatch=True)
@@ -42,7 +42,7 @@ segments = st.from_regex(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,6}", fullmatch=True)
 paths = st.lists(segments, min_size=1, max_size=4)
 authorities = st.sampled_from(["spiffe://acme", "https://acme:8443", "custom+x://user@host"])
 uri_texts = st.builds(lambda head, path: "/".join([head, *path]), authorities, paths)
-# Any character may be the change, the nasty ones more often.
+# Any character may be the change, dangerous ones more often.
 characters = st.one_of(st.sampled_from("\0\n .*%/?#@:\\-_\u212a\u0131\u017f\u3002\uff0e\u200b"), st.characters())
 digests = st.binary(min_size=32, max_size=32).map(bytes.hex)
 
@@ -65,7 +65,7 @@ def uri_name(text: str) -> Name:
 
 
 def every_name(text: str) -> list[Name]:
-    """``text`` as whatever kind of name it can be."""
+    """``text`` as every kind of name that it can be."""
     names: list[Name] = []
     for make in (dns_name, uri_name, spki_name):
         try:
@@ -134,7 +134,7 @@ def test_the_same_text_of_another_kind_does_not_match(text: str) -> None:
 @unhurried
 @given(st.one_of(dns_texts, uri_texts, digests))
 def test_the_text_of_a_name_read_as_a_selector_matches_it_alone(text: str) -> None:
-    """PAIRED's ``peer`` may be copied into a route file: it means that function and no other."""
+    """``peer`` of a PAIRED may be copied into a route file: it matches that function and no other."""
     for name in every_name(text):
         selector = parse_selector(str(name))
         assert selector == Selector(name.kind, name.value)
@@ -143,7 +143,7 @@ def test_the_text_of_a_name_read_as_a_selector_matches_it_alone(text: str) -> No
 
 
 def test_a_wildcard_in_a_certificate_is_no_name() -> None:
-    """Else its holder would be, in every list of names that is read back as selectors, everybody."""
+    """Otherwise a name with a wildcard, used as a selector, would match other functions."""
     for uri in ("https://acme/jobs/*", "https://*/jobs", "custom:*"):
         with pytest.raises(OddName, match="wildcard"):
             uri_names([uri])
@@ -181,7 +181,7 @@ def test_a_star_stands_for_exactly_one_label(pair: tuple[list[str], list[str]]) 
     text = ".".join(found)
     assume(not re.fullmatch(r"\d+(\.\d+){3}", text))
     selector = parse_selector(f"dns:{'.'.join(pattern)}")
-    # The oracle is another machine: one regular expression over the whole text.
+    # Compare with another implementation: one regular expression over the whole text.
     oracle = re.compile(r"\.".join("[^.]+" if label == "*" else re.escape(label) for label in pattern))
     assert selector.matches(dns_name(text)) == (oracle.fullmatch(text) is not None)
 
@@ -226,7 +226,7 @@ def test_a_star_never_fits_what_may_be_read_as_another_path(pattern: str, segmen
 
 @pytest.mark.parametrize("mark", "?#")
 def test_a_star_stops_at_the_first_query_or_fragment(mark: str) -> None:
-    """Not at the last one: what stands between them is no part of the path."""
+    """Not at the last mark: the text between them is no part of the path."""
     selector = parse_selector(f"uri:https://acme/*{mark}z")
     assert selector.matches(uri_name(f"https://acme/x{mark}z"))
     assert not selector.matches(uri_name(f"https://acme/x{mark}y{mark}z"))
@@ -351,7 +351,7 @@ any_pattern = st.one_of(
 def test_a_set_of_selectors_matches_what_one_of_them_matches(
     patterns: list[tuple[Kind, str]], others: list[tuple[Kind, str]], values: list[tuple[Kind, str]]
 ) -> None:
-    """Also of selectors and names that nobody could write, since the set is to decide nothing by itself."""
+    """Also for selectors and names that no file can have: the set must decide nothing by itself."""
     selectors, more = [Selector(*one) for one in patterns], [Selector(*one) for one in others]
     names = [Name(*one) for one in values]
     assert SelectorSet(selectors).first(names) == match(selectors, names)
@@ -382,7 +382,7 @@ def test_the_pin_is_the_hash_of_the_public_key(algorithm: str) -> None:
     ids=["rsa", "rsa-pss", "compressed point"],
 )
 def test_the_pin_is_the_one_that_openssl_gives(kind: list[str], tmp_path: Path) -> None:
-    """Also for keys that come back in other bytes when they are parsed and encoded again."""
+    """Also for keys that get other bytes when they are parsed and encoded again."""
     run = ["openssl", "req", "-x509", "-nodes", "-subj", "/CN=x", "-keyout", "/dev/null", "-newkey", *kind]
     certificate = subprocess.run(run, check=True, capture_output=True).stdout
     public = subprocess.run(
@@ -406,7 +406,7 @@ def test_half_a_certificate_has_no_pin() -> None:
 
 
 def test_a_length_that_is_not_said_is_no_der() -> None:
-    """BER has such lengths, and ends at two zero octets; two readers of them need not see the same certificate."""
+    """BER has such lengths, with two zero octets as the end; two parsers may read two different certificates."""
     der = CERTIFICATE
     assert der[:2] == b"\x30\x82"
     with pytest.raises(OddName, match="indefinite length"):

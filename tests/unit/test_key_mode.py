@@ -1,4 +1,4 @@
-"""A private key is its owner's alone, or root's and one group's in which the relay is: as fsGroup gives it."""
+"""Only its owner may read a private key; or root owns it and a group of the relay may read it, as with fsGroup."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_group_of_others_is_refused_with_its_number(mode: int) -> None:
 
 @pytest.mark.parametrize("mode", [0o440, 0o640])
 def test_the_key_of_another_user_is_its_owners_alone(mode: int) -> None:
-    """Who owns a file can give it to any group of theirs, and may not be trusted with the relay's key."""
+    """The owner of a file can give it to any of its own groups, and may be a user who must not have the relay's key."""
     assert objection_to_mode(facts(mode, SOMEBODY, OURS), KEY, {OURS}) is not None
 
 

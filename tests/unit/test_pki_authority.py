@@ -1,4 +1,4 @@
-"""An authority issues what OpenSSL takes at its strictest, and no name that could not be matched later."""
+"""An authority issues what OpenSSL accepts in its strictest mode, and no name that no selector could match."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_private_keys_are_not_in_the_repr(authority: Authority) -> None:
 # --- what is refused --------------------------------------------------------------------------------------------
 
 
-# "A-label", "prefix" and so on are proper names, only not those of func1.
+# "A-label", "prefix" and so on are valid names, but not those of func1.
 @pytest.mark.parametrize("what", sorted(ODD_DNS.keys() - {"prefix", "suffix", "label before", "A-label", "latin-1"}))
 def test_no_dns_name_is_issued_that_the_relay_would_ignore(authority: Authority, what: str) -> None:
     with pytest.raises(CertificateError, match="choose another name"):
@@ -267,7 +267,7 @@ def test_a_certificate_that_says_nothing_of_it_is_no_authority(tmp_path: Path) -
 
 @needs_openssl
 def test_an_authority_that_openssl_made_will_do(tmp_path: Path) -> None:
-    """``openssl req -x509`` writes no keyUsage, and takes RSA by default."""
+    """``openssl req -x509`` writes no keyUsage, and uses RSA by default."""
     cert, key = tmp_path / "ca.pem", tmp_path / "ca.key"
     subprocess.run(
         ["openssl", "req", "-x509", "-nodes", "-newkey", "rsa:2048", "-subj", "/CN=x", "-keyout", key, "-out", cert],
@@ -317,7 +317,7 @@ def test_the_next_crl_keeps_the_reasons(authority: Authority) -> None:
 
 
 def test_a_crl_of_another_authority_is_not_carried_on(authority: Authority) -> None:
-    """Not even of one with the same name: its serial numbers mean other certificates."""
+    """Not even one with the same name: its serial numbers belong to other certificates."""
     for other in (
         Authority.create("other"),
         Authority.create("frelay CA"),

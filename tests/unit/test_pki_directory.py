@@ -1,4 +1,4 @@
-"""An authority in a directory: what it makes, what it never overwrites, and lists that only ever grow."""
+"""An authority in a directory: what it writes, what it never overwrites, and that its lists only grow."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_one_named_twice_is_one(home: AuthorityDirectory) -> None:
 
 
 def test_it_is_good_as_long_as_the_last_unless_told(home: AuthorityDirectory) -> None:
-    """Within a day, which is all that days can say; here the authority ends first."""
+    """To within a day, since the unit is days; here the authority expires first."""
     assert home.revoke([], days=7).next_update < datetime.now(UTC) + timedelta(days=8)
     assert home.revoke([]).next_update > datetime.now(UTC) + timedelta(days=6)
 
@@ -151,7 +151,7 @@ def test_a_serial_that_no_certificate_can_have_is_told(home: AuthorityDirectory,
 
 
 def test_a_list_that_is_gone_is_not_begun_again_by_itself(home: AuthorityDirectory) -> None:
-    """Everybody whom it had revoked would be let in again."""
+    """All that it had revoked would be let in again."""
     home.crl.unlink()
     with pytest.raises(CertificateError, match="begin one with --new"):
         home.revoke(["ab"])

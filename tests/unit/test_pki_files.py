@@ -1,4 +1,4 @@
-"""Files are written together or not at all, keys are secret from the start, errors name the file and the remedy."""
+"""Files are written together or not at all, keys are secret at once, and errors name the file and the remedy."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def test_a_key_is_not_in_the_repr() -> None:
 
 
 def test_a_crl_goes_forward_only(tmp_path: Path) -> None:
-    """An older one would let in again whom the newer one revoked."""
+    """An older list would let in again what the newer one revoked."""
     authority, path = Authority.create("x"), tmp_path / "crl.pem"
     write_crl(path, authority.revocation_list(number=7, days=1))
     for number in (7, 6):

@@ -38,7 +38,7 @@ NAMES = [
     ".gitignore",
     "relay.toml",
 ]
-# One that is there, the user's own perhaps, stays.
+# An existing .gitignore, perhaps of the user, stays.
 MUST_BE_NEW = [name for name in NAMES if name != ".gitignore"]
 
 
@@ -73,7 +73,7 @@ def test_keys_and_their_directory_are_for_the_owner_alone(tmp_path: Path) -> Non
 
 
 def test_the_route_file_runs_with_what_lies_beside_it(tmp_path: Path) -> None:
-    """Each path of it leads to a file, and each party of the route is one of the certificates."""
+    """Each of its paths is a file, and each party of the route has one of the certificates."""
     initialise(tmp_path)
     config: dict[str, Any] = tomllib.loads((tmp_path / "relay.toml").read_text())
     assert set(config) == {"relay", "tls", "admin", "route"}
@@ -219,7 +219,7 @@ def test_force_writes_a_whole_new_set(tmp_path: Path) -> None:
     changed = {name for name in after if after[name] != before.get(name)}
     assert changed == set(NAMES) - {"relay.toml", ".gitignore"}
     assert set(after) == set(before)
-    # relay.toml is written too, with the same text: an edited one would be gone, hence the question.
+    # relay.toml is overwritten too: the changes of a user would be lost, hence --force.
 
 
 @pytest.mark.parametrize("name", ["relay.toml", "certs/func2.key"])
@@ -267,7 +267,7 @@ def test_the_summary_names_every_file_and_the_next_step(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("length", [60, 200])
 def test_a_directory_too_deep_for_a_socket_has_no_admin_section(tmp_path: Path, length: int) -> None:
-    """A Unix socket's path has at most 107 bytes; the route file runs all the same, and says why there is none."""
+    """The path of a Unix socket has at most 107 bytes. The route file still works, and says why it has no [admin]."""
     directory = tmp_path
     while len(str(directory)) < length:
         directory = directory / "a-long-name"

@@ -1,4 +1,4 @@
-"""The frame layer to the letter: header, limits, known and advisory types, and what of JSON is a payload."""
+"""The frame layer: header, limits, known and advisory types, and which JSON is a payload."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_every_known_type_is_read(code: int) -> None:
 
 @pytest.mark.parametrize("code", sorted(set(range(0x80)) - set(KNOWN.values())))
 def test_an_unknown_type_below_0x80_is_an_error(code: int) -> None:
-    """TESTPLAN 21: even with a payload that would be right, and before the payload has come."""
+    """TESTPLAN 21: even with a payload that would be valid, and before the payload has arrived."""
     for data in (wire(code, b"{}"), wire(code, b"", length=2)):
         with pytest.raises(RemoteProtocolError, match=f"{code:#04x}"):
             decode(data)
@@ -61,7 +61,7 @@ def test_an_unknown_type_below_0x80_is_an_error(code: int) -> None:
 
 @pytest.mark.parametrize("code", range(0x80, 0x100))
 def test_an_unknown_type_from_0x80_on_is_skipped(code: int) -> None:
-    """TESTPLAN 21: whatever its payload is; the frame behind it counts."""
+    """TESTPLAN 21: with any payload; the frame after it is read."""
     data = wire(code, b"\xff not JSON") + wire(code, b"") + wire(0x02, b'{"n":1}')
     assert decode(data) == [Frame(FrameType.PONG, {"n": 1})]
 
@@ -83,7 +83,7 @@ def test_the_second_byte_is_zero(code: int, reserved: int) -> None:
 @pytest.mark.parametrize("code", [0x01, 0x80, 0xFF])
 @pytest.mark.parametrize("length", [MAX_PAYLOAD + 1, 0xFFFF])
 def test_an_oversized_frame_is_refused_by_its_header_alone(code: int, length: int) -> None:
-    """TESTPLAN 21: advisory frames, too, before a byte of the payload is kept."""
+    """TESTPLAN 21: also an advisory frame, and before a byte of its payload is kept."""
     with pytest.raises(RemoteProtocolError, match=str(length)):
         decode(wire(code, b"", length=length))
 
@@ -174,14 +174,14 @@ def test_every_other_type_has_an_object(code: int) -> None:
     ],
 )
 def test_what_is_not_one_json_object_is_an_error(body: bytes) -> None:
-    """TESTPLAN 21: doubled keys (however written), NaN, other encodings, and anything beside one object."""
+    """TESTPLAN 21: duplicate keys (in any spelling), NaN, other encodings, and anything but one object."""
     for code in (0x01, 0x12):
         with pytest.raises(RemoteProtocolError):
             decode(wire(code, body))
 
 
 def test_deep_nesting_is_an_error_and_not_a_crash() -> None:
-    """TESTPLAN 21: brackets that never close, and as many as fit in one frame."""
+    """TESTPLAN 21: as many open brackets as fit in one frame."""
     for opening in (b"[", b'{"a":'):
         with pytest.raises(RemoteProtocolError):
             decode(wire(0x01, b'{"x":' + opening * ((MAX_PAYLOAD - 5) // len(opening))))
@@ -191,12 +191,12 @@ def test_deep_nesting_is_an_error_and_not_a_crash() -> None:
         [frame] = decode(wire(0x01, closed))
     except RemoteProtocolError:
         return
-    # A Python whose parser goes that deep may read it; then it is read right.
+    # The parser of another Python may accept this depth; then the value must be right.
     assert json.dumps(frame.payload, separators=(",", ":")).encode() == closed
 
 
 def test_numbers_as_long_as_a_frame_are_read_or_refused() -> None:
-    """TESTPLAN 21: no quadratic surprise and no other exception from 4,000 digits."""
+    """TESTPLAN 21: 4,000 digits neither take quadratic time nor raise another exception."""
     [frame] = decode(wire(0x02, b'{"n":' + b"9" * 4000 + b"}"))
     assert frame.payload["n"] == 10**4000 - 1
     [frame] = decode(wire(0x02, b'{"n":1e' + b"9" * 4000 + b"}"))

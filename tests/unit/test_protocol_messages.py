@@ -1,4 +1,4 @@
-"""The messages to the letter of the table in docs/protocol.md, section 2: every key, every type, every default."""
+"""The messages are those of the table in docs/protocol.md, section 2: every key, every type, every default."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from frelay.protocol.messages import (
 ATTEMPT = "0f8fad5b-d9cb-469f-a165-70867728950e"
 TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
-# One payload a type that says everything, and the message that it is.
+# For each type, a payload with all keys and the message that it means.
 FULL: dict[FrameType, tuple[dict[str, Any], Message]] = {
     FrameType.JOIN: (
         {
@@ -141,7 +141,7 @@ def test_unknown_keys_are_ignored(type_: FrameType) -> None:
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_known_key_with_a_wrong_type_is_an_error_that_names_it(name: str) -> None:
-    """TESTPLAN 21: null included, where the layout does not say that it has a meaning."""
+    """TESTPLAN 21: also null, unless the layout gives it a meaning."""
     type_, _, key = name.partition(".")
     payload, _ = FULL[FrameType[type_]]
     for wrong in WRONG[name]:
@@ -208,7 +208,7 @@ def test_a_traceparent_is_read_as_it_stands(text: str) -> None:
 
 
 def test_of_a_later_traceparent_what_is_known_is_read() -> None:
-    """W3C Trace Context, 4.3: later versions may add something, behind a dash."""
+    """W3C Trace Context, 4.3: later versions may add text after a dash."""
     assert read_traceparent("cc" + TRACEPARENT[2:] + "-what the future brings\n") == "cc" + TRACEPARENT[2:]
 
 

@@ -1,4 +1,4 @@
-"""PROXY headers are read as their sender meant them, to the byte where they end; what is none is said to be none."""
+"""PROXY headers are read exactly, to the byte where they end; anything else is refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def v2(kind: int, family: int, body: bytes) -> bytes:
 
 @st.composite
 def headers(draw: st.DrawFn) -> tuple[bytes, tuple[str, int] | None]:
-    """A header as the specification has it, and whom it names."""
+    """A header in the form of the specification, and the client that it names."""
     source = draw(hosts)
     destination = draw(st.ip_addresses(v=source.version))
     port, to = draw(ports), draw(ports)
@@ -60,7 +60,7 @@ def test_a_header_ends_where_it_ends(header: tuple[bytes, tuple[str, int] | None
 
 @given(headers())
 def test_it_asks_for_no_more_than_the_header_has(header: tuple[bytes, tuple[str, int] | None]) -> None:
-    """Or it would wait for bytes that the caller only sends when it is answered."""
+    """Otherwise the relay would wait for bytes that the caller sends only after an answer."""
     data, _ = header
     for length in range(1, len(data)):
         needed = parse_proxy_header(data[:length])

@@ -1,4 +1,4 @@
-"""Whose turn it is: what each end of a leg may say and must accept, state by state, races included."""
+"""What each end of a leg may send and must accept in each state, also when messages cross."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ALL: list[Message] = [JOIN, PONG, LEAVE, WAITING, PING, PAIRED, REFUSED, DRAININ
 
 
 def relay_in(state: State) -> RelaySession:
-    """A relay's end that has come to ``state``, the last by the party's LEAVE."""
+    """A relay's end in ``state``; the last state is reached by the party's LEAVE."""
     session = RelaySession()
     if state is not State.JOINING:
         session.receive(encode(JOIN))
@@ -40,7 +40,7 @@ def relay_in(state: State) -> RelaySession:
 
 
 def party_in(state: State) -> PartySession:
-    """A party's end that has come to ``state``, the last by the relay's REFUSED."""
+    """A party's end in ``state``; the last state is reached by the relay's REFUSED."""
     session = PartySession()
     if state is not State.JOINING:
         session.send(JOIN)
@@ -54,7 +54,7 @@ def party_in(state: State) -> PartySession:
     return session
 
 
-# In which state each may be said, and to which state that leads.
+# In which states each message may be sent, and the state after it.
 SAID_BY_RELAY: dict[type[Message], dict[State, State]] = {
     Waiting: {State.JOINED: State.WAITING},
     Ping: {State.WAITING: State.WAITING},
@@ -229,7 +229,7 @@ def advisory(count: int) -> bytes:
 
 @pytest.mark.parametrize("make", [RelaySession, PartySession])
 def test_advisory_frames_are_patience_with_a_bound(make: Callable[[], Any]) -> None:
-    """TESTPLAN 21: 64 of them over the whole life of a leg, in one chunk or in many."""
+    """TESTPLAN 21: 64 of them in the whole life of a leg, in one chunk or in many."""
     session = make()
     assert session.receive(advisory(64)) == []
     with pytest.raises(RemoteProtocolError, match="advisory"):

@@ -1,4 +1,4 @@
-"""What a PEM file holds: facts, never a verdict and never a secret."""
+"""The facts of a PEM file: never a verdict, and never a secret."""
 
 from __future__ import annotations
 

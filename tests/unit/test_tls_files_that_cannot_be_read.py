@@ -1,4 +1,4 @@
-"""Whatever stands in the operator's own certificate files, a configuration is taken or refused, and never falls over.
+"""With any content of the operator's certificate files, a configuration is accepted or refused; nothing else is raised.
 
 OpenSSL and ``cryptography`` do not agree on what can be read, and what cannot is not always a ValueError: the relay has
 to say which file it is, at start as at reload.
@@ -71,7 +71,7 @@ EDITS: Final[dict[str, Edit]] = {edit.__name__.replace("_", " "): edit for edit 
 
 
 def outcome(site: Site, *, crl: bool = False) -> set[str | None]:
-    """The keys that are complained of; none if the files are taken."""
+    """The keys of the problems; none if the files are accepted."""
     config = load(site.write(crl=crl))
     assert config.tls is not None
     try:
@@ -90,7 +90,7 @@ def reworked(issuer: TestAuthority, credential: Credential, edit: Edit) -> bytes
 
 @pytest.mark.parametrize("name", EDITS)
 def test_the_relays_own_certificate(site: Site, name: str) -> None:
-    """TESTPLAN 40: it is named, whatever is wrong with it. Only what OpenSSL can show is taken."""
+    """TESTPLAN 40: the file is named, for any fault in it. Only a certificate that OpenSSL can show is accepted."""
     relay = site.ca.relay()
     relay.write(site.directory, "relay")
     site.relay_paths[0].write_bytes(reworked(site.ca, relay, EDITS[name]))
@@ -99,7 +99,7 @@ def test_the_relays_own_certificate(site: Site, name: str) -> None:
 
 @pytest.mark.parametrize("name", EDITS)
 def test_a_ca_of_the_operator(site: Site, name: str) -> None:
-    """TESTPLAN 40: also where it stands among good ones."""
+    """TESTPLAN 40: also among valid ones."""
     odd = site.ca.odd(None, ca=True)
     site.ca_path.write_bytes(site.ca.cert_pem + reworked(site.ca, odd, EDITS[name]))
     assert outcome(site) <= {"tls.client_ca", "tls"}
@@ -129,7 +129,7 @@ LIST_EDITS: Final[dict[str, Callable[[list[bytes]], None]]] = {
 
 @pytest.mark.parametrize("name", LIST_EDITS)
 def test_a_revocation_list(site: Site, name: str) -> None:
-    """TESTPLAN 12: one that cannot be read, or never runs out, is no list."""
+    """TESTPLAN 12: a list that cannot be read, or never expires, is refused."""
     octets = x509.load_pem_x509_crl(site.ca.crl()).public_bytes(Encoding.DER)
     site.ca.write_crl(site.directory, pem(site.ca.rework_der(octets, LIST_EDITS[name], algorithm=1), "X509 CRL"))
     assert outcome(site, crl=True) == {"tls.crl"}

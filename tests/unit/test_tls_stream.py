@@ -1,4 +1,4 @@
-"""Both streams of a leg keep Trio's contract, and the TLS one can be left without losing a byte of what follows.
+"""Both streams of a leg obey Trio's contract, and the TLS stream can be left without losing a byte that follows.
 
 The other side is ``Party`` where a test decides about single records, and ``ClientStream``, our
 own stream with the client's part, where Trio's generic checks want the same kind at both ends.
@@ -59,7 +59,7 @@ async def raw_pair(sockets: SocketMaker, *, clogged: bool = False) -> tuple[RawS
 async def server_and_party(
     site: Site, *, keylog: Path | None = None, buffer: int | None = None
 ) -> AsyncIterator[tuple[TlsStream, Party]]:
-    """Our stream and a ``Party``, the handshake done; both closed at the end."""
+    """Our stream and a ``Party``, after the handshake; both are closed at the end."""
     one, other = tcp_pair(buffer)
     server = TlsStream(one, server_context(site))
     context = site.context("func1") if keylog is None else log_keys(site.context("func1"), keylog)
@@ -102,7 +102,7 @@ async def test_the_raw_stream_keeps_trios_contract() -> None:
 async def test_closing_twice_at_once_is_no_error(site: Site) -> None:
     server, client = await tls_pair(site, unix_pair, clogged=True)
     async with trio.open_nursery() as nursery:
-        # The first waits for room for its close_notify; the other two find it busy, and just close.
+        # The first one waits for room for its close_notify; the other two find it busy, and only close.
         for _ in range(3):
             nursery.start_soon(server.aclose)
     await trio.aclose_forcefully(client)
@@ -124,7 +124,7 @@ async def test_close_notify_is_a_clean_end_for_good(site: Site) -> None:
 
 @pytest.mark.parametrize("cut", [0, 1, 4, 5, 6, 23], ids=lambda cut: f"after {cut} bytes of the record")
 async def test_fin_without_close_notify_is_a_truncation(site: Site, cut: int) -> None:
-    """A truncation attack in its plainest form; and in the middle of a close_notify it is one, too."""
+    """A truncation attack in its simplest form; the end may also be in the middle of a close_notify."""
     async with server_and_party(site) as (server, party):
         await party.send(b"data")
         await party.stream.send_all(party.close_notify()[:cut])
@@ -175,7 +175,7 @@ async def test_our_end_leaves_the_other_direction_open(site: Site) -> None:
 
 
 async def test_our_end_does_not_swallow_input_that_is_there_already(site: Site) -> None:
-    """A second SSL_shutdown with input pending would end the reading side; there must be none."""
+    """There must be no second SSL_shutdown: with input pending it would end the reading side."""
     async with server_and_party(site) as (server, party):
         await party.send(b"early")
         await server.send_eof()
@@ -200,7 +200,7 @@ async def test_a_cancelled_send_breaks_the_sending_half_and_no_more(site: Site) 
         assert await server.receive_some() == b"still here"
         await party.stream.send_all(party.close_notify())
         assert await server.receive_some() == b""
-        # What the party reads is a truncation and never a clean end.
+        # The party must read a truncation and never a clean end.
         await server.aclose()
         with pytest.raises((ssl.SSLEOFError, trio.BrokenResourceError)):
             await read_to_end(party.receive)
@@ -216,7 +216,7 @@ async def test_a_send_that_is_cancelled_before_it_began_breaks_nothing(site: Sit
 
 
 async def test_a_cancelled_receive_loses_nothing(site: Site, tmp_path: Path) -> None:
-    """At every offset of a record: what OpenSSL has read of it stays there."""
+    """At every offset of a record: the part that OpenSSL has read stays inside OpenSSL."""
     keylog = tmp_path / "keys"
     async with server_and_party(site, keylog=keylog) as (server, party):
         forge = RecordForge(party.tls, keylog)
@@ -245,7 +245,7 @@ async def test_detach_waits_for_both_close_notify(site: Site) -> None:
             server.detach()
         await party.stream.send_all(party.close_notify())
         with pytest.raises(LocalProtocolError):
-            server.detach()  # sent, but not read: whose is the next byte?
+            server.detach()  # sent, but not read: the next byte may still belong to TLS
         assert await server.receive_some() == b""
         sock = server.sock
         assert server.detach() is sock
@@ -261,7 +261,7 @@ async def test_detach_is_refused_while_our_own_close_notify_is_missing(site: Sit
 
 
 async def test_detach_is_refused_when_our_close_notify_is_stuck(site: Site) -> None:
-    """A close_notify that was cancelled on its way is not one that crossed."""
+    """A close_notify whose sending was cancelled does not count as sent."""
     server, client = await tls_pair(site, unix_pair, clogged=True)
     try:
         with trio.move_on_after(0.05) as scope:
@@ -331,7 +331,7 @@ async def test_raw_bytes_behind_close_notify_are_whole_wherever_the_stream_is_cu
 
 
 async def test_after_detach_the_tls_state_is_freed_at_once(site: Site) -> None:
-    """Some 50 KiB a leg. By reference counting alone: nothing waits for the cycle collector."""
+    """Some 50 KiB for each leg. Reference counting frees them: nothing waits for the cycle collector."""
     async with server_and_party(site) as (server, party):
         await server.send_eof()
         await party.stream.send_all(party.close_notify())
@@ -350,7 +350,7 @@ async def test_after_detach_the_tls_state_is_freed_at_once(site: Site) -> None:
 
 
 async def test_a_flood_of_key_updates_leaves_everybody_else_their_turn(site: Site, tmp_path: Path) -> None:
-    """TESTPLAN 19: one read must not go on for as long as records come that carry no data."""
+    """TESTPLAN 19: one read must not continue as long as records without data come."""
     keylog, count = tmp_path / "keys", 2000
     async with server_and_party(site, keylog=keylog) as (server, party):
         forge = RecordForge(party.tls, keylog)
@@ -371,13 +371,13 @@ async def test_a_flood_of_key_updates_leaves_everybody_else_their_turn(site: Sit
             assert await server.receive_some() == b"data"
             nursery.cancel_scope.cancel()
         assert turns >= count
-        # And what was asked for, the update of our own key, is answered once and before data.
+        # The request to update our own key is answered once, before the data.
         await server.send_all(b"answer")
         assert await party.receive() == b"answer"
 
 
 async def test_a_key_update_that_cannot_be_answered_disturbs_nobody(site: Site, tmp_path: Path) -> None:
-    """TESTPLAN 19: reading waits for room to answer it in, and so may a sender, at the same time."""
+    """TESTPLAN 19: reading waits until it can write the answer, and a sender may wait for room at the same time."""
     keylog = tmp_path / "keys"
     one, other = unix_pair(4096)
     server = TlsStream(one, server_context(site))
@@ -424,7 +424,7 @@ async def test_a_socket_into_which_tls_has_spoken_on_is_not_given_back(site: Sit
 
 @pytest.mark.parametrize("when", ["before", "after", "once after"])
 async def test_key_updates_that_are_not_answered_too_late_do_no_harm(site: Site, tmp_path: Path, when: str) -> None:
-    """Asked for before our close_notify, or not asked for, or only once: the socket's first byte is a raw one."""
+    """A request before our close_notify, no request, or only one: the first byte of the socket is a raw one."""
     keylog = tmp_path / "keys"
     async with server_and_party(site, keylog=keylog) as (server, party):
         forge = RecordForge(party.tls, keylog)
@@ -473,7 +473,7 @@ async def test_empty_records_are_borne_a_few_times_and_then_refused(site: Site, 
 async def test_records_that_no_client_may_send_now_are_refused(
     site: Site, tmp_path: Path, content: bytes, kind: int
 ) -> None:
-    """TESTPLAN 19: tickets from the client, a renegotiation, and the like."""
+    """TESTPLAN 19: tickets from the client, a renegotiation, and similar ones."""
     keylog = tmp_path / "keys"
     async with server_and_party(site, keylog=keylog) as (server, party):
         await party.send_raw(RecordForge(party.tls, keylog).record(content, kind))
@@ -490,11 +490,11 @@ async def test_padding_is_not_data(site: Site, tmp_path: Path) -> None:
         assert await server.receive_some() == b""
 
 
-# --- neighbours ----------------------------------------------------------------------------------------------------
+# --- other legs ----------------------------------------------------------------------------------------------------
 
 
 def leave_an_error_in_the_queue() -> None:
-    """A certificate with the name of our CA as issuer and another's signature: OpenSSL notes more than it returns."""
+    """A certificate with our CA as issuer and a signature of another: OpenSSL queues more errors than it returns."""
     authority, forger = Authority.create("one name"), ec.generate_private_key(ec.SECP256R1())
     name = authority.certificate.subject
     leaf = (
@@ -514,7 +514,7 @@ def leave_an_error_in_the_queue() -> None:
 
 
 async def test_the_fault_of_one_connection_is_not_found_in_another(site: Site) -> None:
-    """OpenSSL's error queue is the thread's: what a failed verification left there must not end a healthy leg."""
+    """The error queue of OpenSSL belongs to the thread: the error of a failed verification must not end another leg."""
     async with server_and_party(site) as (server, party):
         got: list[bytes] = []
 
@@ -537,7 +537,7 @@ async def test_the_fault_of_one_connection_is_not_found_in_another(site: Site) -
 
 
 async def test_both_halves_of_a_broken_stream_say_that_it_broke(site: Site) -> None:
-    """Whichever half comes second is told by OpenSSL that there was an error, and not which; it is nobody's fault."""
+    """To the second half OpenSSL says only that there was an error, and not which one; the stream knows it."""
     for first, second in ((0, 1), (1, 0)):
         async with server_and_party(site) as (server, party):
             party.reset()
@@ -558,7 +558,7 @@ def room(records: int = 3) -> memoryview:
 
 
 async def received_now(server: TlsStream, into: memoryview) -> int:
-    """What there is once there is something, or once it is to be asked otherwise."""
+    """Receive the data when there is some, or when ``receive_some`` has more to say."""
     while (count := server.receive_now(into)) == 0:
         await trio.lowlevel.wait_readable(server.sock)
     return count
@@ -646,7 +646,7 @@ async def test_what_is_not_sent_now_is_the_rest(site: Site) -> None:
 
 
 async def test_until_the_rest_has_gone_nothing_else_can_be_said(site: Site) -> None:
-    """A record is under way in part: close_notify in the middle of it would be nobody's."""
+    """A part of a record was sent: a close_notify in the middle of it would be garbage."""
     async with server_and_party(site, buffer=4096) as (server, _):
         data = memoryview(bytes(1 << 20))
         while server.send_now(data) == len(data):
@@ -686,7 +686,7 @@ def segments_out(sock: socket.socket) -> int:
 
 @pytest.mark.parametrize("way", ["send_now", "send_all"])
 async def test_a_handshake_message_in_pieces_is_the_partys_fault(site: Site, tmp_path: Path, way: str) -> None:
-    """Until it has the rest OpenSSL wants to read before it writes, and another task waits for that already."""
+    """Until OpenSSL has the rest, it must read before it writes, and another task waits for reading already."""
     async with server_and_party(site, keylog=tmp_path / "keys") as (server, party):
         forge = RecordForge(party.tls, tmp_path / "keys")
         await party.send_raw(forge.record(b"\x18\x00\x00\x01", HANDSHAKE))

@@ -1,4 +1,4 @@
-"""The watcher reports each real change of content once, however it came about. With real files, all of them.
+"""The watcher reports each real change of content once, in whatever way it was made. All tests use real files.
 
 "Once" is shown without waiting for something not to happen: after the change under test another file, the sentinel,
 is changed, and the next report must be of the sentinel alone.
@@ -42,7 +42,7 @@ class Bench:
             return await self.watcher.wait_changed()
 
     async def change_during_wait(self, change: Callable[[], object]) -> frozenset[Path]:
-        """What is reported of a ``change`` that is made while the watcher waits, with its watches in place."""
+        """What the watcher reports of a ``change`` that is made while it waits, with its watches in place."""
         found: list[frozenset[Path]] = []
 
         async def wait() -> None:
@@ -68,7 +68,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 async def armed(watcher: Watcher) -> None:
-    """Until a task waits, with its watches in place."""
+    """Wait until a task waits, with its watches in place."""
     await until(lambda: watcher.is_armed)
 
 
@@ -83,7 +83,7 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
 
 @pytest.fixture(autouse=True)
 def _quickly_armed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first yield, by which the watch is known to be in place, need not take 300 ms in each of these tests."""
+    """Shorten the 300 ms to the first yield, which proves that the watch is in place."""
     monkeypatch.setattr(watch, "_RUST_TIMEOUT", 20)
     monkeypatch.setattr(watch, "_STEP", 10)
 
@@ -107,7 +107,7 @@ def by_delete_and_recreate(path: Path) -> None:
 
 
 def by_rename_away_and_recreate(path: Path) -> None:
-    """As editors do that keep a backup."""
+    """As an editor that keeps a backup does it."""
     path.rename(path.with_name(f"{path.name}~"))
     path.write_text("two")
 
@@ -221,7 +221,7 @@ def recreate_directory_of(bench: Bench) -> Path:
 async def test_directories_that_are_replaced_without_a_change_are_watched_anew(
     bench: Bench, shift: Callable[[Bench], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Within one wait: watches on the old inodes would report nothing any more."""
+    """Within one wait: watches on the old inodes would no longer report anything."""
     if shift is swap_data_of:
         make_config_map(bench)
     monkeypatch.setattr(watch, "_RUST_TIMEOUT", 300)  # long enough to see that nothing is armed for a moment
@@ -449,7 +449,7 @@ async def test_loops_and_things_that_are_no_files_are_survived(bench: Bench) -> 
 
 
 async def test_the_files_are_asked_anew_and_a_new_one_counts_as_changed(bench: Bench) -> None:
-    """It may have changed since it was loaded, and before anybody looked at it."""
+    """It may have changed after it was loaded, and before the first snapshot of it."""
     extra = bench.directory / "extra" / "crl.pem"
     extra.parent.mkdir()
     extra.write_text("one")
@@ -478,7 +478,7 @@ async def test_a_mark_makes_what_is_there_known(bench: Bench) -> None:
 
 
 async def test_a_mark_during_a_wait_settles_what_was_about_to_be_reported(bench: Bench) -> None:
-    """As when SIGHUP loads a file just after it was written."""
+    """For example, SIGHUP loads a file just after it was written."""
     bench.watcher = Watcher(lambda: bench.paths, settle=2)
     await bench.watcher.mark()
     found: list[frozenset[Path]] = []
@@ -496,7 +496,7 @@ async def test_a_mark_during_a_wait_settles_what_was_about_to_be_reported(bench:
 
 
 async def test_a_mark_waits_for_a_snapshot_under_way(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the older content, seen before the mark, would be taken for a change after it."""
+    """Otherwise the older content, which was read before the mark, would count as a change after it."""
     is_held, was_seen, release = threading.Event(), threading.Event(), threading.Event()
     take_snapshot = watch._take_snapshot
 
@@ -525,7 +525,9 @@ async def test_a_mark_waits_for_a_snapshot_under_way(bench: Bench, monkeypatch: 
         bench.file.write_text("two")
         async with trio.open_nursery() as marking:
             marking.start_soon(bench.watcher.mark)
-            await trio.sleep(0.3)  # time enough for a mark that would not wait; too little only hides the fault
+            await trio.sleep(
+                0.3
+            )  # enough for a mark that does not wait; if it is too short, the test only misses the fault
             release.set()
         bench.sentinel.write_text("1")
     assert found == [{bench.sentinel}]
@@ -537,7 +539,7 @@ async def test_a_mark_waits_for_a_snapshot_under_way(bench: Bench, monkeypatch: 
 async def test_without_file_events_the_content_is_compared_now_and_then(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As when no inotify instance is left; and once there is one again, it is used."""
+    """For example, no inotify instance is left; when there is one again, it is used."""
 
     def refuse(*arguments: object, **keywords: object) -> None:
         raise OSError(24, "Too many open files")
@@ -580,7 +582,7 @@ async def test_a_directory_that_vanishes_before_it_can_be_watched_is_no_fault(
 async def test_a_directory_recreated_under_the_same_inode_is_watched_anew(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Some file systems give the number out again at once; then only the event tells."""
+    """Some file systems use the inode number again at once; then only the event shows the change."""
 
     was_used = trio.Event()
 
@@ -660,7 +662,7 @@ async def test_two_tasks_cannot_wait_at_once(bench: Bench) -> None:
 
 
 async def test_noise_beside_the_files_neither_hides_nor_delays_a_change(bench: Bench) -> None:
-    """A log in the same directory, written to all the time."""
+    """For example, a log in the same directory that is written all the time."""
     stop = threading.Event()
 
     def write_log() -> None:
@@ -680,7 +682,7 @@ async def test_noise_beside_the_files_neither_hides_nor_delays_a_change(bench: B
 
 
 async def test_many_changes_under_way_end_in_the_last_content(bench: Bench) -> None:
-    """Whatever is reported when, the last report comes after the last write."""
+    """At whatever times changes are reported, the last report comes after the last write."""
     reports: list[str] = []
 
     async def wait_for_the_end() -> None:
