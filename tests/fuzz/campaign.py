@@ -21,7 +21,7 @@ from typing import Final
 __all__ = ["corpus", "run"]
 
 _HERE: Final = Path(__file__).parent
-# Two frames of the largest size, and a little: no target has a limit beyond that it would have to reach.
+# A little more than two frames of the largest size: no target has a larger limit to reach.
 _MAX_LENGTH: Final = 8300
 
 
@@ -31,8 +31,8 @@ def corpus(target: str) -> list[Path]:
 
 
 def run(one_input: Callable[[bytes], None], *, instrument: tuple[str, ...]) -> None:
-    """Fuzz until libFuzzer's options say that it is enough; ``instrument`` are prefixes of modules to be guided by."""
-    # Not at the top: whoever imports a target to call it needs no atheris.
+    """Fuzz for as long as libFuzzer's options say, guided by the coverage of modules with the prefixes ``instrument``."""
+    # Not at the top of the module: a test that only calls a target needs no atheris.
     atheris = importlib.import_module("atheris")
     for thing in gc.get_objects():
         if isinstance(thing, FunctionType) and (thing.__module__ or "").startswith(instrument):

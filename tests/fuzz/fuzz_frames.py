@@ -45,7 +45,7 @@ class Fault(Exception):
 
 
 class Json:
-    """RFC 8259 read character by character, duplicate names refused."""
+    """A JSON reader after RFC 8259, character by character, that refuses duplicate names."""
 
     _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?P<rest>(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)")
     _ESCAPES: Final = {'"': '"', "\\": "\\", "/": "/", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
@@ -125,7 +125,7 @@ class Json:
             if not char or char < " ":
                 raise Fault("an open string")
             if char == '"':
-                # Two escaped surrogates side by side are one character; a lone one stays what it is.
+                # Two escaped surrogates side by side are one character; a lone one stays a surrogate.
                 return re.sub(
                     "[\ud800-\udbff][\udc00-\udfff]",
                     lambda pair: pair[0].encode("utf-16-be", "surrogatepass").decode("utf-16-be"),
@@ -193,7 +193,7 @@ def splits(data: bytes) -> tuple[list[bytes], list[bytes]]:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Equality in which 1, 1.0 and True differ, as they do on the wire."""
+    """Compare so that 1, 1.0 and True differ, as on the wire."""
     if type(one) is not type(other):
         return False
     if isinstance(one, dict):
@@ -214,13 +214,13 @@ def run_decoder(chunks: Sequence[bytes]) -> tuple[list[Frame], bool, int, int]:
                 found.append(frame)
         except RemoteProtocolError:
             return found, True, decoder.advisory_skipped, len(decoder)
-        # Between two reads: at most one frame that is not complete.
+        # Between two reads it holds at most one incomplete frame.
         assert len(decoder) < HEADER_SIZE + MAX_PAYLOAD
     return found, False, decoder.advisory_skipped, len(decoder)
 
 
 def check_decoder(stream: bytes, *cuttings: Sequence[bytes]) -> None:
-    """The decoder does what the model does, however the bytes are cut."""
+    """The decoder does what the model does, in whatever pieces the bytes come."""
     model = Model(stream)
     for chunks in (*splits(stream), *cuttings):
         found, raised, advisory, held = run_decoder(chunks)
@@ -233,7 +233,7 @@ def check_decoder(stream: bytes, *cuttings: Sequence[bytes]) -> None:
 
 
 def relay_session(steps: int) -> RelaySession:
-    """A relay's end that is ``steps`` on its way."""
+    """A relay's end after ``steps`` steps."""
     session = RelaySession()
     if steps > 0:
         session.receive(encode(Join("0f8fad5b-d9cb-469f-a165-70867728950e")))
@@ -247,7 +247,7 @@ def relay_session(steps: int) -> RelaySession:
 
 
 def party_session(steps: int) -> PartySession:
-    """A party's end that is ``steps`` on its way."""
+    """A party's end after ``steps`` steps."""
     session = PartySession()
     if steps > 0:
         session.send(Join("0f8fad5b-d9cb-469f-a165-70867728950e"))
@@ -261,7 +261,7 @@ def party_session(steps: int) -> PartySession:
 
 
 def run_session(session: Session, chunks: Sequence[bytes]) -> tuple[list[Message], bool]:
-    """Feed a session; what it gave before its first error, and whether there was one."""
+    """Feed a session; returns its messages before the first error, and whether there was one."""
     found: list[Message] = []
     try:
         for chunk in chunks:
@@ -273,18 +273,18 @@ def run_session(session: Session, chunks: Sequence[bytes]) -> tuple[list[Message
 
 
 def check_session(make: Callable[[int], Session], steps: int, stream: bytes, *cuttings: Sequence[bytes]) -> None:
-    """In every state the same verdict however the bytes are cut."""
+    """In every state the verdict is the same, in whatever pieces the bytes come."""
     at_once, bytewise = splits(stream)
     found, raised = run_session(make(steps), at_once)
     for chunks in (bytewise, *cuttings):
         pieces, raised_in_pieces = run_session(make(steps), chunks)
         assert raised_in_pieces == raised
-        # A chunk with an error in it gives nothing, so less may come out of large chunks, and never other messages.
+        # A chunk with an error gives no message. So large chunks may give fewer messages, but never other ones.
         assert pieces == found if not raised else pieces[: len(found)] == found
 
 
 def one_input(data: bytes) -> None:
-    """Check one input; raises AssertionError, or whatever should never have been raised."""
+    """Check one input; raises AssertionError, or the exception that should never be raised."""
     if len(data) < 2:
         return
     which, cut, stream = data[0], data[1], data[2:]

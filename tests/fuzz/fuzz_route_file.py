@@ -56,7 +56,7 @@ require_inner_tls = "always"
 
 
 def check(directory: Path, content: bytes | None = None, *, beside: bytes | None = None) -> Config | None:
-    """Load ``relay.toml`` in ``directory``, with this content if given, and with ``beside`` as a file of routes_dir."""
+    """Load ``relay.toml`` in ``directory``, with this content if given, and with ``beside`` as a file in routes_dir."""
     path = directory / "relay.toml"
     if content is not None:
         path.write_bytes(content)
@@ -89,7 +89,7 @@ def check_good(config: Config) -> Config:
 
 @cache
 def _directory() -> Path:
-    # Held for as long as the process runs.
+    # This must stay referenced as long as the process runs.
     directory = _KEPT.name
     (Path(directory) / "routes.d").mkdir()
     return Path(directory)
@@ -99,7 +99,7 @@ _KEPT: Final = tempfile.TemporaryDirectory()
 
 
 def one_input(data: bytes) -> None:
-    """Check one input; raises AssertionError, or whatever should never have been raised."""
+    """Check one input; raises AssertionError, or the exception that should never be raised."""
     directory, content = _directory(), data[1:]
     if data[:1] and data[0] % 2:
         check(directory, content)

@@ -46,7 +46,7 @@ _LONGEST: Final = 20 * 300
 
 
 def any_name(text: str) -> Name | None:
-    """``text``, which a certificate or the wire may hold, as a name; None if it is none."""
+    """``text`` of a certificate or of the wire as a name, or None if it is none."""
     kind, _, value = text.partition(":")
     try:
         if kind == "dns":
@@ -67,7 +67,7 @@ def any_selector(text: str) -> Selector | None:
 
 
 def as_expression(selector: Selector) -> re.Pattern[str]:
-    """What ``selector`` matches, said in another language."""
+    """What ``selector`` matches, in another notation."""
     star = "[^.]+" if selector.kind is Kind.DNS else r"(?!\.\.?(?:[/?#]|\Z))[^/?#%]+"
     return re.compile(star.join(re.escape(part) for part in selector.pattern.split("*")) + r"\Z")
 
@@ -87,7 +87,7 @@ def check_texts(text: str) -> None:
 
 
 def check_name(name: Name) -> None:
-    """A name fits the selector that has its text, and that one stands for nothing else."""
+    """A name fits the selector that has its text, and that selector matches nothing else."""
     assert "*" not in name.value
     assert str(name).isprintable()
     assert str(name).isascii()
@@ -106,7 +106,7 @@ def _der(tag: int, content: bytes) -> bytes:
 
 
 def _split(content: bytes) -> list[bytes]:
-    """The DER elements of which ``content`` consists; their lengths are short, or have one octet or two."""
+    """``content`` as DER elements, with lengths in short form, or of one or two octets."""
     elements = []
     while content:
         octets = max(0, content[1] - 0x80)
@@ -119,7 +119,7 @@ def _split(content: bytes) -> list[bytes]:
 
 @cache
 def _around() -> tuple[bytes, bytes]:
-    """What stands before the extensions of a good certificate, and behind its signed part."""
+    """The parts of a valid certificate before its extensions, and after its signed part."""
     issued = Authority.create("fuzz CA").issue(common_name="party", dns=["func1.demo"], usage="party")
     [whole] = _split(issued.certificate.public_bytes(Encoding.DER))
     body, *behind = _split(whole[4:])
@@ -128,7 +128,7 @@ def _around() -> tuple[bytes, bytes]:
 
 
 def certificate_with(san: bytes) -> bytes:
-    """A certificate whose subjectAltName has this content. Its signature is wrong, which is not looked at here."""
+    """A certificate whose subjectAltName has this content. Its signature is wrong, but that is not checked here."""
     before, behind = _around()
     extension = _der(0x30, bytes.fromhex("0603551d11") + _der(0x04, san))
     return _der(0x30, _der(0x30, before + _der(0xA3, _der(0x30, extension))) + behind)
@@ -146,7 +146,7 @@ def check_certificate(octets: bytes) -> None:
     for name in identity.names:
         check_name(name)
     assert len(set(identity.names)) == len(identity.names)
-    # All or nothing: whoever could be read has the pin of the key.
+    # All or nothing: a certificate that could be read has the pin of its key.
     assert [name.kind for name in identity.names].count(Kind.SPKI) == (1 if identity.names else 0)
     assert identity.subject.isprintable()
     assert identity.issuer.isprintable()
@@ -161,7 +161,7 @@ def check_pin(octets: bytes) -> None:
 
 
 def one_input(data: bytes) -> None:
-    """Check one input; raises AssertionError, or whatever should never have been raised."""
+    """Check one input; raises AssertionError, or the exception that should never be raised."""
     if not data:
         return
     what, content = data[0] % 4, data[1:]

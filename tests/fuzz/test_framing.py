@@ -44,7 +44,7 @@ thorough = settings(unhurried, max_examples=250)
 
 # --- strategies ----------------------------------------------------------------------------------------------------
 
-# Numbers at the edges of what a message allows, and of what machines count with.
+# Numbers at the limits of messages, and at the limits of machine integers.
 numbers = st.one_of(
     st.integers(),
     st.sampled_from([0, -0.0, 1e999, 2**63 - 1, 2**63, 10**400, 10**3999, -(10**3999), 1e308, 5e-324]),
@@ -100,13 +100,13 @@ def wire(code: int, body: bytes, reserved: int = 0, length: int | None = None) -
 
 
 def dumped(value: Any) -> bytes:
-    """JSON with everything that Python's encoder lets through, NaN and lone surrogates included."""
+    """JSON with everything that Python's encoder accepts, also NaN and lone surrogates."""
     return json.dumps(value).encode("utf-8", "surrogatepass")
 
 
 @st.composite
 def doubled(draw: st.DrawFn) -> bytes:
-    """An object in which one key stands twice."""
+    """An object that has one key twice."""
     members = draw(st.lists(st.tuples(st.text(max_size=5), values), min_size=1, max_size=4))
     members.insert(draw(st.integers(0, len(members))), (draw(st.sampled_from(members))[0], draw(values)))
     return b"{" + b",".join(dumped(name) + b":" + dumped(value) for name, value in members) + b"}"
@@ -114,7 +114,7 @@ def doubled(draw: st.DrawFn) -> bytes:
 
 @st.composite
 def nested(draw: st.DrawFn) -> bytes:
-    """Brackets, closed or not; deep, but within what every JSON reader can follow."""
+    """Brackets, closed or not; nested, but not deeper than every JSON reader can go."""
     depth = draw(st.integers(1, 60))
     opening, closing = draw(st.sampled_from([(b"[", b"]"), (b'{"a":', b"}")]))
     missing = draw(st.sampled_from([0, 0, 1, depth]))
@@ -143,7 +143,7 @@ frames = st.one_of(
 
 @st.composite
 def mutated(draw: st.DrawFn) -> bytes:
-    """A conversation in which a few bytes were changed, lost, added or said twice."""
+    """A conversation in which a few bytes were changed, lost, added or repeated."""
     data = bytearray(b"".join(draw(st.lists(frames, min_size=1, max_size=5))))
     for _ in range(draw(st.integers(0, 4))):
         if not data:
@@ -202,7 +202,7 @@ def test_a_header_is_judged_without_its_payload(code: int, reserved: int, length
 @unhurried
 @given(st.sampled_from(FrameType), st.integers(1, 2040), st.sampled_from([b"[", b'{"":', b"[{}, "]), st.booleans())
 def test_any_depth_of_nesting_is_an_answer(type_: FrameType, depth: int, opening: bytes, closes: bool) -> None:
-    """TESTPLAN 21: where a reader gives up is its own affair; that it says so in the one way is not."""
+    """TESTPLAN 21: a reader may give up at any depth, but only with RemoteProtocolError."""
     closing = b"}" if opening.startswith(b"{") else b"]"
     inner = b"1" if opening.startswith(b"{") else b""
     body = b'{"x":' + opening * depth + inner + (closing * depth if closes else b"") + b"}"
@@ -219,7 +219,7 @@ def is_text(value: Any) -> bool:
 
 
 def is_seconds(value: Any) -> bool:
-    # An integer too large for a float is beyond all clocks.
+    # An integer that is too large for a float is refused as a time.
     return type(value) in (int, float) and 0 <= value < 1.8e308 and not math.isinf(value)
 
 
@@ -290,7 +290,7 @@ likely = st.one_of(
 
 @st.composite
 def payloads(draw: st.DrawFn) -> tuple[FrameType, dict[str, Any]]:
-    """A payload near to a right one: mostly right values, some wrong, some missing, some unheard of."""
+    """A payload close to a valid one: most values are right, some are wrong or missing, some keys are unknown."""
     message = draw(messages)
     payload = json.loads(encode(message)[4:])
     for key in draw(st.lists(st.sampled_from([*RULES[message.TYPE], "later", ""]), max_size=3)):
@@ -327,7 +327,7 @@ def test_a_message_is_read_exactly_if_every_key_is_right(found: tuple[FrameType,
 
 
 def test_seconds_may_be_an_integer_that_no_float_is() -> None:
-    """As JSON allows, and as the test above would find on one day in many."""
+    """JSON allows this; the test above would rarely find it."""
     message = decode(Frame(FrameType.DRAINING, {"reconnect_in": 2**63 - 1}))
     assert isinstance(message, Draining)
     assert message.reconnect_in == 2.0**63
@@ -346,7 +346,7 @@ def test_every_message_comes_back_from_the_wire_as_it_went(message: Message) -> 
 @unhurried
 @given(st.sampled_from(FrameType), st.dictionaries(st.text(max_size=8), values, max_size=5))
 def test_what_the_encoder_takes_the_decoder_takes(type_: FrameType, payload: dict[str, Any]) -> None:
-    """And what it does not take is LocalProtocolError: our own bug, told as such."""
+    """What the encoder refuses is a LocalProtocolError: that is a bug of ours."""
     try:
         data = encode_frame(type_, payload)
     except LocalProtocolError:
@@ -366,12 +366,12 @@ def test_what_the_encoder_takes_the_decoder_takes(type_: FrameType, payload: dic
 def test_a_session_gives_messages_or_one_kind_of_error(
     data: st.DataObject | None, make: Callable[[int], RelaySession | PartySession], steps: int, stream: bytes
 ) -> None:
-    """TESTPLAN 21: in every state, and with the same verdict however the bytes are cut."""
+    """TESTPLAN 21: in every state, and with the same verdict in whatever pieces the bytes come."""
     check_session(make, steps, stream, *([data.draw(cuts(stream))] if data is not None else []))
 
 
 class Meeting(RuleBasedStateMachine):
-    """A party and a relay that keep to their own states, on two wires that deliver when and as they like."""
+    """A party and a relay that obey their own states, on two wires that deliver at any time, in any pieces."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -124,7 +124,7 @@ def tables(keys: list[str]) -> st.SearchStrategy[dict[str, Any]]:
 
 
 def near(value: object) -> st.SearchStrategy[object]:
-    """Mostly ``value``, at times something else; of tables and lists, the parts."""
+    """Usually ``value``, sometimes something else; in tables and lists this is done with the parts."""
     if isinstance(value, dict):
         same: st.SearchStrategy[object] = st.fixed_dictionaries(
             {key: near(inner) for key, inner in value.items()},
@@ -163,6 +163,6 @@ def test_anything_in_a_file_of_routes_dir(directory: Path, content: bytes) -> No
 
 
 def test_the_undamaged_files_are_good(directory: Path) -> None:
-    """Else the tests above would only ever see one kind of error."""
+    """Otherwise the tests above would see only one kind of error."""
     for text in (GOOD, EXAMPLE):
         assert check(directory, text.encode()) is not None

@@ -1,4 +1,4 @@
-"""The fuzz targets as tests: on their committed corpus, on what lies near to it, and on noise.
+"""The fuzz targets as tests: with their committed corpus, with inputs close to it, and with noise.
 
 What coverage-guided fuzzing needs is minutes, and atheris; see ``campaign.py``. Here the same functions are called, so
 that they cannot rot, and so that an input that once found a bug is looked at by every run of the tests.
@@ -36,7 +36,7 @@ unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow]
 
 @st.composite
 def near(draw: st.DrawFn, target: str) -> bytes:
-    """An input of the corpus with a few octets changed, lost, added or said twice; or two of them joined."""
+    """An input of the corpus with a few octets changed, lost, added or repeated; or two inputs joined."""
     files = st.sampled_from([path.read_bytes() for path in corpus(target)])
     data = bytearray(draw(files))
     for _ in range(draw(st.integers(0, 4))):
@@ -87,14 +87,14 @@ def test_noise(target: str) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_each_target_opens_with_what_it_holds(target: str) -> None:
-    """And here is every target that there is."""
+    """All existing targets are tested here."""
     assert (HERE / f"fuzz_{target}.py").read_text(encoding="utf-8").startswith('"""Whatever ')
     assert {path.stem.removeprefix("fuzz_") for path in HERE.glob("fuzz_*.py")} == TARGETS.keys()
 
 
 @pytest.mark.skipif(find_spec("atheris") is None, reason="atheris is not installed: pip install -e '.[fuzz]'")
 def test_the_runner_runs(tmp_path: Path) -> None:
-    """A campaign of no length: it instruments, takes the corpus, and says that it is done."""
+    """A campaign of no runs: it instruments, reads the corpus, and prints that it is done."""
     command = [sys.executable, str(HERE / "fuzz_ticket_line.py"), "-runs=50", f"-artifact_prefix={tmp_path}/"]
     done = subprocess.run([*command, str(HERE / "corpus" / "ticket_line")], capture_output=True, text=True, check=True)
     assert "Done 50 runs" in done.stderr

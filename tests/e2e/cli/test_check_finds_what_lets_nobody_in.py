@@ -1,4 +1,4 @@
-"""``frelay check`` finds what a relay would only show by refusing: whom no list, no purpose and no name lets in.
+"""``frelay check`` finds authorities, lists and names that let nobody in, before a relay refuses a function.
 
 It says so with exit code 1 where nobody at all can come in, and by a warning where some can. The relay logs the same,
 and `frelay why` names the same remedy.
@@ -52,7 +52,7 @@ def check(site: Site, routes: str = DEMO, *, crl: bool = False) -> Said:
 
 
 def remedy(site: Site, name: str = "func1", *, crl: bool = True) -> str:
-    """What `frelay why` tells to do about ``name``."""
+    """The remedy that `frelay why` prints for ``name``."""
     said = frelay_command("why", "--json", "-c", site.write(crl=crl), "--cert", site.paths[name][0])
     return next(str(one["remedy"]) for one in json.loads(said.stdout)["checks"] if one["result"] == "refuses")
 
@@ -88,7 +88,7 @@ def test_the_list_of_the_root_is_missing(site: Site) -> None:
 
 
 def test_the_list_of_the_issuing_authority_is_missing(site: Site) -> None:
-    """The root's list is there, so somebody whom the root issued itself could come in."""
+    """The list of the root is there, so a function with a certificate from the root itself could be let in."""
     below = Below(site)
     lists(site, below.root.crl())
     said = check(site, crl=True)
@@ -155,7 +155,7 @@ def test_a_list_in_which_nobody_is_looked_up(site: Site, extension: x509.Extensi
 
 
 def test_a_root_that_lists_leaves_only(site: Site) -> None:
-    """Whether the authority below it is revoked, nobody says."""
+    """No list says whether the authority below it is revoked."""
     below = Below(site)
     lists(site, below.root.crl(critical=[point(only_contains_user_certs=True)]), below.issuing.crl())
     said = check(site, crl=True)
@@ -167,7 +167,7 @@ def test_a_root_that_lists_leaves_only(site: Site) -> None:
 
 
 def test_a_delta_list_beside_the_whole_one(site: Site) -> None:
-    """What it revokes would go unnoticed."""
+    """Nobody would notice what it revokes."""
     lists(site, site.ca.crl(), site.ca.crl(critical=[DELTA], number=2))
     said = check(site, crl=True)
     assert said.code == 0
@@ -274,7 +274,7 @@ def test_one_authority_that_may_give_it_is_enough(site: Site) -> None:
     )
     trust(site, acme, demo)
     assert check(site).stderr == ""
-    # Not, if it has no list.
+    # Unless it has no list.
     lists(site, acme.crl())
     assert "no certificate can fit dns:func1.demo" in check(site, crl=True).stderr
 

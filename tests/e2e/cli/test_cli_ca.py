@@ -1,4 +1,4 @@
-"""``frelay ca``: an authority, certificates that a relay and two functions meet with, and lists that grow."""
+"""``frelay ca``: an authority, certificates for a relay and two functions, and revocation lists that grow."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from support.tools import tool
 
 
 def run(tmp_path: Path, *arguments: str) -> str:
-    """Run ``frelay ca``, which must succeed; gives its stdout."""
+    """Run ``frelay ca``, which must succeed; returns its stdout."""
     said = frelay_command("ca", *arguments, cwd=tmp_path)
     assert said.code == 0, said.stderr
     return said.stdout
@@ -252,7 +252,7 @@ def test_show_goes_on_after_what_it_cannot_read(site: Site) -> None:
 
 
 def test_names_cannot_move_the_cursor(site: Site) -> None:
-    """TESTPLAN 54: neither on stdout nor on stderr, whoever wrote the certificate or named the file."""
+    """TESTPLAN 54: neither on stdout nor on stderr, from any certificate or file name."""
     path, _ = site.ca.odd([x509.DNSName("\x1b[2J.demo")], common_name="\x1b[2Jx").write(site.directory)
     said = frelay_command("ca", "show", "-c", site.write(), path)
     assert said.code == 0

@@ -1,4 +1,4 @@
-"""``frelay check``: is this file good? 0 yes, 1 no and why, 2 wrong call; as text for people, as JSON for programs."""
+"""``frelay check``: exit code 0 for a good file, 1 for a bad one, 2 for wrong usage; text and JSON."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_the_file_may_come_from_the_environment(site: Site, tmp_path: Path) -> N
 
 
 def test_nothing_is_bound(site: Site) -> None:
-    """A relay may be running on these very addresses."""
+    """A relay may be running on the same addresses."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         config = site.write(DEMO.replace("127.0.0.1:0", f"127.0.0.1:{taken.getsockname()[1]}"))
         assert frelay_command("check", "-c", config).code == 0

@@ -1,4 +1,4 @@
-"""``frelay --show-completion SHELL``: the script of the shell that is named, wherever that is asked."""
+"""``frelay --show-completion SHELL`` prints the script of the named shell, in whatever shell it runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``frelay demo`` shows the whole way in one command, and leaves nothing behind however it ends."""
+"""``frelay demo`` shows everything in one command, and leaves nothing behind, in whatever way it ends."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Demo:
         self.stdout = ""
 
     def read_until(self, text: str) -> None:
-        """Wait until the demo has told ``text``."""
+        """Wait until the demo has printed ``text``."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self.stdout += line
@@ -42,7 +42,7 @@ class Demo:
         pytest.fail(f"{text!r} was not told:\n{self.stdout}{self.finish()[1]}")
 
     def finish(self) -> tuple[int, str]:
-        """Wait for the end; the exit code and what was said on stderr. Nothing may be left."""
+        """Wait for the end; returns the exit code and stderr. Nothing may be left behind."""
         rest, stderr = self.process.communicate(timeout=COMMAND_TIMEOUT)
         self.stdout += rest
         deadline = time.monotonic() + COMMAND_TIMEOUT
@@ -99,7 +99,7 @@ MOMENTS = ["listening on", "dials", "end-to-end mTLS"]
 @pytest.mark.parametrize("whom", ["all", "one"])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_ctrl_c_leaves_nothing(tmp_path: Path, moment: str, whom: str) -> None:
-    """A terminal sends SIGINT to the whole group; ``kill -INT`` to the one."""
+    """A terminal sends SIGINT to the whole process group; ``kill -INT`` only to one process."""
     with demo(tmp_path) as running:
         running.read_until(moment)
         if whom == "all":

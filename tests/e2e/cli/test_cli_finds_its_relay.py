@@ -1,4 +1,4 @@
-"""Every command that asks a relay says which one it did not reach, why not, and what to do: 1 failed, 2 wrong call."""
+"""A command that does not reach its relay says which one, why, and what to do; exit code 1, or 2 for wrong usage."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def test_what_is_written_is_good(tmp_path: Path) -> None:
 
 
 async def test_it_runs_as_it_is_and_two_functions_meet(tmp_path: Path) -> None:
-    """Only the port is another, since 9001 may be anybody's."""
+    """Only the port is changed, since 9001 may be in use."""
     directory = tmp_path / "r"
     assert (await in_thread(frelay_command, "init", directory)).code == 0
     config = directory / "relay.toml"
@@ -99,7 +99,7 @@ def committed(repository: Path) -> set[str]:
 
 
 def test_in_a_clone_no_key_is_left_to_be_committed(tmp_path: Path) -> None:
-    """Neither of the whole set nor of an authority or a certificate by itself; all else is the user's to commit."""
+    """No key of the set, of an authority or of a certificate is committed; the user may commit all other files."""
     subprocess.run([tool("git"), "init", "--quiet", tmp_path], check=True)
     frelay_command("init", tmp_path / "my-relay")
     frelay_command("ca", "init", "ca", cwd=tmp_path)
@@ -118,14 +118,14 @@ def test_a_gitignore_that_is_there_stays_and_the_keys_are_ignored_all_the_same(t
     assert (tmp_path / ".gitignore").read_text() == "__pycache__/\n"
     assert "certs/.gitignore" in said.stdout
     assert not [name for name in committed(tmp_path) if name.endswith(".key")]
-    # Both are there now: a second set leaves them alone, too.
+    # Both exist now: a second set does not change them either.
     (tmp_path / "certs/.gitignore").write_text("*\n")
     assert frelay_command("init", ".", "--force", cwd=tmp_path).code == 0
     assert (tmp_path / "certs/.gitignore").read_text() == "*\n"
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
-    """One file that is there is enough, and then none of the others is written either."""
+    """If one file exists, none of the others is written either."""
     directory = tmp_path / "r"
     frelay_command("init", directory)
     before = contents(directory)

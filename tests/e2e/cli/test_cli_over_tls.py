@@ -1,4 +1,4 @@
-"""The operator's commands over TLS: both sides show certificates, and each wrong one is told apart."""
+"""The operator's commands over TLS: both sides show certificates, and each wrong one has its own message."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ async def test_a_relay_of_another_authority(site: Site, place: str, tmp_path: Pa
 
 
 async def test_a_relay_of_another_name(site: Site, place: str) -> None:
-    """The name is checked: the host that was asked for, or the one that was given instead."""
+    """The name is checked: the host that was dialled, or the one that --server-name gives."""
     async with served(site, place):
         wrong = await ask("status", "--admin", place, *credentials(site), "--server-name", "other.test")
         right = await ask("status", "--admin", place, *credentials(site), "--server-name", "relay.test")
@@ -109,7 +109,7 @@ def test_a_host_that_nobody_knows(site: Site, place: str) -> None:
 
 
 async def test_a_port_that_is_something_else(site: Site, place: str) -> None:
-    """A route asks for the same certificates, and then for another protocol."""
+    """A route accepts the same certificates, but has another protocol."""
     async with site.process(DEMO) as relay:
         route = f"127.0.0.1:{relay.port()}"
         message = only_message(await ask("status", "--admin", route, *credentials(site)))

@@ -1,4 +1,4 @@
-"""``frelay plan``: what a reload with another file would change, and whom it would hit; asking changes nothing."""
+"""``frelay plan`` shows what a reload would change and which pairings it would end, and changes nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ THREE = DEMO.replace('"demo"', '"three"')
 
 
 def new(site: Site, routes: str, *, sections: str = ADMIN) -> Path:
-    """A second file beside the one that runs."""
+    """A second file in the directory of the running one."""
     running = site.config.read_text() if site.config.exists() else None
     path = site.write(routes, sections=sections).rename(site.directory / "new.toml")
     if running is not None:
@@ -37,7 +37,7 @@ async def test_everything_that_can_change(site: Site) -> None:
         parties = [await site.party(relay, name, route="demo") for name in ("func1", "func2")]
         await pair(*parties)
         for party in parties:
-            await party.hand_off()  # or handoff_timeout would end it, where the commands take long
+            await party.hand_off()  # otherwise handoff_timeout would end it if the commands take long
         waits = await site.party(relay, "func1", route="two")
         await waits.join()
         await waits.expect("WAITING")
@@ -47,7 +47,7 @@ async def test_everything_that_can_change(site: Site) -> None:
         path = new(site, other + THREE + "idle_timeout = 10\n" + four, sections=sections)
         said = await ask("plan", "-c", path)
         as_json = await ask("plan", "-c", path, "--json")
-        # A look is a look: nobody was sent away, and no port was bound.
+        # A plan changes nothing: no leg was refused, and no port was bound.
         assert relay.logged("reloaded") == []
     assert (said.code, said.stderr) == (0, "")
     assert said.stdout.splitlines() == [
@@ -138,7 +138,7 @@ def test_two_files_need_no_relay(site: Site) -> None:
 
 
 async def test_a_file_elsewhere_is_read_as_if_it_stood_in_the_place_of_the_running_one(site: Site) -> None:
-    """Relative paths, routes_dir among them, lead to the relay's own files; how the relay is found must be said."""
+    """Relative paths, also routes_dir, lead to the files of the relay, if the user says where the relay is."""
     elsewhere = site.directory / "drafts" / "new.toml"
     elsewhere.parent.mkdir()
     found_by = f"unix:{site.directory}/a.sock"
@@ -198,7 +198,7 @@ def test_a_clash_is_a_reload_that_would_be_refused(site: Site) -> None:
 
 
 def test_a_bad_file_is_told_as_check_tells_it(site: Site) -> None:
-    """Before any relay is asked."""
+    """The file is checked before a relay is asked."""
     path = site.write(DEMO + "wait_timeot = 1\n", sections=ADMIN)
     for options in ((), ("--json",)):
         plan, check = (frelay_command(command, "-c", path, *options) for command in ("plan", "check"))

@@ -1,4 +1,4 @@
-"""``frelay route``: add, delete, list and show, on a relay that runs; every refusal says all that is wrong."""
+"""``frelay route``: add, delete, list and show, on a running relay; every refusal names all problems."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ async def test_a_list_for_a_person_and_for_a_program(site: Site) -> None:
     address = f"127.0.0.1:{relay.own_port()}"
     assert demo.split() == ["demo", address, "dns:func1.demo", "dns:func2.demo", "1/0", "0", "0", "B", str(site.config)]
     assert other.startswith("a-longer-name  127.0.0.1:")
-    # Aligned: whatever is in a column, it begins where its heading does.
+    # Aligned: every cell of a column begins where its heading begins.
     assert {line.index("dns:func2") for line in (demo, other)} == {head.index("FUNC2")}
     found = json.loads(as_json.stdout)
     assert [one["name"] for one in found["routes"]] == ["demo", "a-longer-name"]
@@ -121,7 +121,7 @@ async def test_two_who_change_a_route_do_not_undo_each_other(site: Site) -> None
             assert late.messages == ["frelay: the route 'two' has changed meanwhile: read it again"]
         now = json.loads((await route(site, "show", "two", "--json")).stdout)
         assert now["limits"]["wait_timeout"] == 7
-        # A shell takes the quotes of an etag away.
+        # A shell removes the quotes of an etag.
         assert (await route(site, "delete", "two", "--if-match", now["etag"].strip('"'))).code == 0
 
 
@@ -187,6 +187,6 @@ async def test_the_shell_completes_names(site: Site, tmp_path: object) -> None:
     asked = {"_FRELAY_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": "5"}
     async with site.process(DEMO, sections=ADMIN):
         assert (await ask(env=asked)).stdout.split() == ["demo"]
-    # Without a relay there is nothing to offer, and no message in the middle of somebody's command line.
+    # Without a relay there is nothing to offer, and no message may appear in the command line.
     said = await ask(env=asked)
     assert (said.stdout.split(), said.stderr) == ([], "")

@@ -35,7 +35,7 @@ async def test_a_pairing_may_end_first(site: Site) -> None:
 
 
 async def test_a_second_one_ends_it_now(site: Site) -> None:
-    """TESTPLAN 46, by SIGINT: whoever types Ctrl-C twice means it."""
+    """TESTPLAN 46, by SIGINT: a second Ctrl-C stops the relay now."""
     async with site.process() as relay:
         one, two = await site.party(relay, "func1"), await site.party(relay, "func2")
         await pair(one, two, modes=["tunnel"])

@@ -1,4 +1,4 @@
-"""``frelay run`` that cannot run says so in one clear message a problem, never in a traceback: 1 failed, 2 usage."""
+"""If ``frelay run`` cannot start, it prints one clear message for each problem and no traceback; exit code 1 or 2."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(config: Path) -> Said:
 
 
 def in_process(*arguments: str | Path, cwd: Path | None = None) -> Said:
-    """As :func:`run`, without half a second for each new process: for what ends before a relay runs.
+    """As :func:`run`, but in this process, which saves half a second: for calls that end before a relay runs.
 
     It gives up no privileges on its way: they would be those of all tests after it.
     """
@@ -63,7 +63,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_by_default(tmp_path: Path) -> None:
-    """Without -c it is relay.toml here, and the message says where "here" is."""
+    """Without -c it is relay.toml in the current directory, and the message has its whole path."""
     said = frelay_command("run", cwd=tmp_path, env={"FRELAY_CONFIG": ""})
     assert f"{tmp_path}/relay.toml: there is no such file" in only_message(said)
 
@@ -182,7 +182,7 @@ def test_certificates_that_cannot_work(site: Site, what: str) -> None:
 
 
 def test_a_crl_that_ran_out(site: Site) -> None:
-    """TESTPLAN 12: never open, not even at start."""
+    """TESTPLAN 12: a relay never admits all, not even at start."""
     config = site.write(crl=True)
     assert "tls.crl" in only_message(in_process("run", "-c", config))
     site.ca.write_crl(site.directory, site.ca.expired_crl())
@@ -207,7 +207,7 @@ def test_a_key_that_others_can_read_stops_the_process(site: Site) -> None:
 
 
 def test_a_port_in_use(site: Site) -> None:
-    """And a free one beside it is given back."""
+    """The free address beside it is released."""
     with socket.create_server(("127.0.0.1", 0)) as taken, socket.create_server(("127.0.0.1", 0)) as free:
         ports = [sock.getsockname()[1] for sock in (taken, free)]
         routes = "".join(
@@ -228,7 +228,7 @@ def test_an_address_of_another_machine(site: Site) -> None:
 
 
 async def test_an_admin_socket_in_use(site: Site) -> None:
-    """Two relays with one file: the second says so, and the first still answers."""
+    """Two relays with one file: the second one fails with a message, and the first one still answers."""
     async with site.process(DEMO, sections=ADMIN):
         said = await ask("run", "-c", site.config)
         assert (await ask("status", "-c", site.config)).code == 0
@@ -241,7 +241,7 @@ async def test_an_admin_socket_in_use(site: Site) -> None:
 
 
 def test_an_admin_socket_where_a_file_is(site: Site) -> None:
-    """It is somebody's, and stays as it is."""
+    """The file belongs to somebody, and is not changed."""
     config = site.write(sections=ADMIN)
     (site.directory / "a.sock").write_text("mine")
     said = run(config)
@@ -275,17 +275,17 @@ def test_an_admin_socket_without_its_directory(site: Site) -> None:
     ],
 )
 def test_a_wrong_call_is_exit_2_with_the_usage(arguments: tuple[str, ...], text: str, tmp_path: Path) -> None:
-    """Before any file is read: there is no relay.toml here, and nobody says so."""
+    """Usage errors come before any file is read: there is no relay.toml here, and no message about that."""
     said = in_process(*arguments, cwd=tmp_path)
     assert (said.code, said.stdout) == (2, "")
     assert text in said.stderr
-    # The parser of the command line has no usage to show where it is the one who is puzzled.
+    # The parser prints no usage line for some of its own errors.
     assert said.messages[0].startswith(("Usage: frelay ", "Error: Option '-c' requires an argument"))
     assert "no such file" not in said.stderr
 
 
 def test_a_wrong_call_of_the_process(tmp_path: Path) -> None:
-    """Its exit code is what counts for whoever started it."""
+    """What counts is the exit code, for the process that started it."""
     said = frelay_command("run", "--nope", cwd=tmp_path)
     assert (said.code, said.stdout) == (2, "")
     assert "No such option: --nope" in said.stderr

@@ -45,7 +45,7 @@ async def test_a_status_for_a_program_is_that_of_the_api(site: Site) -> None:
 
 
 async def test_a_refused_reload_stands_on_top_of_the_status(site: Site) -> None:
-    """And the status is still a success: it has told what was asked."""
+    """The command itself still succeeds: it has printed the status."""
     async with site.process(DEMO, sections=ADMIN, options=["--no-watch"]):
         site.write(DEMO + "wait_timeot = 1\n[[route]]\nname = 3\n", sections=ADMIN)
         refused = await ask("reload", "-c", site.config)

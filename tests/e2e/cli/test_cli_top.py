@@ -1,4 +1,4 @@
-"""``frelay top``: on a terminal that tmux plays, with no, few and many routes; and printed where there is none."""
+"""``frelay top``: on a terminal of tmux, with no, few and many routes; and printed without a terminal."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class Terminal:
     async def run(self, *command: str, env: str = "", cells: int = 100, height: int = 30) -> None:
         """Run a command in a new window of this size; afterwards ``EXIT`` and its code, and how the terminal is."""
         line = shlex.join(command)
-        # The terminal's ^C is for all that runs in it; the shell is to stay.
+        # ^C goes to all processes of the terminal, but the shell must stay.
         script = f"trap : INT; stty -g > before; {env} {line}; echo EXIT $?; stty -g > after; exec sleep 1000"
         size = ("-x", str(cells), "-y", str(height), "-c", str(self.directory))
         await self.tmux("new-session", "-d", *size, "sh", "-c", script)
-        # Only this server's: whoever runs the tests may sit in a tmux of their own.
+        # Only for this tmux server: the tests may be run inside another tmux.
         await self.tmux("set-option", "-g", "default-terminal", "screen-256color")
 
     async def keys(self, *keys: str) -> None:
@@ -78,7 +78,7 @@ class Terminal:
         """The command has ended with this code, and the terminal is what it was."""
         await self.text(f"EXIT {code}")
         before, after = (self.directory / name for name in ("before", "after"))
-        # The shell makes the file before there is something in it.
+        # The shell creates the file before it writes to it.
         await self.shows(lambda _: after.exists() and after.stat().st_size > 0, "the shell does not go on")
         assert after.read_text() == before.read_text()
         # The alternate screen is left, and the cursor is back.
@@ -174,7 +174,7 @@ async def test_three_routes_with_who_waits_and_who_is_paired(site: Site) -> None
 
 
 def first_words(screen: str) -> list[str]:
-    """Of each line; empty for an empty one."""
+    """The first word of each line; empty for an empty line."""
     return [line.partition(" ")[0] for line in screen.splitlines()]
 
 

@@ -1,4 +1,4 @@
-"""``frelay why``: what it prints and its exit codes. That it is right: ``test_why_says_what_the_relay_does.py``."""
+"""``frelay why``: its output and exit codes. ``test_why_says_what_the_relay_does.py`` compares it with a relay."""
 
 from __future__ import annotations
 

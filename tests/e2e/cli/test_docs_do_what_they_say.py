@@ -84,14 +84,14 @@ def test_every_block_is_run_or_says_why_not(page: str) -> None:
 
 @contextmanager
 def relay(here: Machine, command: str) -> Iterator[Running]:
-    """A ``frelay run`` as the page writes it, ready."""
+    """A running ``frelay run``, called as the page writes it."""
     with here.start(command) as running:
         running.says("ready")
         yield running
 
 
 def succeeds(here: Machine, script: str, *, stdin: str = "") -> str:
-    """What a script prints that must end well."""
+    """The output of a script, which must succeed."""
     said = here.run(script, stdin=stdin)
     assert said.code == 0, f"{script}\n{said.stdout}{said.stderr}"
     return said.stdout
@@ -102,7 +102,7 @@ def without_dates(text: str) -> str:
 
 
 def rows(text: str) -> list[str]:
-    """The lines of a table, however wide its columns are, and however many bytes were carried by then."""
+    """The lines of a table, without the widths of its columns and the numbers of bytes."""
     return [re.sub(r"\S+ [kMG]?B ", "BYTES ", " ".join(line.split())) for line in text.splitlines()]
 
 
@@ -132,7 +132,7 @@ def test_readme(tmp_path: Path) -> None:
 def two_functions(here: Machine, page: str, running: Running) -> None:
     (here.directory / "my-relay/func.py").write_text(find(page, RUN[page][2]).text)
     enter, both = find(page, RUN[page][3]).commands
-    # A shell that is at its prompt waits for nobody; this one must not end before its background does.
+    # An interactive shell stays at its prompt; this one must wait for its background processes.
     printed = succeeds(here, f"{enter.text}\n{both.text}\nwait")
     assert sorted(printed.splitlines()) == sorted(both.output.splitlines())
     keys = re.findall(r"(\w+)=", find(page, RUN[page][4]).text)
@@ -150,7 +150,7 @@ def any_tls_client(here: Machine, page: str) -> None:
 
 
 def leaves_tls(here: Machine, page: str) -> None:
-    """The two calls with which Python leaves TLS, in a function of nothing but ``ssl`` and PROTOCOL's frames."""
+    """The two calls with which Python leaves TLS, in a function that uses only ``ssl`` and the protocol's frames."""
     function = f"""
 import json, socket, ssl, struct, sys, uuid
 me, word = sys.argv[1:]
@@ -250,7 +250,7 @@ def blocking_client(here: Machine, page: str) -> None:
 
 
 def programs_of_both_clients(block: Block) -> list[str]:
-    """The Trio and the asyncio lines as programs: what the page leaves out is put in, and nothing else."""
+    """The Trio and the asyncio lines as programs: only what the page leaves out is added."""
     for_trio, for_asyncio = block.text.split("\n\n")
     head = """
 address = "relay.acme:9001"
@@ -339,7 +339,7 @@ def talking(here: Machine, certs: str, ca: str) -> Iterator[tuple[Running, Runni
 
 
 def talk(ends: tuple[Running, Running], word: str) -> None:
-    """A word from each arrives at the other one."""
+    """A message of each arrives at the other."""
     one, two = ends
     one.write(f"{word}1\n")
     two.write(f"{word}2\n")
@@ -348,7 +348,7 @@ def talk(ends: tuple[Running, Running], word: str) -> None:
 
 
 def test_operating(tmp_path: Path) -> None:
-    """From nothing to two functions, and then the authority is rotated under them."""
+    """From nothing to two functions; then the authority is replaced while they run."""
     page = "docs/operating.md"
     text = dict(zip(("ca", "toml", "run", "both", "trust", "issue", "relay", "new"), RUN[page], strict=False))
     script = {name: find(page, known).text for name, known in text.items()}
@@ -370,7 +370,7 @@ def test_operating(tmp_path: Path) -> None:
                 succeeds(here, script["issue"])
                 succeeds(here, script["relay"])
                 talk(old, "issued")
-                # Who still has an old certificate is let in, if it has both authorities.
+                # A function with an old certificate is still let in, if it trusts both authorities.
                 with talking(here, "{}-certs", "both-ca.pem") as late:
                     talk(late, "late")
             with talking(here, "new-{}-certs", "both-ca.pem") as new:

@@ -1,4 +1,4 @@
-"""The blocks of all other pages: run as they stand, or with the reason here why they are not.
+"""The blocks of all other pages are run as they are, or this file says why not.
 
 The three that a newcomer and an operator follow are in ``test_docs_do_what_they_say.py``.
 """
@@ -38,7 +38,7 @@ def pages() -> list[str]:
 
 @pytest.mark.parametrize("page", pages())
 def test_every_block_is_run_or_says_why_not(page: str) -> None:
-    """A block without a language is a picture, or what something prints."""
+    """A block without a language is a picture or an output."""
     known = [*RUN.get(page, ()), *NOT_RUN.get(page, ())]
     for block in blocks(page):
         matches = sum(text in block.text for text in known)
@@ -94,7 +94,7 @@ def beside_a_relay(directory: Path, example: str) -> Iterator[Machine]:
 
 
 def a_command(here: Machine, script: str) -> None:
-    """One end runs ``script`` as it stands, the other one what it says for func2."""
+    """One end runs ``script`` as it is, the other end runs what it says for func2."""
     two = script.replace("func1", "FUNC").replace("func2", "func1").replace("FUNC", "func2")
     with here.start(f"cd example; {two}") as other:
         other.write("from func2\n", is_last=True)
@@ -111,7 +111,7 @@ def test_go(tmp_path: Path) -> None:
         environment = {"GOCACHE": str(tmp_path / "cache"), "GOFLAGS": "-mod=mod", "HOME": str(tmp_path)}
         module = (tmp_path / "example/go.mod").read_text().split()[1]
         (tmp_path / "example/sample").mkdir()
-        # What it leaves to its reader is what to do with a refusal.
+        # Only the handling of a refusal is left to the reader.
         body = textwrap.indent(sample.replace("\t...\n", "\t_ = errors.As(err, &refused)\n"), "\t")
         (tmp_path / "example/sample/sample.go").write_text(
             'package sample\n\nimport (\n\t"context"\n\t"crypto/tls"\n\t"crypto/x509"\n\t"errors"\n\t"time"\n\n'

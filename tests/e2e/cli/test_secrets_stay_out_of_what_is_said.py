@@ -1,7 +1,7 @@
-"""A key that stands in the wrong place is not said again: by no error, no answer of the API, no repr and no log.
+"""A private key in the wrong place is never repeated: not in an error, an answer of the API, a repr or the log.
 
-Whoever mixes up two lines of a route file, or gives a function its key where its key's file belongs, should have to
-mend that, and not to make a new key since the old one is in a log.
+If an operator mixes up two lines of a route file, or gives a function a key instead of the name of its file, only that
+must be corrected: no new key is needed, since the old one is in no log.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from support.clients import options
 from support.commands import frelay_command
 from support.site import DEMO, Site
 
-# Of what is secret, nobody may be told as much as this in one piece: 24 characters of base64 are 18 bytes.
+# No output may have a piece of a secret that is this long: 24 characters of base64 are 18 bytes.
 _PIECE: Final = 24
 _RSA: Final = rsa.generate_private_key(public_exponent=65537, key_size=2048)
 PEM: Final = _RSA.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
@@ -48,7 +48,7 @@ def body(pem: str) -> str:
 
 
 def assert_says_nothing_of(pem: str, text: str) -> None:
-    # Line ends may be escaped, left out, or drawn as something else.
+    # Line ends may be escaped, left out, or replaced.
     told = "".join(text.replace("\\n", "").split())
     secret = body(pem)
     assert len(secret) > 100
@@ -57,7 +57,7 @@ def assert_says_nothing_of(pem: str, text: str) -> None:
 
 
 def test_a_piece_of_a_key_would_be_found() -> None:
-    """Or the tests below would show nothing."""
+    """Otherwise the tests below would prove nothing."""
     for text in (PEM, repr(PEM), json.dumps({"a": PEM}), f"not {PEM[:60]!r}..."):
         with pytest.raises(AssertionError):
             assert_says_nothing_of(PEM, text)
@@ -86,7 +86,7 @@ def all_that_is_said(error: ConfigError) -> str:
 
 @pytest.mark.parametrize(("header", "key"), list(places()))
 def test_pasted_into_the_route_file(tmp_path: Path, header: str, key: str) -> None:
-    """As text, in a list and in a table: where text is expected, and where it is not."""
+    """As text, in a list and in a table; where text is expected, and where it is not."""
     path = tmp_path / "relay.toml"
     text = json.dumps(PEM)  # which TOML reads as well
     for value in (text, f"[{text}]", f"{{ dial = {text} }}", f"{{ {text} = 1 }}", json.dumps(PEM.replace("\n", ""))):
@@ -95,7 +95,7 @@ def test_pasted_into_the_route_file(tmp_path: Path, header: str, key: str) -> No
 
 
 def test_pasted_as_it_is(tmp_path: Path) -> None:
-    """Which is no TOML at all; or is text over several lines; or stands where a name stands."""
+    """It is no TOML at all, or text over several lines, or in place of a name."""
     path = tmp_path / "relay.toml"
     for text in (PEM, f"[tls]\nprivate_key = {PEM}", f"[tls]\nprivate_key = '''{PEM}'''", f"[{json.dumps(PEM)}]\n"):
         path.write_text(text)
@@ -135,7 +135,7 @@ def test_a_key_in_the_wrong_file(site: Site, what: str, where: str) -> None:
 
 
 def parts(thing: Any, depth: int = 6) -> Iterator[Any]:
-    """An object of ours, and all that it holds."""
+    """An object of ours, and all objects inside it."""
     yield thing
     if depth == 0:
         return
@@ -168,7 +168,7 @@ def test_no_repr_shows_a_key(site: Site) -> None:
     for part in seen:
         for key in keys:
             assert_says_nothing_of(key, f"{part!r}{part}")
-            # Nor the number itself, which some reprs show.
+            # Also not the secret number itself, which some reprs show.
             number = load_pem_private_key(key.encode(), None).private_numbers().private_value  # type: ignore[union-attr]
             assert str(number) not in f"{part!r}"
 
@@ -191,7 +191,7 @@ CHANGES: Final[dict[str, Callable[[], dict[str, Any]]]] = {
 
 @pytest.mark.parametrize("what", CHANGES)
 def test_pasted_into_an_argument(site: Site, what: str) -> None:
-    """As happens where a platform gives a secret as an environment variable, and not as a file."""
+    """For example, a platform gives a secret as an environment variable and not as a file."""
     given: Any = {**options(site, "func1", "func2"), "wait": 0.01, **CHANGES[what]()}
     with pytest.raises(Exception) as caught:  # noqa: PT011  whatever it is, it must not repeat the key
         frelay.connect("127.0.0.1:1", **given)
@@ -222,7 +222,7 @@ def test_a_functions_key_in_the_wrong_file(site: Site, tmp_path: Path, what: str
 
 
 def test_the_command_given_a_key_for_its_file(site: Site) -> None:
-    """By FRELAY_KEY, say."""
+    """For example by FRELAY_KEY."""
     cert, _ = site.paths["func1"]
     said = frelay_command(
         *("connect", "127.0.0.1:1", "--cert", cert, "--ca", site.ca_path, "--peer", "dns:func2.demo"),

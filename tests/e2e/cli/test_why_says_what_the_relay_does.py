@@ -1,4 +1,4 @@
-"""``frelay why`` and a relay never differ: to every certificate, good or bad, both give one answer for one reason.
+"""``frelay why`` and a relay never differ: for every certificate, good or bad, both give the same answer and reason.
 
 Each kind is shown to a running relay by a party that has its key, and examined offline. What the relay logs and what
 the party sees are the yardstick: the code, the reason, and the alert or the sentence of REFUSED, word for word.
@@ -84,7 +84,7 @@ def of_a_revoked_authority(site: Site) -> Credential:
 
 
 def tampered(site: Site) -> Credential:
-    """One bit of the signature is another."""
+    """One bit of the signature is changed."""
     good = site.ca.party(dns=FUNC1)
     der = bytearray(good.certificate.public_bytes(Encoding.DER))
     der[-1] ^= 1
@@ -93,7 +93,7 @@ def tampered(site: Site) -> Credential:
 
 
 def two_faults(site: Site, *, first: str) -> Credential:
-    """Expired, and something else besides: OpenSSL tells the one that it checks first."""
+    """Expired, and with another fault: OpenSSL reports the fault that it checks first."""
     past = datetime.now(UTC) - timedelta(hours=1)
     expired = partial(site.ca.odd, not_before=past - timedelta(days=1), not_after=past)
     if first == "purpose":
@@ -180,7 +180,7 @@ def site(tmp_path: Path) -> Site:
 
 
 def asked_offline(site: Site, name: str, route: str | None = "demo") -> Verdict:
-    """What `why` makes of a party's file, from the very files that the relay has."""
+    """What `why` says of a party's file, with the same files that the relay has."""
     config = load(site.config)
     return examine(config, prepare(config), read_certificates(site.paths[name][0]), route)
 
@@ -246,7 +246,7 @@ def written_with_key(site: Site, key: Any) -> tuple[Path, Path]:
 @pytest.mark.parametrize(("make", "code"), KEYS.values(), ids=KEYS)
 async def test_of_every_kind_of_key(site: Site, make: Callable[[], Any], code: str | None) -> None:
     site.paths["it"] = written_with_key(site, make())
-    # What is too weak, or of no use in TLS 1.3, is left for the relay to find.
+    # The client accepts weak keys and those without a use in TLS 1.3, so that the relay refuses them.
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.set_ciphers("DEFAULT:@SECLEVEL=0")
     context.load_verify_locations(site.ca_path)
@@ -272,7 +272,7 @@ async def test_of_every_kind_of_key(site: Site, make: Callable[[], Any], code: s
 
 @pytest.mark.parametrize("asked", ["one", "two", "three"])
 async def test_where_routes_share_an_address(site: Site, asked: str) -> None:
-    """Who is at home on one of them is told another thing of the others than a stranger is."""
+    """A function of one of the routes gets another answer for the others than a stranger does."""
     site.add("it", site.ca.party(dns=["two.demo"]))
     with reserved_port() as port:
         routes = "".join(
