@@ -31,7 +31,7 @@ def corpus(target: str) -> list[Path]:
 
 
 def run(one_input: Callable[[bytes], None], *, instrument: tuple[str, ...]) -> None:
-    """Fuzz for as long as libFuzzer's options say, guided by the coverage of modules with the prefixes ``instrument``."""
+    """Fuzz as long as libFuzzer's options say, guided by the coverage of modules with the prefixes ``instrument``."""
     # Not at the top of the module: a test that only calls a target needs no atheris.
     atheris = importlib.import_module("atheris")
     for thing in gc.get_objects():

@@ -1,10 +1,9 @@
-"""Whatever bytes come in: frames and messages or RemoteProtocolError, the same in one chunk as byte by byte, and memory
-for one frame.
+"""Any bytes give frames and messages, or RemoteProtocolError; in one chunk the same as byte by byte, in little memory.
 
-Input: which end of a leg and how far it is, a byte; where the stream is cut in two, a byte; the stream.
+Input: one byte for the end of a leg and its state; one byte for where the stream is cut in two; the stream.
 
-The decoder is held against :class:`Model`, which shares nothing with it: a JSON reader of its own, and a decoder that
-wants all bytes at once. It is plain Python, so its branches guide the fuzzer where ``json`` would be a black box.
+The decoder is compared with :class:`Model`, which shares no code with it: it has a JSON reader of its own, and decodes
+all bytes at once. It is plain Python, so its branches guide the fuzzer; ``json`` would be a black box for it.
 """
 
 from __future__ import annotations

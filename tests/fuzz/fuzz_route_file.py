@@ -1,9 +1,10 @@
-"""Whatever stands in a route file: a Config, or a ConfigError that a person can read; and memory for one file.
+"""Any route file gives a Config, or a ConfigError that a person can read, in the memory of one file.
 
-Input: which file, a byte (odd: the route file itself; even: one of ``routes_dir`` beside a good one); its content.
+Input: one byte for which file it is (odd: the route file itself; even: one in ``routes_dir`` beside a good route file);
+its content.
 
-Nothing else is ever raised, no message holds a control character, every line that is named exists, and what is good can
-be written down and read back as the same.
+Nothing else is ever raised, no message has a control character, every line that a message names exists, and a good
+configuration can be dumped and loaded again without a change.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""Whatever a route file or a certificate says of names: names and selectors that mean one thing, or a ValueError.
+"""Any text or certificate gives names and selectors with one meaning, or a ValueError.
 
-Input: what it is, a byte; then, by that byte modulo 4,
+Input: one byte for its kind; then, by that byte modulo 4,
 
-0. the text of a selector and, after a line end, that of a name: each is read as one thing only, and both match exactly
-   where a regular expression made of the selector does;
+0. the text of a selector and, after a line end, that of a name: each has one meaning, and they match exactly if a
+   regular expression made of the selector does;
 1. the content of a subjectAltName extension, and
-2. a whole certificate in DER: its identities are given or left out, never raised, and each fits itself alone;
-3. DER in which a public key is looked for.
+2. a whole certificate in DER: its identities are returned or left out, nothing is raised, and each fits only itself;
+3. DER in which a public key is searched.
 
-What is told of them stays short and printable, however much there is.
+The description of a certificate stays short and printable, however large the certificate is.
 """
 
 from __future__ import annotations

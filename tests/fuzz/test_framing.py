@@ -1,9 +1,9 @@
-"""Whatever bytes come in, and in whatever pieces: frames and messages, or RemoteProtocolError, and little memory.
+"""Any bytes, in any pieces, give frames and messages, or RemoteProtocolError, in little memory.
 
-What is checked of the codec and of one session stands in ``fuzz_frames.py``, for coverage-guided fuzzing too; here are
-the strategies that know what a message looks like. The two ends of a leg are then held against each other: as long as
-both say only what their own state allows, neither may find fault with the other, however the bytes are cut and however
-the messages cross.
+``fuzz_frames.py`` has the checks of the codec and of one session, also for coverage-guided fuzzing. Here are the
+strategies that know what a message looks like. Then the two ends of a leg are connected: as long as each sends only
+what its own state allows, neither may find a fault in the other, in whatever pieces the bytes come and however the
+messages cross.
 """
 
 from __future__ import annotations

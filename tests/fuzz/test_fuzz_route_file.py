@@ -1,4 +1,4 @@
-"""Whatever stands in a route file, ``load`` gives a Config or a ConfigError whose problems a person can read.
+"""With any route file ``load`` returns a Config, or raises a ConfigError whose problems a person can read.
 
 What exactly is checked stands in ``fuzz_route_file.py``; here are the strategies that know what such a file looks like.
 """

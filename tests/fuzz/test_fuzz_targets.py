@@ -88,7 +88,7 @@ def test_noise(target: str) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_each_target_opens_with_what_it_holds(target: str) -> None:
     """All existing targets are tested here."""
-    assert (HERE / f"fuzz_{target}.py").read_text(encoding="utf-8").startswith('"""Whatever ')
+    assert (HERE / f"fuzz_{target}.py").read_text(encoding="utf-8").startswith('"""Any ')
     assert {path.stem.removeprefix("fuzz_") for path in HERE.glob("fuzz_*.py")} == TARGETS.keys()
 
 
