@@ -1,18 +1,17 @@
-"""How does frelay compare? ``python bench/compare.py``, and nothing else has to be prepared.
+"""How does frelay compare? ``python bench/compare.py``; nothing has to be prepared.
 
-frelay, handed off and tunnelled, beside a direct connection, HAProxy (TCP mode, splice, mutual TLS, TLS on both sides),
-nginx, socat, syncthing's strelaysrv and the transit relay of magic-wormhole: installed from Debian and PyPI where they
-are missing and this is root, started on loopback, measured in one run, round by round and side by side, since only a
-ratio within one round survives a change of machine. It ends with the claims that frelay makes, and whether they hold.
+It measures frelay, handed off and tunnelled, beside a direct connection, HAProxy (TCP mode, splice, mutual TLS, TLS on
+both sides), nginx, socat, syncthing's strelaysrv and the transit relay of magic-wormhole. As root it installs what is
+missing from Debian and PyPI. All of them run on loopback and are measured in one run, round by round and side by side,
+since only ratios within one round are the same on another machine. At the end it says whether frelay's claims hold.
 
     python bench/compare.py --json all.json --svg docs      # everything, about 20 minutes
     python bench/compare.py --quick                         # small sizes and one round: does it run?
     python bench/compare.py --cases plain,admission --subjects frelay,haproxy,direct
-    python bench/compare.py --from all.json --update-readme # show a run that was saved, measure nothing
+    python bench/compare.py --from all.json --update-readme # show a saved run, measure nothing
 
-Data goes to stdout, progress to stderr. Exit codes: 0 done (whether the claims are met or not), 1 failed, 2 usage, 130
-or 143 interrupted. Processes and files that it started are ended however it ends short of SIGKILL; what it installed
-stays.
+Data goes to stdout, progress to stderr. Exit codes: 0 done (also if a claim is missed), 1 failed, 2 usage, 130 or 143
+interrupted. Unless it is killed by SIGKILL, it ends all its processes and removes its files. Installed programs stay.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-# Run as a script, Python would look in bench/ alone; and the relay measured shall be the one beside this file.
+# A script finds only its own directory. It needs the bench and the frelay of this checkout.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.comparison.bars import write_pictures
@@ -53,20 +52,20 @@ _STAGES: Final = ("plain", "tunnel", "admission", "memory", "idle", "routes")
 _README: Final = checkout_root() / "README.md"
 _PAGE: Final = checkout_root() / "docs/benchmarks.md"
 _PICTURE_OF_README: Final = "bench-bulk-cpu.svg"
-# What a relay keeps for each pairing, idle or not: its two sockets, and the ends of a pipe for when it moves bulk.
+# Descriptors that a relay keeps for each pairing, idle or not: two sockets, and the two ends of a pipe for bulk.
 _OF_A_PAIRING: Final = 4
 _DESCRIPTORS_BESIDE: Final = 128
 
 
 @dataclass(frozen=True, slots=True)
 class Entrant:
-    """Somebody who can take part."""
+    """A subject that can take part."""
 
     name: str
     make: Callable[[Path], Subject]
     program: str = ""
     packages: tuple[str, ...] = ()
-    """Of Debian, which have the program."""
+    """Debian's packages of the program."""
 
 
 ENTRANTS: Final[dict[str, Entrant]] = {
@@ -89,15 +88,15 @@ ENTRANTS: Final[dict[str, Entrant]] = {
 def _parser() -> argparse.ArgumentParser:
     parser = parser_of("compare.py", "Compare frelay with other relays and forwarders, in one run, over loopback.")
     add = parser.add_argument
-    add("--quick", action="store_true", help="small sizes, short, one round: that it runs, not how fast anything is")
+    add("--quick", action="store_true", help="small, short, one round: shows that it runs, not how fast anything is")
     add("--cases", type=some_of(_STAGES), default=_STAGES, metavar="C[,C]", help=f"of {', '.join(_STAGES)}")
     add("--subjects", type=some_of(tuple(ENTRANTS)), default=tuple(ENTRANTS), metavar="S[,S]",
         help=f"of {', '.join(ENTRANTS)} (default: all)")  # fmt: skip
     add("--rounds", type=round_count, metavar="N", help="how often all is measured; the median is shown (default: 5)")
     add("--seconds", type=duration, metavar="S", help="how long each measurement counts, from 0.2 (default: 1)")
     add("--congestion-control", metavar="NAME",
-        help="measure in a network of its own, where TCP sends by NAME, such as cubic (root)")  # fmt: skip
-    add("--no-install", action="store_true", help="go on without what is not installed here")
+        help="measure in a network of its own with this TCP congestion control, such as cubic (root)")  # fmt: skip
+    add("--no-install", action="store_true", help="leave out what is not installed here")
     add("--json", type=output_file, metavar="FILE", help="save every figure of every round")
     add("--svg", type=output_directory, metavar="DIR", help="draw bench-*.svg in there")
     add("--from", dest="saved", type=Path, metavar="FILE", help="measure nothing, and show what --json has saved")
@@ -110,10 +109,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _fitting(sizes: Sizes, notes: list[str]) -> Sizes:
-    """The descriptor limit raised as far as it goes, and with a low one fewer idle pairings."""
+    """Raise the descriptor limit as far as possible; if it stays low, take fewer idle pairings."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = sizes.idle[-1]
-    # A relay sets four aside for a pairing, and this process has both ends of all idle ones at once.
+    # A relay reserves four for a pairing; this process holds both ends of all idle pairings at once.
     wanted = max(_OF_A_PAIRING * (most + sizes.beside), 2 * sum(sizes.idle)) + _DESCRIPTORS_BESIDE
     granted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if soft != resource.RLIM_INFINITY and granted > soft:
@@ -131,7 +130,7 @@ def _fitting(sizes: Sizes, notes: list[str]) -> Sizes:
 
 
 def _makers(record: Record, keys: Sequence[str], scratch: Path, *, allowed: bool) -> Makers:
-    """How to make everybody who can take part; who can't is in the record."""
+    """How to make each subject that can take part; the record names the others, and why not."""
     numbers = itertools.count(1)
     makers = Makers()
     for key in ENTRANTS:
@@ -168,7 +167,7 @@ def measure(options: argparse.Namespace) -> Record:
         plain = CompiledGenerator(scratch)
         makers = _makers(record, options.subjects, scratch, allowed=not options.no_install)
         if options.congestion_control:
-            # Last, because from there nothing can be installed.
+            # Last, because from inside that network nothing can be installed.
             enter_own_network(options.congestion_control, allowed=not options.no_install)
             record.machine = about_machine()
         more = itertools.count(1)
@@ -185,9 +184,9 @@ def measure(options: argparse.Namespace) -> Record:
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Measure, or take what was saved, and show it wherever it was asked for; raises BenchError and OSError."""
+    """Measure, or read a saved run, and show it in each way asked for; raises BenchError and OSError."""
     record = read_record(options.saved) if options.saved else measure(options)
-    # Saved before anything is drawn: a run of twenty minutes must not be lost to a picture.
+    # Save before drawing: an error in a picture must not lose a run of twenty minutes.
     if options.json:
         options.json.write_text(json.dumps(record.as_json(), indent=1) + "\n", encoding="utf-8")
     print(as_text(record))

@@ -3,14 +3,14 @@
     .venv/bin/python bench/strangers.py
     .venv/bin/python bench/strangers.py --kinds silent,whole --joins 100
 
-Three parts, each with a relay of its own on loopback, and limits at their defaults unless a line says otherwise:
+Three parts, each with a relay of its own on loopback. Limits are the defaults unless a line of the output says so:
 
-* 16 addresses with 32 connections each, kind by kind: how long a function takes from its SYN to WAITING.
+* 16 addresses with 32 connections each, one kind after the other: how long a function takes from its SYN to WAITING.
 * 80 silent connections and 40 that send garbage, from the functions' own address: how long a pair takes from the first
   SYN until both are PAIRED.
-* 200 functions at once from one address, none of which tries twice: how many are paired, and when the last is.
+* 200 functions at once from one address, without retries: how many are paired, and when the last one is.
 
-The kinds are those of tests/support/hostile.py. Exit code 1 if a figure is beyond its bar: 2 s, 1 s, and all 200.
+The kinds are those of tests/support/hostile.py. Exit code 1 if a figure misses its limit: 2 s, 1 s, and all 200.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _FUNCTIONS: Final = 200
 
 
 class _Failed(Exception):
-    """What came instead of the expected frame."""
+    """Another frame came than the expected one."""
 
 
 @contextmanager
@@ -64,7 +64,7 @@ def _relay(sections: str = "", route: str = "") -> Iterator[tuple[Path, int]]:
             try:
                 assert process.stderr is not None
                 port = next(int(e["address"].rpartition(":")[2]) for e in _events(process) if e["event"] == "listening")
-                # Nobody may have to wait for us to read.
+                # Nobody may wait because we do not read the log.
                 with (directory / "log").open("w") as sink:
                     reader = subprocess.Popen(["cat"], stdin=process.stderr, stdout=sink)
                 yield directory, port
@@ -90,7 +90,7 @@ def _strangers(port: int, sources: str, **kinds: int) -> Iterator[None]:
         try:
             assert process.stdout is not None
             process.stdout.readline()
-            time.sleep(0.5)  # the kernel has them; now the relay does
+            time.sleep(0.5)  # the kernel has accepted them; let the relay accept them too
             yield
         finally:
             process.kill()
@@ -126,7 +126,7 @@ class _Function:
                 raise _Failed(body.decode())
 
     def close(self) -> None:
-        """Break off."""
+        """Close abruptly."""
         if self._writer is not None:
             self._writer.transport.abort()
 

@@ -1,15 +1,15 @@
 """How fast does the relay forward, and what does it cost? ``python bench/throughput.py``
 
-It starts a relay on throwaway certificates, brings pairs of functions through the real protocol (outer mTLS, JOIN,
-PAIRED, and for ``handoff`` both close_notify), and then measures two loads over what they got: bulk bytes one way, and
-ping-pong messages of 64 bytes. Beside it stands what the same load does with no relay in between, and on request what
-another relay makes of it in the same minute, since only a ratio within one run survives a change of machine.
+It starts a relay with temporary certificates and pairs functions by the real protocol (outer mTLS, JOIN, PAIRED, and
+for ``handoff`` both close_notify). Then it measures two loads over these pairs: bulk bytes one way, and ping-pong
+messages of 64 bytes. Beside them it shows the same load without a relay and, if asked, through another relay in the
+same run, since only ratios within one run are the same on another machine.
 
     python bench/throughput.py --pairs 1,16 --against haproxy
     python bench/throughput.py --modes handoff --against ../before --loads pingpong     # did my change help?
 
 Data goes to stdout, progress to stderr if that is a terminal. Exit codes: 0 done, 1 failed, 2 usage, 130 or
-143 interrupted. Processes and files that it made are gone when it ends, however it ends short of SIGKILL.
+143 interrupted. Unless it is killed by SIGKILL, it ends its processes and removes its files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Final, Literal
 
-# Run as a script, Python would look in bench/ alone; and the relay measured shall be the one beside this file.
+# A script finds only its own directory. It needs the bench and the frelay of this checkout.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.measuring.flags import duration, round_count, some_of, whole
@@ -39,7 +39,7 @@ from bench.measuring.subjects import Direct, Subject
 MODES: Final = ("direct", "handoff", "tunnel", "direct-tls")
 LOADS: Final[tuple[Load, ...]] = ("bulk", "pingpong")
 _MOST_PAIRS: Final = 10_000
-# Descriptors that a pair may cost one process at most: two sockets, and in a splicing relay two pipes.
+# The most descriptors that a pair costs one process: two sockets, and in a relay that splices two pipes.
 _DESCRIPTORS_A_PAIR: Final = 6
 _DESCRIPTORS_BESIDE: Final = 128
 
@@ -62,13 +62,13 @@ def _rival(text: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = parser_of("throughput.py", "Measure what the relay forwards and what CPU that costs it, over loopback.")
+    parser = parser_of("throughput.py", "Measure what the relay forwards over loopback, and the CPU time it costs.")
     add = parser.add_argument
     add("--pairs", type=_pairs, default=(1, 16), metavar="N[,N]", help="how many pairs at a time (default: 1,16)")
     add("--seconds", type=duration, default=2.0, metavar="S",
         help="how long each measurement counts, from 0.2 (default: 2)")  # fmt: skip
     add("--rounds", type=round_count, default=3, metavar="N",
-        help="how often all is measured; the median is shown (default: 3)")  # fmt: skip
+        help="how often everything is measured; the median is shown (default: 3)")  # fmt: skip
     add("--modes", type=some_of(MODES), default=MODES, metavar="M[,M]",
         help=f"of {', '.join(MODES)}; the direct ones have no relay (default: all)")  # fmt: skip
     add("--loads", type=some_of(LOADS), default=LOADS, metavar="L[,L]", help="of bulk, pingpong (default: both)")
@@ -79,8 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--size", type=lambda text: whole(text, 16384, "a number of bytes"), default=64, metavar="B",
         help="bytes in a ping-pong message (default: 64)")  # fmt: skip
     add("--generator", choices=("auto", "c", "python"), default="auto",
-        help="what makes the load on plain sockets; auto takes Python only where there is no C compiler")  # fmt: skip
-    add("--json", action="store_true", help="print one JSON object with every round in it, in place of the table")
+        help="what makes the load on plain sockets; auto takes Python only without a C compiler")  # fmt: skip
+    add("--json", action="store_true", help="print one JSON object with every round instead of the table")
     return parser
 
 
@@ -128,8 +128,8 @@ def _plain_generator(wanted: str, scratch: Path, notes: list[str]) -> Generator:
                 raise
             reason = str(error)
     notes.append(
-        f"The load was made in Python ({reason}): it is slower than the relay, so throughput, round trips and "
-        "latencies are bounded by it, and only the CPU figures are the relay's own."
+        f"The load was made in Python ({reason}). It is slower than the relay, so throughput, round trips and "
+        "latencies are those of the load, and only the CPU figures are the relay's own."
     )
     return PythonGenerator()
 
@@ -170,7 +170,7 @@ def measure(options: argparse.Namespace) -> Run:
 
 
 def report(options: argparse.Namespace) -> None:
-    """Measure, and print what was found; raises BenchError."""
+    """Measure, and print the figures; raises BenchError."""
     found = measure(options)
     print(json.dumps(as_json(found), indent=2) if options.json else as_table(found))
 

@@ -1,7 +1,8 @@
-"""How fast are pairs set up, and at what CPU? Two forked processes of ours bring pairs up and give them up again.
+"""How fast are pairs set up, and with how much CPU? Two processes of ours set pairs up and close them again.
 
-Each does one at a time from first dial to close, so at most two are under way. In Python a client's side of a handshake
-costs about what the relay's does: the rate is bounded by that on a machine of few cores, and the CPU is the figure.
+Each handles one pair at a time, from the first dial to the close, so there are at most two at once. In Python the
+client's side of a handshake costs about as much as the relay's. So with few cores the clients limit the rate, and only
+the CPU time says something about the relay.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ __all__ = ["measure_admission"]
 _WORKERS: Final = 2
 _WARMUP: Final = 0.3
 _PATIENCE: Final = 30.0
-# The load goes on for so long after the window, so that it still does while the clocks are read.
+# The load goes on for so long after the window, so that the clocks are read under load.
 _AFTERWARDS: Final = 0.1
 
 
@@ -46,7 +47,7 @@ def measure_admission(subject: Subject, seconds: float) -> dict[str, float]:
             answers.append(ours)
         for edge in (began, ended):
             if wait(answers, max(0.0, edge - time.monotonic())):
-                break  # an answer before the end is a failure
+                break  # a message before the end is an error
             readings.append(read_cpu(subject.pids))
         counted = [_answer(one) for one in answers]
     finally:
@@ -57,7 +58,7 @@ def measure_admission(subject: Subject, seconds: float) -> dict[str, float]:
             one.close()
     pairs = sum(count for count, _ in counted)
     if len(readings) < 2 or not pairs:
-        raise BenchError(f"{subject.name}: no pair came up in {seconds:g} s")
+        raise BenchError(f"{subject.name}: no pair was set up in {seconds:g} s")
     used = readings[1].subject - readings[0].subject
     figures = {
         "pairs_per_second": pairs / seconds,
@@ -75,7 +76,7 @@ def _answer(connection: Connection) -> tuple[int, float]:
             raise BenchError("pairs were not set up in time")
         answer = connection.recv()
     except EOFError:
-        raise BenchError("a process that sets pairs up ended without a word") from None
+        raise BenchError("a process that sets up pairs ended without a message") from None
     if isinstance(answer, str):
         raise BenchError(answer)
     count, cpu = answer

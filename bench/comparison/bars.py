@@ -1,4 +1,4 @@
-"""Bars as an SVG: one group a number of pairs, one bar for each who took part, its spread as a line across its end."""
+"""Bars as an SVG: a group for each number of pairs, a bar for each subject, and a line for its spread."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bench.measuring.svg import WIDTH, drawing, text_of
 
 __all__ = ["Bar", "Group", "as_bars", "write_pictures"]
 
-# Where the titles begin, and where the bars do: between them stand the names.
+# Where the titles begin, and where the bars begin; the names are between.
 _MARGIN: Final = 20
 _LEFT: Final = 210
 _RIGHT: Final = 90
@@ -29,7 +29,7 @@ _DARK: Final = """.bar { fill: #484f58 }
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One who took part."""
+    """The bar of one subject."""
 
     name: str
     spread: Spread
@@ -78,13 +78,13 @@ def _bar(bar: Bar, top: float, highest: float, digits: int) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Picture:
-    """One figure of one case, of everybody who has it."""
+    """One figure of one case, for each subject that has it."""
 
     name: str
-    """Of its file, without the suffix."""
+    """The name of its file, without the suffix."""
     title: str
     shows: str
-    """The figure in words, for who can't see the picture."""
+    """The figure in words, for people who cannot see the picture."""
     case: str
     figure: str
     digits: int
@@ -106,7 +106,7 @@ _PICTURES: Final = (
 
 
 def write_pictures(record: Record, directory: Path) -> dict[Path, str]:
-    """Draw what there are figures for; gives the files, each with a sentence that says what is to be seen in it.
+    """Draw all pictures for which there are figures; returns the files, each with a sentence that describes it.
 
     Raises OSError.
     """
@@ -132,9 +132,9 @@ def write_pictures(record: Record, directory: Path) -> dict[Path, str]:
 
 
 def _compared(groups: Sequence[Group]) -> str:
-    """Who is there: frelay, and two of the others by name; the tables have all of them.
+    """The subjects in words: frelay, and two others by name; the tables have all of them.
 
-    Whoever takes part in several ways, which are behind a comma in the name, is named once.
+    A subject with several variants, which the name has after a comma, is named once.
     """
     bars = [bar for group in groups for bar in group.bars]
     ours, theirs = (

@@ -1,8 +1,8 @@
 """What compare.py measures: stages, each with its subjects, and the cases that each of them goes through.
 
-A stage starts its subjects, all that are compared with each other, and takes its rounds: every case, every subject,
-and in the next round in the opposite order. Stages follow each other, since the relays that hold 5,000 idle pairings
-must not be there while others are measured; nothing is compared across stages.
+A stage starts the subjects that are compared with each other and measures its rounds: every case with every subject,
+and in the next round in the opposite order. Stages run one after the other, since relays with 5,000 idle pairings must
+not run while others are measured. Nothing is compared across stages.
 
 Each case gives one round's figures by name; the names say the unit.
 """
@@ -30,7 +30,7 @@ __all__ = ["Case", "Stage", "run_stage", "stages"]
 _MESSAGE: Final = 64
 _KIB: Final = 1024
 _LARGEST: Final = 64 * _KIB
-# How many pairs come and go before memory is counted, so that what is loaded once, and late, is there.
+# How many pairs come and go before memory is counted, so that what is loaded late is loaded.
 _SETTLING: Final = 8
 _SETTLE: Final = 0.3
 
@@ -40,31 +40,31 @@ Make = Callable[[], Subject]
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One thing to measure, and for whom."""
+    """One thing to measure, and its subject."""
 
     name: str
     amount: int
     subjects: Mapping[str, Subject | Make]
-    """A running one, or how to make one that is new in each round."""
+    """A running subject, or how to make a new one in each round."""
     measure: Measure
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Subjects that run at the same time, and what is done with them."""
+    """Subjects that run at the same time, and their cases."""
 
     name: str
     subjects: Mapping[str, Subject]
     cases: Sequence[Case]
     idle: Mapping[str, int]
-    """How many idle pairings a subject holds meanwhile."""
+    """How many idle pairings each subject holds during the stage."""
 
 
 class Makers(dict[str, Make]):
     """How to make each subject that takes part, by its key."""
 
     def some(self, *keys: str) -> dict[str, Subject]:
-        """New ones of these, as far as they take part."""
+        """New subjects of these keys, if they take part."""
         return {key: self[key]() for key in keys if key in self}
 
 
@@ -121,7 +121,7 @@ def _memory_of_waiting(count: int) -> Measure:
 
 
 def _memory_of_each(count: int, hold: Callable[[Subject], AbstractContextManager[object]]) -> Measure:
-    """KiB of resident memory for each of the ``count`` that ``hold`` has the subject hold while it is entered."""
+    """KiB of resident memory for each of the ``count`` items that the subject holds inside ``hold``."""
 
     def measure(subject: Subject) -> Round:
         with subject.pairs(_SETTLING):
@@ -146,7 +146,7 @@ _ADMITTING: Final = ("frelay", "frelay-tunnel", "haproxy-accept", "haproxy-mtls"
 def stages(
     sizes: Sizes, seconds: float, make: Makers, frelay: Callable[[int, str], Frelay], plain: Generator
 ) -> dict[str, Callable[[], Stage]]:
-    """How to make each stage, by its name. ``frelay`` makes one more relay, with so many routes and such a label."""
+    """How to make each stage, by its name. ``frelay`` makes another relay with so many routes and this label."""
 
     def load(load: Load, pairs: int, size: int) -> Measure:
         return _load(load, pairs, size, seconds, plain)
@@ -180,7 +180,7 @@ def stages(
         cases = [
             Case("memory, paired", sizes.held, paired, _memory_of_pairs(sizes.held)),
             Case("memory, waiting", sizes.held, new("frelay", "transit-relay"), _memory_of_waiting(sizes.held)),
-            # A process each: a tenth of them will do.
+            # socat needs a process for each pair: a tenth is enough.
             Case("memory, paired", sizes.held, new("socat"), _memory_of_pairs(max(1, sizes.held // 10))),
         ]
         return Stage("memory", {}, cases, {})
@@ -192,7 +192,7 @@ def stages(
             for amount, relay in relays.items()
         ]
         if not routes:
-            # A tick of the kernel's clock is 1 % of a second, and a relay at rest uses little more.
+            # A tick of the kernel's clock is 1 % of a second, and an idle relay uses little more.
             cases += [
                 Case("at rest", amount, {"frelay": relay}, _at_rest(2 * seconds)) for amount, relay in relays.items()
             ]
@@ -221,7 +221,7 @@ def stages(
 
 
 def run_stage(stage: Stage, record: Record, say: Callable[[str], None]) -> None:
-    """Start the stage's subjects, take all its rounds into ``record``, and end them; raises BenchError."""
+    """Start the stage's subjects, write all its rounds into ``record``, and end them; raises BenchError."""
     with ExitStack() as stack:
         running: set[int] = set()
         for key, subject in stage.subjects.items():
@@ -249,7 +249,7 @@ def run_stage(stage: Stage, record: Record, say: Callable[[str], None]) -> None:
 
 
 def _measured(case: Case, key: str, item: Subject | Make, record: Record) -> Round:
-    # One failure of somebody's must not cost the figures of everybody.
+    # A failure of one subject must not lose the figures of the others.
     try:
         if isinstance(item, Subject):
             return case.measure(item)

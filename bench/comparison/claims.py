@@ -1,7 +1,7 @@
-"""What frelay claims to be, and whether this run shows it: each goal with its measured ratio, and met or not.
+"""What frelay claims, and whether this run shows it: each goal with its measured ratio, met or missed.
 
-A claim is about the median over the rounds; the spread beside it says how much one should trust that. A claim that was
-not measured, because somebody is not installed here or a case was left out, is neither met nor missed.
+A claim is about the median over the rounds; the spread beside it says how far to trust it. If a claim was not measured,
+because a program is not installed here or a case was left out, it is neither met nor missed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Claim:
     figure: str
     ours: Key
     theirs: Key | None
-    """What ours is divided by; None where the figure itself is meant."""
+    """The key by which ours is divided; None if the figure itself is meant."""
     sense: Literal["at most", "at least"]
     limit: float
     unit: str = "x"
@@ -36,14 +36,14 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What came of it."""
+    """A claim, and what was measured."""
 
     claim: Claim
     found: Spread | None
 
     @property
     def is_met(self) -> bool | None:
-        """None where it was not measured."""
+        """None if it was not measured."""
         if self.found is None:
             return None
         value = self.found.median

@@ -1,7 +1,7 @@
-"""Getting what frelay is compared with: from Debian as root, and from PyPI into a virtual environment of its own.
+"""Install what frelay is compared with: from Debian as root, and from PyPI into a virtual environment of its own.
 
-Debian starts a daemon as soon as it is installed, and these would take port 80, or join a public pool of relays. So
-nothing is started: for the time of the installation ``policy-rc.d`` says no, as it does in containers anyway.
+Debian starts a daemon when it installs it. These daemons would take port 80, or join a public pool of relays. So during
+the installation ``policy-rc.d`` forbids starts, as it always does in containers.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ __all__ = ["in_venv", "install"]
 
 _POLICY: Final = Path("/usr/sbin/policy-rc.d")
 _TRANSIT: Final = "magic-wormhole-transit-relay"
-# apt and pip answer for each connection by themselves; this is for a mirror that sends a byte now and then.
+# apt and pip have time limits for each connection; this one is for a mirror that sends a byte now and then.
 _PATIENCE: Final = 600.0
 
 
 def install(program: str, packages: Sequence[str], *, allowed: bool) -> str | None:
-    """Make sure that ``program`` is there. Gives the reason if it is not, as a clause."""
-    # Debian keeps daemons where an ordinary user's PATH does not look.
+    """Make sure that ``program`` is installed. Returns the reason if it is not, as a clause."""
+    # Debian installs daemons into directories that are not on an ordinary user's PATH.
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
     if shutil.which(program):
         return None
@@ -49,7 +49,7 @@ def install(program: str, packages: Sequence[str], *, allowed: bool) -> str | No
 
 
 def _run(command: Sequence[str], variables: dict[str, str]) -> str | None:
-    """Run it; gives the last words of a failure."""
+    """Run it; returns the last line of a failure."""
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, env=variables, timeout=_PATIENCE, stdin=subprocess.DEVNULL

@@ -1,7 +1,8 @@
 """Other relays that both ends dial: syncthing's strelaysrv, and the transit relay of magic-wormhole.
 
-They are what frelay is in kind, so for a pair both ends do what their clients do: for strelaysrv one asks for the other
-over TLS and both then dial again with the key of their session; for the transit relay both say the same token.
+They are of the same kind as frelay, so for a pair both ends do what their clients do. With strelaysrv one end asks for
+the other over TLS, and both then dial again with the key of their session. With the transit relay both send the same
+token.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ __all__ = ["Strelaysrv", "TransitRelay"]
 # --- strelaysrv ---------------------------------------------------------------------------------------------------
 
 
-# strelaysrv invites before its session waits for anybody, and then turns the first ones away. Then one asks again.
+# strelaysrv sends invitations before the session accepts connections, and then refuses the first ones: ask again.
 _OPENING: Final = 0.0005
 
 
@@ -84,7 +85,7 @@ class _Talk:
 
 
 class _Home:
-    """Somebody who has joined the relay and is asked for, and what is needed to ask."""
+    """A party that has joined the relay, and what another one needs to ask for it."""
 
     def __init__(self, directory: Path, address: tuple[str, int]) -> None:
         initialise(directory, host_name="localhost")
@@ -98,7 +99,7 @@ class _Home:
 
     def _context(self, party: str) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        # Its clients know it by its id, and it has made its own certificate.
+        # Its clients check its id; it has made its own certificate.
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
         context.set_alpn_protocols([ALPN])
@@ -120,14 +121,14 @@ class _Home:
 
 
 class Strelaysrv(Subject):
-    """syncthing-relaysrv, in no pool, with its pings and time-outs out of the way."""
+    """syncthing-relaysrv, in no pool, with pings and timeouts too long to matter."""
 
     name = "strelaysrv"
     legs = 2
 
     def start(self) -> None:
         self._homes: dict[int, _Home] = {}
-        # Bound and given up again: it can't be given a socket.
+        # Bind a port and close it again: strelaysrv cannot take over a socket.
         with listener() as front:
             self._address: tuple[str, int] = front.getsockname()
         patient = [f"{flag}=1h0m0s" for flag in ("-network-timeout", "-message-timeout", "-ping-interval")]
@@ -144,7 +145,7 @@ class Strelaysrv(Subject):
         return self.arrive()()
 
     def arrive(self) -> Callable[[], SocketPair]:
-        # One for each process of ours: who is asked for reads the answers to nobody else.
+        # One for each process of ours: a party reads only the invitations that it caused.
         home = self._homes.get(os.getpid())
         if home is None:
             home = self._homes[os.getpid()] = _Home(self.directory / f"home-{os.getpid()}", self._address)
@@ -235,7 +236,7 @@ class TransitRelay(Subject):
 
     @contextmanager
     def waiting(self, count: int) -> Iterator[None]:
-        """``count`` connections whose other side has not come."""
+        """``count`` connections without their partners."""
         with ExitStack() as stack:
             for _ in range(count):
                 stack.enter_context(self._ask(secrets.token_hex(32)))

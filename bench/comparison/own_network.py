@@ -1,7 +1,7 @@
-"""A network namespace for one comparison: loopback and nothing else, and everybody's TCP sends by what it is told to.
+"""A network namespace for one comparison: only loopback, and one TCP congestion control for all.
 
-What a machine's TCP sends by decides how fast anything can be here, relays and no relay alike, and each machine has its
-own choice (``net.ipv4.tcp_congestion_control``). Figures of different machines are comparable where it was the same.
+The congestion control limits how fast anything can be here, with or without a relay, and each machine has its own
+default (``net.ipv4.tcp_congestion_control``). Figures of two machines can be compared only if it was the same.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from bench.measuring.load import BenchError, UsageError
 __all__ = ["congestion_control", "enter_own_network"]
 
 _CLONE_NEWNET: Final = 0x40000000  # include/uapi/linux/sched.h
-# Both of the routes that loopback has: the one of the network, and the one of the address.
+# The two routes of loopback: of the network, and of the address.
 _ROUTES: Final = (("127.0.0.0/8",), ("127.0.0.1", "src", "127.0.0.1"))
 _AVAILABLE: Final = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")
 _NAME_SIZE: Final = 16  # TCP_CA_NAME_MAX
 
 
 def congestion_control() -> str:
-    """What TCP sends by over loopback, here and now."""
+    """The congestion control of a new TCP connection over loopback."""
     with (
         socket.create_server(("127.0.0.1", 0)) as listener,
         socket.create_connection(listener.getsockname()) as sock,
@@ -35,16 +35,16 @@ def congestion_control() -> str:
 
 
 def enter_own_network(name: str, *, allowed: bool) -> None:
-    """Move this process, and all that it starts from now on, to a network of its own where TCP sends by ``name``.
+    """Move this process, and all that it starts later, to a network of its own with the congestion control ``name``.
 
-    There is no way back, and nothing can be installed from there. ``allowed`` is whether what this needs may be. Raises
-    UsageError for whoever is not root and for a name that the kernel does not know, BenchError for what went wrong.
+    There is no way back, and nothing can be installed from there. ``allowed``: missing tools may be installed before.
+    Raises UsageError without root or for a name that the kernel does not know, and BenchError for other failures.
     """
     if os.geteuid() != 0:
-        raise UsageError(f"a network of its own, in which TCP sends by {name}, takes root; use sudo, or go without")
+        raise UsageError(f"a network with congestion control {name} needs root; use sudo, or leave the option out")
     known = _AVAILABLE.read_text().split()
     if name not in known:
-        raise UsageError(f"this kernel's TCP cannot send by {name}; it can by {', '.join(known)}")
+        raise UsageError(f"this kernel has no congestion control {name}; it has {', '.join(known)}")
     if reason := install("ip", ("iproute2",), allowed=allowed):
         raise BenchError(reason)
     libc = ctypes.CDLL(None, use_errno=True)
@@ -54,7 +54,7 @@ def enter_own_network(name: str, *, allowed: bool) -> None:
     for route in _ROUTES:
         _ip("route", "replace", "local", *route, "dev", "lo", "table", "local", "congctl", name)
     if (found := congestion_control()) != name:
-        raise BenchError(f"TCP was told to send by {name}, and sends by {found}")
+        raise BenchError(f"congestion control {name} was set, but TCP uses {found}")
 
 
 def _ip(*arguments: str) -> None:

@@ -1,4 +1,4 @@
-"""The part of a page that a script writes, between two markers which name the script."""
+"""The section of a page that a script writes, between two markers with the script's name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["with_section", "write_section"]
 
 
 def with_section(text: str, script: str, section: str) -> str:
-    """``text`` with what is between the script's markers replaced; raises BenchError without just these."""
+    """``text`` with the section between the script's markers replaced; raises BenchError without these two markers."""
     begin, end = f"<!-- {script}: begin -->", f"<!-- {script}: end -->"
     before, has_begin, rest = text.partition(begin)
     _, has_end, after = rest.partition(end)

@@ -1,7 +1,7 @@
-"""What a comparison found, as a value: every figure of every round, the claims' only source, and its JSON.
+"""The result of a comparison as a value: every figure of every round, and its JSON.
 
-Measuring and showing are apart. A record that was saved is shown again, put into the README, or fed to the model of
-capacity, without measuring anything anew; and a ratio is taken from it in one way only, round by round.
+Measuring and showing are separate. A saved record can be shown again, written into the README or used by model.py
+without measuring again. Ratios are computed in one way only, round by round.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any, Final, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
-from typing_extensions import TypedDict  # typing's own is too little for pydantic before Python 3.12
+from typing_extensions import TypedDict  # before Python 3.12 pydantic cannot use typing's own
 
 from bench.comparison.own_network import congestion_control
 from bench.measuring.load import UsageError
@@ -29,7 +29,7 @@ Round = Mapping[str, float]
 
 
 class Key(NamedTuple):
-    """One cell: what was measured, at which number (of pairs, idle pairings or routes), of whom."""
+    """One cell: the case, its number (of pairs, idle pairings or routes), and the subject."""
 
     case: str
     amount: int
@@ -37,7 +37,7 @@ class Key(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """The middle of the rounds, and their ends."""
+    """The median, the lowest and the highest of the rounds."""
 
     median: float
     lowest: float
@@ -54,7 +54,7 @@ class Sizes:
     tls: tuple[int, ...] = (1, 16)
     mixed: int = 16
     greedy: int = 256
-    """So many ping-pong, and one more is the greedy one."""
+    """So many pairs with ping-pong, and one more with bulk."""
     held: int = 1000
     """Legs or pairings to see what one costs in memory."""
     idle: tuple[int, ...] = (0, 1000, 5000)
@@ -78,7 +78,7 @@ class AboutMachine(TypedDict):
     python: str
     generator_tls: str
     congestion_control: str
-    """What TCP sent by."""
+    """The TCP congestion control."""
 
 
 @dataclass
@@ -94,10 +94,10 @@ class Record:
     """How the tables call each subject, by its key."""
     versions: dict[str, str] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
-    """Who could not take part, and why."""
+    """The subjects that could not take part, and why."""
     notes: list[str] = field(default_factory=list)
     results: dict[Key, list[Round]] = field(default_factory=dict)
-    """One item a round; an empty one where the measurement failed."""
+    """One item for each round; an empty one if the measurement failed."""
 
     def values(self, key: Key, figure: str) -> list[float | None]:
         """One figure, one value a round."""
@@ -154,7 +154,7 @@ _RECORD: Final = TypeAdapter(Record)
 
 
 def read_record(path: Path) -> Record:
-    """What ``as_json`` wrote; raises UsageError, which says what is wrong with the file."""
+    """Read what ``as_json`` wrote; raises UsageError, which says what is wrong with the file."""
     try:
         return _parsed(path.read_bytes())
     except FileNotFoundError:
@@ -175,7 +175,7 @@ def _parsed(text: bytes) -> Record:
 
 
 def _first(error: ValidationError) -> str:
-    """The first of the mistakes, with where it is."""
+    """The first mistake, and its place."""
     mistake = error.errors(include_url=False)[0]
     place = ".".join(str(part) for part in mistake["loc"])
     if mistake["type"] == "missing":

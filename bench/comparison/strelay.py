@@ -1,11 +1,11 @@
-"""The frames of syncthing's relay protocol, as far as two parties need them to meet; nothing here touches a socket.
+"""The frames of syncthing's relay protocol that two parties need to meet; without I/O.
 
 A frame is a header of three big-endian 32-bit numbers, magic, type and length of the payload, and the payload in XDR:
 numbers take four bytes, and bytes have their length in front and are filled up to a multiple of four.
 
-A party that wants to be found joins the relay over TLS with JOIN_RELAY. Another one asks there, over TLS too, with
+A party that wants to be found joins the relay over TLS with JOIN_RELAY. Another one asks there, also over TLS, with
 CONNECT and the first one's id, which is the SHA-256 of its certificate. Both get an INVITATION with a key of the
-session; each dials again, in plain TCP, and shows it with JOIN_SESSION. After the RESPONSE all bytes are theirs.
+session. Each dials again in plain TCP and sends the key with JOIN_SESSION. After the RESPONSE all bytes are theirs.
 """
 
 from __future__ import annotations

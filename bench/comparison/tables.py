@@ -1,7 +1,7 @@
 """A comparison for people: tables in plain text for the terminal, in Markdown for docs/benchmarks.md and the README.
 
-A cell is the median of the rounds, and in brackets behind it their lowest and highest. Nothing is rounded in a way that
-hides who is ahead, and nobody who was asked for falls out silently: who could not take part is named below.
+A cell is the median of the rounds, with the lowest and the highest in brackets behind it. No rounding hides which
+subject is ahead, and a subject that could not take part is named below the tables.
 """
 
 from __future__ import annotations
@@ -86,13 +86,13 @@ def _named(record: Record, key: str) -> str:
 
 def _cases(record: Record) -> Iterator[tuple[str, int, list[Key]]]:
     for case, amount in dict.fromkeys((key.case, key.amount) for key in record.results):
-        # In the order of the names, whatever the order of measuring was.
+        # In the order of the names, not in the order of measuring.
         keys = {key.subject: key for key in record.results if key[:2] == (case, amount)}
         yield case, amount, [keys[name] for name in [*record.names, *keys] if name in keys]
 
 
 def as_text(record: Record) -> str:
-    """All that was measured, then the claims, then what one must know to read them."""
+    """All figures, then the claims, then the notes that a reader needs."""
     lines: list[str] = []
     for case, amount, keys in _cases(record):
         columns = _COLUMNS[case]
@@ -108,7 +108,7 @@ def as_text(record: Record) -> str:
 
 
 def about(record: Record) -> list[str]:
-    """Date, machine, versions, and everything that went otherwise than planned."""
+    """Date, machine, versions, and all that was missing or failed."""
     machine = record.machine
     rounds = "one round" if record.rounds == 1 else f"median (lowest..highest) of {record.rounds} interleaved rounds"
     lines = [
@@ -124,7 +124,7 @@ def about(record: Record) -> list[str]:
 
 
 def generator(record: Record) -> list[str]:
-    """How far the load generator is from being what was measured."""
+    """Whether the load generator limited the figures: how much faster it is than the relays."""
     lines = []
     for case, figure, unit in (
         ("bulk", "gbit_per_second", "Gbit/s"),
@@ -174,7 +174,7 @@ def as_rows(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def as_markdown(record: Record, pictures: Mapping[str, str]) -> str:
-    """The section of docs/benchmarks.md: how fast everybody is and at what cost, and the claims.
+    """The section of docs/benchmarks.md: how fast each subject is and what it costs, and the claims.
 
     ``pictures`` holds the paths from that page, each with its text for readers who cannot see it.
     """
@@ -197,7 +197,7 @@ def as_markdown(record: Record, pictures: Mapping[str, str]) -> str:
 
 
 _COMPARED: Final = {"direct": "no relay", "frelay": "frelay", "haproxy": "HAProxy", "nginx": "nginx stream"}
-# Forwarders without TLS let everybody in. HAProxy with mutual TLS in front is what compares with frelay there.
+# Forwarders without TLS let everybody in. Here only HAProxy with mutual TLS does the same as frelay.
 _LETTING_IN: Final = {"frelay": "frelay", "haproxy": "haproxy-mtls"}
 _SUMMARY_ROWS: Final = (
     "Bulk, {bulk} pairs: Gbit/s",

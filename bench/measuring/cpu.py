@@ -1,12 +1,12 @@
 """CPU time and memory as the kernel counted them: of a process and its children, and of the whole machine.
 
-User and system time of ``/proc/PID/stat``, which the kernel derives from the scheduler's nanosecond clock and shows
-in ticks of 10 ms. Of a hundred processes with less than a tick each nothing would be seen, so where the kernel shows
-that clock itself, in ``schedstat`` of each thread, that one is read. The machine's is in ticks: enough to see who else
-is busy. What the kernel does for a process in an interrupt is counted where the interrupt came, with any tool.
+User and system time come from ``/proc/PID/stat``, in ticks of 10 ms. A hundred processes with less than a tick each
+would show nothing there, so we read the scheduler's nanosecond clock in ``schedstat`` of each thread where the kernel
+has it. For the machine ticks are enough: they show whether something else is busy. Kernel work in an interrupt is
+counted for the process that was interrupted, as with any tool.
 
-A forwarder with a process for each connection is the sum of its processes. Children that have ended and were waited for
-are in their parent's count, so one that ends between two readings is not lost.
+A forwarder with a process for each connection is the sum of its processes. The parent's count includes children that
+have ended and were waited for, so a child that ends between two readings is not lost.
 
 Linux only, as is the relay's splice.
 """
@@ -32,7 +32,7 @@ def process_tree(pid: int) -> list[int]:
 
 
 def _of_threads(pid: int, name: str) -> list[str]:
-    """What ``name`` says of each thread of ``pid``; who ends meanwhile, a thread or all of it, says nothing."""
+    """The content of ``name`` for each thread of ``pid``; threads that end meanwhile are left out."""
     said = []
     with suppress(OSError):
         for thread in os.listdir(f"/proc/{pid}/task"):
@@ -43,12 +43,12 @@ def _of_threads(pid: int, name: str) -> list[str]:
 
 def _process_seconds(pid: int) -> float:
     try:
-        # The command name may hold spaces and brackets: fields are counted from its closing one.
+        # The command name may hold spaces and brackets, so count fields from the last closing bracket.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return 0.0
     own, waited_for = (sum(map(int, fields[at : at + 2])) / _TICKS_PER_SECOND for at in (11, 13))
-    # The same clock without the ticks, of the threads that there are: one of them can only have ended, never be early.
+    # The same clock without ticks, of the living threads only: it may miss threads that have ended, never add any.
     return max(own, _thread_seconds(pid)) + waited_for
 
 
@@ -71,13 +71,13 @@ class CpuReading:
 
 
 def read_cpu(pids: list[int]) -> CpuReading:
-    """What the processes ``pids`` with their descendants, and the whole machine, have used so far."""
+    """CPU time so far of the processes ``pids`` with their descendants, and of the whole machine."""
     seconds = sum(_process_seconds(one) for pid in pids for one in process_tree(pid))
     return CpuReading(seconds, _machine_ticks() / _TICKS_PER_SECOND)
 
 
 def read_memory(pid: int) -> int:
-    """Resident bytes of ``pid``, and what its descendants have to themselves: pages shared by a fork count once."""
+    """Resident bytes of ``pid``, and the private ones of its descendants: pages shared by a fork count once."""
     first, *others = process_tree(pid)
     return _rollup(first, "Rss") + sum(_rollup(one, "Private_Clean", "Private_Dirty") for one in others)
 

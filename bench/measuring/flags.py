@@ -1,4 +1,4 @@
-"""What the flags of the scripts here have in common: numbers within limits, lists of words, and where to write."""
+"""Flags that several scripts here have: numbers within limits, lists of words, and files to write."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def whole(text: str, highest: int, what: str) -> int:
 
 
 def round_count(text: str) -> int:
-    """How often all is measured; raises ArgumentTypeError."""
+    """How often everything is measured; raises ArgumentTypeError."""
     return whole(text, 1000, "a number of rounds")
 
 
@@ -53,11 +53,11 @@ def some_of(allowed: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
     return read
 
 
-# What is found is written at the end. That it can't be must be said before minutes of measuring, not after them.
+# Results are written at the end. If that is not possible, say so before minutes of measuring.
 
 
 def output_file(text: str) -> Path:
-    """A file to write, there or not yet; raises ArgumentTypeError if it can't be written as things are."""
+    """A file to write, new or not; raises ArgumentTypeError if it cannot be written."""
     path = Path(text)
     if os.path.isdir(path):
         raise argparse.ArgumentTypeError(f"{text!r} is a directory: give a file in it")
@@ -67,7 +67,7 @@ def output_file(text: str) -> Path:
 
 
 def output_directory(text: str) -> Path:
-    """A directory to write into, there or to be made; raises ArgumentTypeError if that can't be as things are."""
+    """A directory to write into, new or not; raises ArgumentTypeError if that is not possible."""
     path = Path(text)
     nearest = next(place for place in (path, *path.parents) if os.path.exists(place))
     if not os.path.isdir(nearest):
@@ -76,7 +76,7 @@ def output_directory(text: str) -> Path:
 
 
 def _writable(place: Path, path: Path) -> Path:
-    """``path``, if ``place``, on which that depends, may be written."""
+    """``path``, if this user may write to ``place``, on which it depends."""
     if not os.access(place, os.W_OK):
         raise argparse.ArgumentTypeError(f"{str(place)!r} may not be written by this user: give another place")
     return path

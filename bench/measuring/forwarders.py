@@ -1,8 +1,8 @@
-"""HAProxy, nginx and socat as subjects, each with what a careful operator would write and nothing that slows it down.
+"""HAProxy, nginx and socat as subjects, each configured as a careful operator would, with nothing that slows it down.
 
-One thread or worker each, as frelay has one; socat has a process for each connection, which is how it works. For
-handshakes and tunnels HAProxy shows and asks for certificates of the same authority and key type as frelay's, P-256 in
-TLS 1.3, and resumes nothing, as frelay doesn't: so what is compared is one full mutual handshake with another.
+One thread or worker each, as frelay has one; socat always uses a process for each connection. For handshakes and
+tunnels HAProxy has and requires certificates of the same authority and key type as frelay's, P-256 in TLS 1.3, and like
+frelay it resumes no session. So a full mutual handshake is compared with another one.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class HAProxy(Forwarder):
         return ["haproxy", "-db", "-f", str(configuration)]
 
     def proxies(self, listening: int, target: int) -> str:
-        """What follows the defaults in its configuration."""
+        """The configuration after the defaults."""
         splice = "    option splice-auto\n" if self._splices else ""
         return f"{splice}frontend in\n    bind fd@{listening}\n{_TO_BACKEND.format(target=target)}\n"
 
@@ -71,7 +71,7 @@ class HAProxy(Forwarder):
 
 
 class _HAProxyWithCertificates(HAProxy):
-    """What the three have in common that speak TLS."""
+    """The common part of the three that use TLS."""
 
     def start(self) -> None:
         initialise(self.directory, host_name="localhost")
@@ -111,7 +111,7 @@ class _HAProxyWithCertificates(HAProxy):
 
 
 class HAProxyFront(_HAProxyWithCertificates):
-    """HAProxy with mutual TLS in front of a plain connection that it makes."""
+    """HAProxy that accepts mutual TLS and dials a plain connection."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
@@ -130,7 +130,7 @@ class HAProxyFront(_HAProxyWithCertificates):
 
 
 class HAProxyAccept(_HAProxyWithCertificates):
-    """The handshake alone: HAProxy accepts with mutual TLS, closes, and dials nobody. The least that it can cost."""
+    """The handshake alone: HAProxy accepts mutual TLS and closes, without dialling. The lowest possible cost."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
@@ -147,15 +147,15 @@ class HAProxyAccept(_HAProxyWithCertificates):
 
     def admit(self) -> None:
         with self.dial_tls() as client:
-            # Its close says that it has judged our certificate: in TLS 1.3 a client is done before that.
+            # Its close shows that it has verified our certificate: in TLS 1.3 a client is done before that.
             try:
                 client.recv(1)
             except ConnectionResetError:
-                pass  # it need not be an orderly one
+                pass  # any kind of close will do
 
 
 class HAProxyTunnel(_HAProxyWithCertificates):
-    """TLS on both sides: it ends the client's and makes its own to the server, both with certificates both ways."""
+    """HAProxy with mutual TLS on both sides: it ends the client's, and dials the server with its own."""
 
     in_tls = True
 
@@ -205,7 +205,7 @@ stream {{
 }}
 """
         )
-        # That is how nginx hands its listening sockets to the binary that replaces it; so it takes ours.
+        # nginx passes its listening sockets to a new binary like this, so it takes ours.
         return ["env", f"NGINX={listening};", "nginx", "-e", "stderr", "-c", str(configuration)]
 
     @property
@@ -219,7 +219,7 @@ class Socat(Forwarder):
     name = "socat"
 
     def command(self, listening: int, target: int) -> list[str]:
-        # It can't be given a listening socket; a port that was free a moment ago will do.
+        # It cannot take over a listening socket, so use a port that was free a moment ago.
         with socket.create_server(("127.0.0.1", 0)) as sock:
             self._address = sock.getsockname()
         listen = f"TCP-LISTEN:{self._address[1]},bind=127.0.0.1,reuseaddr,backlog=1024,fork"

@@ -1,9 +1,8 @@
-"""Being stopped by SIGINT or SIGTERM, at any moment, without leaving anything running.
+"""Stop on SIGINT or SIGTERM at any moment, and leave nothing running.
 
-The first signal becomes an exception in the main thread, so that ``with`` and ``finally`` end what was started; every
-later one is ignored, for what follows is bounded and must not be cut short. There is one place where an exception may
-not strike: between the birth of a process and the moment when somebody is answerable for it. There a signal waits, see
-:func:`deferred`.
+The first signal becomes an exception in the main thread, so ``with`` and ``finally`` end what was started. Later
+signals are ignored: the clean-up is short and must not be interrupted. An exception must not come between the start of
+a process and the ``try`` that will end it; there a signal waits (:func:`deferred`).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _pending: int | None = None
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM came; ``exit_code`` is what a shell expects then."""
+    """SIGINT or SIGTERM came; ``exit_code`` is the one that a shell expects."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)

@@ -1,28 +1,28 @@
-/* The load: bulk bytes, ping-pong messages, or both, over sockets that somebody else has connected.
+/* The load: bulk bytes, ping-pong messages, or both, over sockets that its parent has connected.
  *
- * Why it is in C, and how it keeps out of the way of what it measures:
+ * Why it is in C, and how it costs little beside what it measures:
  *
- *   - Two threads, one for all clients and one for all servers, since the two ends of a real pair never share a CPU's
- *     attention. Each sleeps in one epoll set.
+ *   - Two threads, one for all clients and one for all servers, since the two ends of a real pair never share a CPU.
+ *     Each sleeps in one epoll set.
  *   - Bulk: the sender offers one large buffer over and over, the sink throws bytes away inside the kernel with
- *     MSG_TRUNC, so that receiving costs no copy. Bytes count when they arrive, never when they are sent: what fills
- *     socket buffers on the way was not carried.
+ *     MSG_TRUNC, so that receiving costs no copy. Bytes count when they arrive, not when they are sent: bytes
+ *     in socket buffers were not carried.
  *   - Ping-pong: each client has one message under way and sends the next when the whole answer is there; the time of
  *     each round trip goes into a histogram of fixed size with an error below 1 %, so an hour costs no more memory
  *     than a second.
  *   - Mixed: ping-pong whose messages have all sizes from 100 bytes to SIZE, each power of two as often as the next.
  *     Both ends draw the same sizes, since all pairs walk through one table.
- *   - Greedy: ping-pong on all pairs but the last, which carries bulk meanwhile, with two more threads. What counts
- *     is the round trips: what one greedy pair does to its neighbours.
+ *   - Greedy: ping-pong on all pairs but the last, which carries bulk at the same time, with two more threads. The
+ *     round trips count: they show what one greedy pair does to the others.
  *
- * Whoever started it takes the CPU time of the subject at the edges of the window, so it is told of them on stdout:
+ * The parent reads the CPU time of the subject when the window begins and ends, so stdout says when:
  *
  *   begin\n        the warm-up is over, counting has begun
  *   end\n          counting has ended
  *   {"seconds": .., "count": .., "bytes": .., "cpu": .., "p50": .., "p99": .., "max": ..}\n
  *
- * count is bytes or round trips; bytes is what arrived, for greedy on the last pair alone; cpu is this process's user and system seconds in the window; p50, p99 and max are
- * microseconds, 0 for bulk. Exit codes: 0 done, 1 failed (one line on stderr), 2 wrong arguments.
+ * count is bytes or round trips; bytes are the arrived ones, for greedy on the last pair only; cpu is this process's
+ * user and system seconds in the window; p50, p99 and max are microseconds, 0 for bulk. Exit codes: 0 done, 1 failed (one line on stderr), 2 wrong arguments.
  *
  * load bulk|pingpong|mixed|greedy SECONDS WARMUP SIZE CLIENT_FD SERVER_FD [CLIENT_FD SERVER_FD ...]
  */
@@ -44,9 +44,9 @@
 #include <unistd.h>
 
 #define ROUND 256
-/* Twice what the kernel lets a TCP send buffer grow to by default would never be taken at once; this is near it. */
+/* About as much as a TCP send buffer grows to by default. */
 #define BULK (1024 * 1024)
-/* How long a thread sleeps before it looks whether it should stop. */
+/* How long a thread sleeps before it checks whether it should stop. */
 #define GLANCE_MS 50
 
 /* Histogram: values below 128 exactly, above that 64 steps to each power of two. */
@@ -57,7 +57,7 @@
 static size_t pair_count, bulk_count;
 static int *client_fds, *server_fds;
 static size_t message_size;
-/* The sizes that the messages of a pair have, over and over; not in step with the power of two that a table has. */
+/* The sizes of a pair's messages, used in a circle; a prime number, so not in step with any power of two. */
 #define SIZES 1021
 #define LEAST 100
 static size_t sizes[SIZES];
@@ -189,7 +189,7 @@ static void *sink_bulk(void *unused)
     while (!atomic_load_explicit(&must_stop, memory_order_relaxed))
         for (int i = 0, count = ready(set, events); i < count; i++) {
             size_t pair = events[i].data.u64;
-            /* Nothing is written to the buffer, and NULL is what says so. */
+            /* With MSG_TRUNC nothing is written to the buffer, so NULL will do. */
             ssize_t dropped = recv(server_fds[pair], NULL, 16 * BULK, MSG_TRUNC | MSG_DONTWAIT);
             if (dropped == 0)
                 die("pair %zu: the receiving end was closed", pair + 1);
@@ -211,7 +211,7 @@ static void draw_sizes(bool is_mixed)
         state ^= state << 13, state ^= state >> 7, state ^= state << 17;
         size_t low = LEAST;
         double share = (double)(state >> 11) / (double)(1ull << 53);
-        /* Halves of the scale until less than a doubling is left, so that no library of mathematics is needed. */
+        /* Halve the scale until less than a factor of two is left; this needs no mathematics library. */
         double doublings = 0;
         for (size_t size = LEAST; size * 2 <= message_size; size *= 2)
             doublings++;
@@ -232,7 +232,7 @@ static size_t size_of(size_t pair, uint64_t number)
 
 static void send_message(const char *side, const int *fds, size_t pair, const char *message, size_t size)
 {
-    /* Blocking on purpose: one message is under way, so there is always room, except for a size near the buffer's. */
+    /* Blocking on purpose: with one message under way there is room, unless it is nearly as large as the buffer. */
     for (size_t sent = 0; sent < size;) {
         ssize_t count = send(fds[pair], message + sent, size - sent, MSG_NOSIGNAL);
         if (count < 0 && !would_block())

@@ -1,12 +1,11 @@
-"""The load generators: who sends, receives and takes the time, over sockets that are connected already.
+"""The load generators: they send, receive and measure time, over sockets that are connected already.
 
-:class:`CompiledGenerator` runs ``load.c`` on plain sockets; :class:`PythonGenerator` does the same in two Python
-processes, where there is no C compiler, and wherever the load itself must be in TLS. The second costs much more CPU
-than the relay does for the same bytes, so beside it the relay's throughput is a lower bound, and its CPU time is the
-figure to look at.
+:class:`CompiledGenerator` runs ``load.c`` on plain sockets. :class:`PythonGenerator` does the same in two Python
+processes, where there is no C compiler or the load itself must be in TLS. It costs much more CPU than the relay for the
+same bytes. So with it the relay's throughput is a lower bound, and only the relay's CPU time is meaningful.
 
-A generator gets pairs of sockets and knows nothing of what is between them. It calls ``on_edge`` when its window of
-measurement begins and when it ends; there the caller reads the CPU clock of whatever it measures.
+A generator gets pairs of sockets and does not know what is between them. It calls ``on_edge`` when its window of
+measurement begins and when it ends; then the caller reads the CPU time of the subject.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ __all__ = [
 Load = Literal["bulk", "pingpong", "mixed", "greedy"]
 
 _SOURCE: Final = Path(__file__).with_name("load.c")
-# Beyond its window: for starting, and for a machine that is busy with something else.
+# Time beyond the window: for the start, and for a busy machine.
 _PATIENCE: Final = 30.0
 _BULK_CHUNK: Final = 256 * 1024
 _TLS_RECORD: Final = 16 * 1024
@@ -61,7 +60,7 @@ class BenchError(Exception):
 
 
 class UsageError(BenchError):
-    """What a script was given is no good, so nothing was measured; the message names it, and the remedy."""
+    """A script cannot use what it was given, so nothing was measured; the message says why, and what to do."""
 
 
 class NoCompiler(BenchError):
@@ -94,15 +93,15 @@ class Tally:
     p99: float = 0.0
     max: float = 0.0
     bytes: int = 0
-    """That arrived, where the generator is compiled; for greedy, those of the greedy pair."""
+    """Arrived bytes, from the compiled generator only; for greedy, those of the greedy pair."""
 
 
 class Generator(Protocol):
-    """Something that makes load."""
+    """A source of load."""
 
     @property
     def title(self) -> str:
-        """How the report calls it."""
+        """Its name in the report."""
 
     def run(
         self,
@@ -157,7 +156,7 @@ class CompiledGenerator:
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
-                    # Out of the terminal's reach: on Ctrl-C this process ends it, and nobody else.
+                    # In a process group of its own: on Ctrl-C only this process ends it.
                     process_group=0,
                 )
             deadline = time.monotonic() + warmup + seconds + _PATIENCE
@@ -178,10 +177,10 @@ class CompiledGenerator:
     @staticmethod
     def _failure(process: subprocess.Popen[bytes]) -> BenchError:
         if process.poll() is None:
-            time.sleep(0.1)  # its stdout has ended, and so will it
+            time.sleep(0.1)  # its stdout has ended, so it ends soon
             process.kill()
         words = (process.communicate()[1] or b"").decode(errors="replace").strip()
-        return BenchError(words or f"the load generator ended with {process.returncode} and without a word")
+        return BenchError(words or f"the load generator ended with {process.returncode} and without a message")
 
 
 class _Lines:
@@ -199,7 +198,7 @@ class _Lines:
         """The next line without its end, or what there is before EOF; raises BenchError after the deadline."""
         while b"\n" not in self._rest:
             left = self._deadline - time.monotonic()
-            # Not select(): with thousands of idle pairings beside, the descriptor's number is above what it can take.
+            # Not select(): with thousands of idle pairings the descriptor's number is too high for it.
             if left <= 0 or not self._poller.poll(left * 1e3):
                 raise BenchError("the load generator did not finish in time")
             data = os.read(self._descriptor, 4096)
@@ -214,13 +213,13 @@ class _Lines:
 
 
 class _Window:
-    """From when to when one worker counts, and the CPU that it used meanwhile. Times in monotonic ns."""
+    """When one worker counts, and the CPU time that it used then. Times in monotonic ns."""
 
     def __init__(self, begins: int, ends: int) -> None:
         self.begins = begins
         self.ends = ends
         self.stops = ends + _AFTERWARDS
-        """Until when the load goes on, so that it still does while the parent reads its clocks."""
+        """The end of the load; later than that of the window, so that the parent reads its clocks under load."""
         self.cpu = 0.0
         self._cpu_before: float | None = None
 
@@ -277,7 +276,7 @@ class PythonGenerator:
                     workers.append(worker)
                 theirs.close()
             for edge in (window.begins, window.ends):
-                # An answer before the end is a failure, and no reason to wait for the rest.
+                # A message before the end is an error; do not wait for the rest.
                 if wait(list(answers.values()), max(0.0, edge / 1e9 - time.monotonic())):
                     break
                 on_edge()
@@ -305,7 +304,7 @@ def _answer(side: str, connection: Connection) -> _Counted:
             raise BenchError(f"the {side} side of the load did not finish in time")
         answer = connection.recv()
     except EOFError:
-        raise BenchError(f"the {side} side of the load ended without a word") from None
+        raise BenchError(f"the {side} side of the load ended without a message") from None
     if isinstance(answer, str):
         raise BenchError(answer)
     assert isinstance(answer, _Counted)
@@ -313,7 +312,7 @@ def _answer(side: str, connection: Connection) -> _Counted:
 
 
 def _work(load: Load, side: str, sockets: list[socket.socket], window: _Window, size: int, answer: Connection) -> None:
-    # The parent decides when to stop; a traceback of ours on Ctrl-C would tell nobody anything.
+    # The parent decides when to stop; our traceback on Ctrl-C would help nobody.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     work = {
@@ -356,7 +355,7 @@ def _sink_bulk(sockets: Sequence[socket.socket], window: _Window, size: int) -> 
     receivers: dict[int, Callable[[], int]] = {}
     for sock in sockets:
         sock.setblocking(False)
-        # Thrown away in the kernel where it can be: TLS has to be decrypted first.
+        # Discard in the kernel if possible; TLS must be decrypted first.
         in_tls = isinstance(sock, ssl.SSLSocket)
         receivers[sock.fileno()] = (
             (lambda sock=sock: sock.recv_into(buffer, _TLS_RECORD))  # type: ignore[misc]
@@ -381,7 +380,7 @@ def _sink_bulk(sockets: Sequence[socket.socket], window: _Window, size: int) -> 
 
 
 def _receive_message(sock: socket.socket, size: int) -> None:
-    # One message is under way, so what has begun to arrive arrives; a socket in the middle of one may block.
+    # Only one message is under way, so the rest of it arrives; a socket in the middle of one may block.
     while size:
         data = sock.recv(size)
         if not data:

@@ -1,8 +1,8 @@
-"""Rounds of measurements, interleaved: what is compared is measured side by side, and again, and the median counts.
+"""Interleaved rounds of measurements: subjects are measured side by side, several times, and the median counts.
 
-On a machine that others use too, a figure taken a minute later is another figure. So every round measures all subjects
-one right after the other under the same load, the next round in the opposite order, and a ratio is taken within each
-round before the median over the rounds is.
+On a shared machine a figure may be different a minute later. So every round measures all subjects one right after the
+other under the same load, and the next round in the opposite order. Ratios are taken within each round, and then the
+median of these ratios.
 
 A *message* is one delivery through the subject; a round trip is two.
 """
@@ -21,7 +21,7 @@ from bench.measuring.subjects import Subject
 
 __all__ = ["Case", "Figures", "Plan", "measure_load", "median_figures", "ratio", "ratios", "run_rounds"]
 
-# Until TCP has grown its windows, and frelay's pumps have found out what they carry.
+# Time for TCP to grow its windows, and for frelay's pumps to choose how they carry bytes.
 WARMUP: Final = 0.4
 
 
@@ -36,9 +36,10 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What one measurement found; None where it makes no sense: bulk has no round trips, loopback no process.
+    """The figures of one measurement; None where there is none: bulk has no round trips, loopback no process.
 
-    Beside a greedy pair Gbit/s is the greedy one's, and all else is about the others: CPU a message includes its bytes.
+    With a greedy pair, Gbit/s is that of the greedy one, and all else is about the others; their CPU per message
+    includes the greedy pair's bytes.
     """
 
     gbit_per_second: float | None = None
@@ -51,7 +52,7 @@ class Figures:
     """CPU seconds a second of the subject, and of the load generator."""
     generator_cores: float | None = None
     other_cores: float | None = None
-    """... and of everybody else on the machine: how noisy it was."""
+    """... and of all other processes on the machine: the noise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ def run_rounds(
     generator_for: Callable[[Subject], Generator],
     on_progress: Callable[[int, int, Case], None],
 ) -> dict[Case, list[Figures]]:
-    """Measure everything in ``plan``; gives each case's figures, one a round. Raises BenchError."""
+    """Measure everything in ``plan``; returns the figures of each case, one for each round. Raises BenchError."""
     steps = list(_steps(plan, subjects))
     results: dict[Case, list[Figures]] = {}
     for number, (subject, count, load) in enumerate(steps, 1):
@@ -102,7 +103,7 @@ def measure_load(
             load,
             pairs,
             seconds=seconds,
-            # A window shorter than that is not there for its figures.
+            # Shorter windows are only for trying, so their figures may be missing.
             warmup=min(WARMUP, seconds),
             size=size,
             on_edge=lambda: readings.append(read_cpu(subject.pids)),
@@ -140,7 +141,7 @@ def median_figures(rounds: Sequence[Figures]) -> Figures:
 
 
 def ratio(ours: Sequence[Figures], theirs: Sequence[Figures], name: str) -> float | None:
-    """The median of one figure's ratio, ours to theirs, taken round by round; None where one has none or is 0."""
+    """The median of one figure's ratios, ours to theirs, of each round; None if a figure is missing or 0."""
     found = ratios([getattr(one, name) for one in ours], [getattr(other, name) for other in theirs])
     return median(found) if len(found) == len(ours) else None
 

@@ -1,7 +1,7 @@
 """frelay as a subject: a ``frelay run`` process, and the parties that join it the way functions do.
 
-The parties are written against ``frelay.protocol`` and plain ``ssl`` sockets, so that one thread can bring both sides
-of a pair up, step by step, and hold either of them at any step.
+The parties use ``frelay.protocol`` and plain ``ssl`` sockets, so that one thread can set up both sides of a pair, step
+by step, and stop either of them at any step.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from cryptography.hazmat.backends.openssl import backend
 print(f"{frelay.__version__} with {' '.join(backend.openssl_version_text().split()[:2])}, Trio {trio.__version__}")
 """
 
-# The limits are out of the way of thousands of pairs that one thread brings up, one after the other, and leaves idle.
+# High limits, for thousands of pairs that one thread sets up one after the other and leaves idle.
 _ROUTE_FILE: Final = """\
 [tls]
 certificate = "certs/relay.pem"
@@ -56,16 +56,16 @@ name = "bench-{number}"
 listen = "127.0.0.1:0"
 func1 = "dns:func1.demo"
 func2 = "dns:func2.demo"
-require_inner_tls = false       # the load is bare bytes
+require_inner_tls = false       # the load is plain bytes
 """
 
 
 class Frelay(Subject):
-    """A ``frelay run`` process; its pairs have come through TLS, JOIN and PAIRED.
+    """A ``frelay run`` process; its pairs have done TLS, JOIN and PAIRED.
 
-    ``handoff`` gives the bare sockets that are left after both close_notify, ``tunnel`` the TLS sockets themselves.
+    ``handoff`` gives the plain sockets after both close_notify, ``tunnel`` the TLS sockets themselves.
     ``checkout`` is the tree whose ``frelay`` package runs as the relay. The parties always run this one's protocol.
-    The pairs are dealt out to its routes; with several ``workers`` there is at least one route for each.
+    The pairs are spread over its routes; with several ``workers`` there is at least one route for each.
     """
 
     legs = 2
@@ -113,7 +113,7 @@ class Frelay(Subject):
                 try:
                     entry = json.loads(line)
                 except ValueError:
-                    continue  # a line that is being written
+                    continue  # an incomplete line
                 if entry.get("event") == "listening":
                     ports[entry["route"]] = int(entry["address"].rpartition(":")[2])
                 if entry.get("event") == "ready" and len(ports) == self._routes:
@@ -157,7 +157,7 @@ class Frelay(Subject):
 
     @contextmanager
     def waiting(self, count: int) -> Iterator[None]:
-        """``count`` legs of func1 in the lobby, with nobody there for them."""
+        """``count`` legs of func1 in the lobby, without partners."""
         with ExitStack() as stack:
             for _ in range(count):
                 party = _Party(dial(next(self._addresses)), self._contexts["func1"], self.mode)
@@ -178,7 +178,7 @@ class Frelay(Subject):
 
 
 class _Party:
-    """One function's way to its end of a pair."""
+    """The steps of one function to its end of a pair."""
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext, mode: str) -> None:
         try:
@@ -191,7 +191,7 @@ class _Party:
         self._mode: Final = mode
 
     def join(self) -> None:
-        """Say JOIN and be let in."""
+        """Send JOIN and be admitted."""
         self.tls.sendall(self._session.send(messages.Join(attempt=str(uuid.uuid4()), modes=(self._mode,))))
         self.await_message(messages.Waiting)
 
@@ -212,11 +212,11 @@ class _Party:
             self._received += self._session.receive(data)
 
     def leave_tls(self) -> socket.socket:
-        """Read to the relay's close_notify, answer it, and give the bare socket."""
+        """Read to the relay's close_notify, answer it, and return the plain socket."""
         if self.tls.recv(1):
             raise OSError("the relay sent application data after PAIRED")
         self.tls.unwrap()
         bare = socket.socket(fileno=self.tls.detach())
-        # The descriptor has been told not to block; without a time limit the new object would not know.
+        # The descriptor is non-blocking; the new object learns that only by a time limit.
         bare.settimeout(STEP)
         return bare

@@ -14,7 +14,7 @@ from bench.measuring.subjects import Subject
 
 __all__ = ["Run", "as_json", "as_table", "grid"]
 
-# Above this share of a core, what others do on the machine shows in the throughput and the latencies.
+# Above this share of a core, other processes influence throughput and latencies.
 _NOISE: Final = 0.15
 
 
@@ -44,7 +44,7 @@ class Run:
     generators: Mapping[str, Generator]
     """By the subject's name."""
     versions: Mapping[str, str]
-    """By the subject's name, of those that have one."""
+    """By the subject's name, if it has one."""
     results: Mapping[Case, Sequence[Figures]]
     notes: Sequence[str]
     comparisons: Sequence[tuple[Subject, Subject]]
@@ -84,7 +84,7 @@ def grid(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def as_table(run: Run) -> str:
-    """The table, the ratios, and what one must know to read them."""
+    """The table, the ratios, and the notes that a reader needs."""
     plan = run.plan
     columns = [c for c in _COLUMNS if any(getattr(f, c.field) is not None for fs in run.results.values() for f in fs)]
     rows = [["", "pairs", *(column.title for column in columns)]]
@@ -131,8 +131,8 @@ def _about_load(run: Run) -> list[str]:
     noise = sum(others) / len(others)
     if noise > _NOISE:
         notes.append(
-            f"Noisy: other processes used {noise:.1f} of {os.cpu_count()} cores meanwhile. Throughput and latency "
-            "suffer from that, CPU figures and the ratios of one run less."
+            f"Noisy: other processes used {noise:.1f} of {os.cpu_count()} cores. Throughput and latency "
+            "suffer from that; CPU figures and the ratios of one run suffer less."
         )
     return notes
 

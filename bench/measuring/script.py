@@ -1,7 +1,7 @@
-"""How the scripts that measure are run: flags read, signals obeyed, progress shown, and an exit code however it ends.
+"""How a script that measures runs: its flags, signals, progress and exit code.
 
-A script has a parser made by :func:`parser_of` and one function that does the work and is given the options; ``main``
-is :func:`run` with these.
+A script has a parser made by :func:`parser_of` and one function that does the work with the options; its ``main`` calls
+:func:`run` with these two.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def parser_of(script: str, description: str) -> argparse.ArgumentParser:
 def run(
     parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], None], arguments: Sequence[str] | None
 ) -> int:
-    """Do the work that ``arguments`` (None: the command line's) ask for; gives the exit code.
+    """Do the work for ``arguments`` (None: those of the command line); returns the exit code.
 
-    If that is not 0, it has said on stderr why: a sentence for what ``work`` is known to raise, which is BenchError and
-    OSError. Anything else is a bug, and comes out. Raises SystemExit for flags that are wrong, and for ``--help``.
+    If that is not 0, it has written the reason to stderr: a sentence for BenchError and OSError, which ``work`` may
+    raise. Any other exception is a bug and is not caught. Raises SystemExit for wrong flags and for ``--help``.
     """
     options = parser.parse_args(arguments)
     raise_on_signals()
@@ -49,13 +49,13 @@ def run(
 
 def _said(error: BenchError | OSError) -> str:
     if isinstance(error, OSError) and error.filename is not None:
-        # The number of the error, which str() begins with, tells a reader nothing.
+        # str() begins with the number of the error, which tells a reader nothing.
         return f"{error.filename}: {error.strerror}"
     return str(error)
 
 
 def progress(text: str) -> None:
-    """Say on stderr, if that is a terminal, what is going on, in place of what was said before; "" takes it away."""
+    """Show the progress on stderr, if that is a terminal, in place of the last message; "" removes it."""
     if sys.stderr.isatty():
-        # Cut, because a line that wraps could not be taken away again.
+        # Cut to the width: a line that wraps could not be removed.
         print(f"\r\x1b[K{text[:100]}", end="", file=sys.stderr, flush=True)

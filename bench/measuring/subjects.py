@@ -1,12 +1,12 @@
-"""The subjects under test: each starts something, gives pairs of sockets connected through it, and names its processes.
+"""The subjects: each starts a program, returns pairs of sockets connected through it, and knows its processes.
 
-That is all that a measurement needs to know of a relay, so the same load runs against frelay, against any forwarder of
-TCP connections, against other relays that both ends dial, and against nothing at all. To add another forwarder, derive
-from :class:`Forwarder`: it is given a listening socket, the port of ours that it shall connect to, and a directory of
-its own, and answers with a command. ``parties.py``, ``forwarders.py`` and ``meetings.py`` have those that there are.
+A measurement needs no more of a relay. So the same load runs against frelay, against any forwarder of TCP connections,
+against other relays that both ends dial, and without a relay. To add a forwarder, derive from :class:`Forwarder`: its
+method gets a listening socket, the port to connect to, and a directory, and returns a command. ``parties.py``,
+``forwarders.py`` and ``comparison/meetings.py`` have the subjects.
 
-What belongs to a subject lives in its directory and in processes of their own process group, which end with the
-``with`` block that started them.
+A subject's files are in its directory, and its processes in a process group of their own. Both end with the ``with``
+block that started them.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from frelay.pki.init import initialise
 
 __all__ = ["START", "STEP", "Direct", "Forwarder", "Subject", "await_listener", "checkout_root", "dial", "listener"]
 
-# Starting Python and making certificates takes a second; on a machine that is busy with others, several.
+# To start Python and make certificates takes a second; on a busy machine several.
 START: Final = 30.0
-# For each step of bringing one pair up.
+# For each step of setting up one pair.
 STEP: Final = 20.0
 _LOG_TAIL: Final = 5
 
@@ -53,10 +53,10 @@ def checkout_root() -> Path:
 
 
 class Subject(abc.ABC):
-    """Something between the two ends of a connection. A context manager: inside, it runs."""
+    """A program between the two ends of a connection. A context manager: it runs inside the block."""
 
     name: str
-    """How the tables call it."""
+    """Its name in the tables."""
     in_tls: bool = False
     """Whether its pairs are TLS sockets, so that the load must be made in Python."""
     legs: int = 1
@@ -65,7 +65,7 @@ class Subject(abc.ABC):
     def __init__(self, directory: Path) -> None:
         self.directory: Final = directory
         self._processes: list[subprocess.Popen[bytes]] = []
-        # A fork of ours that brings pairs up has no children, and can't ask after these.
+        # A fork of ours that sets up pairs is not the parent of these processes, so it cannot ask for them.
         self._parent: Final = os.getpid()
 
     def __enter__(self) -> Self:
@@ -84,24 +84,24 @@ class Subject(abc.ABC):
 
     @abc.abstractmethod
     def start(self) -> None:
-        """Start it; returns once it can be connected to. Raises BenchError."""
+        """Start it, and wait until it accepts connections. Raises BenchError."""
 
     @abc.abstractmethod
     def connect(self) -> SocketPair:
         """One more pair through it; raises BenchError or OSError."""
 
     def arrive(self) -> Callable[[], SocketPair]:
-        """Bring a pair so far that only the last party's word, or the one dial, is missing; calling the result says it.
+        """Prepare a pair up to its last step: the last party's message, or the one dial. The result does that step.
 
         The call raises BenchError or OSError, as :meth:`connect` does.
         """
         return self.connect
 
     def admit(self) -> None:
-        """Set one pair up, see a byte come through, and give it up again; raises BenchError or OSError.
+        """Set up a pair, send a byte through it, and close it; raises BenchError or OSError.
 
-        Where several do that with one forwarder at a time, each may accept what belongs to another. The byte keeps
-        everybody from leaving before all is there that somebody waits for.
+        If several processes do this with one forwarder, each may accept another's connection. The byte makes sure that
+        nobody closes before the others have their connections.
         """
         pair = self.connect()
         try:
@@ -115,10 +115,10 @@ class Subject(abc.ABC):
         """End its processes. Idempotent."""
         while self._processes:
             process = self._processes.pop()
-            # The whole group: some have a process for each connection, and leave these behind when they go.
+            # The whole group: some have a process for each connection, which would stay.
             _signal_group(process.pid, signal.SIGTERM)
             try:
-                # Nothing of it is worth a drain.
+                # A drain is not needed.
                 process.wait(1)
             except subprocess.TimeoutExpired:
                 pass
@@ -132,7 +132,7 @@ class Subject(abc.ABC):
 
     @property
     def version(self) -> str | None:
-        """What it says of itself."""
+        """Its name and version, as it says."""
         return None
 
     @property
@@ -142,14 +142,14 @@ class Subject(abc.ABC):
 
     @contextmanager
     def pairs(self, count: int) -> Iterator[list[SocketPair]]:
-        """``count`` new pairs, closed at the end; raises BenchError with what the subject had to say."""
+        """``count`` new pairs, closed at the end; raises BenchError with the subject's own output."""
         opened: list[SocketPair] = []
         try:
             try:
                 while len(opened) < count:
                     opened.append(self.connect())
             except (OSError, FrelayError) as error:
-                text = f"pair {len(opened) + 1} of {count} did not come up: {error}"
+                text = f"pair {len(opened) + 1} of {count} could not be set up: {error}"
                 raise BenchError(self._explained(text)) from error
             for pair in opened:
                 for sock in pair:
@@ -182,7 +182,7 @@ class Subject(abc.ABC):
                     stdout=log,
                     stderr=log,
                     pass_fds=descriptors,
-                    # Out of the terminal's reach: Ctrl-C is for us, and we end it.
+                    # In a process group of its own: Ctrl-C must reach only us, and we end it.
                     process_group=0,
                 )
             )
@@ -191,7 +191,7 @@ class Subject(abc.ABC):
         parts = [f"{self.name}: {text}"]
         for process in self._processes if os.getpid() == self._parent else []:
             try:
-                # Its sockets close a little before the process is over.
+                # Its sockets close a little before the process ends.
                 parts.append(f"it has ended with exit code {process.wait(0.2)}")
             except subprocess.TimeoutExpired:
                 continue
@@ -210,12 +210,12 @@ class Subject(abc.ABC):
 
 
 def listener() -> socket.socket:
-    """On a free port of loopback."""
+    """A listener on a free port of loopback."""
     return socket.create_server(("127.0.0.1", 0), backlog=1024)
 
 
 def dial(address: tuple[str, int]) -> socket.socket:
-    """Connect to it, with small writes that leave at once."""
+    """Connect to it, with TCP_NODELAY."""
     sock = socket.create_connection(address, timeout=STEP)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return sock
@@ -250,7 +250,7 @@ class Direct(Subject):
         serving.num_tickets = 0
         serving.load_cert_chain(self.directory / "certs/relay.pem", self.directory / "certs/relay.key")
         wrapped = serving.wrap_socket(server, server_side=True, do_handshake_on_connect=False)
-        # The one thing here that two sides must do at once.
+        # Only this must be done by both sides at the same time.
         answering = threading.Thread(target=wrapped.do_handshake, daemon=True)
         answering.start()
         dialling = ssl.create_default_context(cafile=str(self.directory / "certs/ca.pem"))
@@ -260,7 +260,7 @@ class Direct(Subject):
 
 
 def await_listener(subject: Subject, address: tuple[str, int]) -> None:
-    """Until somebody listens there, for a process that binds by itself; raises BenchError."""
+    """Wait until a process that binds by itself listens there; raises BenchError."""
     deadline = time.monotonic() + START
     while True:
         subject.must_run()
@@ -278,7 +278,7 @@ def await_listener(subject: Subject, address: tuple[str, int]) -> None:
 
 
 class Forwarder(Subject):
-    """A process that accepts connections and makes one of its own, to a listener of ours, for each."""
+    """A process that accepts connections and, for each, connects to a listener of ours."""
 
     @abc.abstractmethod
     def command(self, listening: int, target: int) -> list[str]:
@@ -287,7 +287,7 @@ class Forwarder(Subject):
     def start(self) -> None:
         self._target = listener()
         self._target.settimeout(STEP)
-        # Bound by us and inherited, so that no port has to be guessed and a connection can wait for its start.
+        # We bind it and the process inherits it. So no port is guessed, and a connection can wait for the start.
         with listener() as front:
             self._address = front.getsockname()
             command = self.command(front.fileno(), self._target.getsockname()[1])
@@ -298,7 +298,7 @@ class Forwarder(Subject):
         self.check()
 
     def check(self) -> None:
-        """That it runs, and forwards; raises BenchError."""
+        """Check that it runs and forwards; raises BenchError."""
         try:
             self.connect().close()
         except OSError as error:
@@ -310,7 +310,7 @@ class Forwarder(Subject):
             self._target.close()
 
     def connect(self) -> SocketPair:
-        # One at a time: that is how we know which connection came of which.
+        # One at a time, so that we know which connection belongs to which.
         client = dial(self._address)
         try:
             server = self._accept()

@@ -1,7 +1,6 @@
-"""What the pictures here have in common as SVG: size, title and subtitle, the ground, and two sets of colours.
+"""The common parts of the SVG pictures here: size, title, subtitle, background, and colours for light and dark.
 
-Written by hand and without a library: a picture is looked at in a browser or on a code host, and both draw SVG, in
-light surroundings and in dark ones.
+They are written without a library. Browsers and code hosts draw SVG, in light and in dark mode.
 """
 
 from __future__ import annotations
@@ -13,9 +12,9 @@ from typing import Final
 __all__ = ["WIDTH", "drawing", "text_of"]
 
 WIDTH: Final = 860
-"""Of every picture, in user units, which are pixels unless it is scaled."""
+"""The width of every picture, in user units: pixels, unless it is scaled."""
 
-# Text is the tone of axes and legends; titles and names stand out from it.
+# Plain text has the colour of axes and legends; titles and names are darker.
 _LIGHT: Final = """
 text { font: 12px ui-sans-serif, system-ui, sans-serif; fill: #57606a }
 .title { font-size: 16px; font-weight: 600; fill: #1f2328 }
@@ -28,10 +27,10 @@ _DARK: Final = "text { fill: #9198a1 } .title, .name { fill: #f0f6fc } .ground {
 def drawing(
     title: str, subtitle: str, body: Iterable[str], *, height: float, left: float, light: str, dark: str
 ) -> str:
-    """A picture, :data:`WIDTH` by ``height``: both titles from ``left`` on, then the elements of ``body``.
+    """A picture, :data:`WIDTH` by ``height``: both titles begin at ``left``, then come the elements of ``body``.
 
-    ``light`` and ``dark`` are the CSS rules for the classes of ``body``; in dark surroundings both hold, and ``dark``
-    wins. ``text`` elements and the classes ``title`` and ``name`` have rules already.
+    ``light`` and ``dark`` are the CSS rules for the classes of ``body``; in dark mode both hold, and ``dark`` wins.
+    ``text`` elements and the classes ``title`` and ``name`` have rules already.
     """
     return "\n".join([
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img"',
@@ -47,5 +46,5 @@ def drawing(
 
 
 def text_of(text: str) -> str:
-    """``text`` as it must stand in an element or an attribute."""
+    """``text``, escaped for an element or an attribute."""
     return escape(text, quote=True)

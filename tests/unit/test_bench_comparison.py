@@ -1,4 +1,4 @@
-"""bench/compare.py without its long runs: how it judges, what it shows, and what it keeps of what was measured."""
+"""bench/compare.py without its long runs: how it judges, what it shows, and what it saves."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def verdict_on(record: Record, goal: str) -> Verdict:
 
 
 def test_a_ratio_is_taken_within_each_round() -> None:
-    # The machine became three times slower on the way; neither relay did.
+    # The machine became three times slower during the run; neither relay did.
     record = a_record(frelay=rounds(100, 200, 300), haproxy=rounds(400, 800, 1200))
     found = record.ratio(Key("bulk", 16, "frelay"), Key("bulk", 16, "haproxy"), "cpu_ms_per_gb")
     assert found == Spread(0.25, 0.25, 0.25, 3)
@@ -134,7 +134,7 @@ def test_the_readme_gets_one_table_of_six_lines() -> None:
     assert head == "|  | no relay | frelay | HAProxy | nginx stream |"
     assert sum(line.startswith("|") for line in lines) == 6
     assert "| Bulk, 16 pairs: CPU ms per GB | - | 200 | 1,000 | - |" in lines
-    # Without TLS nobody is let in: the figure beside frelay's is that of HAProxy with mutual TLS.
+    # Admission needs TLS, so the figure beside frelay's is that of HAProxy with mutual TLS.
     assert "| Letting one function in by mutual TLS: CPU µs | - | - | 7 | - |" in lines
     assert "![bulk](docs/bench-bulk-cpu.svg)" in lines
 
@@ -208,7 +208,7 @@ def test_where_nothing_can_be_written_nothing_is_measured(tmp_path: Path, capsys
 
 
 def test_what_may_not_be_written_is_said_before_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The tests may run as root, who may write everywhere.
+    # The tests may run as root, and root may write everywhere.
     monkeypatch.setattr("os.access", lambda path, mode: False)
     for kind, path in ((output_file, "all.json"), (output_directory, "new/pictures")):
         with pytest.raises(ArgumentTypeError, match=f"'{tmp_path}' may not be written"):
@@ -233,7 +233,7 @@ def test_the_kernel_is_asked_for_a_process_and_its_children() -> None:
 
 
 def test_a_child_that_ends_while_it_is_looked_at_fails_no_reading() -> None:
-    """socat's, with a process for each connection: one was gone in the middle of one look in a hundred."""
+    """As of socat, with a process for each connection: in one reading of a hundred, one ended in the middle."""
     spawns = "import os, signal\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)\nwhile True:\n os.fork() or os._exit(0)"
     with subprocess.Popen([sys.executable, "-c", spawns]) as process:
         try:

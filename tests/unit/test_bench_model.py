@@ -1,4 +1,4 @@
-"""bench/model.py: from costs that are known, what a machine carries and what gives out first."""
+"""bench/model.py: from known costs, what a machine carries and which resource runs out first."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_joins_of_one_core_at_seven_tenths() -> None:
 
 
 def test_the_generator_takes_its_share_of_the_cores() -> None:
-    # The relay's core is full first; then, with a second worker, the machine is.
+    # First the relay's core is full; with a second worker, the machine is.
     assert predict(2, 1, 10e-6, 5e-6) == pytest.approx(100_000)
     assert predict(2, 2, 10e-6, 5e-6) == pytest.approx(2 / 15e-6)
 

@@ -1,4 +1,4 @@
-"""The documentation says what is so: the page of commands is what the commands say, and every link leads somewhere."""
+"""The documentation is right: the page of commands is made from the commands, and every link works."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PAGES = sorted(path for path in (*TOP.glob("*.md"), *TOP.glob("docs/*.md"), *TOP
 
 
 def anchors(page: Path) -> set[str]:
-    """The fragments that lead to a heading of ``page``."""
+    """The fragments of the headings of ``page``."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -51,7 +51,7 @@ PLACES = [*PAGES, *TOP.glob("deploy/*.service"), *TOP.glob("deploy/*.conf"), TOP
 
 
 def calls(text: str) -> Iterator[list[str]]:
-    """The words behind each ``frelay`` that is written as a command: in a block, in backquotes, or after a sign."""
+    """The words after each ``frelay`` that is written as a command: in a block, in backquotes, or after a prompt."""
     text = text.replace("\\\n", " ")
     pieces = re.findall(r"`([^`\n]+)`", text) + [line.lstrip("#$> ").strip() for line in text.splitlines()]
     for piece in pieces:
@@ -66,7 +66,7 @@ def calls(text: str) -> Iterator[list[str]]:
 
 
 def problem_of(words: list[str]) -> str | None:
-    """What is wrong with a call: a command that there is not, or an option that it does not have."""
+    """What is wrong with a call: no such command, or no such option."""
     command: Any = typer.main.get_command(app)
     rest = list(words)
     while getattr(command, "commands", None) and rest:
@@ -82,7 +82,7 @@ def problem_of(words: list[str]) -> str | None:
 
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: str(place.relative_to(TOP)))
 def test_every_command_in_the_text_can_be_given(place: Path) -> None:
-    """Its name and all of its options: one that was renamed, or that never was, is found here."""
+    """Its name and all of its options: this finds those that were renamed or never existed."""
     wrong = {" ".join(words): problem for words in calls(place.read_text()) if (problem := problem_of(words))}
     assert wrong == {}
 

@@ -1,4 +1,4 @@
-"""The documents that promise something name the tests that show it, and leave out no word of the vocabulary."""
+"""Documents with promises name the tests that show them, and have every word of the vocabulary."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from frelay.protocol.messages import REFUSAL_CODES
 from frelay.protocol.outcome import Outcome
 
 ROOT: Final = Path(__file__).parents[2]
-# A file, a test in it, or (`::test_x` behind another one) a test in the file named last.
+# A file, a test in it, or (`::test_x` after another one) a test in the last named file.
 _NAMED: Final = re.compile(r"`(?P<file>test_\w+\.py)?(?:::(?P<test>test_\w+))?`")
 
 
 @cache
 def functions_of(file: str) -> frozenset[str]:
-    """The tests in a file of this name, wherever under ``tests/`` it is; none if there is no such file."""
+    """The tests in the file of this name anywhere under ``tests/``; none if there is no such file."""
     found = [path for path in (ROOT / "tests").rglob("test_*.py") if path.name == file]
     return frozenset(
         node.name
@@ -48,7 +48,7 @@ def test_each_test_that_is_named_exists(name: str) -> None:
         f"{file}::{test}" for file, test in found if not functions_of(file) or (test and test not in functions_of(file))
     ]
     assert missing == []
-    # None escaped for the way in which it is written.
+    # None was missed because of the way it is written.
     assert len(re.findall(r"test_\w+\.py", text)) == sum(1 for match in _NAMED.finditer(text) if match["file"])
 
 
@@ -67,7 +67,7 @@ def test_every_way_to_end_is_described(word: str) -> None:
 
 
 def test_each_outcome_and_each_code_has_its_row() -> None:
-    """The table of codes is of codes and nothing else; every outcome stands in a column of its own."""
+    """The table of codes has codes only; every outcome has its own column."""
     text = (ROOT / "docs/closing.md").read_text()
     waiting = text.partition("\n## 2. ")[2].partition("\n## ")[0]
     assert set(re.findall(r"^\| `([a-z-]+)` \|", waiting, re.MULTILINE)) == REFUSAL_CODES

@@ -1,4 +1,4 @@
-"""The functions in Go and Node.js that people copy from ``examples/`` meet each other and Python's, both ways.
+"""The functions in Go and Node.js that people copy from ``examples/`` meet each other and Python functions.
 
 They run as processes, and carry more than the socket buffers hold in both directions at once; each direction is ended
 by itself.
@@ -62,7 +62,7 @@ with frelay.connect(address, cert=cert, key=key, ca=ca, peer=peer, mode=mode, wa
 
 
 def go_environment(directory: Path) -> dict[str, str]:
-    """For a build that takes nothing from the network, and nothing from the user's settings."""
+    """The environment for a build without network and without the user's settings."""
     found = {**os.environ, "GOFLAGS": "-mod=mod", "GOPROXY": "off", "GOWORK": "off", "GOTOOLCHAIN": "local"}
     if "HOME" not in found:
         found["GOCACHE"] = str(directory / "cache")
@@ -122,17 +122,17 @@ class Functions:
         hand_off: HandOff = "handoff",
         wait: int = 60,
     ) -> subprocess.CompletedProcess[bytes]:
-        """Run one with ``data`` on its standard input, to its end."""
+        """Run a function with ``data`` on its standard input, to its end."""
         other = {"func1": "dns:func2.demo", "func2": "dns:func1.demo"}
         command = self.command(runtime, relay.port(), name, peer or other.get(name, "dns:func2.demo"), hand_off, wait)
-        # Its certificates are given by name; what it finds from there on must be frelay's as it is here.
+        # It runs where its certificates are, and imports the frelay of this checkout.
         run = partial(trio.run_process, command, stdin=data, capture_stdout=True, capture_stderr=True, check=False)
         return await run(env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
 @pytest.fixture
 def functions(site: Site, request: pytest.FixtureRequest) -> Functions:
-    # Built before anything waits for it.
+    # Build first, so that nothing waits for it.
     for name in ("go", "node"):
         if name in request.node.callspec.params.values():
             tool(name)
@@ -144,7 +144,7 @@ def functions(site: Site, request: pytest.FixtureRequest) -> Functions:
 async def meet(
     functions: Functions, relay: RelayInProcess, one: tuple[Runtime, HandOff], two: tuple[Runtime, HandOff]
 ) -> None:
-    """Pair func1 and func2, and find all bytes of both at the other's."""
+    """Pair func1 and func2; each must receive all bytes of the other."""
     sent = {"func1": block(ANY_SIZE, 1), "func2": block(ANY_SIZE + 4, 2)}
     ended: dict[str, subprocess.CompletedProcess[bytes]] = {}
 
@@ -184,7 +184,7 @@ async def test_all_bytes_cross_with_python_as_the_tls_client(
 
 @pytest.mark.parametrize(("one", "two"), [("go", "python"), ("node", "python"), ("node", "go"), ("python", "go")])
 async def test_an_issuing_authority_is_enough_as_ca(functions: Functions, one: Runtime, two: Runtime) -> None:
-    """For the TLS to the relay and between the functions, without the root above it; but to Node.js as a TLS server."""
+    """An intermediate works as anchor for both kinds of TLS, but not for Node.js as a TLS server."""
     site = functions.site
     issuing = TestAuthority.root_for_intermediates().intermediate("issuing CA")
     issuing.relay().write(site.directory, "relay")
@@ -209,7 +209,7 @@ async def test_hand_off_and_ticket_meet(functions: Functions, one: Runtime, two:
 async def test_an_answer_arrives_after_the_question_has_ended(
     functions: Functions, runtime: Runtime, hand_off: HandOff
 ) -> None:
-    """TESTPLAN 25: the example ends its direction, and the other one begins only then."""
+    """TESTPLAN 25: the other direction begins only when the example has ended its own."""
     answer = block(ANY_SIZE, 3)
     script = """
 import sys, frelay
@@ -236,7 +236,7 @@ with frelay.connect(address, cert=cert, key=key, ca=ca, peer=peer, wait=60) as w
 @pytest.mark.parametrize("two", OURS)
 @pytest.mark.parametrize("one", OURS)
 async def test_somebody_else_gets_nothing(functions: Functions, one: Runtime, two: Runtime) -> None:
-    """The relay vouches for func2, but the function expects func3: it sends nothing, and both learn it at once."""
+    """The relay reports func2, but the function expects func3: it sends nothing, and both learn it at once."""
     async with functions.site.relay() as relay:
         ended: dict[str, subprocess.CompletedProcess[bytes]] = {}
 
@@ -255,7 +255,7 @@ async def test_somebody_else_gets_nothing(functions: Functions, one: Runtime, tw
 
 @pytest.mark.parametrize("runtime", OURS)
 async def test_a_certificate_of_another_kind_is_not_the_name(functions: Functions, runtime: Runtime) -> None:
-    """The text that is expected as a DNS name stands in the certificate as everything but one."""
+    """The certificate has the expected DNS name in every field except the DNS names."""
     site = functions.site
     site.add("func2", site.ca.text_elsewhere("func2.demo"))
     pin = spki_of_certificate(site.credentials["func2"].certificate.public_bytes(Encoding.DER))
@@ -309,7 +309,7 @@ async def test_a_refusal_says_why(functions: Functions, runtime: Runtime) -> Non
 
 @pytest.mark.parametrize("runtime", OURS)
 async def test_what_a_relay_says_steers_no_terminal(functions: Functions, runtime: Runtime) -> None:
-    """Nor does it end the function in any other way than by an error."""
+    """It may end the function only by an error."""
     said = {
         "text": frame("REFUSED", {"code": "limit", "reason": "a\x1b[2J\nfrelay: b\u202e\x9b", "retry_after": 1e308}),
         "no object": frame("PING", b"null"),
@@ -334,7 +334,7 @@ async def test_what_a_relay_says_steers_no_terminal(functions: Functions, runtim
 @pytest.mark.parametrize("runtime", OURS)
 @pytest.mark.parametrize("me", ["func1", "func2"])
 async def test_it_is_told_that_its_own_certificate_was_refused(functions: Functions, runtime: Runtime, me: str) -> None:
-    """By its first read, as the TLS client (func1); before that as the server."""
+    """As TLS client (func1) by its first read; as server before that."""
     site = functions.site
     other = "func2" if me == "func1" else "func1"
     stranger = TestAuthority("another CA").write(site.directory, "another")
@@ -364,7 +364,7 @@ async def test_it_is_told_that_its_own_certificate_was_refused(functions: Functi
 
 @pytest.mark.parametrize("runtime", OURS)
 async def test_the_first_connection_of_a_ticket_may_break(functions: Functions, runtime: Runtime) -> None:
-    """Once the ticket is on its way; the pairing goes on over the second connection."""
+    """After the ticket is sent, the pairing goes on over the second connection."""
     site = functions.site
     ticket = "00" * 32
     heard: list[bytes] = []
@@ -407,12 +407,12 @@ async def test_its_own_limit_ends_the_waiting(functions: Functions, runtime: Run
             ended = await functions.run(runtime, relay, "func1", wait=1)
         assert ended.returncode == 1
         assert b"waiting" in ended.stderr
-        assert 1 <= time.monotonic() - began < 30  # the relay alone would end it after 60
+        assert 1 <= time.monotonic() - began < 30  # without the function's own limit the relay would end it after 60
 
 
 @pytest.mark.parametrize("runtime", OURS)
 async def test_a_stranger_is_told_by_the_alert(functions: Functions, runtime: Runtime) -> None:
-    """TESTPLAN 1: in TLS 1.3 the alert comes after the client's handshake, so it must not be taken for an end."""
+    """TESTPLAN 1: in TLS 1.3 the alert comes after the client's handshake; the function must not take it for an end."""
     site = functions.site
     site.add("stranger", type(site.ca)("other CA").party(dns=["func1.demo"]))
     async with site.relay() as relay:
@@ -424,7 +424,7 @@ async def test_a_stranger_is_told_by_the_alert(functions: Functions, runtime: Ru
 
 @pytest.mark.parametrize("runtime", OURS)
 async def test_pings_are_answered_while_it_waits(functions: Functions, runtime: Runtime) -> None:
-    """Its place is kept through several PINGs, and it is paired after them."""
+    """It keeps its place through several PINGs and is paired after them."""
     limits = "[limits]\nping_interval = 0.1\npong_timeout = 5\n"
     async with functions.site.relay(sections=limits) as relay:
         ended: dict[str, subprocess.CompletedProcess[bytes]] = {}
@@ -494,7 +494,7 @@ async def test_what_follows_the_end_of_the_outer_tls_is_not_swallowed_in_node(si
 
 
 async def test_a_record_may_come_in_any_pieces_in_node() -> None:
-    """However the network splits it; its five bytes of header alone once made Node turn in a circle for ever.
+    """However the network splits it. Five bytes of header alone once made Node loop for ever.
 
     Nothing here waits for time: each piece is there when Node has nothing else to do.
     """

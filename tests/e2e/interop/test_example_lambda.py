@@ -23,7 +23,7 @@ from support.waiting import TIMEOUT
 ROOT: Final = Path(__file__).parents[3]
 EXAMPLE: Final = ROOT / "examples/lambda"
 
-# The platform: it calls the handler, and here also looks at the files that the handler makes.
+# The platform: it calls the handler, and here it also lists the files that the handler makes.
 PLATFORM: Final = """
 import json, os, stat, sys, time
 import frelay, handler
@@ -100,7 +100,7 @@ async def test_it_asks_and_returns_the_answer(site: Site, line_end: str) -> None
 
 
 async def test_a_relay_that_waits_less_long_is_joined_again(site: Site) -> None:
-    """The other function comes after the first wait-timeout; the handler is still there, or there again."""
+    """The other function comes after the first wait-timeout; the handler still waits, or waits again."""
     async with site.process(DEMO + "wait_timeout = 0.5\n") as relay, trio.open_nursery() as nursery:
 
         async def come_late() -> None:

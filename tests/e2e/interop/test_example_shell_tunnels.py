@@ -1,4 +1,4 @@
-"""The scripts of ``examples/socat-stunnel-openssl`` are parties as they stand, and carry TLS end to end."""
+"""The scripts of ``examples/socat-stunnel-openssl`` work unchanged as parties, and carry TLS end to end."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ SCRIPTS: Final = Path(__file__).parents[3] / "examples/socat-stunnel-openssl"
 ANY_SIZE: Final = 1024 * 1024 + 7
 PROGRAMS: Final = ("socat", "stunnel", "openssl")
 TWO_ENDS: Final = ("socat", "stunnel")
-"""Those that know that a stream has two ends."""
+"""The programs that support half-close."""
 
 
 def environment(site: Site, port: int, name: str, **more: str) -> dict[str, str]:
     cert, key = site.paths[name]
     return {
         **os.environ,
-        # By address: where localhost is also ::1, not every version of every program goes on to 127.0.0.1.
+        # By address: if localhost is also ::1, some versions of some programs do not try 127.0.0.1.
         "RELAY": f"127.0.0.1:{port}",
         "RELAY_NAME": "localhost",
         "CERT": str(cert),
@@ -61,7 +61,7 @@ async def run(name: str, env: dict[str, str], data: bytes) -> subprocess.Complet
 @pytest.mark.parametrize("two", TWO_ENDS)
 @pytest.mark.parametrize("one", TWO_ENDS)
 async def test_bytes_cross_both_ways(site: Site, one: str, two: str) -> None:
-    """Neither ends before both have all: stunnel leaves, whatever it has still to send, when the other has ended."""
+    """Neither ends before both have all: stunnel exits when the other side has ended, even with bytes left to send."""
     sent = {"func1": block(ANY_SIZE, 1), "func2": block(ANY_SIZE + 4, 2)}
     received = {"func1": bytearray(), "func2": bytearray()}
     all_is_there = trio.Event()
@@ -94,7 +94,7 @@ async def test_bytes_cross_both_ways(site: Site, one: str, two: str) -> None:
 
 @pytest.mark.parametrize("two", TWO_ENDS)
 async def test_openssl_gets_all_that_the_other_one_sends(site: Site, two: str) -> None:
-    """It leaves when that has ended."""
+    """It exits when that has ended."""
     data = block(ANY_SIZE, 3)
     async with site.relay() as relay:
         received: list[subprocess.CompletedProcess[bytes]] = []
@@ -115,7 +115,7 @@ async def test_openssl_gets_all_that_the_other_one_sends(site: Site, two: str) -
 )
 @pytest.mark.parametrize("program", PROGRAMS)
 async def test_the_relay_is_dialled_as_the_usage_says(site: Site, program: str, host: str, name: str | None) -> None:
-    """RELAY alone is enough: its host is what the certificate must have, and an IP address is looked for as one."""
+    """RELAY alone is enough: the certificate must have its host, which may be an IP address."""
     address = "[::1]:0" if host == "[::1]" else "127.0.0.1:0"
     async with site.relay(OPEN.replace("127.0.0.1:0", address)) as relay:
         env1, env2 = (environment(site, 0, function) for function in ("func1", "func2"))
@@ -133,7 +133,7 @@ async def test_the_relay_is_dialled_as_the_usage_says(site: Site, program: str, 
                 received = b""
                 while len(received) < 5:
                     received += await process.stdout.receive_some(5)
-                # Not earlier: with the end of its input, stunnel would leave.
+                # Not earlier: stunnel exits at the end of its input.
                 await process.stdin.aclose()
             assert received == b"hello"
 
@@ -165,7 +165,7 @@ async def test_a_failure_is_an_exit_code(site: Site, program: str, wrong: dict[s
 
 @pytest.mark.parametrize("program", ["socat", "openssl"])
 async def test_a_cut_is_an_exit_code(site: Site, program: str) -> None:
-    """What came before it was not all. Of stunnel the README says that it takes a reset for an end."""
+    """The bytes before a reset are not all. The README says that stunnel takes a reset for an end."""
     async with site.relay(OPEN) as relay, trio.open_nursery() as nursery:
         start = partial(trio.run_process, [script(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, check=False)
         process: trio.Process = await nursery.start(partial(start, env=environment(site, relay.port(), "func1")))
@@ -200,16 +200,16 @@ async def test_stunnel_ends_with_its_script(site: Site) -> None:
 
 @pytest.mark.parametrize("program", PROGRAMS)
 async def test_a_relay_of_another_name_is_not_trusted(site: Site, program: str) -> None:
-    """Its certificate is of the right authority, and for another name: the other function gets nothing."""
+    """Its certificate has the right authority and another name: the other function gets nothing."""
     async with site.relay() as relay, trio.open_nursery() as nursery:
-        # Its input stays open: with the end of it, it would leave.
+        # Its input stays open: at the end of it, it would exit.
         start = partial(trio.run_process, [script("socat")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, check=False)
         other: trio.Process = await nursery.start(partial(start, env=environment(site, relay.port(), "func2")))
         await relay.log("waiting", party="func2")
         env = environment(site, relay.port(), "func1", RELAY_NAME="elsewhere.example")
         ended = await run(program, env, b"secret")
         assert ended.stderr
-        # socat and stunnel judge the name once the relay has let them in, so the other one may have been paired.
+        # socat and stunnel check the name after the relay has admitted them, so the other one may be paired already.
         relay.relay.drain(reason="the other function has waited long enough")
         assert other.stdin is not None
         assert other.stdout is not None
@@ -237,7 +237,7 @@ async def test_the_name_chooses_among_routes_on_one_address(site: Site, program:
 
 @asynccontextmanager
 async def service(site: Site, relay: RelayInProcess, program: str, name: str) -> AsyncIterator[int]:
-    """A script that waits on a local port, which is given, and joins as ``name`` once there is a connection."""
+    """A script that listens on a local port, which is returned, and joins as ``name`` when a connection comes."""
     with reserved_port() as port:
         front = {
             "stunnel": {"ACCEPT": f"127.0.0.1:{port}"},
@@ -252,7 +252,7 @@ async def service(site: Site, relay: RelayInProcess, program: str, name: str) ->
             try:
                 yield port
             finally:
-                # The script is the program, so that whoever started it can end it.
+                # The script replaces itself by the program, so ending the process ends the program.
                 process.send_signal(signal.SIGTERM)
                 with trio.move_on_after(TIMEOUT) as scope:
                     await process.wait()
@@ -262,7 +262,7 @@ async def service(site: Site, relay: RelayInProcess, program: str, name: str) ->
 
 
 def _listens(port: int) -> bool:
-    # By looking and not by connecting: a connection would join the route.
+    # Look in /proc instead of connecting: a connection would join the route.
     wanted = f"0100007F:{port:04X}"
     lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
     return any(line.split()[1] == wanted and line.split()[3] == "0A" for line in lines)
@@ -270,7 +270,7 @@ def _listens(port: int) -> bool:
 
 @pytest.mark.parametrize(("one", "two"), [("socat", "stunnel"), ("stunnel", "socat")])
 async def test_tls_of_the_programs_behind_goes_through_end_to_end(site: Site, one: str, two: str) -> None:
-    """What the README advises: the local programs speak mTLS through the scripts, and the relay sees that alone."""
+    """As the README advises: local programs speak mTLS through the scripts, and the relay sees nothing else."""
     client = inner_context("client", *site.paths["func1"], site.ca_path)
     server = inner_context("server", *site.paths["func2"], site.ca_path)
     data = block(ANY_SIZE, 4)

@@ -1,4 +1,4 @@
-"""Two "hello" clients in Go, as they are in the wild, meet 100 times out of 100, whoever comes first.
+"""Two existing "hello" clients in Go meet 100 times out of 100, in any order of arrival.
 
 The relay that they were written for echoed their line twice, and the second echo met the inner handshake: "first record
 does not look like a TLS handshake". And crypto/tls reads ahead: what came in one segment with the echo would be lost.
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.timeout(300)
 
 SOURCE: Final = Path(__file__).parents[2] / "support/parties/hello.go"
 ROUTES: Final = 10
-# How long the first one waits for the second, in seconds, once the relay has its line. Each gap in both orders, on each
+# How many seconds after the relay has the first client's line the second one comes. Each gap in both orders, on each
 # route: 100 pairings.
 GAPS: Final = (0, 0, 0, 0.1, 2)
 
@@ -118,7 +118,7 @@ async def test_100_of_100_in_both_orders(site: Site, hello: Path) -> None:
 
 
 async def test_both_at_once(site: Site, hello: Path) -> None:
-    """Nobody is first: the lines and the pairing cross in every way."""
+    """Both at once: the lines and the pairing cross in every way."""
     found: list[str] = []
 
     async def some_of(relay: RelayProcess, route: str) -> None:
@@ -133,7 +133,7 @@ async def test_both_at_once(site: Site, hello: Path) -> None:
 
 
 async def test_one_that_gives_up_leaves_its_place(site: Site, hello: Path) -> None:
-    """Killed while it waits for the echo: the next one of its kind is paired, not the dead one."""
+    """One is killed while it waits for the echo: the next one of its kind is paired, not the dead one."""
     async with site.process(routes(1)) as relay:
         files = [str(path) for path in (*site.paths["func1"], site.ca_path)]
         command = [str(hello), f"127.0.0.1:{relay.port('hello0')}", *files, "client"]

@@ -57,7 +57,7 @@ def kind2(request: pytest.FixtureRequest) -> Kind:
 
 
 async def framed(site: Site, relay: RelayInProcess, name: str, mode: Mode) -> End:
-    """A framed function, paired with the one that waits."""
+    """A framed function, paired with the waiting one."""
     party = await site.party(relay, name)
     await party.join(modes=["handoff" if mode == "raw" else "tunnel"])
     await party.expect("WAITING")
@@ -76,7 +76,7 @@ async def waiting(site: Site, relay: RelayInProcess, kind: Kind, party: str) -> 
 
 
 async def cross(one: BareTunnel | End, two: BareTunnel | End) -> None:
-    """Send bytes both ways at once, and find them whole."""
+    """Send bytes both ways at once; all must arrive."""
     forth, back = block(ANY_SIZE, 1), block(ANY_SIZE, 2)
     came: dict[str, bytes] = {}
 
@@ -98,7 +98,7 @@ async def cross(one: BareTunnel | End, two: BareTunnel | End) -> None:
 @with_every_framed_mode
 @with_every_kind
 async def test_bytes_cross_both_ways_with_a_framed_function(site: Site, kind: Kind, mode: Mode) -> None:
-    """Mixed pairings, and the end that the function sets reaches the program as a clean one."""
+    """Mixed pairings; the function's end reaches the program as a clean end."""
     async with site.relay(OPEN) as relay, waiting(site, relay, kind, "func1") as tunnel:
         function = await framed(site, relay, "func2", mode)
         handed_off = await relay.log("handed off")
@@ -112,7 +112,7 @@ async def test_bytes_cross_both_ways_with_a_framed_function(site: Site, kind: Ki
             assert await tunnel.receive_to_end() == b""
             if tunnel.can_half_close:
                 await tunnel.send_eof()
-            # s_client takes the end of what comes in for the end of all, and says so with close_notify.
+            # s_client ends both directions when its input from the peer ends, and sends close_notify.
             assert await function.receive_to_end() == b""
         record = await relay.outcome()
         assert (record["outcome"], record["side"]) == ("closed", "both")
@@ -123,7 +123,7 @@ async def test_bytes_cross_both_ways_with_a_framed_function(site: Site, kind: Ki
 @pytest.mark.parametrize(("kind1", "kind2"), EACH_OTHER, indirect=True)
 async def test_bytes_cross_both_ways_between_two_programs(site: Site, kind1: Kind, kind2: Kind) -> None:
     async with (
-        site.relay() as relay,  # nothing is raw here: require_inner_tls, which is on, does not concern them
+        site.relay() as relay,  # nothing is raw here, so require_inner_tls, which is on, does not apply
         waiting(site, relay, kind1, "func1") as one,
         bare_tunnel(kind2, site, relay.port(), "func2") as two,
     ):
@@ -138,7 +138,7 @@ async def test_bytes_cross_both_ways_between_two_programs(site: Site, kind1: Kin
 @with_every_framed_mode
 @pytest.mark.parametrize("kind", ["socat", "stunnel", "ssl"], indirect=True)
 async def test_a_program_ends_first_and_still_gets_its_reply(site: Site, kind: Kind, mode: Mode) -> None:
-    """TESTPLAN 25: half-close where the program knows it; s_client does not."""
+    """TESTPLAN 25: half-close, if the program supports it; s_client does not."""
     async with site.relay(OPEN) as relay, waiting(site, relay, kind, "func2") as tunnel:
         function = await framed(site, relay, "func1", mode)
         reply = block(ANY_SIZE, 3)
@@ -181,7 +181,7 @@ async def test_a_program_replies_after_the_functions_end(site: Site, kind: Kind,
 @with_every_framed_mode
 @with_every_kind
 async def test_early_data_is_kept_by_the_kernel_and_delivered_whole(site: Site, kind: Kind, mode: Mode) -> None:
-    """TESTPLAN 30: more than the kernel holds is sent before anybody is there to take it."""
+    """TESTPLAN 30: more bytes than the kernel holds are sent before a partner comes."""
     early = block(16 * 1024 * 1024, 5)
     async with site.relay(OPEN) as relay, bare_tunnel(kind, site, relay.port(), "func1") as tunnel:
         sent = trio.Event()
@@ -205,7 +205,7 @@ async def test_early_data_is_kept_by_the_kernel_and_delivered_whole(site: Site, 
 
 @with_every_kind
 async def test_a_certificate_that_fits_no_party_gets_an_orderly_close(site: Site, kind: Kind) -> None:
-    """The program sees a clean end of TLS, and the log the reason."""
+    """The program sees a clean end of TLS; the log has the reason."""
     site.add("func3", site.ca.party(dns=["func3.demo"]))
     async with site.relay() as relay, bare_tunnel(kind, site, relay.port(), "func3") as tunnel:
         with trio.fail_after(TIMEOUT):
@@ -220,7 +220,7 @@ async def test_a_certificate_that_fits_no_party_gets_an_orderly_close(site: Site
 
 @with_every_kind
 async def test_nobody_came_is_an_orderly_close(site: Site, kind: Kind) -> None:
-    """TESTPLAN 32: without frames the limit is the route's alone, and the close is all that the program gets."""
+    """TESTPLAN 32: without frames only the route's limit holds, and the program gets only a close."""
     async with site.relay(DEMO + "wait_timeout = 0.3\n") as relay, waiting(site, relay, kind, "func1") as tunnel:
         with trio.fail_after(TIMEOUT):
             assert await tunnel.receive_to_end() == b""
@@ -242,10 +242,10 @@ async def test_a_stranger_among_the_programs_is_turned_away_by_an_alert(site: Si
             try:
                 assert await tunnel.receive_to_end() == b""
             except trio.BrokenResourceError:
-                pass  # a program that fails may leave its local side without ceremony
+                pass  # a program that fails may close its local side abruptly
             await tunnel.send_eof()
             in_order = await tunnel.left_in_order()
-        if kind == "s_client":  # the others do not say why they left
+        if kind == "s_client":  # the others do not say why they ended
             assert not in_order
             assert b"alert unknown ca" in tunnel.stderr
         refused = await relay.log("refused", code="not-authorised")
@@ -257,7 +257,7 @@ async def test_a_stranger_among_the_programs_is_turned_away_by_an_alert(site: Si
 
 
 def _question(sock: socket.socket, context: ssl.SSLContext, name: str) -> bytes:
-    """Inner TLS client: ask, end, give all that comes back."""
+    """Inner TLS client: ask, end, return the whole answer."""
     with context.wrap_socket(sock, suppress_ragged_eofs=False) as wire:
         wire.settimeout(TIMEOUT)
         wire.sendall(f"question of {name}".encode())
@@ -292,7 +292,7 @@ async def _converse(site: Site, one: socket.socket, two: socket.socket) -> None:
 
 @pytest.mark.parametrize("kind", ["socat", "stunnel"], indirect=True)
 async def test_inner_tls_runs_between_a_handed_off_function_and_a_program(site: Site, kind: Kind) -> None:
-    """The route as it is by default: what the raw leg says must be TLS, and here it is the functions' own."""
+    """The default route: a raw leg must speak TLS, and here it is the functions' own."""
     async with site.relay() as relay, waiting(site, relay, kind, "func2") as tunnel:
         assert isinstance(tunnel, Program)
         function = await framed(site, relay, "func1", "raw")
@@ -308,7 +308,7 @@ async def test_inner_tls_runs_between_a_handed_off_function_and_a_program(site: 
 
 @pytest.mark.parametrize(("kind1", "kind2"), [("socat", "stunnel"), ("stunnel", "socat")], indirect=True)
 async def test_inner_tls_runs_between_two_programs(site: Site, kind1: Kind, kind2: Kind) -> None:
-    """``require_inner_tls = "always"`` asks it of tunnels, too, and neither program has to know."""
+    """``require_inner_tls = "always"`` requires it of tunnels too, and neither program has to know."""
     async with (
         site.relay(DEMO + 'require_inner_tls = "always"\n') as relay,
         waiting(site, relay, kind1, "func1") as one,

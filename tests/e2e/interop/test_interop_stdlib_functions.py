@@ -34,7 +34,7 @@ async def run_function(site: Site, relay: RelayProcess, name: str, stories: dict
         "size": SIZE,
         "seed": name,
     }
-    # -I -S: no site-packages and no checkout on the path, so that frelay is not there to be imported.
+    # -I -S: no site-packages and no checkout on the path, so frelay cannot be imported.
     command = [sys.executable, "-I", "-S", "-X", "dev", "-W", "error", str(FUNCTION), json.dumps(settings)]
     done = await trio.run_process(command, capture_stdout=True, capture_stderr=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
@@ -44,7 +44,7 @@ async def run_function(site: Site, relay: RelayProcess, name: str, stories: dict
 
 @pytest.mark.parametrize("first", ["func1", "func2"])
 async def test_two_stdlib_functions_meet(site: Site, first: str) -> None:
-    """The order of arrival settles nothing: func1 is the TLS client, func2 the server."""
+    """In any order of arrival func1 is the TLS client, func2 the server."""
     second = "func2" if first == "func1" else "func1"
     stories: dict[str, dict[str, Any]] = {}
     async with site.process() as relay:
@@ -63,7 +63,7 @@ async def test_two_stdlib_functions_meet(site: Site, first: str) -> None:
     assert two["received"] == one["sent"]
     assert one["sent"] != two["sent"]
     assert (ended["outcome"], ended["side"]) == ("closed", "both")
-    # Inner TLS adds to what was said, so the relay counted more; and both legs were raw.
+    # Inner TLS adds bytes, so the relay counted more; and both legs were raw.
     assert min(ended["bytes_func1_to_func2"], ended["bytes_func2_to_func1"]) > SIZE
     assert relay.logged("handed off", func1_mode="handoff", func2_mode="handoff")
     for story in stories.values():

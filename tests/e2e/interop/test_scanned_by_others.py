@@ -1,4 +1,4 @@
-"""What a scanner that knows nothing of us says of a route: TLS 1.3, and nothing in it that is weak.
+"""What a foreign scanner says about a route: only TLS 1.3, and nothing weak in it.
 
 sslscan, since it is done in a second; it looks at the handshake alone, and so does not get beyond what a stranger gets.
 What it does not look for, tickets and resumption, is the matter of test_no_session_is_ever_resumed.py.
@@ -16,7 +16,7 @@ from support.site import Site
 from support.tools import tool
 from support.waiting import TIMEOUT
 
-# It makes a connection for each thing that it asks, many at once.
+# It makes a connection for each question, many at once.
 LIMITS = "[limits]\nmax_pre_auth_per_ip = 256\n"
 STRONG = 128
 """Bits of security, of ciphers and key exchanges."""
@@ -34,7 +34,7 @@ async def scan(site: Site, relay: RelayProcess, *options: str) -> ElementTree.El
 
 @pytest.mark.parametrize("known", [True, False], ids=["with a certificate", "as a stranger"])
 async def test_tls_1_3_and_nothing_weak(site: Site, known: bool) -> None:
-    """Whoever asks: a stranger is told no more, and no less, of how the relay speaks."""
+    """The relay speaks the same way to everybody, strangers too."""
     certificate, key = site.paths["func1"]
     options = [f"--certs={certificate}", f"--pk={key}"] if known else []
     async with site.process(sections=LIMITS) as relay:
@@ -51,7 +51,7 @@ async def test_tls_1_3_and_nothing_weak(site: Site, known: bool) -> None:
         assert (renegotiation.get("supported"), renegotiation.get("secure")) == ("0", "0")
         assert all(heartbleed.get("vulnerable") == "0" for heartbleed in found.iter("heartbleed"))
         assert all(compression.get("supported") == "0" for compression in found.iter("compression"))
-        # And the relay is none the worse for it.
+        # The relay still works.
         party = await site.party(relay, "func1")
         await party.join()
         await party.expect("WAITING")
