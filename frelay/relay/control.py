@@ -190,11 +190,12 @@ class RelayControl(Control):
         try:
             await self._relay.edit(remembered)
         except ConfigError as error:
-            raise self._judged(error, path) from error
+            raise self._refusal(error, path) from error
         except OSError as error:
             raise Unwritable(f"the route could not be written to {path}: {error.strerror or error}") from error
 
-    def _judged(self, error: ConfigError, path: Path | None) -> Conflict | InvalidRequest | RelayDraining:
+    def _refusal(self, error: ConfigError, path: Path | None) -> Conflict | InvalidRequest | RelayDraining:
+        """How the API answers an edit of ``path`` that was refused with ``error``."""
         if self.is_draining:
             return RelayDraining("this relay is draining, and takes no changes any more")
         own = [problem for problem in error.problems if problem.file == path and not problem.is_conflict]

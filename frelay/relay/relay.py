@@ -36,7 +36,7 @@ from frelay.relay.service_manager import ServiceManager
 from frelay.tls.context import openssl_version
 from frelay.tls.trust import OuterTls
 
-__all__ = ["HttpServers", "OpenServers", "Relay"]
+__all__ = ["HttpServers", "OpenServers", "Relay", "merged"]
 
 
 class HttpServers(Protocol):
@@ -184,7 +184,7 @@ class Relay:
                     await self._draining.wait()
                 root.cancel_scope.cancel(reason="the relay has drained")
         except* ConfigError as group:
-            raise _merged(group) from None
+            raise merged(group) from None
         finally:
             self._inherited.close()
         was_cut = self._backend.was_cut
@@ -262,10 +262,10 @@ class Relay:
         self._backend.stop_now()
 
 
-def _merged(group: BaseExceptionGroup[ConfigError]) -> ConfigError:
+def merged(group: BaseExceptionGroup[ConfigError]) -> ConfigError:
     """All the problems of a group of configuration errors as one error."""
     problems: list[Problem] = []
     for error in group.exceptions:
-        found = _merged(error) if isinstance(error, BaseExceptionGroup) else error
+        found = merged(error) if isinstance(error, BaseExceptionGroup) else error
         problems.extend(found.problems)
     return ConfigError(problems)

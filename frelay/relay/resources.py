@@ -119,7 +119,7 @@ async def _look_up_all(wanted: dict[ListenerKey, list[Route]]) -> Mapping[Addres
     """The IP addresses of everything that the routes in ``wanted`` listen at."""
     found: dict[Address, _Addresses] = {}
 
-    async def look(address: Address) -> None:
+    async def look_up(address: Address) -> None:
         try:
             found[address] = await resolve(address)
         except OSError as error:
@@ -129,7 +129,7 @@ async def _look_up_all(wanted: dict[ListenerKey, list[Route]]) -> Mapping[Addres
         routes = [route for sharers in wanted.values() for route in sharers]
         # All addresses of a route, not only the new ones: systemd may have bound any of them.
         for address in {address for route in routes for address in route.listen}:
-            nursery.start_soon(look, address)
+            nursery.start_soon(look_up, address)
     return found
 
 

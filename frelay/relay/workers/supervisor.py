@@ -123,7 +123,7 @@ class Supervisor:
         async def ask(slot: WorkerSlot, worker: WorkerProcess) -> None:
             asked.append((slot, worker))
             try:
-                await worker.ask("stage", timeout=WORKER_TIMEOUT, **_share(new, tls_files, slot, placed, handed))
+                await worker.ask("stage", timeout=WORKER_TIMEOUT, **_message_for(new, tls_files, slot, placed, handed))
             except ConfigError as error:
                 problems.extend(error.problems)
             except WorkerLost as error:
@@ -254,10 +254,10 @@ class Supervisor:
 
     async def _install(self, slot: WorkerSlot, worker: WorkerProcess) -> None:
         active = self._active
-        shared = _share(active.config, self._tls_files, slot, self._fleet.placed, active.listeners)
+        details = _message_for(active.config, self._tls_files, slot, self._fleet.placed, active.listeners)
         known = None if slot.counts is None else counts_to_json(slot.counts)
         everywhere = [route.name for route in active.config.routes]
-        await worker.ask("start", timeout=WORKER_TIMEOUT, counts=known, everywhere=everywhere, **shared)
+        await worker.ask("start", timeout=WORKER_TIMEOUT, counts=known, everywhere=everywhere, **details)
         slot.process = worker
         if self._draining.is_set():
             await self._tell_to_drain(slot, worker)
@@ -350,14 +350,14 @@ def _how(code: int) -> str:
         return f"killed by signal {-code}"
 
 
-def _share(
+def _message_for(
     config: Config,
     tls_files: TlsFiles,
     slot: WorkerSlot,
     placed: Mapping[ListenerKey, int],
     listeners: Mapping[ListenerKey, Listener],
 ) -> dict[str, Any]:
-    """What the worker in ``slot`` needs for its share of ``config``; it does not have any of ``listeners`` yet."""
+    """The details of a message that gives the worker in ``slot`` its share of ``config`` and of ``listeners``."""
     own = [(key, listener) for key, listener in listeners.items() if placed.get(key) == slot.number]
     return {
         "config": dump_config(share(config, slot.number, placed)),

@@ -36,7 +36,7 @@ from frelay.relay import logging as relay_logging
 from frelay.relay import privileges
 from frelay.relay.backend import Staged
 from frelay.relay.control import RelayControl
-from frelay.relay.relay import Relay
+from frelay.relay.relay import Relay, merged
 from frelay.relay.run import make_worker_relay
 from frelay.relay.views import LocalViews
 from frelay.relay.workers.codec import counts_from_json, counts_to_json, problem_to_json
@@ -45,11 +45,13 @@ from frelay.relay.workers.outbox import Outbox
 
 __all__ = ["main"]
 
-# Often enough that little is lost with a worker that dies, seldom enough to cost nothing.
+# Seconds between two reports: little is lost with a worker that dies, and a report costs almost nothing.
 _REPORT_INTERVAL: Final = 1.0
 
 
 class _Worker:
+    """Runs the relay of this process, and does with it what the supervisor asks through ``channel``."""
+
     def __init__(self, channel: Channel, relay_log: Any) -> None:
         self._channel: Final = channel
         self._relay_log: Final = relay_log
@@ -86,7 +88,7 @@ class _Worker:
                 try:
                     await nursery.start(live)
                 except* ConfigError as group:
-                    self._refuse(first.message["number"], _problems(group))
+                    self._refuse(first.message["number"], list(merged(group).problems))
                     await self._outbox.flushed()
                     nursery.cancel_scope.cancel(reason="this worker cannot start")
                 else:
@@ -181,7 +183,7 @@ class _Worker:
             await self._staged.abandon()
             self._staged = None
 
-    # --- telling -----------------------------------------------------------------------------------------------
+    # --- answering and reporting --------------------------------------------------------------------------------
 
     async def _poll(self, message: Mapping[str, Any]) -> None:
         try:
@@ -241,15 +243,8 @@ def _continue_from(counts: Counts, journal: Journal, everywhere: frozenset[str])
         journal.durations[name].total = found.total
 
 
-def _problems(group: BaseExceptionGroup[ConfigError]) -> list[Problem]:
-    found: list[Problem] = []
-    for error in group.exceptions:
-        found += _problems(error) if isinstance(error, BaseExceptionGroup) else error.problems
-    return found
-
-
 def main(number: str, descriptor: str, log_format: str, log_level: str) -> int:
-    """The process of worker ``number``, whose channel is ``descriptor``; gives its exit code."""
+    """Run the process of worker ``number``, whose channel is ``descriptor``; gives its exit code."""
     for one in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         signal.signal(one, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())

@@ -90,7 +90,7 @@ async def test_five_transfers_of_8_mib_are_completed(site: Site, number: signal.
         assert relay.logged("stopped", clean=True)
 
 
-async def test_the_doors_are_shut_before_it_is_said(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_listeners_are_closed_before_the_log_says_draining(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """TESTPLAN 45: once the log says that the relay drains, nobody can connect, not even in the same moment."""
     answers: list[int] = []
     async with site.relay(OPEN) as relay:
