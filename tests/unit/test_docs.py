@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,14 @@ def calls(text: str) -> Iterator[list[str]]:
                 continue  # prose with an apostrophe
 
 
+@cache
+def all_commands() -> Any:
+    return typer.main.get_command(app)
+
+
 def problem_of(words: list[str]) -> str | None:
     """What is wrong with a call: no such command, or no such option."""
-    command: Any = typer.main.get_command(app)
+    command = all_commands()
     rest = list(words)
     while getattr(command, "commands", None) and rest:
         known = command.commands

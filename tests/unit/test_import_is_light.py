@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -25,6 +26,7 @@ def loaded_after(code: str) -> set[str]:
     return set(json.loads(done.stdout)) - _at_start()
 
 
+@cache
 def _at_start() -> set[str]:
     """What an interpreter of this environment has loaded before anybody asked: tools hook in there by .pth files."""
     done = subprocess.run(

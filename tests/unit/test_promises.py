@@ -67,7 +67,7 @@ def test_every_way_to_end_is_described(word: str) -> None:
 
 
 def test_each_outcome_and_each_code_has_its_row() -> None:
-    """The table of codes has codes only; every outcome has its own column."""
+    """The table of codes has codes only; every outcome stands alone in a cell of a table."""
     text = (ROOT / "docs/closing.md").read_text()
     waiting = text.partition("\n## 2. ")[2].partition("\n## ")[0]
     assert set(re.findall(r"^\| `([a-z-]+)` \|", waiting, re.MULTILINE)) == REFUSAL_CODES

@@ -125,7 +125,7 @@ class Functions:
         """Run a function with ``data`` on its standard input, to its end."""
         other = {"func1": "dns:func2.demo", "func2": "dns:func1.demo"}
         command = self.command(runtime, relay.port(), name, peer or other.get(name, "dns:func2.demo"), hand_off, wait)
-        # It runs where its certificates are, and imports the frelay of this checkout.
+        # A function in Python must import the frelay of this checkout.
         run = partial(trio.run_process, command, stdin=data, capture_stdout=True, capture_stderr=True, check=False)
         return await run(env={**os.environ, "PYTHONPATH": str(ROOT)})
 
