@@ -76,7 +76,7 @@ def test_no_file_here(tmp_path: Path) -> None:
         (("top", "--interval", "0"), "Invalid value for '--interval'"),
         (
             ("route", "add", "x", "--listen", "h:1", "--func1", "dns:a", "--func1-dial", "h:2"),
-            "a party is either selectors or one place to dial",
+            "a party is either selectors or one address to dial",
         ),
         (
             ("route", "add", "x", "--listen", "h:1", "--new", "--if-match", "e"),
