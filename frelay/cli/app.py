@@ -21,7 +21,7 @@ __all__ = ["app", "main"]
 
 app: Final = typer.Typer(
     name="frelay",
-    help="The relay that two functions dial: verified by certificate, joined, then end-to-end mTLS.",
+    help="A relay that two functions dial. It verifies and pairs them; then they speak end-to-end mTLS.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
