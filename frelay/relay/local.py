@@ -2,15 +2,15 @@
 
 The nursery tree, from the outside in; each scope ends only after everything in it has::
 
-    root          the readiness set, and what bounds connections that have shown no certificate
-      pairings    one task a pairing; on the way out a deadline ends them, no kill
+    root          the readiness set, the recheck, and the bounds for connections without a certificate yet
+      pairings    one task a pairing; in a drain their deadline ends them
         accepting one listener task an address, with a task for each leg that is not paired yet
 
-So a drain is nothing but leaving the tree in order: the listeners stop (their waiting legs are told), the pairings get
-until ``drain_timeout``, and then the root goes.
+A drain leaves the tree in this order: the listeners stop (their waiting legs are told), the pairings have until
+``drain_timeout``, and then the root ends.
 
-A configuration takes the place of another in two halves. :meth:`LocalBackend.stage` is the one that can fail: it binds
-the new addresses, all or none. What it gives cannot fail: it swaps the references and stops what is gone. A route
+One configuration replaces another in two halves. :meth:`LocalBackend.stage` is the half that can fail: it binds the new
+addresses, all or none. The half that it returns cannot fail: it swaps the references and stops what is gone. A route
 whose wiring is unchanged keeps its sockets, its waiting legs and its pairings. One that was removed or replaced
 retires (:mod:`frelay.joining.routes`).
 
@@ -80,7 +80,7 @@ class LocalBackend:
 
     @property
     def _all_listeners(self) -> tuple[Listener, ...]:
-        """Those that accept, and those that only look after legs that wait."""
+        """The listeners that accept, and those that accept no more but still have waiting legs."""
         return (*self._parts.active.listeners.values(), *self._left)
 
     # --- changing ----------------------------------------------------------------------------------------------

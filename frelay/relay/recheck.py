@@ -1,4 +1,4 @@
-"""The recheck: after a reload, everybody who is in is judged again, by the certificates and lists in force now.
+"""The recheck: after a reload every leg is judged again, by the certificates and revocation lists now in force.
 
 A handshake verifies a certificate once, and the result holds until something is loaded. Only a new CA bundle or CRL can
 make a certificate unacceptable, apart from its own end, and every leg has a deadline for that already. So the recheck
@@ -43,7 +43,7 @@ _AT_ONCE: Final = 64
 
 
 class CredentialRecheck:
-    """Judges everybody in ``registry`` again whenever :meth:`request` was called, by what is then ``active``."""
+    """Judges all legs of ``registry`` again after each :meth:`request`, by the certificates then in force."""
 
     def __init__(self, active: ActiveConfig, registry: RouteRegistry, log: Any) -> None:
         self._active: Final = active
@@ -52,7 +52,7 @@ class CredentialRecheck:
         self._requested = trio.Event()
 
     def request(self) -> None:
-        """Have everybody judged again; called when a configuration was put in force."""
+        """Have all legs judged again; called when a configuration was put in force."""
         self._requested.set()
 
     @property
@@ -130,7 +130,7 @@ async def follow_clock(routes: Callable[[], Iterable[LiveRoute]]) -> None:
             continue
         ahead += step
         log.warning("the clock was set", seconds=round(step, 3))
-        # Those who are here at this moment: legs that come later go by the new date anyway.
+        # Those that are here at this moment: legs that come later go by the new date anyway.
         everybody: list[Callable[[], None]] = []
         for route in routes():
             everybody += (waiter.recompute_expiry for party in _PARTIES for waiter in route.lobby.waiting(party))

@@ -49,7 +49,7 @@ NOBODY: Final = WaitingView(func1=[], func2=[])
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How much the processes of a relay have to carry."""
+    """The load of a relay's processes, all together and, with workers, each."""
 
     pairings: int
     waiting: int
@@ -68,7 +68,7 @@ class Views(Protocol):
         """The relay in numbers."""
 
     async def load(self) -> Load:
-        """How much there is to carry."""
+        """How many pairings, waiting legs and descriptors there are."""
 
     async def routes(self) -> RoutesView:
         """All routes in force."""
@@ -91,7 +91,7 @@ class LocalViews:
 
     @property
     def why_not_ready(self) -> str | None:
-        """Nothing stands in the way: the routes in force are served."""
+        """None: this process serves all routes in force."""
         return None
 
     async def counts(self) -> Counts:
@@ -119,7 +119,7 @@ class LocalViews:
         )
 
     async def load(self) -> Load:
-        """How much this process has to carry."""
+        """How many pairings, waiting legs and descriptors this process has."""
         relay = self._relay
         return Load(
             pairings=len(relay.pairings),
@@ -134,7 +134,7 @@ class LocalViews:
 
     async def routes(self) -> RoutesView:
         """All routes in force."""
-        # Once through all pairings, and not once for each route.
+        # One pass through all pairings, and not one for each route.
         under_way = self._bytes_under_way()
         return RoutesView(routes=[self._view(route, under_way) for route in self._relay.routes.values()])
 

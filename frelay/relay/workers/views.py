@@ -1,4 +1,4 @@
-"""Views of what worker processes serve: their answers as one, made when they are asked for.
+"""Views of what worker processes serve: the answers of all workers as one, made when a caller asks.
 
 A worker that is down or does not answer is not waited for. Its routes are shown with what was counted up to then, and
 with nobody at them.
@@ -72,7 +72,7 @@ class WorkerViews:
         )
 
     async def load(self) -> Load:
-        """How much all workers have to carry, together and each."""
+        """How many pairings, waiting legs and descriptors all workers have together, and what each has."""
         fleet = self._fleet
         found = {number: StatusView.model_validate(answer) for number, answer in (await fleet.poll("status")).items()}
         names: dict[int, list[str]] = {slot.number: [] for slot in fleet.slots}
