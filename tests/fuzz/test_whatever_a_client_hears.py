@@ -28,7 +28,8 @@ from frelay.client.steps import Open, Receive, Send, Step
 from frelay.client.tls_engine import Engine
 from frelay.errors import FrelayError, PeerIdentityMismatch, Refused, Truncated
 from frelay.protocol.messages import Join, Message, Mode, Role
-from support.certs import Credential, der, san_der
+from support.certs import Credential
+from support.der import der, san_der
 from support.fake_relay import PAIRED, WAITING, FakeRelay, join, make_plan, peer
 from support.site import Site
 

@@ -2,7 +2,7 @@
 
 Keys are P-256 unless a test says otherwise, so a whole set costs a few milliseconds; nothing is cached or shared
 between tests. Good certificates come from :mod:`frelay.pki` as users get them, odd ones straight from ``cryptography``,
-down to the DER of the subjectAltName where ``cryptography`` would refuse to write it::
+and from :mod:`support.der` where ``cryptography`` would refuse to write them::
 
     from support.certs import TestAuthority, self_signed
 
@@ -26,20 +26,16 @@ Every certificate is a :class:`Credential` with ``cert_pem``, ``key_pem`` and ``
 ``ca.server_only(...)``                    serverAuth without clientAuth; ``ca.client_only(...)`` the other way round
 ``ca.cn_only(text)``                       the name in the CN, no SAN
 ``ca.text_elsewhere(text)``                the text as e-mail, otherName, directory name and URI, not as DNS name
-``ca.odd(san)``                            any subjectAltName: GeneralNames, or DER made by :func:`san_der`
+``ca.odd(san)``                            any subjectAltName: GeneralNames, or DER made by ``san_der``
 ``ca.rework(one, edit)``                   any octets at all, under a right signature
 ``self_signed(...)``                       its own issuer
 ``ca.intermediate(...)``                   an authority below ``ca``, with name constraints if wanted
 ``ca.crl(...)``                            fresh; ``revoked=`` somebody; ``ca.expired_crl()``
 =========================================  ==========================================================================
-
-:data:`ODD_DNS`, :data:`ODD_SPIFFE` and :data:`ODD_URIS` are the names that must never match ``dns:func1.demo``,
-``uri:spiffe://acme/jobs/func1`` and ``uri:https://acme/jobs/func1``; parametrise over them.
 """
 
 from __future__ import annotations
 
-import base64
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -54,107 +50,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, NameOID
 
 from frelay.pki.authority import Authority, Issued, SigningKey
 from frelay.pki.files import certificates_pem, key_pem
+from support.der import content, der, elements
 
-__all__ = [
-    "ODD_DNS",
-    "ODD_SPIFFE",
-    "ODD_URIS",
-    "SPIFFE_ID",
-    "Credential",
-    "TestAuthority",
-    "content",
-    "der",
-    "elements",
-    "pem",
-    "san_der",
-    "self_signed",
-]
-
-SPIFFE_ID: Final = "spiffe://acme/jobs/func1"
-
-# TESTPLAN 3: as octets, since not all of them can be written as text. None of them equals `func1.demo`.
-ODD_DNS: Final[dict[str, bytes]] = {
-    "nul": b"func1.demo\0.evil",
-    "nul at the end": b"func1.demo\0",
-    "trailing dot": b"func1.demo.",
-    "doubled dot": b"func1..demo",
-    "wildcard": b"*.demo",
-    "wildcard alone": b"*",
-    "partial wildcard": b"func*.demo",
-    "prefix": b"func1.dem",
-    "suffix": b"func1.demo.evil",
-    "label before": b"evil.func1.demo",
-    "space": b"func1.demo ",
-    "line end": b"func1.demo\n",
-    "empty": b"",
-    "utf-8": "f\u00fcnc1.demo".encode(),
-    "cyrillic look-alike": "func1.d\u0435mo".encode(),
-    "fullwidth dot": "func1\uff0edemo".encode(),
-    "latin-1": b"f\xfcnc1.demo",
-    "A-label": b"xn--fnc1-0ra.demo",
-}
-
-# TESTPLAN 5: the URIs of one certificate each; none is SPIFFE_ID.
-ODD_SPIFFE: Final[dict[str, tuple[str, ...]]] = {
-    "wrong trust domain": ("spiffe://evil/jobs/func1",),
-    "trust domain as prefix": ("spiffe://acme.evil/jobs/func1",),
-    "trust domain in capitals": ("spiffe://ACME/jobs/func1",),
-    "scheme in capitals": ("SPIFFE://acme/jobs/func1",),
-    "another scheme": ("https://acme/jobs/func1",),
-    "two SPIFFE IDs": (SPIFFE_ID, "spiffe://acme/jobs/other"),
-    "one SPIFFE ID twice": (SPIFFE_ID, SPIFFE_ID),
-    "another URI beside": (SPIFFE_ID, "https://acme/"),
-    "userinfo": ("spiffe://user@acme/jobs/func1",),
-    "userinfo look-alike": ("spiffe://acme@evil/jobs/func1",),
-    "port": ("spiffe://acme:443/jobs/func1",),
-    "query": ("spiffe://acme/jobs/func1?x=1",),
-    "empty query": ("spiffe://acme/jobs/func1?",),
-    "fragment": ("spiffe://acme/jobs/func1#x",),
-    "escaped slash": ("spiffe://acme/jobs%2Ffunc1",),
-    "escaped letter": ("spiffe://acme/jobs/%66unc1",),
-    "dot dot": ("spiffe://acme/other/../jobs/func1",),
-    "dot dot at the end": ("spiffe://acme/jobs/func1/x/..",),
-    "dot": ("spiffe://acme/jobs/./func1",),
-    "escaped dot dot": ("spiffe://acme/x/%2e%2e/jobs/func1",),
-    "doubled slash": ("spiffe://acme//jobs/func1",),
-    "trailing slash": ("spiffe://acme/jobs/func1/",),
-    "no path": ("spiffe://acme",),
-    "no trust domain": ("spiffe:///jobs/func1",),
-    "no authority": ("spiffe:acme/jobs/func1",),
-    "backslash": ("spiffe://acme/jobs\\func1",),
-    "nul": ("spiffe://acme/jobs/func1\0/x",),
-    "space": ("spiffe://acme/jobs/func1 ",),
-    "not ASCII": ("spiffe://acme/jobs/func1\u0301",),
-    "wildcard": ("spiffe://acme/jobs/*",),
-    "case of the path": ("spiffe://acme/jobs/Func1",),
-    "too long": ("spiffe://acme/jobs/func1/" + "x" * 2048,),
-}
-
-# TESTPLAN 5, beyond SPIFFE: valid URIs, all different from ``https://acme/jobs/func1``. A verifier that normalises URIs
-# would take them for it.
-ODD_URIS: Final[dict[str, str]] = {
-    "userinfo": "https://user@acme/jobs/func1",
-    "userinfo look-alike": "https://acme@evil/jobs/func1",
-    "port": "https://acme:443/jobs/func1",
-    "query": "https://acme/jobs/func1?x=1",
-    "empty query": "https://acme/jobs/func1?",
-    "fragment": "https://acme/jobs/func1#x",
-    "escaped slash": "https://acme/jobs%2Ffunc1",
-    "escaped letter": "https://acme/jobs/%66unc1",
-    "dot dot": "https://acme/other/../jobs/func1",
-    "dot dot at the end": "https://acme/jobs/func1/..",
-    "dot": "https://acme/./jobs/func1",
-    "escaped dot dot": "https://acme/jobs/%2e%2e",
-    "doubled slash": "https://acme//jobs/func1",
-    "trailing slash": "https://acme/jobs/func1/",
-    "scheme in capitals": "HTTPS://acme/jobs/func1",
-    "host in capitals": "https://ACME/jobs/func1",
-    "case of the path": "https://acme/Jobs/func1",
-    "trailing dot": "https://acme./jobs/func1",
-    "A-label": "https://xn--acm-dma/jobs/func1",
-    "no host": "https:///jobs/func1",
-    "path alone": "https:/jobs/func1",
-}
+__all__ = ["Credential", "TestAuthority", "self_signed"]
 
 _CLIENT_AND_SERVER: Final = (ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH)
 _DAY: Final = timedelta(days=1)
@@ -470,58 +368,6 @@ def self_signed(*, dns: Sequence[str] = (), uris: Sequence[str] = ()) -> Credent
         subject=_name("self-signed"), key=key, issuer=None, issuer_key=key, san=_san(dns, uris), ca=False
     )
     return Credential("self-signed", certificate, key, (certificate,))
-
-
-# --- DER by hand, for what cryptography would not write ----------------------------------------------------------
-
-
-def der(tag: int, content: bytes) -> bytes:
-    """One DER element."""
-    size = len(content)
-    if size < 0x80:
-        return bytes([tag, size]) + content
-    length = size.to_bytes((size.bit_length() + 7) // 8, "big")
-    return bytes([tag, 0x80 | len(length)]) + length + content
-
-
-def pem(octets: bytes, label: str = "CERTIFICATE") -> bytes:
-    """DER as PEM."""
-    return f"-----BEGIN {label}-----\n{base64.encodebytes(octets).decode()}-----END {label}-----\n".encode()
-
-
-def elements(octets: bytes) -> list[bytes]:
-    """The DER elements of which ``octets`` consist."""
-    found = []
-    while octets:
-        end = len(octets) - len(_behind(octets))
-        found.append(octets[:end])
-        octets = octets[end:]
-    return found
-
-
-def content(element: bytes) -> bytes:
-    """What stands in one DER element."""
-    return element[_header(element)[0] :]
-
-
-def _header(element: bytes) -> tuple[int, int]:
-    """The length of the header, and of what follows it."""
-    if element[1] < 0x80:
-        return 2, element[1]
-    octets = element[1] - 0x80
-    return 2 + octets, int.from_bytes(element[2 : 2 + octets], "big")
-
-
-def _behind(octets: bytes) -> bytes:
-    return octets[sum(_header(octets)) :]
-
-
-def san_der(
-    *, dns: Iterable[bytes] = (), uris: Iterable[bytes] = (), emails: Iterable[bytes] = (), raw: bytes = b""
-) -> bytes:
-    """A subjectAltName of any octets at all; ``raw`` goes in at the end as it is."""
-    names = [der(0x82, one) for one in dns] + [der(0x86, one) for one in uris] + [der(0x81, one) for one in emails]
-    return der(0x30, b"".join(names) + raw)
 
 
 # --- inside -------------------------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ from frelay.config.load import load
 from frelay.joining.explain import Verdict, examine
 from frelay.relay.prepare import prepare
 from frelay.tls.trust import ListDates
-from support.certs import Credential, TestAuthority, san_der
+from support.certs import Credential, TestAuthority
+from support.der import san_der
 from support.site import DEMO, Site
 
 PLAIN = """

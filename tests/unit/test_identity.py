@@ -25,7 +25,9 @@ from frelay.protocol.identity import (
     spki_of_certificate,
 )
 from frelay.tls.identity import MOST_NAMES, PeerIdentity, describe_unverified, distinguished_name, identities
-from support.certs import ODD_DNS, ODD_SPIFFE, SPIFFE_ID, Credential, TestAuthority, der, san_der
+from support.certs import Credential, TestAuthority
+from support.der import der, san_der
+from support.odd_names import ODD_DNS, ODD_SPIFFE, SPIFFE_ID
 
 FUNC1 = [parse_selector("dns:func1.demo")]
 JOB1 = [parse_selector(f"uri:{SPIFFE_ID}")]

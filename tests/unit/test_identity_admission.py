@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from support.certs import SPIFFE_ID, Credential, TestAuthority, self_signed
+from support.certs import Credential, TestAuthority, self_signed
+from support.odd_names import SPIFFE_ID
 
 FUNC1 = ["func1.demo"]
 

@@ -18,7 +18,8 @@ from frelay.errors import CertificateError
 from frelay.pki.authority import Authority
 from frelay.pki.files import crl_number
 from frelay.tls.identity import identities
-from support.certs import ODD_DNS, ODD_SPIFFE, SPIFFE_ID, TestAuthority
+from support.certs import TestAuthority
+from support.odd_names import ODD_DNS, ODD_SPIFFE, SPIFFE_ID
 
 needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command")
 

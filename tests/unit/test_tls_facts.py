@@ -17,7 +17,8 @@ from cryptography.hazmat.primitives.serialization import (
 from frelay.errors import CertificateError
 from frelay.pki.files import key_pem
 from frelay.tls.facts import CertificateFacts, CrlFacts, KeyFacts, OtherFacts, certificate_facts, read_facts
-from support.certs import TestAuthority, san_der
+from support.certs import TestAuthority
+from support.der import san_der
 
 NOW = datetime.now(UTC)
 

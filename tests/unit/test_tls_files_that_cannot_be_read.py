@@ -16,7 +16,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from frelay.config.load import load
 from frelay.errors import ConfigError
 from frelay.tls.loading import load_outer_tls
-from support.certs import Credential, TestAuthority, content, der, elements, pem, san_der
+from support.certs import Credential, TestAuthority
+from support.der import content, der, elements, pem, san_der
 from support.site import Site
 
 Edit = Callable[[list[bytes]], None]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from support.certs import san_der
 from support.commands import Said, frelay_command
+from support.der import san_der
 from support.site import DEMO, Site
 
 

@@ -26,7 +26,9 @@ from frelay.joining.explain import Verdict, examine
 from frelay.pki.authority import Authority
 from frelay.pki.files import certificates_pem, key_pem, read_certificates
 from frelay.relay.prepare import prepare
-from support.certs import ODD_DNS, ODD_SPIFFE, SPIFFE_ID, Credential, TestAuthority, san_der, self_signed
+from support.certs import Credential, TestAuthority, self_signed
+from support.der import san_der
+from support.odd_names import ODD_DNS, ODD_SPIFFE, SPIFFE_ID
 from support.ports import reserved_port
 from support.site import DEMO, Site
 

@@ -16,8 +16,8 @@ import trio
 
 import frelay
 from frelay.protocol.messages import Mode
-from support.certs import san_der
 from support.clients import CLIENTS, Client, ask, options, run_function
+from support.der import san_der
 from support.party import Party, frame
 from support.site import Site
 from support.waiting import TIMEOUT, eventually

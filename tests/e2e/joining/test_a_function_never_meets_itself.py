@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import trio
 
-from support.certs import SPIFFE_ID
+from support.odd_names import SPIFFE_ID
 from support.party import Party, frame, pair
 from support.relay import RelayInProcess
 from support.site import Site

@@ -16,7 +16,8 @@ import trio
 
 from frelay.pki.authority import Authority
 from frelay.protocol.messages import REFUSAL_CODES
-from support.certs import Credential, TestAuthority, san_der, self_signed
+from support.certs import Credential, TestAuthority, self_signed
+from support.der import san_der
 from support.handoffs import relay_has_read
 from support.party import Party, frame, pair
 from support.relay import RelayInProcess, address_seen

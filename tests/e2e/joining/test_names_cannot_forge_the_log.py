@@ -20,8 +20,9 @@ from cryptography import x509
 
 from frelay.pki.authority import Authority
 from frelay.relay.logging import LogFormat
-from support.certs import TestAuthority, der, san_der
+from support.certs import TestAuthority
 from support.commands import relay_logging_to
+from support.der import der, san_der
 from support.site import Site
 from support.waiting import TIMEOUT
 

@@ -17,7 +17,9 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from frelay.pki.authority import Authority
 from frelay.protocol.identity import spki_of_certificate
-from support.certs import ODD_DNS, ODD_SPIFFE, SPIFFE_ID, Credential, TestAuthority, san_der, self_signed
+from support.certs import Credential, TestAuthority, self_signed
+from support.der import san_der
+from support.odd_names import ODD_DNS, ODD_SPIFFE, SPIFFE_ID
 from support.party import Party, pair
 from support.relay import RelayInProcess
 from support.site import DEMO, Site

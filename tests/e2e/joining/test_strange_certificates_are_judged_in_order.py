@@ -21,7 +21,9 @@ from frelay.pki.authority import Authority
 from frelay.pki.files import certificates_pem
 from frelay.tls.loading import load_outer_tls
 from frelay.tls.trust import Credential as Judged
-from support.certs import ODD_URIS, Credential, TestAuthority, content, der, elements, pem, san_der
+from support.certs import Credential, TestAuthority
+from support.der import content, der, elements, pem, san_der
+from support.odd_names import ODD_URIS
 from support.party import Party
 from support.relay import RelayInProcess
 from support.site import Site
