@@ -60,7 +60,7 @@ class CallFailed(FrelayError):
     """A call failed. ``details`` are the problems, one a line.
 
     ``status`` and ``body`` are the API's answer. Without a status there was no answer: the relay was not reached, or it
-    was silent. A request that was sent may have been carried out all the same.
+    was silent. The relay may still have carried out a request that was sent.
     """
 
     def __init__(self, message: str, details: tuple[str, ...] = (), *, status: int | None = None, body: Any = None):

@@ -8,7 +8,7 @@ same meaning to each error. So the steps are written once, as a generator. It yi
 2. do the outer TLS handshake, send JOIN, and answer PINGs until PAIRED or REFUSED comes;
 3. mode ``handoff``: read the outer TLS to the relay's close_notify and answer it; then the connection is raw. The
    relay sends no raw byte before it has read our close_notify (docs/protocol.md, section 4), so our BIO can hold
-   nothing of the inner TLS. We check that all the same, because a byte there would be lost.
+   nothing of the inner TLS. We check that anyway, because a byte there would be lost.
    Mode ``ticket``: send the ticket on a second connection, and wait until the relay ends the first one.
    Mode ``tunnel``: keep the outer TLS, and run the inner TLS inside it;
 4. do the inner TLS handshake, and compare the names in the peer's certificate with ``peer=``.

@@ -19,7 +19,10 @@ import tomli_w
 
 __all__ = ["RouteFileEdit", "route_file", "route_file_content"]
 
-_HEADING: Final = "# Written by the admin API of frelay. Change it there, or here; both count at once.\n"
+_HEADING: Final = (
+    "# Written by the admin API of frelay. You may change this route by the API or in this file; both take effect at "
+    "once.\n"
+)
 # The mode that an editor would give it: nothing in it is secret.
 _MODE: Final = 0o644
 

@@ -1,10 +1,13 @@
 """Charges: to which holder a leg or a pairing counts, where functions share a limit fairly.
 
-If several functions can be a party of a route (a list, a group, a wildcard, a plain route's ``allow_from``), its legs
-are charged to the function that came; on a plain route, which knows no names, to the address. If only one name can be
-the party, or it is a service, it is charged to nobody within its route, because there it competes with nobody. In the
-relay, where routes compete, a pairing of two such parties is charged to its route; if there is only one route, to
-nobody.
+Within a route:
+
+* If several functions can be the party (a list, a group, a wildcard), its leg is charged to the function that came.
+* On a plain route, which knows no names, it is charged to the address.
+* If only one name can be the party, or it is a service, it is charged to nobody: it competes with nobody there.
+
+In the relay, where routes compete, a pairing is charged as in its route. If it is charged to nobody there, it is
+charged to its route; if there is only one route, to nobody.
 
 Pure: decided from the configuration of one route.
 """

@@ -5,12 +5,12 @@ The route and the handshake decide which of three kinds a leg is:
 * :class:`BareLeg`: outer mTLS without ALPN. Any TLS client; it stays in TLS to the end (docs/protocol.md, section 6).
 * :class:`HelloLeg`: the same on a route with ``handoff = "hello"``, for the oldest clients. The client sends one line,
   gets it back once, and from then on has a raw socket, without a close_notify in either direction (section 9).
-* :class:`PlainLeg`: no outer TLS at all (section 7).
+* :class:`PlainLeg`: no outer TLS at all (section 8).
 
 The relay can tell such a function nothing before it is paired. So these legs wait in silence, and a refusal is a close.
 What they send early stays in the kernel.
 
-In the hello hand-off no close_notify marks where TLS ends. The relay's side is exact all the same: OpenSSL reads record
+In the hello hand-off no close_notify marks where TLS ends. The relay's side is still exact: OpenSSL reads record
 by record, so raw bytes of the client are still in the kernel when the relay stops reading TLS. The client's side is
 not: its TLS library may read ahead and swallow raw bytes that arrive with the echo. So the relay sends nothing raw
 until the kernel says that the echo was acknowledged and ``hello_settle`` seconds have passed, in which the client can
@@ -64,7 +64,7 @@ async def _attend_silent(leg: Leg, ping_interval: float) -> LegGone:
 
 
 class BareLeg(TlsLeg):
-    """A leg without frames: any TLS client. Until it is paired, all that it sends but one record is in the kernel."""
+    """A leg without frames: any TLS client. Until it is paired, at most one record of what it sends is read."""
 
     async def attend(self, *, ping_interval: float, pong_timeout: float) -> LegGone:
         return await _attend_silent(self, ping_interval)

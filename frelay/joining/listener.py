@@ -89,7 +89,7 @@ class Listener:
         self.close()
 
     def stop(self) -> None:
-        """As :meth:`leave`; and the legs that wait here have only the time in which they are told why. Idempotent."""
+        """As :meth:`leave`; and the legs that wait here are refused, within some seconds. Idempotent."""
         self.leave()
         if not self._is_stopped:
             self._is_stopped = True

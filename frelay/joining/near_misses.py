@@ -18,7 +18,8 @@ from frelay.tls.facts import CertificateFacts, Claim
 __all__ = ["PARTIES", "near_misses", "side_of"]
 
 PARTIES: Final[tuple[PartyName, ...]] = ("func1", "func2")
-# Two letters changed places in a name of ten: 0.9. Names of one domain that have no more than that in common: 0.7.
+# Names that are at least so similar (from 0 to 1) are near misses. Two examples: a name of ten letters of which two are
+# swapped has 0.9, and two names that share only their domain have 0.7.
 _ALIKE: Final = 0.85
 _SHOWN: Final = 128
 _DIGITS: Final = re.compile(r"[0-9]+")

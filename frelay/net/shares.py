@@ -95,9 +95,9 @@ class Shares(Generic[H, P]):
 class Pool(Generic[P]):
     """Things that are taken until they are given back. Each is charged to one holder, to several, or to none.
 
-    Each question says the pool's size, because a reload may change it. The last ``1/part`` of it, and at least
-    ``least``, is only for holders that have fewer things than are still free. Nothing is ever taken back from a holder,
-    and no part is reserved for a certain one. Every method takes O(1).
+    Every method that decides takes the pool's size as an argument, because a reload may change it. The last ``1/part``
+    of it, and at least ``least``, is only for holders that have fewer things than are still free. Nothing is ever taken
+    back from a holder, and no part is reserved for a certain one. Every method takes O(1).
     """
 
     __slots__ = ("_holders", "_least", "_part", "_shares")

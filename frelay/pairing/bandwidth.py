@@ -65,7 +65,7 @@ class Bandwidth:
         self._next_at = 0.0
         """The time from which the next portion may go (Trio's clock)."""
         self._stands_at = 0
-        """Where the last turn taken began: its number minus its own bytes. It never falls."""
+        """How far the queue has come: the number of the last turn taken, less the bytes of that turn. It only grows."""
         self._waiting: Final[list[_Turn]] = []
         """A heap. A turn that is over stays in it until it comes to the top."""
         self._orders: Final[Iterator[int]] = itertools.count()

@@ -35,10 +35,11 @@ Rules:
 2. A step never waits, and it is bounded in bytes and in records: a greedy pairing gets one step a round like all
    others. Small messages come first in a round. After each round Trio gets its turn if there is anything for it.
 3. epoll reports ERR and HUP even if no interest is set. If no pump waits for the socket then, an error ends the
-   pairing: the reset of a raw leg must not go unnoticed behind back-pressure. (The reset of a tunnel does, until its
-   pump has delivered what it holds, or stall_timeout strikes.) Two things end nothing, and would spin: a HUP alone
-   (both directions are shut, and input is unread), and the reset of a party that had sent its FIN, behind bytes that
-   are not delivered yet. They take the socket out of the set until a pump waits for it again. Such a reset also ends
+   pairing: the reset of a raw leg must not go unnoticed behind back-pressure. (The reset of a tunnel can go unnoticed,
+   until its pump has delivered what it holds, or stall_timeout ends the pairing.) Two cases do not end the pairing, and
+   epoll would report them again and again: a HUP alone (both directions are shut, and input is unread), and the reset
+   of a party that had sent its FIN, behind bytes that are not delivered yet. They take the socket out of the set until
+   a pump waits for it again. Such a reset also ends
    the direction to that party, while the reader goes on. Stream pumps with a budget are in the set for ERR and HUP
    alone: so they learn of a reset while they wait for their turn.
 4. A descriptor leaves the set before it is closed. The pump's task does that in ``finally``.

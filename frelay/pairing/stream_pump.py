@@ -265,7 +265,7 @@ class StreamPump:
         self._source_has_ended = self._source_has_ended or has_sent_end(self._source.sock)
         with trio.CancelScope() as self._portion_scope:
             try:
-                # With no interest set: epoll reports ERR and HUP all the same.
+                # No interest is set, but epoll reports ERR and HUP anyway.
                 self._refresh(budget)
                 self.is_held_back = True
                 await budget.share.spend(len(data))

@@ -23,11 +23,11 @@ class Refusal:
     reason: str
     """The sentence for the function."""
     retry_after: float | None = None
-    """When another try may help; None where it does not help without a change."""
+    """When another try may help; None if it cannot help until somebody changes something."""
     why: str | None = None
-    """What the log says where the function may not know it; None where both get the same sentence."""
+    """The reason for the log, if the function must not be told it; None if the log gets ``reason``, too."""
     reconnect_in: float | None = None
-    """When to dial again, where the relay goes away: a waiting function is told so before its refusal."""
+    """When to dial again, if the relay goes away: DRAINING tells it to a waiting function before its refusal."""
 
     @property
     def logged(self) -> str:

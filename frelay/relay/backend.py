@@ -31,7 +31,10 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """A configuration for which all that can fail has been done. One of the two must follow; neither can fail."""
+    """A configuration whose steps that can fail have all succeeded.
+
+    The caller must then call ``put_in_force`` or ``abandon``. Neither can fail.
+    """
 
     changes: Plan
     put_in_force: Callable[[], Awaitable[None]]

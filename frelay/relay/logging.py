@@ -60,7 +60,7 @@ class LineWriter:
         self._note: Final = note
         self._longest_queue: Final = longest_queue
         self._queue: Final[deque[str | int]] = deque()
-        """Lines, and a number wherever so many lines were dropped."""
+        """Lines; and, where lines were dropped, their number."""
         self._is_torn = False
         """Whether the last write ended in the middle of a line."""
         self._is_closing = False
@@ -165,7 +165,7 @@ def _encoded(line: str) -> bytes:
 
 
 def _lines_in(rest: bytes, lines: Sequence[bytes]) -> int:
-    """How many of ``lines``, joined to one text, are in its last part ``rest``, whole or in part."""
+    """How many of ``lines`` are not written whole yet, if ``rest`` is the unwritten end of their joined text."""
     count, left = 0, len(rest)
     for line in reversed(lines):
         if left <= 0:

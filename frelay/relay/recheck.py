@@ -5,9 +5,9 @@ make a certificate unacceptable, apart from its own end, and every leg has a dea
 follows reloads and not the clock. A leg that waits is refused with the code that a handshake would have given; a
 pairing ends with outcome ``revoked``, unless ``policy_ends_pairings`` is off.
 
-The deadline of a leg is a date, though, and Trio's clock knows no dates. So one task, :func:`follow_clock`, compares
-the two clocks. When somebody sets the clock that has the date, or the machine sleeps, in which Trio's clock stands
-still, it has all those deadlines computed again.
+A certificate ends at a date, but a deadline of Trio is a time of a clock that nobody can set. The two differ after
+somebody has set the system clock, or after the machine was suspended. The task :func:`follow_clock` compares the two
+clocks, and has all those deadlines computed again when they have moved apart.
 
 To verify the certificates of thousands of pairings takes seconds of OpenSSL's time. The bytes of everybody else go on
 meanwhile: there is a checkpoint after each certificate, and one that many legs share is verified once.

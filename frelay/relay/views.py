@@ -44,7 +44,7 @@ __all__ = ["NOBODY", "Load", "LocalViews", "Views", "certificates_of", "etag_of"
 
 _PARTIES: Final[tuple[PartyName, PartyName]] = ("func1", "func2")
 NOBODY: Final = WaitingView(func1=[], func2=[])
-"""The legs that wait at a route where none do."""
+"""What is shown for a route at which no leg waits."""
 
 
 @dataclass(frozen=True, slots=True)

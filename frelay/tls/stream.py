@@ -66,7 +66,8 @@ _RECORD = 16384
 _RECORDS_AT_ONCE: Final = 16
 _SPOKE_AFTER_END: Final = object()
 # While OpenSSL has read a part of a KeyUpdate, it writes nothing before it has read the rest. The message has five
-# bytes. A peer that splits it into two records wants both of our directions to wait for reading, but only one task may.
+# bytes. If the peer splits it into two records, our sender has to wait for the rest of it to arrive. Our receiver waits
+# for the same, and Trio lets only one of them wait.
 _IN_PIECES: Final = "a handshake message in pieces"
 
 

@@ -209,7 +209,7 @@ def verified_peer(connection: SSL.Connection, trust: OuterTls) -> VerifiedPeer:
     """The party's certificate that the finished handshake of ``connection`` has verified."""
     chain = connection.get_verified_chain()
     if not chain:
-        # Unreachable with FAIL_IF_NO_PEER_CERT. If it is reached all the same, nobody must be let in.
+        # Unreachable with FAIL_IF_NO_PEER_CERT. If it is reached anyway, nobody must be let in.
         raise AssertionError("a handshake without a verified certificate chain")
     identity, credential = _read(tuple(crypto.dump_certificate(crypto.FILETYPE_ASN1, one) for one in chain))
     return VerifiedPeer(identity=identity, credential=credential, trust=trust)

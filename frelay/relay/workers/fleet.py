@@ -32,13 +32,13 @@ class WorkerSlot:
 
     @property
     def counts(self) -> Counts | None:
-        """The last counts that a worker in this slot has told; after its end, what stays of them."""
+        """The last counts that a worker of this slot has sent. After its end the gauges are 0, and the totals stay."""
         if self.process is not None and self.process.counts is not None:
             return self.process.counts
         return self._last_counts
 
     def vacate(self, process: WorkerProcess) -> None:
-        """``process`` has ended, or never served: nobody waits there, and nothing runs. What it has counted stays."""
+        """``process`` has ended, or never served. Set its waiting legs and its pairings to 0, and keep its totals."""
         counts = process.counts
         if counts is not None:
             nobody, nothing = dict.fromkeys(counts.waiting, 0), dict.fromkeys(counts.pairings, 0)

@@ -56,7 +56,7 @@ class Outbox:
         await self._is_empty.wait()
 
     async def run(self) -> None:
-        """Send, until cancelled or until the channel ends, which whatever reads from it learns as well."""
+        """Send until cancelled, or until the channel ends. The task that reads from it notices that end, too."""
         try:
             while True:
                 self._news = trio.Event()
