@@ -46,7 +46,7 @@ def bar(usual: float) -> float:
 async def test_a_rightful_pair_joins_at_once(site: Site, kinds: dict[str, int]) -> None:
     """TESTPLAN 34: in under 1 s at the 99th percentile, or ten times what this machine needs without a flood."""
     async with site.process(sections=LIMITS) as relay:
-        usual = await slowest_join(site, relay, 10)
+        before = await slowest_join(site, relay, 10)
         # The strangers use a port of their own: the other one goes through the test's network, which splits segments,
         # and the relay cannot help what a flood does to that.
         async with strangers(relay.own_port(), sources="127.0.1.1-127.0.1.8", **kinds):
@@ -60,7 +60,10 @@ async def test_a_rightful_pair_joins_at_once(site: Site, kinds: dict[str, int]) 
                 "the flood is on",
                 3 * TIMEOUT,
             )
-            assert await slowest_join(site, relay, JOINS) < max(PROMPT, 10 * usual)
+            in_the_flood = await slowest_join(site, relay, JOINS)
+        # As many joins: the slowest of 10 says too little on a machine that others use, too.
+        usual = max(before, await slowest_join(site, relay, JOINS))
+        assert in_the_flood < max(PROMPT, 10 * usual)
 
 
 async def waits_by(site: Site, relay: RelayProcess, limit: float) -> None:
