@@ -168,19 +168,15 @@ class Relay:
                     await root.start(self._obey_signals)
                 await root.start(self._resolver.run)
                 async with self._backend.serving():
-                    await (await self._backend.stage(first, prepared, plan(None, first))).put_in_force()
+                    staged = await self._backend.stage(first, prepared, plan(None, first))
                     del prepared  # it holds the bytes of the private key's file
-                    self._start_servers(root)
-                    warn_of_unclaimed_sockets(self._inherited, self.config, self._log)
-                    self._log.info("ready", routes=len(first.routes), openssl=openssl_version())
-                    self._service_manager.ready(self._reloader.status())
-                    root.start_soon(self._reloader.run)
-                    root.start_soon(follow_clock, lambda: self.parts.registry.all)
-                    if self._watch_files:
-                        root.start_soon(self._reloader.watch, watcher)
-                        # Only here: a relay that does not watch files reads nothing again until it is asked to.
-                        root.start_soon(reload_at_expiry, lambda: self.trust, self.request_reload)
-                    task_status.started()
+                    if self.is_draining:
+                        # The signal came while names were resolved. Nobody would stop a listener that serves now.
+                        await staged.abandon()
+                    else:
+                        await staged.put_in_force()
+                        self._start(first, watcher, root)
+                        task_status.started()
                     await self._draining.wait()
                 root.cancel_scope.cancel(reason="the relay has drained")
         except* ConfigError as group:
@@ -190,6 +186,19 @@ class Relay:
         was_cut = self._backend.was_cut
         self._log.info("stopped", clean=not was_cut)
         return 1 if was_cut else 0
+
+    def _start(self, first: Config, watcher: Watcher, root: trio.Nursery) -> None:
+        """Start all that runs beside the routes, once ``first`` is in force."""
+        self._start_servers(root)
+        warn_of_unclaimed_sockets(self._inherited, self.config, self._log)
+        self._log.info("ready", routes=len(first.routes), openssl=openssl_version())
+        self._service_manager.ready(self._reloader.status())
+        root.start_soon(self._reloader.run)
+        root.start_soon(follow_clock, lambda: self.parts.registry.all)
+        if self._watch_files:
+            root.start_soon(self._reloader.watch, watcher)
+            # Only here: a relay that does not watch files reads nothing again until it is asked to.
+            root.start_soon(reload_at_expiry, lambda: self.trust, self.request_reload)
 
     def _start_servers(self, root: trio.Nursery) -> None:
         """Bind and start the HTTP servers; they last until the root ends, so that a drain can be watched."""

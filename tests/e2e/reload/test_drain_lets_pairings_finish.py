@@ -13,12 +13,21 @@ import time
 from functools import partial
 
 import pytest
+import structlog.testing
 import trio
 
+from frelay.config.load import load
+from frelay.config.model import Config
+from frelay.config.plan import Plan
+from frelay.relay.backend import Backend, Prepared, Staged
+from frelay.relay.local import LocalBackend
+from frelay.relay.run import make_relay
+from frelay.relay.workers.supervisor import Supervisor
 from support.ends import OPEN, PAIRS_OF_MODES, End, Mode, block, join_all, join_ends
 from support.party import TLS_HEADER, pair
 from support.relay import RelayProcess
 from support.site import Site
+from support.waiting import TIMEOUT
 
 MIB = 1024 * 1024
 TRANSFERS: list[tuple[Mode, Mode]] = [
@@ -332,3 +341,24 @@ async def test_a_drain_on_the_heels_of_a_reload(site: Site) -> None:
         relay.relay.drain(reason="the test says so")
     assert relay.logged("listening", route="late")
     assert relay.logged("stopped", clean=True)
+
+
+@pytest.mark.parametrize(("workers", "backend"), [(1, LocalBackend), (2, Supervisor)])
+async def test_a_drain_before_the_relay_listens(
+    site: Site, monkeypatch: pytest.MonkeyPatch, workers: int, backend: type[Backend]
+) -> None:
+    """A signal while the first names are resolved ends the relay; it does not begin to listen."""
+    staging = backend.stage
+    relay = make_relay(load(site.write(OPEN, sections=f"[relay]\nworkers = {workers}\n")), watch_files=False)
+
+    async def stage(self: Backend, new: Config, prepared: Prepared, changes: Plan) -> Staged:
+        relay.drain(reason="the test says so")
+        return await staging(self, new, prepared, changes)
+
+    monkeypatch.setattr(backend, "stage", stage)
+    with structlog.testing.capture_logs() as events, trio.fail_after(TIMEOUT):
+        assert await relay.run() == 0
+    told = [event["event"] for event in events]
+    assert "listening" not in told
+    assert "ready" not in told
+    assert told[-1] == "stopped"
