@@ -58,6 +58,12 @@ def run(
     watch: Annotated[bool, typer.Option(help="Reload when a file of the configuration changes.")] = True,
 ) -> None:
     """Run the relay. SIGHUP reloads, SIGTERM drains, a second SIGTERM stops now."""
+    import signal
+
+    # The relay handles SIGHUP while it runs. Before and after that it would kill the process, and with it the exit code
+    # of a clean drain. First of all, because to load the relay takes most of a second.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
     from frelay.relay.logging import LEVELS
 
     if log_format not in ("console", "json"):

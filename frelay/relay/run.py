@@ -7,7 +7,6 @@ supervisor; :func:`make_worker_relay` makes the relay inside a worker process.
 from __future__ import annotations
 
 import gc
-import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,11 +49,8 @@ __all__ = ["make_relay", "make_worker_relay", "run"]
 def run(path: Path, *, watch_files: bool, log_format: LogFormat, log_level: str) -> int:
     """Run the relay of the route file at ``path`` until it is told to end; gives the exit code.
 
-    Raises ConfigError if it cannot start.
+    Raises ConfigError if it cannot start. The caller ignores SIGHUP, which the relay handles while it runs.
     """
-    # The relay handles SIGHUP while it runs. Before and after that it would kill the process, and with it the exit code
-    # of a clean drain.
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         config = load(path)
     except ConfigError as error:
