@@ -131,10 +131,10 @@ class _PlainProtocol(asyncio.Protocol):
         self._wire.start(transport)
 
     def data_received(self, data: bytes) -> None:
-        self._wire.feed(data)
+        self._wire.take_in(data)
 
     def eof_received(self) -> bool:
-        self._wire.feed(b"")
+        self._wire.take_in(b"")
         return True  # keep the connection open: our own direction may go on
 
     def pause_writing(self) -> None:
@@ -182,7 +182,7 @@ class WireTransport(asyncio.Transport):
 
     # --- from the network --------------------------------------------------------------------------------------
 
-    def feed(self, data: bytes) -> None:
+    def take_in(self, data: bytes) -> None:
         """Take bytes from the network; ``b""`` is its end."""
         self._last_received_at = self._loop.time()
         if self._is_over:
