@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ipaddress
 import re
-import socket
 from dataclasses import dataclass
 from typing import Final
 
@@ -112,6 +111,7 @@ def _parse_v2(data: bytes) -> ProxyHeader | int:
         return ProxyHeader(length, None)
     # After the addresses come TLVs; we use none of them.
     where = data[_V2_START : _V2_START + size]
+    # Both versions write an address by the same library, so it looks the same in the log.
     if family == _TCP4:
-        return ProxyHeader(length, (socket.inet_ntop(socket.AF_INET, where[:4]), int.from_bytes(where[8:10], "big")))
-    return ProxyHeader(length, (socket.inet_ntop(socket.AF_INET6, where[:16]), int.from_bytes(where[32:34], "big")))
+        return ProxyHeader(length, (str(ipaddress.IPv4Address(where[:4])), int.from_bytes(where[8:10], "big")))
+    return ProxyHeader(length, (str(ipaddress.IPv6Address(where[:16])), int.from_bytes(where[32:34], "big")))

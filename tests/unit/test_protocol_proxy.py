@@ -50,6 +50,17 @@ def headers(draw: st.DrawFn) -> tuple[bytes, tuple[str, int] | None]:
             return v2(0x21, 0x31, bytes(216) + more), None
 
 
+def test_an_address_is_written_the_same_in_both_versions() -> None:
+    mapped = ipaddress.IPv6Address("::ffff:192.0.2.1")
+    for header in (
+        v1("::ffff:c000:201", mapped, 1, 2, "TCP6"),
+        v2(0x21, 0x21, mapped.packed + mapped.packed + struct.pack("!HH", 1, 2)),
+    ):
+        found = parse_proxy_header(header)
+        assert isinstance(found, ProxyHeader)
+        assert found.source == (str(mapped), 1)
+
+
 @given(headers(), st.binary(max_size=50))
 def test_a_header_ends_where_it_ends(header: tuple[bytes, tuple[str, int] | None], behind: bytes) -> None:
     data, source = header
