@@ -96,9 +96,9 @@ class RelayProcess:
     def logged(self, event: str, **fields: Any) -> list[dict[str, Any]]:
         return [e for e in self.events if e["event"] == event and fields.items() <= e.items()]
 
-    async def log(self, event: str, *, count: int = 1, **fields: Any) -> dict[str, Any]:
-        """The ``count``-th log entry of this name with these fields, now or to come."""
-        with trio.move_on_after(TIMEOUT):
+    async def log(self, event: str, *, count: int = 1, timeout: float = TIMEOUT, **fields: Any) -> dict[str, Any]:
+        """The ``count``-th log entry of this name with these fields, now or within ``timeout`` seconds."""
+        with trio.move_on_after(timeout):
             while len(self.logged(event, **fields)) < count:
                 if self.process.returncode is not None:
                     break

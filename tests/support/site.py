@@ -142,7 +142,8 @@ client_ca = "{self.client_ca.name}"
             relay = RelayProcess(process)
             nursery.start_soon(relay._read)
             try:
-                await relay.log("ready")
+                # Three programs start before a relay with two workers is ready.
+                await relay.log("ready", timeout=4 * TIMEOUT)
                 async with network_asked_for() as relay.network:
                     yield relay
             finally:
