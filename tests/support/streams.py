@@ -19,12 +19,14 @@ from frelay.config.load import load
 from frelay.tls.loading import load_outer_tls
 from frelay.tls.stream import TlsStream
 from support.site import Site
+from support.waiting import TIMEOUT
 
 __all__ = [
     "ClientStream",
     "SocketMaker",
     "client_context",
     "clog",
+    "read_to_end",
     "server_context",
     "tcp_pair",
     "tls_over",
@@ -110,3 +112,15 @@ async def tls_over(
         for stream in streams:
             nursery.start_soon(stream.do_handshake)
     return streams
+
+
+async def read_to_end(stream: trio.SocketStream) -> bytes:
+    """All bytes that arrive until the other side ends the connection; a reset counts as an end."""
+    received = b""
+    with trio.fail_after(TIMEOUT):
+        try:
+            while data := await stream.receive_some(65536):
+                received += data
+        except trio.BrokenResourceError:
+            pass
+    return received

@@ -12,6 +12,7 @@ from frelay.joining.legs import FramedLeg
 from support.party import TLS_HEADER, Party
 from support.relay import RelayInProcess
 from support.site import DEMO, Site
+from support.streams import read_to_end
 from support.waiting import eventually
 
 TWO = DEMO + DEMO.replace('"demo"', '"other"')
@@ -40,18 +41,6 @@ async def bring(relay: RelayInProcess, line: bytes, *, route: str = "demo") -> t
     return stream
 
 
-async def answer(stream: trio.SocketStream) -> bytes:
-    """The bytes that come before the end; a reset counts as an end."""
-    received = b""
-    with trio.fail_after(20):
-        try:
-            while data := await stream.receive_some(4096):
-                received += data
-        except trio.BrokenResourceError:
-            pass
-    return received
-
-
 async def test_the_connection_that_brings_the_ticket_is_the_leg(site: Site) -> None:
     async with site.relay() as relay:
         one, two, ticket = await paired_by_ticket(site, relay)
@@ -60,7 +49,7 @@ async def test_the_connection_that_brings_the_ticket_is_the_leg(site: Site) -> N
         assert await two.receive_exactly(8) == TLS_HEADER + b"first"
         await two.send_raw(TLS_HEADER + b"answer")
         await two.send_eof()
-        assert await answer(raw) == TLS_HEADER + b"answer"
+        assert await read_to_end(raw) == TLS_HEADER + b"answer"
         await raw.send_eof()
         assert await two.receive_raw() == b""
         # The relay has ended the TLS connection in order.
@@ -86,7 +75,7 @@ async def test_a_wrong_ticket_gets_nothing(site: Site, line: bytes) -> None:
     async with site.relay() as relay:
         _, two, ticket = await paired_by_ticket(site, relay)
         wrong = await bring(relay, line)
-        assert await answer(wrong) == b""
+        assert await read_to_end(wrong) == b""
         await wrong.aclose()
         # The right ticket is still valid.
         raw = await bring(relay, f"FRELAY/1 {ticket}\n".encode() + TLS_HEADER)
@@ -101,7 +90,7 @@ async def test_a_used_ticket_gets_nothing(site: Site) -> None:
         raw = await bring(relay, line + TLS_HEADER)
         assert await two.receive_exactly(3) == TLS_HEADER
         again = await bring(relay, line + b"stolen")
-        assert await answer(again) == b""
+        assert await read_to_end(again) == b""
         await raw.send_all(b"mine")
         assert await two.receive_exactly(4) == b"mine"
         await raw.aclose()
@@ -115,7 +104,7 @@ async def test_a_late_ticket_gets_nothing(site: Site) -> None:
         assert (record["outcome"], record["side"]) == ("handoff-timeout", "func1")
         assert await two.ended() == "reset"
         late = await bring(relay, f"FRELAY/1 {ticket}\n".encode())
-        assert await answer(late) == b""
+        assert await read_to_end(late) == b""
         await late.aclose()
 
 
@@ -123,7 +112,7 @@ async def test_a_ticket_is_good_only_where_it_was_issued(site: Site) -> None:
     async with site.relay(TWO) as relay:
         _, two, ticket = await paired_by_ticket(site, relay)
         elsewhere = await bring(relay, f"FRELAY/1 {ticket}\n".encode(), route="other")
-        assert await answer(elsewhere) == b""
+        assert await read_to_end(elsewhere) == b""
         await elsewhere.aclose()
         raw = await bring(relay, f"FRELAY/1 {ticket}\n".encode() + TLS_HEADER)
         assert await two.receive_exactly(3) == TLS_HEADER
@@ -163,7 +152,7 @@ async def test_the_first_connection_may_break_off_once_the_ticket_is_out(site: S
         assert await two.receive_exactly(3) == TLS_HEADER
         await two.send_raw(TLS_HEADER)
         await two.send_eof()
-        assert await answer(raw) == TLS_HEADER
+        assert await read_to_end(raw) == TLS_HEADER
         await raw.send_eof()
         assert await two.receive_raw() == b""
         assert (await relay.outcome())["outcome"] == "closed"
@@ -187,7 +176,7 @@ async def test_a_party_that_dies_with_its_ticket_ends_the_pairing_in_time(site: 
         record = await relay.outcome()
         assert (record["outcome"], record["side"]) == ("handoff-timeout", "func1")
         assert await two.ended() == "reset"
-        assert await answer(await bring(relay, f"FRELAY/1 {ticket}\n".encode())) == b""
+        assert await read_to_end(await bring(relay, f"FRELAY/1 {ticket}\n".encode())) == b""
         assert len(relay.relay.parts.shared.tickets) == 0
 
 
@@ -207,7 +196,7 @@ async def test_what_a_party_says_instead_of_bringing_its_ticket(site: Site, said
         record = await relay.outcome()
         assert (record["outcome"], record["side"]) == (outcome, "func1")
         assert await two.ended() == "reset"
-        assert await answer(await bring(relay, f"FRELAY/1 {ticket}\n".encode())) == b""
+        assert await read_to_end(await bring(relay, f"FRELAY/1 {ticket}\n".encode())) == b""
 
 
 async def test_a_party_may_close_its_tls_before_it_brings_the_ticket(site: Site) -> None:

@@ -11,6 +11,7 @@ import trio
 from support.party import TLS_HEADER
 from support.relay import RelayInProcess
 from support.site import Site
+from support.streams import read_to_end
 from support.waiting import eventually
 
 
@@ -37,18 +38,6 @@ async def exactly(stream: trio.SocketStream, count: int) -> bytes:
             data = await stream.receive_some(count - len(found))
             assert data, f"EOF after {found!r}"
             found += data
-    return found
-
-
-async def end_of(stream: trio.SocketStream) -> bytes:
-    """All that arrives until the relay ends the connection."""
-    found = b""
-    with trio.fail_after(20):
-        try:
-            while data := await stream.receive_some(65536):
-                found += data
-        except trio.BrokenResourceError:
-            pass
     return found
 
 
@@ -87,7 +76,7 @@ async def test_an_address_outside_is_closed_without_a_byte(site: Site, networks:
     async with site.relay(plain(*networks)) as relay:
         for _ in range(3):
             stream = await dial(relay)
-            assert await end_of(stream) == b""
+            assert await read_to_end(stream) == b""
             await stream.aclose()
         await eventually(lambda: relay.legs == 0, "their slots free")
         assert relay.waiting() == (0, 0)
@@ -100,7 +89,7 @@ async def test_one_inside_is_not_paired_with_one_outside(site: Site) -> None:
         await eventually(lambda: relay.waiting() == (1, 0), "its place")
         outside = await dial(relay, source="127.0.0.2")
         await outside.send_all(TLS_HEADER + b"let me in")
-        assert await end_of(outside) == b""
+        assert await read_to_end(outside) == b""
         assert relay.waiting() == (1, 0)
         assert not relay.relay.pairings
         await inside.aclose()
@@ -126,7 +115,7 @@ async def test_ipv6_is_judged_by_its_own_networks(site: Site) -> None:
         await two.aclose()
     async with site.relay(plain("127.0.0.0/8", listen="[::1]:0")) as relay:
         stream = await dial(relay, "::1")
-        assert await end_of(stream) == b""
+        assert await read_to_end(stream) == b""
         await stream.aclose()
 
 
@@ -183,7 +172,7 @@ async def test_plaintext_does_not_cross(site: Site) -> None:
     async with site.relay(plain("127.0.0.1/32")) as relay:
         one, two = await dial(relay), await dial(relay)
         await one.send_all(b"GET / HTTP/1.1\r\n\r\n")
-        assert await end_of(two) == b""
+        assert await read_to_end(two) == b""
         ended = await relay.outcome()
         assert (ended["outcome"], ended["bytes_func1_to_func2"]) == ("not-tls", 0)
         await one.aclose()
@@ -205,7 +194,7 @@ async def test_a_wait_without_a_partner_ends_in_time(site: Site) -> None:
     async with site.relay(plain("127.0.0.1/32", more="wait_timeout = 0.3")) as relay:
         began = trio.current_time()
         stream = await dial(relay)
-        assert await end_of(stream) == b""
+        assert await read_to_end(stream) == b""
         assert trio.current_time() - began >= 0.3
         await relay.log("refused", code="wait-timeout")
         await stream.aclose()
@@ -218,12 +207,12 @@ async def test_a_drain_and_a_removal_send_the_waiter_away(site: Site) -> None:
         await eventually(lambda: relay.waiting() == (1, 0), "its place")
         site.write(plain("127.0.0.1/32", "10.0.0.0/8"))
         await relay.relay.reload()
-        assert await end_of(stream) == b""
+        assert await read_to_end(stream) == b""
         await relay.log("refused", code="route-removed")
         await stream.aclose()
         stream = await dial(relay)
         await eventually(lambda: relay.waiting() == (1, 0), "its place on the new route")
         relay.relay.drain(reason="maintenance")
-        assert await end_of(stream) == b""
+        assert await read_to_end(stream) == b""
         await relay.log("refused", code="draining")
         await stream.aclose()

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 from support.party import Party, pair
 from support.relay import RelayInProcess
 from support.site import Site
+from support.streams import read_to_end
 from support.waiting import eventually
 
 PATIENT: Final = "[limits]\nhandshake_timeout = 60\njoin_timeout = 60\n"
@@ -30,18 +31,6 @@ async def raw(relay: RelayInProcess) -> AsyncIterator[trio.SocketStream]:
     stream = await trio.open_tcp_stream("127.0.0.1", relay.port())
     async with stream:
         yield stream
-
-
-async def all_that_comes(stream: trio.SocketStream) -> bytes:
-    """What the relay sends until it ends the connection in any way."""
-    found = b""
-    with trio.fail_after(20):
-        try:
-            while data := await stream.receive_some(65536):
-                found += data
-        except trio.BrokenResourceError:
-            pass
-    return found
 
 
 async def lives_on(site: Site, relay: RelayInProcess) -> None:
@@ -128,7 +117,7 @@ async def test_garbage_is_refused_at_once(site: Site, garbage: bytes) -> None:
             await stream.send_all(garbage)
             # Some of these are only the beginning of something, so the relay waits for the rest until the end.
             await stream.send_eof()
-            alerts(await all_that_comes(stream))
+            alerts(await read_to_end(stream))
             assert trio.current_time() - began < 30
         await lives_on(site, relay)
 
@@ -138,7 +127,7 @@ async def test_garbage_is_refused_without_waiting_for_more_of_it(site: Site, kin
     async with site.relay(sections=PATIENT) as relay:
         async with raw(relay) as stream:
             await stream.send_all(GARBAGE[kind])
-            alerts(await all_that_comes(stream))
+            alerts(await read_to_end(stream))
             await relay.log("refused", code="protocol-error")
         await lives_on(site, relay)
 
@@ -170,7 +159,7 @@ async def test_silence_is_closed_at_the_deadline(site: Site, start: str) -> None
         await party.send_raw(
             {"nothing": b"", "a byte": hello[:1], "half a ClientHello": hello[: len(hello) // 2]}[start]
         )
-        assert await all_that_comes(party.stream) == b""
+        assert await read_to_end(party.stream) == b""
         assert 0.4 <= trio.current_time() - began < 20
         await relay.log("refused", code="protocol-error", reason="no TLS handshake within 0.4 s")
         await lives_on(site, relay)
@@ -206,7 +195,7 @@ async def test_a_client_that_never_finishes_its_handshake_is_closed(site: Site) 
         with pytest.raises(ssl.SSLWantReadError):
             party.tls.do_handshake()
         await party.flush()
-        answer = await all_that_comes(party.stream)
+        answer = await read_to_end(party.stream)
         assert answer[0] == 22
         await relay.log("refused", code="protocol-error", reason="no TLS handshake within 0.4 s")
         await lives_on(site, relay)
