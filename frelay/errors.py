@@ -32,6 +32,7 @@ __all__ = [
     "Problem",
     "ProtocolError",
     "Refused",
+    "RelayTooOld",
     "RelayUnreachable",
     "RemoteProtocolError",
     "Truncated",
@@ -150,6 +151,10 @@ class Truncated(ConnectionBroken):
 
 class RelayUnreachable(FrelayError):
     """The relay could not be reached, or its certificate could not be verified; no join was sent. Try again later."""
+
+
+class RelayTooOld(FrelayError):
+    """The relay does not know ``meet`` or ``partner`` and would have paired with any function; this one has left."""
 
 
 class Refused(FrelayError):

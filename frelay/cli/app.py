@@ -231,6 +231,20 @@ def connect(
         str | None,
         typer.Option(help="A W3C trace context, for the relay's log.", envvar="FRELAY_TRACEPARENT"),
     ] = None,
+    meet: Annotated[
+        str | None,
+        typer.Option(
+            help="Pair only with a function that joins with this key, too.", metavar="KEY", envvar="FRELAY_MEET"
+        ),
+    ] = None,
+    partner: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --meet: the name that the relay must find in the other function's certificate; repeatable.",
+            metavar="SELECTOR",
+            envvar="FRELAY_PARTNER",
+        ),
+    ] = None,
     concurrency: Annotated[
         int,
         typer.Option(help="With --to: how many pairings at once.", metavar="N", envvar="FRELAY_CONCURRENCY", min=1),
@@ -272,6 +286,8 @@ def connect(
         proxy=proxy,
         retry=None if retry is None else True if retry == "always" else int(retry),
         traceparent=traceparent,
+        meet=meet,
+        partner=partner or None,
     )
     try:
         code = connect_command(

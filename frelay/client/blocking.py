@@ -51,6 +51,8 @@ def connect(
     proxy: str | None = None,
     retry: Retry | bool | int | None = None,
     traceparent: str | None = None,
+    meet: str | None = None,
+    partner: str | Sequence[str] | None = None,
 ) -> Wire:
     """Join a route, wait for the other function, and give the wire to it: end-to-end mTLS, ready for use.
 
@@ -79,10 +81,16 @@ def connect(
             NO_PROXY from the environment, ``""`` goes directly.
         retry: join again after a failure that may pass: True, a number of tries, or a :class:`~frelay.Retry`.
         traceparent: the W3C trace context of the caller, for the relay's log; ignored if it is ill-formed.
+        meet: a key: the relay pairs this function only with one that joins the route with the same key. 1 to 128
+            characters of visible ASCII. It is a name and no secret. A certificate that fits both parties needs no
+            ``party`` then.
+        partner: the name that the relay must have verified in the other function's certificate, or a list of up to 16
+            names: the relay passes over all others and lets this function wait on. Only with ``meet``.
 
     Raises:
         RelayUnreachable: no connection, or the relay's certificate is not trusted.
         Refused: the relay refused; see its ``code`` and ``retry_after``. ``wait-timeout``: nobody came.
+        RelayTooOld: the relay does not know ``meet`` and ``partner``; this function has left it.
         HandOffFailed: the outer TLS did not end as it should.
         PeerGone: the other function went away before its TLS was up.
         CertificateRefused: the other function refused this function's own certificate; it is a PeerGone too.
@@ -109,6 +117,8 @@ def connect(
         proxy=proxy,
         retry=retry,
         traceparent=traceparent,
+        meet=meet,
+        partner=partner,
     )
     joining = Joining(plan, time.monotonic, inner_tls_on_socket=True)
     shell = _Shell()

@@ -54,6 +54,7 @@ from frelay.errors import (
     PeerGone,
     PeerIdentityMismatch,
     Refused,
+    RelayTooOld,
     RelayUnreachable,
     RemoteProtocolError,
     Truncated,
@@ -234,15 +235,7 @@ class Joining:
     def _join(self, tls: Engine) -> Steps[Paired]:
         plan = self._plan
         session = self._session = PartySession()
-        join = messages.Join(
-            self._attempt,
-            plan.route,
-            plan.party,
-            wait=self._deadline.left(),
-            modes=(plan.mode,),
-            traceparent=plan.traceparent,
-        )
-        yield from self._send_frame(tls, session.send(join))
+        yield from self._send_frame(tls, session.send(plan.join(self._attempt, self._deadline.left())))
         silence = _STEP_TIMEOUT
         while True:
             # Read no byte behind the frame: in a tunnel the other function's bytes may follow PAIRED at once.
@@ -254,6 +247,11 @@ class Joining:
             for message in received:
                 if isinstance(message, messages.Refused):
                     raise Refused(message.code, message.reason, message.retry_after)
+                if isinstance(message, Waiting | Paired) and not plan.is_echoed_by(message):
+                    raise RelayTooOld(
+                        "this relay does not know meet and partner, and would pair this function with any other: "
+                        "update the relay"
+                    )
                 if isinstance(message, Waiting):
                     self._was_accepted = True
                     # The relay may be silent until this deadline, and then sends wait-timeout.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import ssl
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, TypedDict, Unpack
@@ -17,7 +18,7 @@ from frelay.client.contexts import StrPath, inner_context, outer_context
 from frelay.client.peer import read_selectors, without_root
 from frelay.client.proxy import Proxy, choose_proxy
 from frelay.client.retry import Retry, read_retry
-from frelay.errors import holds_pem
+from frelay.errors import LocalProtocolError, holds_pem
 from frelay.protocol import messages
 from frelay.protocol.identity import Selector
 from frelay.protocol.messages import MODES, Message, Mode, PartyName, Role
@@ -26,6 +27,9 @@ __all__ = ["JoinPlan", "Options", "RequiredOptions", "read_server_name", "split_
 
 _ADDRESS: Final = re.compile(r"(?:\[(?P<v6>[^\]]+)\]|(?P<host>[^:\[\]]+)):(?P<port>[0-9]{1,5})\Z")
 _ROLES: Final[tuple[Role, ...]] = ("client", "server")
+# A JOIN is encoded to check its length, with values that take as much room as any: an attempt, and seconds to wait.
+_ANY_ATTEMPT: Final = "00000000-0000-0000-0000-000000000000"
+_LONGEST_NUMBER: Final = -sys.float_info.min
 # Arguments that hold no file name and no text of ours. An ill-formed traceparent is ignored, whatever it holds.
 _NEVER_PEM: Final = frozenset({"wait", "on_status", "retry", "traceparent"})
 
@@ -55,6 +59,8 @@ class Options(RequiredOptions, total=False):
     proxy: str | None
     retry: Retry | bool | int | None
     traceparent: str | None
+    meet: str | None
+    partner: str | Sequence[str] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +81,8 @@ class JoinPlan:
     proxy: Proxy | None
     retry: Retry | None
     traceparent: str | None
+    meet: str | None
+    partner: tuple[str, ...] | None
     inner_name: str | None = None
     """The SNI that this function sends as the client of the inner TLS. ``make`` sets none."""
 
@@ -95,7 +103,7 @@ class JoinPlan:
         cert, key, ca = options["cert"], options.get("key"), options["ca"]
         inner_cert, alpn, traceparent = options.get("inner_cert"), options.get("alpn"), options.get("traceparent")
         inner_key, inner_ca = options.get("inner_key") if inner_cert else key, options.get("inner_ca") or ca
-        return cls(
+        plan = cls(
             host=host,
             port=port,
             server_name=read_server_name(options.get("server_name") or host),
@@ -110,7 +118,31 @@ class JoinPlan:
             proxy=choose_proxy(proxy, host, port),
             retry=read_retry(options.get("retry")),
             traceparent=None if traceparent is None else messages.read_traceparent(traceparent),
+            meet=_read_meet(options.get("meet")),
+            partner=_read_partner(options.get("partner"), options.get("meet")),
         )
+        try:
+            messages.encode(plan.join(_ANY_ATTEMPT, _LONGEST_NUMBER))
+        except LocalProtocolError as error:
+            raise ValueError(f"partner and the other arguments make JOIN too long: {error}") from None
+        return plan
+
+    def join(self, attempt: str, wait: float | None) -> messages.Join:
+        """The JOIN of one try; ``wait`` is the rest of the time in seconds."""
+        return messages.Join(
+            attempt,
+            self.route,
+            self.party,
+            wait=wait,
+            modes=(self.mode,),
+            traceparent=self.traceparent,
+            meet=self.meet,
+            partner=self.partner,
+        )
+
+    def is_echoed_by(self, message: messages.Waiting | messages.Paired) -> bool:
+        """Whether the relay says that it keeps to ``meet`` and ``partner``; an older relay does not know them."""
+        return message.meet == self.meet and (self.partner is None or message.partner is True)
 
 
 def _check_names(options: Mapping[str, object]) -> None:
@@ -128,6 +160,27 @@ def _forbid_pem(arguments: Mapping[str, object]) -> None:
     for name, value in arguments.items():
         if name not in _NEVER_PEM and holds_pem(value):
             raise ValueError(f"{name}: this is PEM text; write it into a file, and name that file here")
+
+
+def _read_meet(meet: str | None) -> str | None:
+    if meet is None:
+        return None
+    try:
+        return messages.read_key(meet)
+    except ValueError as error:
+        raise ValueError(f"meet={meet!r}: {error}") from None
+
+
+def _read_partner(partner: str | Sequence[str] | None, meet: str | None) -> tuple[str, ...] | None:
+    if partner is None:
+        return None
+    if meet is None:
+        raise ValueError("partner: it works only together with meet; peer= alone also checks who the other function is")
+    texts = [partner] if isinstance(partner, str) else list(partner)
+    try:
+        return messages.read_partners([without_root(text) if str(text).startswith("dns:") else text for text in texts])
+    except ValueError as error:
+        raise ValueError(f"partner: {error}") from None
 
 
 def split_address(address: str) -> tuple[str, int]:

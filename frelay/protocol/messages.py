@@ -16,8 +16,10 @@ from typing import Any, ClassVar, Final, Literal
 
 from frelay.errors import LocalProtocolError, RemoteProtocolError
 from frelay.protocol.frames import Frame, FrameType, encode_frame
+from frelay.protocol.identity import parse_selector
 
 __all__ = [
+    "MAX_PARTNERS",
     "MODES",
     "REFUSAL_CODES",
     "Draining",
@@ -34,6 +36,8 @@ __all__ = [
     "Waiting",
     "decode",
     "encode",
+    "read_key",
+    "read_partners",
     "read_traceparent",
 ]
 
@@ -65,13 +69,21 @@ _UUID: Final = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}
 _TRACEPARENT: Final = re.compile(
     r"(?P<known>(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2})(?P<more>-.*)?\Z", re.DOTALL
 )
+# Visible ASCII: with other characters, two spellings of one text would be two keys that never meet.
+_KEY: Final = re.compile(r"[!-~]{1,128}\Z")
+MAX_PARTNERS: Final = 16
+"""How many selectors a JOIN may list as its partners; they bound the work of one comparison."""
 # Long enough for any route name, identity or sentence of ours. Longer text comes from an attacker or a bug.
 _MAX_TEXT: Final = 2100
 
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """Party to relay: let me join. ``attempt`` names this try, so that a retry replaces its own stale leg."""
+    """Party to relay: let me join. ``attempt`` names this try, so that a retry replaces its own stale leg.
+
+    ``meet`` is the key of the legs that may be paired with this one; without it, only legs without a key may.
+    ``partner`` lists selectors: a name of the other leg's certificate must match one of them.
+    """
 
     TYPE: ClassVar = FrameType.JOIN
     attempt: str
@@ -80,6 +92,8 @@ class Join:
     wait: float | None = None
     modes: tuple[str, ...] = ("handoff",)
     traceparent: str | None = None
+    meet: str | None = None
+    partner: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,14 +113,20 @@ class Leave:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """Relay to party: admitted, and the other party is not here yet. Times in seconds."""
+    """Relay to party: admitted, and the other party is not here yet. Times in seconds.
+
+    ``party`` is None for a leg that may still become either party. ``meet`` and ``partner`` repeat what JOIN asked for:
+    a relay that does not know them leaves them out.
+    """
 
     TYPE: ClassVar = FrameType.WAITING
     route: str
-    party: PartyName
+    party: PartyName | None
     identity: str
     deadline: float
     peer_seen: float | None
+    meet: str | None = None
+    partner: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +139,10 @@ class Ping:
 
 @dataclass(frozen=True, slots=True)
 class Paired:
-    """Relay to party: the other party is here. ``role`` is this party's side of the inner TLS."""
+    """Relay to party: the other party is here. ``role`` is this party's side of the inner TLS.
+
+    ``meet`` and ``partner`` repeat what JOIN asked for, as in :class:`Waiting`.
+    """
 
     TYPE: ClassVar = FrameType.PAIRED
     pairing: str
@@ -129,6 +152,8 @@ class Paired:
     mode: Mode
     limits: Mapping[str, Any] = field(default_factory=dict)
     ticket: str | None = None
+    meet: str | None = None
+    partner: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +183,24 @@ def read_traceparent(text: str) -> str | None:
     if found is None or (found["more"] is not None and text.startswith("00")):
         return None
     return found["known"]
+
+
+def read_key(text: object) -> str:
+    """A key for ``meet``: 1 to 128 characters of visible ASCII. Raises ValueError."""
+    if not isinstance(text, str) or _KEY.match(text) is None:
+        raise ValueError("1 to 128 characters of visible ASCII expected (! to ~, no space)")
+    return text
+
+
+def read_partners(texts: object) -> tuple[str, ...]:
+    """A list for ``partner``: 1 to 16 selectors. Raises ValueError."""
+    if not isinstance(texts, list | tuple) or not 0 < len(texts) <= MAX_PARTNERS:
+        raise ValueError(f"a list of 1 to {MAX_PARTNERS} selectors expected")
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError("a list of selectors expected")
+        parse_selector(text)
+    return tuple(texts)
 
 
 Message = Join | Pong | Leave | Waiting | Ping | Paired | Refused | Draining
@@ -208,6 +251,12 @@ def _traceparent(value: Any) -> str | None:
     return read_traceparent(value)
 
 
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("true or false expected")
+    return value
+
+
 def _object(value: Any) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("an object expected")
@@ -236,15 +285,19 @@ _CHECKS: Final[Mapping[type[Message], Mapping[str, Callable[[Any], Any]]]] = {
         "wait": _seconds,
         "modes": _modes,
         "traceparent": _traceparent,
+        "meet": read_key,
+        "partner": read_partners,
     },
     Pong: {"n": _counter},
     Leave: {},
     Waiting: {
         "route": _text,
-        "party": _party,
+        "party": _or_null(_party),
         "identity": _text,
         "deadline": _seconds,
         "peer_seen": _or_null(_seconds),
+        "meet": read_key,
+        "partner": _flag,
     },
     Ping: {"n": _counter},
     Paired: {
@@ -255,6 +308,8 @@ _CHECKS: Final[Mapping[type[Message], Mapping[str, Callable[[Any], Any]]]] = {
         "mode": _one_of(*MODES),
         "ticket": _text,
         "limits": _object,
+        "meet": read_key,
+        "partner": _flag,
     },
     # Any text is accepted as a code, so that a code of a later version still reaches the user.
     Refused: {"code": _text, "reason": _text, "retry_after": _or_null(_seconds)},
@@ -281,18 +336,22 @@ def decode(frame: Frame) -> Message:
     missing = _REQUIRED[cls] - values.keys()
     if missing:
         raise RemoteProtocolError(f"{frame.type.name} without {', '.join(sorted(missing))}")
+    if cls is Join and "partner" in values and "meet" not in values:
+        raise RemoteProtocolError("JOIN.partner: allowed only together with meet")
     return cls(**values)
 
 
-_NULL_HAS_MEANING: Final = frozenset({"peer_seen", "retry_after"})
+_NULL_HAS_MEANING: Final[Mapping[type[Message], frozenset[str]]] = {
+    Waiting: frozenset({"party", "peer_seen"}),
+    Refused: frozenset({"retry_after"}),
+}
 
 
 def encode(message: Message) -> bytes:
     """Encode a message as a frame; raises LocalProtocolError if that is not possible."""
+    meant = _NULL_HAS_MEANING.get(type(message), frozenset())
     payload = {
-        f.name: value
-        for f in fields(message)
-        if (value := getattr(message, f.name)) is not None or f.name in _NULL_HAS_MEANING
+        f.name: value for f in fields(message) if (value := getattr(message, f.name)) is not None or f.name in meant
     }
     if isinstance(message, Refused) and message.code not in REFUSAL_CODES:
         raise LocalProtocolError(f"{message.code!r} is not a code of the protocol")

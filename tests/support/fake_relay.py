@@ -58,8 +58,8 @@ class FakeRelay:
         """Several messages in one TLS record."""
         self.tls.write(b"".join(self.session.send(message) for message in said))
 
-    def hand_off(self) -> None:
-        self.say(PAIRED)
+    def hand_off(self, paired: Paired = PAIRED) -> None:
+        self.say(paired)
         self.tls.send_eof()
 
     def perform(self, step: Step) -> Any:

@@ -182,3 +182,40 @@ def test_a_proxy_of_the_environment_that_cannot_be_used_is_no_fault_of_the_call(
         frelay.connect("relay.acme:9001", **arguments)
     with pytest.raises(ValueError, match="socks5"):
         frelay.connect("relay.acme:9001", proxy="socks5://proxy.acme:1080", **arguments)
+
+
+# --- meeting by name -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("meet", ["", "two words", "caf\u00e9", "x" * 129, "line\n", "\x00", 7, b"bytes"])
+def test_a_key_is_visible_ascii(arguments: dict[str, Any], meet: Any) -> None:
+    with pytest.raises(ValueError, match=r"meet=.*: 1 to 128 characters of visible ASCII expected"):
+        frelay.connect(NOWHERE, **arguments, meet=meet)
+
+
+@pytest.mark.parametrize("partner", [[], (), ["dns:a.demo"] * 17, "a.demo", ["dns:a.demo", "dns:"], [7]])
+def test_a_list_of_partners_is_selectors(arguments: dict[str, Any], partner: Any) -> None:
+    with pytest.raises(ValueError, match=r"^partner: "):
+        frelay.connect(NOWHERE, **arguments, meet="job", partner=partner)
+
+
+def test_partners_need_a_key(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="partner: it works only together with meet"):
+        frelay.connect(NOWHERE, **arguments, partner="dns:a.demo")
+
+
+def test_a_join_that_does_not_fit_a_frame_is_an_error_before_dialling(arguments: dict[str, Any]) -> None:
+    """The relay would answer protocol-error; and 4096 bytes is a limit that nobody sees in the arguments."""
+    names = [f"uri:spiffe://acme/{number}/{'x' * 230}" for number in range(16)]
+    with pytest.raises(ValueError, match=r"JOIN too long: a JOIN payload of \d+ bytes \(at most 4096\)"):
+        frelay.connect(NOWHERE, **arguments, meet="job", partner=names)
+    with pytest.raises(frelay.RelayUnreachable):
+        frelay.connect(NOWHERE, **arguments, meet="job", partner=names[:15])
+
+
+def test_a_partner_is_written_like_a_peer(arguments: dict[str, Any]) -> None:
+    """One name or several; the dot at the end of an absolute name is no part of it."""
+    plan = JoinPlan.make(NOWHERE, **arguments, meet="job", partner="dns:a.demo.")
+    assert (plan.meet, plan.partner) == ("job", ("dns:a.demo",))
+    assert JoinPlan.make(NOWHERE, **arguments, meet="job", partner=("dns:a", "dns:b")).partner == ("dns:a", "dns:b")
+    assert JoinPlan.make(NOWHERE, **arguments).partner is None

@@ -15,9 +15,9 @@ from frelay.client.proxy import Proxy
 from frelay.client.retry import Retry
 from frelay.client.steps import Close, Open, Receive, Send, Step, drive
 from frelay.client.tls_engine import Engine
-from frelay.errors import HandOffFailed, PeerGone, Refused, RelayUnreachable
+from frelay.errors import HandOffFailed, PeerGone, Refused, RelayTooOld, RelayUnreachable
 from frelay.protocol import messages
-from frelay.protocol.messages import Join, Leave, Message, Mode, Pong
+from frelay.protocol.messages import Join, Leave, Message, Mode, Paired, Pong, Waiting
 from support.fake_relay import PAIRED, WAITING, FakeRelay, join, make_plan, pair_at_once, peer
 from support.site import Site
 
@@ -330,3 +330,36 @@ def test_what_breaks_before_the_ticket_is_sent_is_a_fault(site: Site, plan: Join
 
     with pytest.raises(HandOffFailed, match=r"could not be sent: .*Broken pipe"):
         join(replace(plan, mode="ticket"), Unreachable(site, None))
+
+
+@pytest.mark.parametrize("said", [WAITING, PAIRED], ids=["waiting", "paired"])
+@pytest.mark.parametrize("echo", [None, "another", "job"])
+def test_a_relay_that_does_not_know_keys_is_left(
+    site: Site, plan: JoinPlan, echo: str | None, said: Waiting | Paired
+) -> None:
+    """It would pair with any function. The last relay knows keys and no partner lists."""
+
+    def answer(relay: FakeRelay, message: Message) -> None:
+        if isinstance(message, Join):
+            relay.say(replace(said, meet=echo))
+
+    relay = FakeRelay(site, answer)
+    keyed = replace(plan, meet="job", partner=("dns:func2.demo",), retry=Retry(tries=3))
+    joining = Joining(keyed, lambda: relay.now)
+    with pytest.raises(RelayTooOld, match="update the relay"):
+        drive(joining.steps(), relay.perform, None)
+    assert len(relay.heard) == 1, "it did not try again"
+    assert bool(joining.final_bytes("outer")) is (said is WAITING), "LEAVE, where a place waits for it"
+
+
+def test_a_relay_that_repeats_the_key_is_trusted_with_it(site: Site, plan: JoinPlan) -> None:
+    def answer(relay: FakeRelay, message: Message) -> None:
+        if isinstance(message, Join):
+            assert (message.meet, message.partner) == ("job", ("dns:func2.demo",))
+            relay.say(replace(WAITING, party=None, meet="job", partner=True))
+            relay.hand_off(replace(PAIRED, meet="job", partner=True))
+
+    relay = FakeRelay(site, answer)
+    relay.peer = peer(site)
+    _, joined = join(replace(plan, meet="job", partner=("dns:func2.demo",)), relay)
+    assert joined.paired.meet == "job"

@@ -134,7 +134,7 @@ def test_each_option_reaches_the_client(monkeypatch: pytest.MonkeyPatch) -> None
     for name in sorted(set(Options.__annotations__) - NOT_OF_THE_COMMAND):
         value = values.get(name, f"a {name}")
         line += [f"--{name.replace('_', '-')}", value]
-        expected.setdefault(name, [value] if name in ("peer", "alpn") else value)
+        expected.setdefault(name, [value] if name in ("peer", "alpn", "partner") else value)
     with pytest.raises(SystemExit) as ended:
         app(line)
     assert ended.value.code == 0

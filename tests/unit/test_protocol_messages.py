@@ -38,14 +38,27 @@ FULL: dict[FrameType, tuple[dict[str, Any], Message]] = {
             "wait": 2.5,
             "modes": ["ticket", "tunnel"],
             "traceparent": TRACEPARENT,
+            "meet": "job42/3-7",
+            "partner": ["dns:rank7.acme", "uri:spiffe://acme/jobs/*"],
         },
-        Join(ATTEMPT, "shuffle", "func2", 2.5, ("ticket", "tunnel"), TRACEPARENT),
+        Join(
+            *(ATTEMPT, "shuffle", "func2", 2.5, ("ticket", "tunnel"), TRACEPARENT),
+            *("job42/3-7", ("dns:rank7.acme", "uri:spiffe://acme/jobs/*")),
+        ),
     ),
     FrameType.PONG: ({"n": 3}, Pong(3)),
     FrameType.LEAVE: ({}, Leave()),
     FrameType.WAITING: (
-        {"route": "shuffle", "party": "func1", "identity": "dns:func1.acme", "deadline": 60, "peer_seen": 1.5},
-        Waiting("shuffle", "func1", "dns:func1.acme", 60.0, 1.5),
+        {
+            "route": "shuffle",
+            "party": "func1",
+            "identity": "dns:func1.acme",
+            "deadline": 60,
+            "peer_seen": 1.5,
+            "meet": "job42",
+            "partner": True,
+        },
+        Waiting("shuffle", "func1", "dns:func1.acme", 60.0, 1.5, "job42", True),
     ),
     FrameType.PING: ({"n": 3}, Ping(3)),
     FrameType.PAIRED: (
@@ -57,8 +70,13 @@ FULL: dict[FrameType, tuple[dict[str, Any], Message]] = {
             "mode": "ticket",
             "ticket": "00" * 32,
             "limits": {"idle_timeout": 3600},
+            "meet": "job42",
+            "partner": True,
         },
-        Paired("ab12", "shuffle", "dns:func2.acme", "client", "ticket", {"idle_timeout": 3600}, "00" * 32),
+        Paired(
+            *("ab12", "shuffle", "dns:func2.acme", "client", "ticket", {"idle_timeout": 3600}, "00" * 32),
+            *("job42", True),
+        ),
     ),
     FrameType.REFUSED: (
         {"code": "queue-full", "reason": "16 legs wait already", "retry_after": 5},
@@ -80,6 +98,12 @@ REQUIRED: dict[FrameType, set[str]] = {
 
 ANY_TEXT: list[Any] = [None, True, 1, 1.5, [], {}, "", "line\nbreak", "nul\x00", "\ud800", "x" * 2101]
 CHOICE: list[Any] = [None, True, 1, [], {}, "", "Func1", "func3", "CLIENT", "raw"]
+KEY: list[Any] = [None, True, 1, [], {}, "", "with space", "tab\t", "\x7f", "\u00e9", "x" * 129, "line\n"]
+PARTNERS: list[Any] = [
+    *(None, True, 1, "dns:a.demo", {}, [], [1], [None], [["dns:a.demo"]], ["a.demo"], ["dns:"], ["dns:*"], ["cn:a"]),
+    *(["spki:sha256:00"], ["dns:a.demo"] * 17, ["dns:a.demo", "dns:\u00e9.demo"], ["group:workers"]),
+]
+FLAG: list[Any] = [None, 0, 1, "true", [], {}]
 SECONDS: list[Any] = [True, False, "1", [], {}, -1, -0.5, float("inf"), float("-inf"), float("nan"), 10**400]
 COUNTER: list[Any] = [None, True, False, "1", 1.0, [], {}, -1, 2**63, 10**400]
 WRONG: dict[str, list[Any]] = {
@@ -101,12 +125,16 @@ WRONG: dict[str, list[Any]] = {
     "JOIN.wait": [None, *SECONDS],
     "JOIN.modes": [None, True, 1, "handoff", {}, [], ["handoff", 1], [None], [["handoff"]]],
     "JOIN.traceparent": [None, True, 1, 1.5, [], {}],
+    "JOIN.meet": KEY,
+    "JOIN.partner": PARTNERS,
     "PONG.n": COUNTER,
     "WAITING.route": ANY_TEXT,
-    "WAITING.party": CHOICE,
+    "WAITING.party": CHOICE[1:],
     "WAITING.identity": ANY_TEXT,
     "WAITING.deadline": [None, *SECONDS],
     "WAITING.peer_seen": SECONDS,
+    "WAITING.meet": KEY,
+    "WAITING.partner": FLAG,
     "PING.n": COUNTER,
     "PAIRED.pairing": ANY_TEXT,
     "PAIRED.route": ANY_TEXT,
@@ -115,6 +143,8 @@ WRONG: dict[str, list[Any]] = {
     "PAIRED.mode": CHOICE,
     "PAIRED.ticket": ANY_TEXT,
     "PAIRED.limits": [None, True, 1, "x", []],
+    "PAIRED.meet": KEY,
+    "PAIRED.partner": FLAG,
     "REFUSED.code": ANY_TEXT,
     "REFUSED.reason": ANY_TEXT,
     "REFUSED.retry_after": SECONDS,
@@ -151,7 +181,7 @@ def test_a_known_key_with_a_wrong_type_is_an_error_that_names_it(name: str) -> N
 
 @pytest.mark.parametrize("type_", FrameType)
 def test_a_required_key_must_be_there_and_the_others_need_not(type_: FrameType) -> None:
-    payload, _ = FULL[type_]
+    payload = {key: value for key, value in FULL[type_][0].items() if (type_, key) != (FrameType.JOIN, "partner")}
     for key in payload:
         without = {name: value for name, value in payload.items() if name != key}
         if key in REQUIRED[type_]:
@@ -159,6 +189,18 @@ def test_a_required_key_must_be_there_and_the_others_need_not(type_: FrameType) 
                 decode(Frame(type_, without))
         else:
             decode(Frame(type_, without))
+
+
+def test_partners_are_listed_only_for_a_key() -> None:
+    """The key bounds how many legs one JOIN is compared with."""
+    with pytest.raises(RemoteProtocolError, match=r"JOIN\.partner: allowed only together with meet"):
+        decode(Frame(FrameType.JOIN, {"attempt": ATTEMPT, "partner": ["dns:a.demo"]}))
+
+
+def test_the_longest_key_and_the_longest_list_are_read() -> None:
+    key, partners = "~" * 64 + '!<&"' * 16, [f"dns:n{number}.demo" for number in range(16)]
+    message = decode(Frame(FrameType.JOIN, {"attempt": ATTEMPT, "meet": key, "partner": partners}))
+    assert message == Join(ATTEMPT, meet=key, partner=tuple(partners))
 
 
 def test_all_missing_keys_are_named_at_once() -> None:
@@ -170,10 +212,10 @@ def test_the_defaults_of_join() -> None:
     assert decode(Frame(FrameType.JOIN, {"attempt": ATTEMPT})) == Join(ATTEMPT, None, None, None, ("handoff",))
 
 
-def test_null_has_a_meaning_in_two_keys() -> None:
+def test_null_has_a_meaning_in_three_keys() -> None:
     waiting, _ = FULL[FrameType.WAITING]
-    assert decode(Frame(FrameType.WAITING, {**waiting, "peer_seen": None})) == Waiting(
-        "shuffle", "func1", "dns:func1.acme", 60.0, None
+    assert decode(Frame(FrameType.WAITING, {**waiting, "peer_seen": None, "party": None})) == Waiting(
+        "shuffle", None, "dns:func1.acme", 60.0, None, "job42", True
     )
     assert decode(Frame(FrameType.REFUSED, {"code": "limit", "reason": "no", "retry_after": None})) == Refused(
         "limit", "no", None
@@ -257,7 +299,8 @@ def test_what_was_not_said_is_not_written() -> None:
 
 def test_null_is_written_where_it_has_a_meaning() -> None:
     assert json.loads(encode(Refused("limit", "no"))[4:])["retry_after"] is None
-    assert json.loads(encode(Waiting("r", "func1", "dns:p", 1.0, None))[4:])["peer_seen"] is None
+    waiting = json.loads(encode(Waiting("r", None, "dns:p", 1.0, None))[4:])
+    assert waiting == {"route": "r", "party": None, "identity": "dns:p", "deadline": 1.0, "peer_seen": None}
 
 
 def test_the_codes_are_those_of_the_contract() -> None:

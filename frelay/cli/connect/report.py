@@ -42,12 +42,22 @@ class Report:
                 identity=message.identity,
                 deadline=message.deadline,
                 peer_seen=message.peer_seen,
+                **_key(message),
             )
             if is_new:
-                self._write_step(f"waiting on route {message.route} as {message.party} ({message.identity})")
+                party = message.party or "either party"
+                where = (
+                    f"route {message.route}" if message.meet is None else f"route {message.route}, key {message.meet},"
+                )
+                self._write_step(f"waiting on {where} as {party} ({message.identity})")
         elif isinstance(message, Paired):
             self._write_event(
-                "paired", pairing=message.pairing, route=message.route, peer=message.peer, role=message.role
+                "paired",
+                pairing=message.pairing,
+                route=message.route,
+                peer=message.peer,
+                role=message.role,
+                **_key(message),
             )
 
     def connected(self, wire: TrioWire) -> None:
@@ -115,6 +125,10 @@ class Report:
     def _write_step(self, text: str) -> None:
         if self._writes_steps:
             _write(f"frelay: {printable(text)}")
+
+
+def _key(message: Waiting | Paired) -> dict[str, str]:
+    return {} if message.meet is None else {"meet": message.meet}
 
 
 def _line(event: str, **facts: Any) -> str:
