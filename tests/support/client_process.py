@@ -64,7 +64,8 @@ def main() -> None:
     address, given, client = SETTINGS["address"], SETTINGS["options"], SETTINGS["client"]
     # Import only this client: many of these processes start at once, and to import Trio takes longest.
     module = importlib.import_module(f"frelay.client.{client}")
-    module.Joining = Stopping  # type: ignore[attr-defined]
+    connecting = module if client == "blocking" else importlib.import_module(f"{module.__name__}.connecting")
+    connecting.Joining = Stopping  # type: ignore[attr-defined]
 
     async def connect() -> None:
         await module.connect(address, **given)

@@ -67,8 +67,8 @@ async def test_the_wire_is_a_half_closeable_stream(
 ) -> None:
     """trio.testing.check_half_closeable_stream, clogged streams included."""
     # The checks close some fifty streams whose other end stays open. No check depends on how long a close waits.
-    monkeypatch.setattr("frelay.client.trio.LINGER_QUIET", 0.02)
-    monkeypatch.setattr("frelay.client.trio.LINGER_LIMIT", 0.1)
+    monkeypatch.setattr("frelay.client.trio.wire.LINGER_QUIET", 0.02)
+    monkeypatch.setattr("frelay.client.trio.wire.LINGER_LIMIT", 0.1)
 
     def wires(one: trio.SocketStream, two: trio.SocketStream) -> tuple[TrioWire, TrioWire]:
         client, server = engines(contexts, in_tunnel=in_tunnel)

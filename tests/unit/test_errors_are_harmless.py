@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import frelay
-from frelay.client.trio import _StreamRefused
+from frelay.client.trio.wire import _StreamRefused
 from frelay.client.wire import _WireRefused
 from frelay.errors import ConfigError, Problem
 

@@ -59,7 +59,7 @@ ONLY: Final = {
     "client": "client net.tcp protocol errors",
     "pki": "pki protocol errors",
 }
-# Foreign libraries that one module of a room may import, and the rest of it may not.
+# Foreign libraries that one module or package of a room may import, and the rest of it may not.
 ALSO_OUTSIDE: Final = {
     "client.trio": "trio",
     "config.watch": "trio watchfiles",
@@ -142,8 +142,9 @@ def is_within(module: str, places: str) -> bool:
 def breaks_the_rule(one: Import) -> bool:
     room = room_of(one.importer)
     if not is_ours(one.imported):
-        allowed = BY_NAME[room].outside + " " + ALSO_OUTSIDE.get(one.importer.removeprefix("frelay."), "")
-        return one.imported not in sys.stdlib_module_names and one.imported not in allowed.split()
+        also = [libraries for place, libraries in ALSO_OUTSIDE.items() if is_within(one.importer, place)]
+        allowed = " ".join([BY_NAME[room].outside, *also]).split()
+        return one.imported not in sys.stdlib_module_names and one.imported not in allowed
     if one.imported == "frelay":
         return False  # it imports the errors, and the client on demand
     if room in ONLY and not is_within(one.imported, ONLY[room]):

@@ -1,133 +1,29 @@
-"""Joining a route from Trio code: :func:`connect` returns a stream.
+"""The wire of the Trio client: the inner TLS as a stream.
 
-This is a shell of :mod:`frelay.client.joining`. The inner TLS is an :class:`~frelay.client.tls_engine.Engine`, in mode
-``tunnel`` on top of another one, so one stream class serves all modes. Only this module of the client needs more than
-the standard library.
+The inner TLS is an :class:`~frelay.client.tls_engine.Engine`, in mode ``tunnel`` on top of another one, so one stream
+class serves all modes.
 """
 
 from __future__ import annotations
 
-import errno
-import os
-import socket
 import ssl
-from collections.abc import Awaitable, Callable
 from contextlib import contextmanager
-from typing import Any, Final, TypeVar, Unpack
+from typing import Any, Final
 
 import trio
 
 from frelay.client.alerts import refusal_of_certificate
-from frelay.client.joining import Joining
-from frelay.client.options import JoinPlan, Options
-from frelay.client.signature import shows_its_options
-from frelay.client.sockets import Connections, look_up, numeric
-from frelay.client.steps import Close, Endpoint, Open, Pause, Receive, Resolve, Send, Step, drive_async
 from frelay.client.tls_engine import Engine
 from frelay.client.wire import CUT_BEFORE_FIRST_BYTE, LINGER_LIMIT, LINGER_POLL, LINGER_QUIET
 from frelay.errors import CertificateRefused, ConnectionBroken, Truncated
 from frelay.net.tcp import is_dead, unacknowledged
-from frelay.protocol.messages import Message, Paired
+from frelay.protocol.messages import Paired
 
-__all__ = ["TrioWire", "connect", "join"]
+__all__ = ["TrioWire"]
 
 _READ: Final = 65536
 # send_all encrypts and sends this much at a time, so the ciphertext of a large send is never in memory as a whole.
 _WRITE: Final = 262144
-T = TypeVar("T")
-
-
-@shows_its_options
-async def connect(address: str, **options: Unpack[Options]) -> TrioWire:
-    """Join a route, wait for the other function, and return a stream to it: end-to-end mTLS, ready for use.
-
-    The arguments and errors are those of :func:`frelay.connect`. You may cancel it at any point: nothing stays open,
-    and the relay is told at once that we no longer wait.
-    """
-    return await join(JoinPlan.make(address, **options), options.get("on_status"))
-
-
-async def join(plan: JoinPlan, on_status: Callable[[Message], None] | None = None) -> TrioWire:
-    """As :func:`connect`, with a plan that was made before."""
-    joining = Joining(plan, trio.current_time)
-    shell = _Shell()
-    try:
-        joined = await drive_async(joining.steps(), shell.perform, on_status)
-        if joined.engine is None:
-            raise AssertionError("the inner handshake is done without an engine")
-        sock = trio.socket.from_stdlib_socket(shell.connections.take(joined.connection))
-        return TrioWire(trio.SocketStream(sock), joined.engine, joined.paired)
-    finally:
-        shell.connections.close_all(joining.final_bytes)
-
-
-class _Shell:
-    """Performs steps on sockets that do not block."""
-
-    def __init__(self) -> None:
-        self.connections: Final = Connections()
-
-    async def perform(self, step: Step) -> Any:
-        match step:
-            case Receive(connection, timeout):
-                return await _within(timeout, lambda: _receive(self.connections.sockets[connection]))
-            case Send(connection, data, timeout):
-                return await _within(timeout, lambda: _send(self.connections.sockets[connection], data))
-            case Resolve(host, port, timeout):
-                return await _within(timeout, lambda: _look_up(host, port))
-            case Open(connection, endpoint, timeout):
-                sock = self.connections.add(connection, endpoint)
-                return await _within(timeout, lambda: _open(sock, endpoint))
-            case Close(connection, final_bytes):
-                return self.connections.close(connection, final_bytes)
-            case Pause(seconds):
-                return await trio.sleep(seconds)
-            case _:
-                raise AssertionError(f"{step} is not for this shell")
-
-
-async def _within(timeout: float, call: Callable[[], Awaitable[T]]) -> T:
-    with trio.move_on_after(timeout):
-        return await call()
-    raise TimeoutError("timed out")
-
-
-async def _receive(sock: socket.socket) -> bytes:
-    while True:
-        await trio.lowlevel.wait_readable(sock)
-        try:
-            return sock.recv(_READ)
-        except BlockingIOError:
-            continue
-
-
-async def _send(sock: socket.socket, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        await trio.lowlevel.wait_writable(sock)
-        try:
-            view = view[sock.send(view) :]
-        except BlockingIOError:
-            continue
-
-
-async def _open(sock: socket.socket, endpoint: Endpoint) -> None:
-    sock.setblocking(False)
-    await trio.lowlevel.checkpoint()
-    number = sock.connect_ex(endpoint.sockaddr)
-    if number == errno.EINPROGRESS:
-        await trio.lowlevel.wait_writable(sock)
-        number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-    if number:
-        raise OSError(number, os.strerror(number))
-
-
-async def _look_up(host: str, port: int) -> list[Endpoint]:
-    found = numeric(host, port)
-    if found is not None:
-        await trio.lowlevel.checkpoint()
-        return found
-    return await trio.to_thread.run_sync(look_up, host, port, abandon_on_cancel=True)
 
 
 class _StreamRefused(CertificateRefused, trio.BrokenResourceError):

@@ -1,9 +1,9 @@
-"""Joining a route from asyncio code: :func:`connect` returns a (reader, writer) pair. Standard library only.
+"""The wire of the asyncio client: the inner TLS as a transport that can half-close. Standard library only.
 
-This is a shell of :mod:`frelay.client.joining`. asyncio's own TLS transport cannot end one direction alone (its
-``can_write_eof()`` is False). So the writer uses a transport of ours, :class:`WireTransport`, between an
-:class:`~frelay.client.tls_engine.Engine` and asyncio's plain socket transport. Back-pressure comes from the plain
-transport, in both directions: its ``pause_writing`` makes ``drain()`` wait, and a full reader pauses the socket.
+asyncio's own TLS transport cannot end one direction alone (its ``can_write_eof()`` is False). So the writer uses a
+transport of ours, :class:`WireTransport`, between an :class:`~frelay.client.tls_engine.Engine` and asyncio's plain
+socket transport. Back-pressure comes from the plain transport, in both directions: its ``pause_writing`` makes
+``drain()`` wait, and a full reader pauses the socket.
 """
 
 from __future__ import annotations
@@ -12,112 +12,18 @@ import asyncio
 import socket
 import ssl
 from collections.abc import Callable, Iterable
-from typing import Any, Final, Unpack
+from typing import Any, Final
 
 from frelay.client.alerts import refusal_of_certificate
-from frelay.client.joining import Joining
-from frelay.client.options import JoinPlan, Options
-from frelay.client.signature import shows_its_options
-from frelay.client.sockets import Connections, look_up_in_thread, numeric
-from frelay.client.steps import Close, Endpoint, Open, Pause, Receive, Resolve, Send, Step, drive_async
 from frelay.client.tls_engine import Engine
 from frelay.client.wire import CLOSE_SEND_TIMEOUT, CUT_BEFORE_FIRST_BYTE, LINGER_LIMIT, LINGER_POLL, LINGER_QUIET
 from frelay.errors import CertificateRefused, Truncated
 from frelay.net.tcp import is_dead, unacknowledged
 
-__all__ = ["WireTransport", "connect"]
+__all__ = ["WireTransport"]
 
 _READ: Final = 65536
 _WRITE: Final = 262144
-
-
-@shows_its_options
-async def connect(
-    address: str, *, limit: int = 65536, **options: Unpack[Options]
-) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Join a route, wait for the other function, and return (reader, writer) to it: end-to-end mTLS, ready for use.
-
-    The arguments and errors are those of :func:`frelay.connect`; ``limit`` is the reader's, as in
-    ``asyncio.open_connection``. ``writer.write_eof()`` ends this direction, and reading goes on. ``writer.close()`` and
-    ``await writer.wait_closed()`` end the wire in good order. If the connection breaks or ends without close_notify,
-    the reader raises ConnectionResetError. You may cancel it at any point: nothing stays open, and the relay is told at
-    once that we no longer wait.
-    """
-    loop = asyncio.get_running_loop()
-    plan = JoinPlan.make(address, **options)
-    joining = Joining(plan, loop.time)
-    shell = _Shell(loop)
-    try:
-        joined = await drive_async(joining.steps(), shell.perform, options.get("on_status"))
-        if joined.engine is None:
-            raise AssertionError("the inner handshake is done without an engine")
-        reader = asyncio.StreamReader(limit=limit, loop=loop)
-        protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
-        transport = WireTransport(loop, joined.engine, protocol)
-        sock = shell.connections.sockets[joined.connection]
-        # The plain transport owns the socket from here on, and closes it also when this call is cancelled.
-        await loop.create_connection(lambda: _PlainProtocol(transport), sock=sock)
-        shell.connections.take(joined.connection)
-        return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
-    finally:
-        shell.connections.close_all(joining.final_bytes)
-
-
-class _Shell:
-    """Performs steps on sockets that do not block."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.connections: Final = Connections()
-        self._loop: Final = loop
-
-    async def perform(self, step: Step) -> Any:
-        loop = self._loop
-        match step:
-            case Receive(connection, timeout):
-                # sock_recv does not yield to the loop if bytes are there, and a relay may send without end.
-                await asyncio.sleep(0)
-                async with asyncio.timeout(timeout):
-                    return await loop.sock_recv(self.connections.sockets[connection], _READ)
-            case Send(connection, data, timeout):
-                async with asyncio.timeout(timeout):
-                    return await loop.sock_sendall(self.connections.sockets[connection], data)
-            case Resolve(host, port, timeout):
-                async with asyncio.timeout(timeout):
-                    return await self._look_up(host, port)
-            case Open(connection, endpoint, timeout):
-                sock = self.connections.add(connection, endpoint)
-                sock.setblocking(False)
-                async with asyncio.timeout(timeout):
-                    return await loop.sock_connect(sock, endpoint.sockaddr)
-            case Close(connection, final_bytes):
-                return self.connections.close(connection, final_bytes)
-            case Pause(seconds):
-                return await asyncio.sleep(seconds)
-            case _:
-                raise AssertionError(f"{step} is not for this shell")
-
-    async def _look_up(self, host: str, port: int) -> list[Endpoint]:
-        found = numeric(host, port)
-        if found is not None:
-            return found
-        # Not loop.getaddrinfo: at the end, asyncio.run() would wait for its thread, however long the look-up takes.
-        answer: asyncio.Future[list[Endpoint] | OSError] = self._loop.create_future()
-
-        def settle(result: list[Endpoint] | OSError) -> None:
-            if not answer.done():
-                answer.set_result(result)
-
-        def done(result: list[Endpoint] | OSError) -> None:
-            try:
-                self._loop.call_soon_threadsafe(settle, result)
-            except RuntimeError:
-                pass  # the loop is closed, so nothing waits for the answer
-
-        look_up_in_thread(host, port, done)
-        result = await answer
-        if isinstance(result, OSError):
-            raise result
-        return result
 
 
 class _PlainProtocol(asyncio.Protocol):
@@ -171,6 +77,10 @@ class WireTransport(asyncio.Transport):
         self._held = 0
         self._held_changed_at = 0.0
         self._error: Exception | None = None
+
+    def plain_protocol(self) -> asyncio.Protocol:
+        """The protocol for the plain transport that is to carry this wire; it calls :meth:`start`."""
+        return _PlainProtocol(self)
 
     def start(self, below: asyncio.Transport) -> None:
         """The plain transport is connected."""

@@ -1,0 +1,11 @@
+"""The client for Trio code: :func:`connect` returns a stream.
+
+Only this package of the client needs more than the standard library.
+"""
+
+from __future__ import annotations
+
+from frelay.client.trio.connecting import connect, join
+from frelay.client.trio.wire import TrioWire
+
+__all__ = ["TrioWire", "connect", "join"]
