@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Final
 
 from frelay.errors import Problem
-from frelay.protocol.messages import PartyName
+from frelay.protocol.messages import LegParty
 from frelay.protocol.outcome import Record
 
 __all__ = [
@@ -72,19 +72,20 @@ class LegWaits(Entry):
 
     kind: ClassVar[str] = "waiting"
     route: str
-    party: PartyName
+    party: LegParty
     identity: str
     address: str
     mode: str
+    meet: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LegRefused(Entry):
     """A connection was refused for ``reason``. ``code`` was sent to it if that was possible.
 
-    ``route``, ``party`` and ``identity`` are None if they were not known yet. ``certificate`` describes the certificate
-    that was shown, in one escaped line, or is None. With ``count`` above 1 the entry stands for so many refusals of the
-    same kind, of strangers, in one second; ``address`` is then the last one.
+    ``route``, ``party``, ``identity`` and ``meet`` are None if they were not known yet. ``certificate`` describes the
+    certificate that was shown, in one escaped line, or is None. With ``count`` above 1 the entry stands for so many
+    refusals of the same kind, of strangers, in one second; ``address`` is then the last one.
     """
 
     kind: ClassVar[str] = "refused"
@@ -92,8 +93,9 @@ class LegRefused(Entry):
     reason: str
     address: str
     route: str | None = None
-    party: PartyName | None = None
+    party: LegParty | None = None
     identity: str | None = None
+    meet: str | None = None
     certificate: str | None = None
     count: int = 1
 
@@ -108,6 +110,7 @@ class PairingStarted(Entry):
     func1: str
     func2: str
     waited: float
+    meet: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,7 @@ from frelay.admin.model import (
 )
 from frelay.errors import FrelayError
 from frelay.journal import Distribution, Journal
-from frelay.protocol.messages import PartyName
+from frelay.protocol.messages import LegParty, PartyName
 
 __all__ = [
     "Conflict",
@@ -81,8 +81,10 @@ class Counts:
 
     pairings: Mapping[str, int]
     """Running pairings, by route."""
-    waiting: Mapping[tuple[str, PartyName], int]
+    waiting: Mapping[tuple[str, LegParty], int]
     """Waiting legs, by route and party."""
+    keys: Mapping[str, int]
+    """How many keys have a waiting leg, by route."""
     bytes_moved: Mapping[tuple[str, PartyName], int]
     """Delivered bytes, those of running pairings included, by route and sender."""
     outcomes: Mapping[tuple[str, str], int]

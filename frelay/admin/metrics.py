@@ -192,6 +192,12 @@ def _route_families(counts: Counts, is_abandoned: Callable[[], bool]) -> Iterato
         is_abandoned,
     )
     yield _family(
+        GaugeMetricFamily("frelay_keys_waiting", "Keys (JOIN.meet) by which at least one connection waits."),
+        ("route",),
+        (((route,), count) for route, count in counts.keys.items()),
+        is_abandoned,
+    )
+    yield _family(
         CounterMetricFamily("frelay_bytes", "Bytes delivered to the receiving party, as they are delivered."),
         ("route", "direction"),
         (((route, _DIRECTIONS[party]), count) for (route, party), count in counts.bytes_moved.items()),

@@ -41,7 +41,7 @@ __all__ = [
     "problem_view",
 ]
 
-PartyKey = Literal["func1", "func2"]
+PartyKey = Literal["func1", "func2", "either"]
 
 
 class _View(BaseModel):
@@ -88,6 +88,8 @@ class RouteBody(_Body):
     max_lifetime: float | None = None
     certificate_grace: float | None = None
     max_waiting_per_party: _Whole | None = None
+    max_waiting_per_meet: _Whole | None = None
+    max_waiting_by_meet: _Whole | None = None
     max_pairings: _Whole | None = None
     max_bytes_per_second: _Whole | None = None
 
@@ -106,13 +108,19 @@ class LegView(_View):
     address: str
     mode: str
     since: float
+    meet: str | None = None
 
 
 class WaitingView(_View):
-    """The waiting legs of both parties; the leg that waits longest is first."""
+    """The waiting legs by party; the leg that waits longest is first.
+
+    ``either`` lists legs with a key whose certificate fits both parties: which one they are is decided when they are
+    paired. ``meet`` of a leg is its key, or null.
+    """
 
     func1: list[LegView]
     func2: list[LegView]
+    either: list[LegView] = []
 
 
 class PartyLimits(_View):
@@ -125,6 +133,8 @@ class PartyLimits(_View):
     max_lifetime: float
     certificate_grace: float
     max_waiting_per_party: int
+    max_waiting_per_meet: int
+    max_waiting_by_meet: int
     max_pairings: int
     max_bytes_per_second: int | None
 
@@ -203,10 +213,14 @@ class PartyView(_View):
 
 
 class PairingView(_View):
-    """A running pairing. ``is_handed_off`` is False until both legs have finished their hand-off."""
+    """A running pairing. ``is_handed_off`` is False until both legs have finished their hand-off.
+
+    ``meet`` is the key by which the two functions met, or null.
+    """
 
     id: str
     route: str
+    meet: str | None = None
     func1: PartyView
     func2: PartyView
     since: float
@@ -319,6 +333,7 @@ class RefusalView(_View):
     route: str | None
     party: PartyKey | None
     identity: str | None
+    meet: str | None = None
     certificate: str | None
     count: int = 1
     """Above 1: so many refusals of this kind in one second; ``address`` is the last one."""

@@ -169,6 +169,8 @@ def add_route(
     idle_timeout: Seconds = None,
     stall_timeout: Seconds = None,
     max_waiting_per_party: Number = None,
+    max_waiting_per_meet: Number = None,
+    max_waiting_by_meet: Number = None,
     max_pairings: Number = None,
     replace: Annotated[
         bool, typer.Option("--replace/--new", help="Replace a route of this name (default), or fail if there is one.")
@@ -210,6 +212,8 @@ def add_route(
         "idle_timeout": idle_timeout,
         "stall_timeout": stall_timeout,
         "max_waiting_per_party": max_waiting_per_party,
+        "max_waiting_per_meet": max_waiting_per_meet,
+        "max_waiting_by_meet": max_waiting_by_meet,
         "max_pairings": max_pairings,
     }
     given = {key: value for key, value in body.items() if value is not None}

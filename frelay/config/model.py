@@ -126,6 +126,8 @@ class RouteLimits(Section):
     max_lifetime: Duration = 86400
     certificate_grace: DurationOrZero = 0
     max_waiting_per_party: Count = 16
+    max_waiting_per_meet: Count = 64
+    max_waiting_by_meet: Count = 1024
     max_pairings: Count = 1024
     max_bytes_per_second: Count | None = None
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from frelay.config.model import Party, Route
-from frelay.protocol.messages import PartyName
+from frelay.protocol.messages import LegParty, PartyName
 
 if TYPE_CHECKING:
     from frelay.pairing.leg import Leg
@@ -31,9 +31,10 @@ class Charges:
     def __init__(self, route: Route) -> None:
         self._route: Final = f"route {route.name}"
         sides: tuple[tuple[PartyName, Party], ...] = (("func1", route.func1), ("func2", route.func2))
-        self._shared: Final[frozenset[PartyName]] = frozenset(
-            party for party, side in sides if route.outer == "none" or _is_shared(side)
-        )
+        shared: set[LegParty] = {party for party, side in sides if route.outer == "none" or _is_shared(side)}
+        if shared:
+            shared.add("either")
+        self._shared: Final = frozenset(shared)
         self.is_alone = False
         """Whether the relay has no other route now, with which this one would compete."""
 

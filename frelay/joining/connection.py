@@ -36,6 +36,8 @@ from frelay.net.strangers import Stage, Stranger
 from frelay.net.streams import TlsFault
 from frelay.net.tcp import is_open
 from frelay.pairing.leg import Leg
+from frelay.protocol.acceptance import Acceptance
+from frelay.protocol.identity import Name
 from frelay.protocol.messages import Join, Mode
 from frelay.protocol.refusal import Refusal
 from frelay.tls.context import ALPN
@@ -286,11 +288,13 @@ class IncomingConnection:
             identity = leg.peer.identity
             if identity.objection is not None:
                 raise not_authorised(identity.objection)
-            name, match = select_route(routes.parties, identity.names, join, server_name)
+            name, matches = select_route(routes.parties, identity.names, join, server_name)
             route = routes[name]
-            leg.admit_as(match.party, str(match.name))
+            leg.admit_as({match.party: str(match.name) for match in matches})
             if join is not None:
                 leg.attempt, leg.wait, leg.mode = join.attempt, join.wait, _choose_mode(join)
+                if join.meet is not None:
+                    _take_key(leg, join, route, identity.names)
             if isinstance(leg, FramedLeg):
                 timeout = route.config.ticket_timeout
                 listeners = (self._listener, *listener_keys(route.config))
@@ -303,6 +307,14 @@ class IncomingConnection:
     async def _search_partner(self, leg: Leg, route: LiveRoute) -> None:
         self._log.note_route(leg, route.name)
         await PartnerSearch(leg, route, self._settings, self._shared, self._log).run()
+
+
+def _take_key(leg: TlsLeg, join: Join, route: LiveRoute, names: tuple[Name, ...]) -> None:
+    if route.service is not None:
+        text = "the relay dials the other party of this route, so nobody can be met by a key: leave out JOIN.meet"
+        raise NotAdmitted(Refusal("protocol-error", text))
+    leg.meet = join.meet
+    leg.acceptance = Acceptance(names, join.partner)
 
 
 def _choose_mode(join: Join) -> Mode:

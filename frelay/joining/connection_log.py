@@ -48,9 +48,10 @@ class ConnectionLog:
         self._logger = self._logger.bind(traceparent=traceparent)
 
     def note_route(self, leg: Leg, route: str) -> None:
-        """``leg`` was let in to ``route``; its party and identity do not change any more."""
+        """``leg`` was let in to ``route``."""
         self._leg, self._route = leg, route
-        self._logger = self._logger.bind(route=route, party=leg.party, identity=leg.identity)
+        key = {} if leg.meet is None else {"meet": leg.meet}
+        self._logger = self._logger.bind(route=route, party=leg.party, identity=leg.identity, **key)
 
     def info(self, event: str, **values: Any) -> None:
         """Write a line with what is known of the connection."""
@@ -66,6 +67,7 @@ class ConnectionLog:
             route=self._route or self._only_route,
             party=None if leg is None else leg.party,
             identity=None if leg is None else leg.identity,
+            meet=None if leg is None else leg.meet,
             certificate=self._certificate,
         )
         if self._certificate is None and self._route is None:

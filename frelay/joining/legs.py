@@ -25,6 +25,7 @@ a second connection (:mod:`frelay.joining.tickets`); its leg continues on that o
 from __future__ import annotations
 
 import socket
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final
 
@@ -64,11 +65,23 @@ class TlsLeg(Leg):
         self.credential = peer.credential
         self.address = address
         self.slot = slot
+        self._names_by_party: dict[PartyName, str] = {}
+        """Filled while its party is not decided."""
 
-    def admit_as(self, party: PartyName, identity: str) -> None:
-        """Settle which party of its route this leg is, and by which name."""
-        self.party = party
-        self.identity = identity
+    def admit_as(self, fits: Mapping[PartyName, str]) -> None:
+        """Its certificate fits these parties of its route, by these names. With two, the leg is either party."""
+        first = next(iter(fits))
+        self.identity = fits[first]
+        self.party = first if len(fits) == 1 else "either"
+        self._names_by_party = {} if len(fits) == 1 else dict(fits)
+
+    def settle(self, party: PartyName) -> None:
+        super().settle(party)
+        self.identity = self._names_by_party.get(party, self.identity)
+        self._names_by_party = {}
+
+    def identities(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(self._names_by_party.values())) or (self.identity,)
 
     @property
     def sock(self) -> socket.socket:

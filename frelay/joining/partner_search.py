@@ -16,8 +16,8 @@ import trio
 from frelay.joining.accept_context import AcceptSettings, SharedParts
 from frelay.joining.connection_log import ConnectionLog, refuse
 from frelay.joining.dial import bring_service
-from frelay.joining.lobby import Matched, Waiter
-from frelay.joining.route import UNFINISHED, LiveRoute, Service, Unfinished
+from frelay.joining.lobby import Matched, Unfinished, Waiter
+from frelay.joining.route import LiveRoute, Service
 from frelay.journal import LegWaits
 from frelay.pairing.leg import Leg, LegGone
 from frelay.pairing.pairing import Pairing
@@ -60,10 +60,12 @@ class PartnerSearch:
             await leg.welcome(
                 Waiting(
                     route=route.name,
-                    party=leg.party,
+                    party=None if leg.party == "either" else leg.party,
                     identity=leg.identity,
                     deadline=limit,
-                    peer_seen=route.lobby.peer_seen(leg.party),
+                    peer_seen=route.lobby.peer_seen(leg),
+                    meet=leg.meet,
+                    partner=leg.has_partner_list or None,
                 )
             )
         if timeout.cancelled_caught:
@@ -73,9 +75,9 @@ class PartnerSearch:
         # the match nothing is awaited. It also evicts a stale leg only now: two legs of one attempt that came at the
         # same moment would not have found each other before.
         found = self._match()
-        while found is UNFINISHED:
+        while isinstance(found, Unfinished):
             await trio.lowlevel.checkpoint()
-            found = self._match()
+            found = self._match(found.after)
         if isinstance(found, Refusal):
             await refuse(leg, found, self._log)
         elif isinstance(found, Pairing):
@@ -90,13 +92,13 @@ class PartnerSearch:
         text = self._shared.admission.objection([route.charges.waiting(leg)])
         return None if text is None else Refusal("limit", text, retry_after=10.0)
 
-    def _match(self) -> Pairing | Refusal | Unfinished | None:
+    def _match(self, after: int = 0) -> Pairing | Refusal | Unfinished | None:
         leg, route = self._leg, self._route
         objection = route.objection(leg)
         if objection is not None:
             return objection
         route.lobby.replace_stale(leg)
-        return route.match(leg)
+        return route.match(leg, after=after)
 
     # --- waiting in the lobby ----------------------------------------------------------------------------------
 
@@ -105,7 +107,14 @@ class PartnerSearch:
         end: LegGone | Refusal | None = None
         self._log.info("waiting", seconds=limit, mode=leg.mode)
         self._shared.journal.note(
-            LegWaits(route=route.name, party=leg.party, identity=leg.identity, address=leg.address, mode=leg.mode)
+            LegWaits(
+                route=route.name,
+                party=leg.party,
+                identity=leg.identity,
+                address=leg.address,
+                mode=leg.mode,
+                meet=leg.meet,
+            )
         )
         # Dialling a service ends at the same limit by itself, and then says why it failed.
         wait_ends = math.inf if route.service else trio.current_time() + limit
@@ -133,7 +142,7 @@ class PartnerSearch:
         elif end is None and scope.deadline < wait_ends:
             await refuse(leg, EXPIRED, self._log)
         elif end is None:
-            await refuse(leg, Refusal("wait-timeout", f"nobody came within {limit:g} s", retry_after=0.0), self._log)
+            await refuse(leg, self._nobody_came(limit), self._log)
         elif isinstance(end, Refusal):
             await refuse(leg, end, self._log)
         elif route.service is not None:
@@ -141,6 +150,15 @@ class PartnerSearch:
             self._log.note_refusal(Refusal("wait-timeout", f"{end.detail}, before the service answered"))
         else:
             self._log.info("left", reason=end.detail)
+
+    def _nobody_came(self, limit: float) -> Refusal:
+        text = f"nobody came within {limit:g} s"
+        # Two legs of one key that accept each other never both wait. So a list excluded all that wait.
+        excluded = 0 if self._leg.meet is None else self._route.lobby.candidate_count(self._leg)
+        if excluded:
+            legs = "1 leg with this key was" if excluded == 1 else f"{excluded} legs with this key were"
+            text += f"; {legs} excluded by a partner list"
+        return Refusal("wait-timeout", text, retry_after=0.0)
 
     async def _attend(self, waiter: Waiter, limit: float) -> LegGone | Refusal:
         """Keep the leg alive while it waits, and dial the service of its route, if there is one."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
 from typing import Final
 
 import trio
@@ -17,7 +16,7 @@ import trio
 from frelay.config.model import Dial, Limits, Route
 from frelay.config.networks import NetworkSet
 from frelay.joining.charges import Charges
-from frelay.joining.lobby import Lobby, Waiter, opposite
+from frelay.joining.lobby import Lobby, Unfinished, Waiter, opposite
 from frelay.joining.route_selection import Parties
 from frelay.net.shares import holder_in_words
 from frelay.pairing.bandwidth import Bandwidth
@@ -30,20 +29,10 @@ from frelay.protocol.outcome import Outcome
 from frelay.protocol.refusal import Refusal
 from frelay.tls.trust import OuterTls
 
-__all__ = ["UNFINISHED", "LiveRoute", "Service", "Unfinished"]
+__all__ = ["LiveRoute", "Service"]
 
 # How many waiters that may not be paired any more one match evicts before other tasks have a turn.
 _EVICTED_AT_ONCE: Final = 16
-
-
-class Unfinished(Enum):
-    """Type of :data:`UNFINISHED`."""
-
-    UNFINISHED = "unfinished"
-
-
-UNFINISHED: Final = Unfinished.UNFINISHED
-"""Many waiters were evicted, and there may be more: call match() again after a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +63,7 @@ class LiveRoute:
     ) -> None:
         self.config = route
         self.limits = limits
-        self.lobby: Final = Lobby(max_waiting=route.limits.max_waiting_per_party, clock=trio.current_time)
+        self.lobby: Final = Lobby(limits=route.limits, clock=trio.current_time)
         self.pairings: Final[dict[str, Pairing]] = {}
         self.parties: Final = Parties(route)
         self.charges: Final = Charges(route)
@@ -96,7 +85,7 @@ class LiveRoute:
     def retune(self, route: Route, limits: Limits, *, policy_ends_pairings: bool) -> None:
         """Take over new limits, for legs and pairings that come from now on."""
         self.config, self.limits = route, limits
-        self.lobby.max_waiting = route.limits.max_waiting_per_party
+        self.lobby.limits = route.limits
         self._set_rate(route.limits.max_bytes_per_second)
         self._pairing_terms = self._terms(policy_ends_pairings)
 
@@ -162,19 +151,20 @@ class LiveRoute:
             return None
         return trust.recheck(leg.peer)
 
-    def match(self, leg: Leg) -> Pairing | Refusal | Unfinished | None:
-        """Pair ``leg`` with the leg of the other party that has waited longest.
+    def match(self, leg: Leg, *, after: int = 0) -> Pairing | Refusal | Unfinished | None:
+        """Pair ``leg`` with the leg that has waited longest of those that it may be paired with.
 
-        None if no leg of the other party waits; a refusal if ``leg`` may not be paired now.
+        None if no such leg waits; a refusal if ``leg`` may not be paired now. ``after`` continues an unfinished match.
         """
         for _ in range(_EVICTED_AT_ONCE):
-            waiter = self.lobby.head(opposite(leg.party))
-            if waiter is None:
-                return None
+            waiter = self.lobby.search(leg, after=after)
+            if not isinstance(waiter, Waiter):
+                return waiter
+            after = waiter.number
             found = self.match_with(waiter, leg)
             if found is not None:
                 return found
-        return UNFINISHED
+        return Unfinished(after)
 
     def match_with(self, waiter: Waiter, leg: Leg) -> Pairing | Refusal | None:
         """Pair ``leg`` with ``waiter``; a refusal if ``leg`` may not be paired now.
@@ -214,14 +204,16 @@ class LiveRoute:
         return None
 
     def _pair(self, leg: Leg, waiter: Waiter) -> Pairing:
-        legs: dict[PartyName, Leg] = {leg.party: leg, waiter.leg.party: waiter.leg}
+        _settle(waiter.leg, leg)
+        legs: dict[PartyName, Leg] = {leg.settled_party: leg, waiter.leg.settled_party: waiter.leg}
         waited = trio.current_time() - waiter.since
         pairing = Pairing(legs, self._pairing_terms, self._forwarding, waited=waited)
         leg.is_paired = waiter.leg.is_paired = True
         self.pairings[pairing.id] = pairing
         self._pool.take(pairing.id, self.charges.in_route(*legs.values()))
         self._forwarding.pool.take(pairing.id, self.charges.in_relay(*legs.values()))
-        self.lobby.note_seen(leg.party)
+        if leg.meet is None:
+            self.lobby.note_seen(leg.settled_party)
         self.lobby.match(waiter, pairing)
         return pairing
 
@@ -230,8 +222,9 @@ class LiveRoute:
         del self.pairings[pairing.id]
         self._pool.give_back(pairing.id)
         self._forwarding.pool.give_back(pairing.id)
-        for party in pairing.legs:
-            self.lobby.note_seen(party)
+        if pairing.meet is None:
+            for party in pairing.legs:
+                self.lobby.note_seen(party)
 
     # --- the end -----------------------------------------------------------------------------------------------
 
@@ -240,6 +233,14 @@ class LiveRoute:
         self.lobby.close(refusal)
         for pairing in self.pairings.values():
             pairing.expire_at(cut_at, outcome, refusal.reason)
+
+
+def _settle(waiting: Leg, leg: Leg) -> None:
+    """Decide the parties of two legs that are being paired. Of two that may be either, the one that waited is func1."""
+    if waiting.party == "either":
+        waiting.settle("func1" if leg.party == "either" else opposite(leg.party))
+    if leg.party == "either":
+        leg.settle(opposite(waiting.settled_party))
 
 
 def _too_many(holder: str, held: int, of_all: str) -> Refusal:

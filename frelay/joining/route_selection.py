@@ -106,9 +106,10 @@ def not_authorised(why: str) -> NotAdmitted:
 
 def select_route(
     table: PartyTable, names: tuple[Name, ...], join: Join | None, server_name: str
-) -> tuple[str, PartyMatch]:
+) -> tuple[str, list[PartyMatch]]:
     """The name of the route that a leg is for, and the party that its certificate fits there; raises NotAdmitted.
 
+    There are two parties if the certificate fits both, and the JOIN names a key and no party: then the pairing decides.
     ``names`` are those of the verified certificate. ``join`` is None for a leg without frames.
     """
     asked = join.route if join is not None and join.route is not None else None
@@ -137,8 +138,8 @@ def select_route(
         chosen = [match for match in found if match.party == wanted]
         if not chosen:
             raise not_authorised(f"the certificate does not fit {wanted} of route {route!r}")
-        return route, chosen[0]
-    if len(found) > 1:
+        return route, chosen
+    if len(found) > 1 and (join is None or join.meet is None):
         text = "this certificate fits both parties of the route: say which with JOIN.party"
         raise NotAdmitted(Refusal("protocol-error", text))
-    return route, found[0]
+    return route, found

@@ -52,6 +52,7 @@ class PairingRunner:
                 func1=legs["func1"].identity,
                 func2=legs["func2"].identity,
                 waited=pairing.waited,
+                meet=pairing.meet,
             )
         )
         self._nursery.start_soon(self._run, pairing, route)

@@ -45,6 +45,10 @@ class Shares(Generic[H, P]):
         places = self._by_holder.get(holder)
         return 0 if places is None else len(places)
 
+    def holds(self, holder: H, place: P) -> bool:
+        """Whether ``holder`` has ``place``."""
+        return place in self._by_holder.get(holder, ())
+
     @property
     def most(self) -> int:
         """The greatest number of places that one holder has; 0 if no place is taken."""

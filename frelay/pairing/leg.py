@@ -20,7 +20,8 @@ import trio
 from frelay.net.slots import Slot
 from frelay.net.sockets import close_after_delivery, close_with_reset
 from frelay.net.streams import RawStream
-from frelay.protocol.messages import Mode, Paired, PartyName, Waiting
+from frelay.protocol.acceptance import Acceptance
+from frelay.protocol.messages import LegParty, Mode, Paired, PartyName, Waiting
 from frelay.protocol.refusal import Refusal
 from frelay.tls.stream import TlsStream
 from frelay.tls.trust import Credential, VerifiedPeer
@@ -40,7 +41,12 @@ class Leg(abc.ABC):
 
     identity: str
     """The name that the route's selectors matched, e.g. ``dns:func1.acme``; for a plain leg its address."""
-    party: PartyName
+    party: LegParty
+    """Until it is paired, the leg of a certificate that fits both parties may be "either" (only with a key)."""
+    meet: str | None = None
+    """The key by which it meets its partner; None if it takes the next leg without a key."""
+    acceptance: Acceptance | None = None
+    """Which partners it accepts, until it is paired; None for a leg without a key."""
     attempt: str | None = None
     """The JOIN's ``attempt``; None for legs without frames."""
     wait: float | None = None
@@ -77,6 +83,22 @@ class Leg(abc.ABC):
         """Keep the waiting leg alive until it has gone or must be refused; returns only then. May be cancelled."""
 
     @property
+    def has_partner_list(self) -> bool:
+        """Whether its JOIN lists the partners that it accepts."""
+        return self.acceptance is not None and self.acceptance.has_list
+
+    @property
+    def settled_party(self) -> PartyName:
+        """Its party, once that is decided."""
+        if self.party == "either":
+            raise AssertionError("the party of this leg is not decided yet")
+        return self.party
+
+    def settle(self, party: PartyName) -> None:
+        """Decide which party a leg that may be either is."""
+        self.party = party
+
+    @property
     def holder(self) -> str:
         """The name to which its place counts, where a limit is shared among the parties."""
         return self.identity
@@ -88,8 +110,12 @@ class Leg(abc.ABC):
         """
         if self.attempt is None:
             return ()
-        by_name = (self.attempt, self.identity)
-        return (by_name,) if self.credential is None else (by_name, (self.attempt, self.credential.leaf))
+        by_name = tuple((self.attempt, name) for name in self.identities())
+        return by_name if self.credential is None else (*by_name, (self.attempt, self.credential.leaf))
+
+    def identities(self) -> tuple[str, ...]:
+        """The names by which its function may be a party here: one, or two while its party is not decided."""
+        return (self.identity,)
 
     def is_retry_of(self, other: Leg) -> bool:
         """Whether the same function opened both connections for the same attempt."""
@@ -116,7 +142,7 @@ class Leg(abc.ABC):
 
     def forget_admission(self) -> None:
         """Free what was needed only until it was paired: some KiB a leg, most of it the names of the certificate."""
-        self.peer = self.attempt = self.wait = None
+        self.peer = self.attempt = self.wait = self.acceptance = None
 
     async def begin(self, message: Paired) -> None:  # noqa: B027  a leg without frames has nothing to do
         """Tell the party that it is paired and bring its end to the pumps, hand-off included.

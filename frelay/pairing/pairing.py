@@ -124,7 +124,8 @@ class Pairing:
     def _log(self) -> Any:
         # Made for each message: with thousands of idle pairings, a kept logger would cost each of them a KiB.
         traces = {f"{party}_traceparent": leg.traceparent for party, leg in self.legs.items() if leg.traceparent}
-        return _logger(self.route, self.id).bind(**traces)
+        key = {} if self.meet is None else {"meet": self.meet}
+        return _logger(self.route, self.id).bind(**key, **traces)
 
     # --- for the outside ---------------------------------------------------------------------------------------
 
@@ -132,6 +133,11 @@ class Pairing:
     def route(self) -> str:
         """The name of its route."""
         return self.terms.route
+
+    @property
+    def meet(self) -> str | None:
+        """The key by which its parties met; None if they had none."""
+        return self.legs["func1"].meet
 
     @property
     def limits(self) -> PairingLimits:
@@ -275,6 +281,8 @@ class Pairing:
             role="client" if party == "func1" else "server",
             mode=leg.mode,
             limits=self.limits.for_paired(),
+            meet=leg.meet,
+            partner=leg.has_partner_list or None,
         )
         timeout = leg.begin_timeout(self.limits.handoff_timeout)
         try:

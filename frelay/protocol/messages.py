@@ -25,6 +25,7 @@ __all__ = [
     "Draining",
     "Join",
     "Leave",
+    "LegParty",
     "Message",
     "Mode",
     "Paired",
@@ -42,6 +43,8 @@ __all__ = [
 ]
 
 PartyName = Literal["func1", "func2"]
+LegParty = Literal["func1", "func2", "either"]
+"""The party of a leg: "either" is a leg that may still become one or the other, until it is paired."""
 Role = Literal["client", "server"]
 Mode = Literal["handoff", "ticket", "tunnel"]
 

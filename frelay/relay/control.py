@@ -109,6 +109,7 @@ class RelayControl(Control):
                     route=entry.route,
                     party=entry.party,
                     identity=entry.identity,
+                    meet=entry.meet,
                     certificate=entry.certificate,
                     count=entry.count,
                 )

@@ -25,7 +25,6 @@ import trio
 
 from frelay.joining.route import LiveRoute
 from frelay.joining.routes import RouteRegistry
-from frelay.protocol.messages import PartyName
 from frelay.protocol.outcome import Outcome
 from frelay.protocol.refusal import Refusal
 from frelay.relay.active_config import ActiveConfig
@@ -37,7 +36,6 @@ __all__ = ["CredentialRecheck", "follow_clock", "recheck_credentials", "reload_a
 _CLOCK_INTERVAL: Final = 1.0
 _CLOCK_TOLERANCE: Final = 1.0
 _LONGEST_SLEEP: Final = 60.0
-_PARTIES: Final[tuple[PartyName, ...]] = ("func1", "func2")
 # How many legs and pairings are woken before everybody else has a turn.
 _AT_ONCE: Final = 64
 
@@ -83,7 +81,7 @@ async def recheck_credentials(routes: Sequence[LiveRoute], trust: OuterTls, *, e
     """Judge all legs of ``routes`` again by ``trust``; those of pairings only if ``ends_pairings``."""
     known: dict[Credential, Refusal | None] = {}
     for route in routes:
-        for waiter in [waiter for party in _PARTIES for waiter in route.lobby.waiting(party)]:
+        for waiter in route.lobby.everyone():
             credential = waiter.leg.credential
             if waiter.verdict is not None or credential is None:
                 continue
@@ -133,7 +131,7 @@ async def follow_clock(routes: Callable[[], Iterable[LiveRoute]]) -> None:
         # Those that are here at this moment: legs that come later go by the new date anyway.
         everybody: list[Callable[[], None]] = []
         for route in routes():
-            everybody += (waiter.recompute_expiry for party in _PARTIES for waiter in route.lobby.waiting(party))
+            everybody += (waiter.recompute_expiry for waiter in route.lobby.everyone())
             everybody += (pairing.recompute_expiry for pairing in route.pairings.values())
         for number, recompute_expiry in enumerate(everybody, 1):
             recompute_expiry()

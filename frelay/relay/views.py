@@ -32,7 +32,7 @@ from frelay.admin.model import (
     WorkerView,
 )
 from frelay.config.dump import dump_route
-from frelay.joining.lobby import Waiter
+from frelay.joining.lobby import LEG_PARTIES, Waiter
 from frelay.joining.route import LiveRoute
 from frelay.journal import RouteTotals
 from frelay.pairing.leg import Leg
@@ -42,8 +42,7 @@ from frelay.relay.relay import Relay
 
 __all__ = ["NOBODY", "Load", "LocalViews", "Views", "certificates_of", "etag_of"]
 
-_PARTIES: Final[tuple[PartyName, PartyName]] = ("func1", "func2")
-NOBODY: Final = WaitingView(func1=[], func2=[])
+NOBODY: Final = WaitingView(func1=[], func2=[], either=[])
 """What is shown for a route at which no leg waits."""
 
 
@@ -108,7 +107,8 @@ class LocalViews:
             moved[name, "func2"] += totals[name].bytes_func2_to_func1
         return Counts(
             pairings=running,
-            waiting={(name, party): live.lobby.count(party) for name, live in routes.items() for party in _PARTIES},
+            waiting={(name, party): live.lobby.count(party) for name, live in routes.items() for party in LEG_PARTIES},
+            keys={name: live.lobby.keys for name, live in routes.items()},
             bytes_moved=moved,
             outcomes={(name, word): count for name in running for word, count in totals[name].outcomes.items()},
             refusals={(name, code): count for name in ("", *running) for code, count in totals[name].refusals.items()},
@@ -123,7 +123,7 @@ class LocalViews:
         relay = self._relay
         return Load(
             pairings=len(relay.pairings),
-            waiting=sum(route.lobby.count(party) for route in relay.routes.values() for party in _PARTIES),
+            waiting=sum(route.lobby.count(party) for route in relay.routes.values() for party in LEG_PARTIES),
             descriptors=DescriptorView(
                 open=len(os.listdir("/proc/self/fd")),
                 limit=relay.admission.descriptor_limit,
@@ -194,13 +194,13 @@ class LocalViews:
         )
 
     def _waiting(self, route: LiveRoute) -> WaitingView:
-        func1, func2 = ([self._leg(waiter) for waiter in route.lobby.waiting(party)] for party in _PARTIES)
-        return WaitingView(func1=func1, func2=func2) if func1 or func2 else NOBODY
+        legs = {party: [self._leg(waiter) for waiter in route.lobby.waiting(party)] for party in LEG_PARTIES}
+        return WaitingView(**legs) if any(legs.values()) else NOBODY
 
     def _leg(self, waiter: Waiter) -> LegView:
         leg = waiter.leg
         since = time.time() - self._relay.age(waiter.since)
-        return LegView(identity=leg.identity, address=leg.address, mode=leg.mode, since=since)
+        return LegView(identity=leg.identity, address=leg.address, mode=leg.mode, since=since, meet=leg.meet)
 
     async def pairings(self) -> PairingsView:
         """All pairings that run."""
@@ -234,6 +234,7 @@ def _pairing(pairing: Pairing, now: float) -> PairingView:
     return PairingView(
         id=pairing.id,
         route=pairing.route,
+        meet=pairing.meet,
         func1=_party(pairing.legs["func1"]),
         func2=_party(pairing.legs["func2"]),
         since=pairing.since,

@@ -100,6 +100,8 @@ def test_an_empty_file_is_a_configuration_of_defaults(written: Written) -> None:
         max_pre_auth=256,
         max_pre_auth_per_ip=32,
         max_waiting_per_party=16,
+        max_waiting_per_meet=64,
+        max_waiting_by_meet=1024,
         max_pairings=1024,
         fd_budget=0.8,
     )

@@ -225,7 +225,8 @@ def test_counts_are_the_same_at_the_other_end() -> None:
     journal.note(HandshakeDone(seconds=0.02))
     counts = Counts(
         pairings={"r": 2},
-        waiting={("r", "func1"): 1},
+        waiting={("r", "func1"): 1, ("r", "either"): 2},
+        keys={"r": 2},
         bytes_moved={("r", "func2"): 10**12},
         outcomes={("r", "closed"): 3},
         refusals={("", "limit"): 4},

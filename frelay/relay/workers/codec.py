@@ -81,6 +81,7 @@ def counts_to_json(counts: Counts) -> dict[str, Any]:
     """What each worker counts by itself; the supervisor adds what is the same for all of them."""
     return {
         "pairings": dict(counts.pairings),
+        "keys": dict(counts.keys),
         **{name: [[*key, count] for key, count in getattr(counts, name).items()] for name in _PAIRS},
         "durations": {name: [found.bounds, found.counts, found.total] for name, found in counts.durations.items()},
         "loop_lag": counts.loop_lag,
@@ -93,6 +94,7 @@ def counts_from_json(table: Mapping[str, Any]) -> Counts:
     pairs: dict[str, Any] = {name: {(one, two): count for one, two, count in table[name]} for name in _PAIRS}
     return Counts(
         pairings=Counter(table["pairings"]),
+        keys=Counter(table["keys"]),
         **pairs,
         reloaded_at=0.0,
         reload_was_accepted=True,

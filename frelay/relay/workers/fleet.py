@@ -42,7 +42,8 @@ class WorkerSlot:
         counts = process.counts
         if counts is not None:
             nobody, nothing = dict.fromkeys(counts.waiting, 0), dict.fromkeys(counts.pairings, 0)
-            self._last_counts = replace(counts, waiting=nobody, pairings=nothing, tasks=0, loop_lag=0.0)
+            keys = dict.fromkeys(counts.keys, 0)
+            self._last_counts = replace(counts, waiting=nobody, keys=keys, pairings=nothing, tasks=0, loop_lag=0.0)
         self.process = None
 
 

@@ -58,6 +58,7 @@ class WorkerViews:
         return Counts(
             pairings=_sum([none, *(one.pairings for one in found)]),
             waiting=_sum(one.waiting for one in found),
+            keys=_sum(one.keys for one in found),
             bytes_moved=_sum(one.bytes_moved for one in found),
             outcomes=_sum(one.outcomes for one in found),
             refusals=_sum(one.refusals for one in found),

@@ -42,7 +42,7 @@ async def test_an_added_route_serves_and_a_deleted_one_does_not(site: Site) -> N
 async def test_every_option_is_written(site: Site) -> None:
     options = "--outer mtls --handoff hello --require-inner-tls false --hello-settle 0.5 --ticket-timeout 4"
     limits = "--wait-timeout 5 --half-close-timeout 6 --idle-timeout 7 --stall-timeout 8"
-    counts = "--max-waiting-per-party 9 --max-pairings 10"
+    counts = "--max-waiting-per-party 9 --max-waiting-per-meet 11 --max-waiting-by-meet 12 --max-pairings 10"
     async with site.process(DEMO, sections=ADMIN):
         said = await add(site, "two", "--func1", "dns:*.demo", *f"{options} {limits} {counts}".split())
         assert said.code == 0, said.stderr
@@ -66,6 +66,8 @@ async def test_every_option_is_written(site: Site) -> None:
         "idle_timeout": 7,
         "stall_timeout": 8,
         "max_waiting_per_party": 9,
+        "max_waiting_per_meet": 11,
+        "max_waiting_by_meet": 12,
         "max_pairings": 10,
     }
     mesh = tomllib.loads((site.directory / "routes.d" / "mesh.toml").read_text())

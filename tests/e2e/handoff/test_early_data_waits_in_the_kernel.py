@@ -49,9 +49,7 @@ async def partner(site: Site, relay: RelayInProcess, mode: Mode) -> End:
 
 
 def waiting_leg(relay: RelayInProcess) -> Leg:
-    place = relay.relay.routes["demo"].lobby.head("func1")
-    assert place is not None
-    return place.leg
+    return relay.relay.routes["demo"].lobby.waiting("func1")[0].leg
 
 
 def unread(sock: socket.socket) -> int:

@@ -119,7 +119,7 @@ async def test_nobody_is_paired_with_a_leg_that_is_seen_to_be_gone(
     async with site.relay(DEMO + "require_inner_tls = false\n") as relay:
         gone, alive = await waiter(), await waiter()
         lobby = relay.relay.routes["demo"].lobby
-        first = next(lobby.waiting("func1")).leg
+        first = lobby.waiting("func1")[0].leg
         goodbye(gone)
         await eventually(first.is_gone, "its end has arrived")
         assert relay.waiting() == (2, 0)
