@@ -43,6 +43,7 @@ CONTRACT: Final[Mapping[str, tuple[str, frozenset[str]]]] = {
     "frelay_pairings_total": ("counter", frozenset({"route", "outcome"})),
     "frelay_pairings_active": ("gauge", frozenset({"route"})),
     "frelay_legs_waiting": ("gauge", frozenset({"route", "party"})),
+    "frelay_keys_waiting": ("gauge", frozenset({"route"})),
     "frelay_bytes_total": ("counter", frozenset({"route", "direction"})),
     "frelay_refused_total": ("counter", frozenset({"route", "code"})),
     "frelay_handshake_seconds": ("histogram", frozenset()),

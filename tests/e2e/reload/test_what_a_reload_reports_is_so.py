@@ -116,12 +116,22 @@ async def second_is_refused(site: Site, relay: RelayInProcess, *, code: str) -> 
     await relay.log("refused", code=code)
 
 
-async def no_second_waits(site: Site, relay: RelayInProcess) -> None:
+async def no_second_waits(site: Site, relay: RelayInProcess, *keys: str) -> None:
+    """``keys`` are those of the first and the second leg; without them both join without one."""
     one, two = await site.party(relay, "func1"), await site.party(relay, "func1")
-    await one.join()
+    fields = [{"meet": key} for key in keys] or [{}, {}]
+    await one.join(**fields[0])
     await one.expect("WAITING")
-    await two.join()
+    await two.join(**fields[1])
     assert (await two.refusal())["code"] == "queue-full"
+
+
+async def no_second_waits_with_its_key(site: Site, relay: RelayInProcess) -> None:
+    await no_second_waits(site, relay, "job", "job")
+
+
+async def no_second_waits_with_a_key(site: Site, relay: RelayInProcess) -> None:
+    await no_second_waits(site, relay, "job/1", "job/2")
 
 
 async def bytes_are_held_back(site: Site, relay: RelayInProcess) -> None:
@@ -270,6 +280,8 @@ KEYS: Final[Mapping[str, tuple[str, Probe]]] = {
     "limits.max_lifetime": ("77", partial(told, name="max_lifetime", value=77)),
     "limits.certificate_grace": ("77", partial(of_a_pairing, name="certificate_grace", value=77)),
     "limits.max_waiting_per_party": ("1", no_second_waits),
+    "limits.max_waiting_per_meet": ("1", no_second_waits_with_its_key),
+    "limits.max_waiting_by_meet": ("1", no_second_waits_with_a_key),
     "limits.max_pairings": ("1", partial(second_is_refused, code="limit")),
     "limits.max_pairings_in_all": ("1", partial(second_is_refused, code="limit")),
     "limits.max_bytes_per_second": ("20_000", bytes_are_held_back),
