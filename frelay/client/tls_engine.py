@@ -17,13 +17,14 @@ inside.
 from __future__ import annotations
 
 import ssl
-from typing import Final
+from typing import Any, Final
 
 from frelay.errors import Truncated
 
 __all__ = ["Engine"]
 
 _RECORD: Final = 16384
+_CUT: Final = "the connection ended without close_notify: it may have been cut short"
 
 
 class Engine:
@@ -61,9 +62,16 @@ class Engine:
         """How many bytes of the network were fed and not processed by TLS yet."""
         return self._incoming.pending if self._below is None else self._below.unread
 
+    @property
+    def has_input(self) -> bool:
+        """Whether a read may find something without another :meth:`feed`: data, an end, or a part of a record."""
+        if self._kept or self._incoming.pending or self._incoming.eof or self.tls.pending():
+            return True
+        return self._below is not None and self._below.has_input
+
     # --- the network's side ------------------------------------------------------------------------------------
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, data: bytes | memoryview) -> None:
         """Take bytes from the network; ``b""`` is its FIN."""
         if self._below is not None:
             self._below.feed(data)
@@ -128,6 +136,24 @@ class Engine:
         self._kept += data or b""
         return data
 
+    def read_into(self, view: memoryview) -> int | None:
+        """As :meth:`read`, into ``view``, which has room for at least one byte; returns the number of bytes."""
+        if self._kept:
+            data = self.read(len(view)) or b""
+            view[: len(data)] = data
+            return len(data)
+        while True:
+            try:
+                count: Any = self.tls.read(len(view), view)  # typeshed knows only the form without a buffer
+                return int(count)
+            except ssl.SSLWantReadError:
+                if not self._refill():
+                    return None
+            except ssl.SSLZeroReturnError:
+                return 0
+            except ssl.SSLEOFError as error:
+                raise Truncated(_CUT) from error
+
     def _read_new(self, size: int) -> bytes | None:
         while True:
             try:
@@ -138,7 +164,7 @@ class Engine:
             except ssl.SSLZeroReturnError:
                 return b""
             except ssl.SSLEOFError as error:
-                raise Truncated("the connection ended without close_notify: it may have been cut short") from error
+                raise Truncated(_CUT) from error
 
     def send_eof(self) -> None:
         """End our direction with close_notify; reading goes on. Idempotent."""
