@@ -25,6 +25,7 @@ __all__ = [
     "ConfigError",
     "ConnectionBroken",
     "FrelayError",
+    "GroupBroken",
     "HandOffFailed",
     "LocalProtocolError",
     "PeerGone",
@@ -185,6 +186,22 @@ class PeerGone(FrelayError):
 
 class CertificateRefused(PeerGone):
     """The other function refused *this* function's certificate with a TLS alert; the text says why."""
+
+
+class GroupBroken(FrelayError):
+    """A group is of no more use: a rank died, left, aborted, stood still or was out of step. Start a new group.
+
+    ``rank`` is the rank that failed first, as far as this rank knows; None if nobody knows.
+    """
+
+    def __init__(self, rank: int | None, text: str) -> None:
+        super().__init__(text)
+        self.rank = rank
+        self.text = _harmless(text)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the arguments: a pool of processes pickles the errors of its tasks."""
+        return type(self), (self.rank, self.text)
 
 
 class PeerIdentityMismatch(FrelayError):
