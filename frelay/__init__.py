@@ -14,6 +14,7 @@ from frelay.errors import (
     CertificateRefused,
     ConnectionBroken,
     FrelayError,
+    GroupBroken,
     HandOffFailed,
     LocalProtocolError,
     PeerGone,
@@ -29,6 +30,7 @@ from frelay.errors import (
 if TYPE_CHECKING:
     from frelay import client
     from frelay.client.blocking import connect
+    from frelay.client.group.blocking import Group, group
     from frelay.client.retry import Retry
     from frelay.client.wire import Wire
 
@@ -37,6 +39,8 @@ __all__ = [
     "CertificateRefused",
     "ConnectionBroken",
     "FrelayError",
+    "Group",
+    "GroupBroken",
     "HandOffFailed",
     "LocalProtocolError",
     "PeerGone",
@@ -52,15 +56,18 @@ __all__ = [
     "__version__",
     "client",
     "connect",
+    "group",
 ]
 
 __version__: Final = "0.1.0"
 
 # Loaded when first used: the client imports ssl and socket, which `frelay --version` does not need.
 _LATER: Final = {
+    "Group": "frelay.client.group.blocking",
     "Retry": "frelay.client.retry",
     "Wire": "frelay.client.wire",
     "connect": "frelay.client.blocking",
+    "group": "frelay.client.group.blocking",
 }
 
 

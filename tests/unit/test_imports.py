@@ -212,7 +212,13 @@ def test_a_function_needs_the_standard_library_only() -> None:
 
 def test_the_package_and_its_main_import_little() -> None:
     ours = {name: {one.imported for one in all_imports() if one.importer == name} for name in DOORS}
-    client = {"frelay.client", "frelay.client.blocking", "frelay.client.retry", "frelay.client.wire"}
+    client = {
+        "frelay.client",
+        "frelay.client.blocking",
+        "frelay.client.group.blocking",
+        "frelay.client.retry",
+        "frelay.client.wire",
+    }
     assert {name for name in ours["frelay"] if is_ours(name)} == {"frelay.errors", *client}
     assert {name for name in ours["frelay.__main__"] if is_ours(name)} == {"frelay.cli.app"}
 
