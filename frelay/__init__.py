@@ -16,6 +16,7 @@ from frelay.errors import (
     FrelayError,
     GroupBroken,
     HandOffFailed,
+    ListenerClosed,
     LocalProtocolError,
     PeerGone,
     PeerIdentityMismatch,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from frelay import client
     from frelay.client.blocking import connect
     from frelay.client.group.blocking import Group, group
+    from frelay.client.listening import Listener, listen
     from frelay.client.retry import Retry
     from frelay.client.wire import Wire
 
@@ -42,6 +44,8 @@ __all__ = [
     "Group",
     "GroupBroken",
     "HandOffFailed",
+    "Listener",
+    "ListenerClosed",
     "LocalProtocolError",
     "PeerGone",
     "PeerIdentityMismatch",
@@ -57,6 +61,7 @@ __all__ = [
     "client",
     "connect",
     "group",
+    "listen",
 ]
 
 __version__: Final = "0.1.0"
@@ -64,10 +69,12 @@ __version__: Final = "0.1.0"
 # Loaded when first used: the client imports ssl and socket, which `frelay --version` does not need.
 _LATER: Final = {
     "Group": "frelay.client.group.blocking",
+    "Listener": "frelay.client.listening",
     "Retry": "frelay.client.retry",
     "Wire": "frelay.client.wire",
     "connect": "frelay.client.blocking",
     "group": "frelay.client.group.blocking",
+    "listen": "frelay.client.listening",
 }
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "FrelayError",
     "GroupBroken",
     "HandOffFailed",
+    "ListenerClosed",
     "LocalProtocolError",
     "PeerGone",
     "PeerIdentityMismatch",
@@ -178,6 +179,10 @@ class Refused(FrelayError):
 
 class HandOffFailed(FrelayError):
     """The relay sent PAIRED, but the outer TLS did not end cleanly; no byte of the peer was read. Join again."""
+
+
+class ListenerClosed(FrelayError):
+    """``accept`` was called on a listener that is closed, or the listener was closed meanwhile."""
 
 
 class PeerGone(FrelayError):

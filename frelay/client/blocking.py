@@ -10,6 +10,7 @@ from __future__ import annotations
 import queue
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,7 +27,7 @@ from frelay.client.wire import Wire
 from frelay.protocol.identity import Name
 from frelay.protocol.messages import Message, Mode, PartyName
 
-__all__ = ["connect", "split_address"]
+__all__ = ["Interrupted", "Shell", "connect", "split_address"]
 
 _READ = 65536
 
@@ -121,7 +122,7 @@ def connect(
         partner=partner,
     )
     joining = Joining(plan, time.monotonic, inner_tls_on_socket=True)
-    shell = _Shell()
+    shell = Shell()
     try:
         drive(joining.steps(), shell.perform, on_status)
         return shell.take_wire()
@@ -129,16 +130,38 @@ def connect(
         shell.close(joining)
 
 
-class _Shell:
-    """Performs steps on blocking sockets."""
+class Interrupted(Exception):
+    """A signal inside the client: another thread has interrupted this shell."""
+
+
+class Shell:
+    """Performs steps on blocking sockets. Another thread may interrupt it."""
 
     def __init__(self) -> None:
         self._connections = Connections()
         self._wire: Wire | None = None
+        self._answer: queue.SimpleQueue[list[Endpoint] | OSError] = queue.SimpleQueue()
+        self._is_interrupted = False
+        self._lock = threading.Lock()
+        """Held to close a socket: its number may be another socket's at once, which must not be shut down instead."""
+
+    def interrupt(self) -> None:
+        """From another thread: the step that runs now, and each later one, raises Interrupted.
+
+        A connection that has been opened just now may miss it. So call it again until the other thread is done.
+        """
+        self._is_interrupted = True
+        self._answer.put(InterruptedError())
+        with self._lock:
+            for sock in self._connections.sockets.values():
+                _shut_down(sock, socket.SHUT_RD)  # LEAVE can still be sent
+            if self._wire is not None:
+                _shut_down(self._wire, socket.SHUT_RDWR)
 
     def take_wire(self) -> Wire:
         """The wire; the caller closes it from now on."""
-        wire, self._wire = self._wire, None
+        with self._lock:
+            wire, self._wire = self._wire, None
         if wire is None:
             raise AssertionError("the joining is done without an inner handshake")
         wire.settimeout(None)
@@ -147,13 +170,35 @@ class _Shell:
     def close(self, joining: Joining) -> None:
         """Close everything that was not taken."""
         try:
-            if self._wire is not None:
-                # The handshake failed, or this is the wrong peer. It gets no close_notify, so that it sees a cut.
-                self._wire.abandon()
+            self._abandon_wire()
         finally:
-            self._connections.close_all(joining.final_bytes)
+            with self._lock:
+                self._connections.close_all(joining.final_bytes)
+
+    def _abandon_wire(self) -> None:
+        """Cut a wire whose handshake failed, or that leads to a wrong peer: it sees no close_notify."""
+        with self._lock:
+            wire, self._wire = self._wire, None
+        if wire is not None:
+            wire.abandon()
 
     def perform(self, step: Step) -> Any:
+        """Perform one step; raises OSError or Interrupted."""
+        self._check_not_interrupted()
+        try:
+            answer = self._perform(step)
+        except OSError:
+            self._check_not_interrupted()
+            raise
+        # What a socket that was shut down has given is no answer of the relay.
+        self._check_not_interrupted()
+        return answer
+
+    def _check_not_interrupted(self) -> None:
+        if self._is_interrupted:
+            raise Interrupted
+
+    def _perform(self, step: Step) -> Any:
         match step:
             case Receive(connection, timeout):
                 sock = self._connections.sockets[connection]
@@ -164,16 +209,16 @@ class _Shell:
                 sock.settimeout(timeout)
                 return sock.sendall(data)
             case Resolve(host, port, timeout):
-                return _look_up(host, port, timeout)
+                return self._look_up(host, port, timeout)
             case Open(connection, endpoint, timeout):
-                sock = self._connections.add(connection, endpoint)
+                with self._lock:
+                    sock = self._connections.add(connection, endpoint)
                 sock.settimeout(timeout)
                 return sock.connect(endpoint.sockaddr)
             case Close(connection, final_bytes):
-                if self._wire is not None:
-                    self._wire.abandon()
-                    self._wire = None
-                return self._connections.close(connection, final_bytes)
+                self._abandon_wire()
+                with self._lock:
+                    return self._connections.close(connection, final_bytes)
             case Pause(seconds):
                 return time.sleep(seconds)
             case InnerHandshake():
@@ -181,8 +226,23 @@ class _Shell:
             case _:
                 raise AssertionError(f"{step} is not for this shell")
 
+    def _look_up(self, host: str, port: int, timeout: float) -> list[Endpoint]:
+        found = numeric(host, port)
+        if found is not None:
+            return found
+        answer = self._answer = queue.SimpleQueue()  # a new one: the answer of an earlier look-up may come late
+        look_up_in_thread(host, port, answer.put)
+        try:
+            result = answer.get(timeout=timeout)
+        except queue.Empty:
+            raise TimeoutError("the look-up timed out") from None
+        if isinstance(result, OSError):
+            raise result
+        return result
+
     def _inner_handshake(self, step: InnerHandshake) -> tuple[str | None, list[Name]]:
-        sock = self._connections.take(step.connection)
+        with self._lock:
+            sock = self._connections.take(step.connection)
         pump = None
         if step.tunnel is not None:
             near, far = socket.socketpair()
@@ -210,16 +270,8 @@ class _Shell:
         return agreed_protocol(wire), names_of_peer(wire)
 
 
-def _look_up(host: str, port: int, timeout: float) -> list[Endpoint]:
-    found = numeric(host, port)
-    if found is not None:
-        return found
-    answer: queue.SimpleQueue[list[Endpoint] | OSError] = queue.SimpleQueue()
-    look_up_in_thread(host, port, answer.put)
+def _shut_down(sock: socket.socket, how: int) -> None:
     try:
-        result = answer.get(timeout=timeout)
-    except queue.Empty:
-        raise TimeoutError("the look-up timed out") from None
-    if isinstance(result, OSError):
-        raise result
-    return result
+        socket.socket.shutdown(sock, how)  # not the method of a Wire, which would send close_notify
+    except OSError:
+        pass  # it is not connected

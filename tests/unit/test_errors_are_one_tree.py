@@ -10,7 +10,7 @@ import frelay
 
 PACKAGE: Final = Path(frelay.__file__).parent
 # Each is always caught in the room that raises it.
-SIGNALS: Final = frozenset({"client/deadline.py OutOfTime", "pairing/pump.py Cut"})
+SIGNALS: Final = frozenset({"client/blocking.py Interrupted", "client/deadline.py OutOfTime", "pairing/pump.py Cut"})
 
 
 def outside_of_the_tree() -> set[str]:

@@ -216,6 +216,7 @@ def test_the_package_and_its_main_import_little() -> None:
         "frelay.client",
         "frelay.client.blocking",
         "frelay.client.group.blocking",
+        "frelay.client.listening",
         "frelay.client.retry",
         "frelay.client.wire",
     }

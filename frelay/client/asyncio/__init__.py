@@ -1,8 +1,12 @@
-"""The client for asyncio code: :func:`connect` returns a (reader, writer) pair. Standard library only."""
+"""The client for asyncio code. Standard library only.
+
+:func:`connect` returns a (reader, writer) pair, and :func:`start_server` calls back with such a pair for each caller.
+"""
 
 from __future__ import annotations
 
 from frelay.client.asyncio.connecting import connect
+from frelay.client.asyncio.listening import Server, start_server
 from frelay.client.asyncio.wire import WireTransport
 
-__all__ = ["WireTransport", "connect"]
+__all__ = ["Server", "WireTransport", "connect", "start_server"]

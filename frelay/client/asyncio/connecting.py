@@ -6,6 +6,7 @@ This is a shell of :mod:`frelay.client.joining`: it performs the steps on socket
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, Final, Unpack
 
 from frelay.client.asyncio.wire import WireTransport
@@ -14,8 +15,9 @@ from frelay.client.options import JoinPlan, Options
 from frelay.client.signature import shows_its_options
 from frelay.client.sockets import Connections, look_up_in_thread, numeric
 from frelay.client.steps import Close, Endpoint, Open, Pause, Receive, Resolve, Send, Step, drive_async
+from frelay.protocol.messages import Message
 
-__all__ = ["connect"]
+__all__ = ["connect", "join"]
 
 _READ: Final = 65536
 
@@ -34,20 +36,29 @@ async def connect(
     """
     loop = asyncio.get_running_loop()
     plan = JoinPlan.make(address, **options)
+    reader = asyncio.StreamReader(limit=limit, loop=loop)
+    protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
+    transport = await join(plan, protocol, options.get("on_status"))
+    return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
+
+
+async def join(
+    plan: JoinPlan, protocol: asyncio.Protocol, on_status: Callable[[Message], None] | None = None
+) -> WireTransport:
+    """As :func:`connect`, with a plan that was made before; ``protocol`` gets the transport that is returned."""
+    loop = asyncio.get_running_loop()
     joining = Joining(plan, loop.time)
     shell = _Shell(loop)
     try:
-        joined = await drive_async(joining.steps(), shell.perform, options.get("on_status"))
+        joined = await drive_async(joining.steps(), shell.perform, on_status)
         if joined.engine is None:
             raise AssertionError("the inner handshake is done without an engine")
-        reader = asyncio.StreamReader(limit=limit, loop=loop)
-        protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
         transport = WireTransport(loop, joined.engine, protocol)
         sock = shell.connections.sockets[joined.connection]
         # The plain transport owns the socket from here on, and closes it also when this call is cancelled.
         await loop.create_connection(transport.plain_protocol, sock=sock)
         shell.connections.take(joined.connection)
-        return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
+        return transport
     finally:
         shell.connections.close_all(joining.final_bytes)
 

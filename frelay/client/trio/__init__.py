@@ -1,4 +1,4 @@
-"""The client for Trio code: :func:`connect` returns a stream.
+"""The client for Trio code: :func:`connect` returns a stream, and :func:`listen` a listener that gives out streams.
 
 Only this package of the client needs more than the standard library.
 """
@@ -6,6 +6,7 @@ Only this package of the client needs more than the standard library.
 from __future__ import annotations
 
 from frelay.client.trio.connecting import connect, join
+from frelay.client.trio.listening import TrioListener, listen
 from frelay.client.trio.wire import TrioWire
 
-__all__ = ["TrioWire", "connect", "join"]
+__all__ = ["TrioListener", "TrioWire", "connect", "join", "listen"]

@@ -189,6 +189,11 @@ class TrioWire(trio.abc.HalfCloseableStream):
             return _StreamCut(CUT_BEFORE_FIRST_BYTE)
         return trio.BrokenResourceError(str(error))
 
+    def close_forcefully(self) -> None:
+        """Close without close_notify, so that the other side sees a cut."""
+        self._is_closed = True
+        self._transport.socket.close()
+
     async def aclose(self) -> None:
         """Send close_notify if it was not sent, let what was written arrive, and close; two seconds at most.
 

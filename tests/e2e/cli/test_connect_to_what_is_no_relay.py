@@ -377,15 +377,15 @@ def test_the_callers_time_may_run_out_between_the_hand_off_and_the_inner_tls(
     """The peer had come, so the error is that it was too slow, not that nobody came."""
     now, is_paired = [1000.0], threading.Event()
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    perform = blocking._Shell.perform
+    perform = blocking.Shell.perform
 
-    def slowly(shell: blocking._Shell, step: Step) -> Any:
+    def slowly(shell: blocking.Shell, step: Step) -> Any:
         result = perform(shell, step)
         if is_paired.is_set() and isinstance(step, Send):
             now[0] += TIMEOUT * 2  # this is our close_notify, the last record of the outer TLS
         return result
 
-    monkeypatch.setattr(blocking._Shell, "perform", slowly)
+    monkeypatch.setattr(blocking.Shell, "perform", slowly)
     with (
         fake_relay(site, _handed_off(lambda raw: raw.recv(1))) as address,
         pytest.raises(frelay.PeerGone, match="no time is left"),
