@@ -141,7 +141,7 @@ def _makers(record: Record, keys: Sequence[str], scratch: Path, *, allowed: bool
         make = entrant.make
         if key == "transit-relay":
             try:
-                twist = in_venv(allowed=allowed)
+                twist = in_venv("magic-wormhole-transit-relay", allowed=allowed) / "twist"
             except BenchError as error:
                 record.missing[key] = str(error)
                 continue

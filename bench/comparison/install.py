@@ -21,7 +21,6 @@ from bench.measuring.load import BenchError
 __all__ = ["in_venv", "install"]
 
 _POLICY: Final = Path("/usr/sbin/policy-rc.d")
-_TRANSIT: Final = "magic-wormhole-transit-relay"
 # apt and pip have time limits for each connection; this one is for a mirror that sends a byte now and then.
 _PATIENCE: Final = 600.0
 
@@ -74,23 +73,24 @@ def _nothing_started() -> Iterator[None]:
         _POLICY.unlink(missing_ok=True)
 
 
-def in_venv(*, allowed: bool) -> Path:
-    """The ``twist`` of an environment with magic-wormhole-transit-relay, made once and kept; raises BenchError."""
+def in_venv(*packages: str, allowed: bool) -> Path:
+    """The ``bin`` of an environment with ``packages`` from PyPI, made once and kept; raises BenchError."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    directory = cache / "frelay-bench" / f"{_TRANSIT}-{sys.version_info.major}.{sys.version_info.minor}"
-    twist = directory / "bin" / "twist"
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    directory = cache / "frelay-bench" / f"{'-'.join(packages)}-{version}"
     is_whole = directory / "is-whole"
     if is_whole.exists():
-        return twist
+        return directory / "bin"
+    what = ", ".join(packages)
     if not allowed:
-        raise BenchError(f"{_TRANSIT} is not installed in {directory}")
-    print(f"installing {_TRANSIT} in {directory}", file=sys.stderr)
+        raise BenchError(f"{what}: not installed in {directory}")
+    print(f"installing {what} in {directory}", file=sys.stderr)
     try:
         venv.create(directory, with_pip=True, clear=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        raise BenchError(f"no virtual environment for {_TRANSIT}: {error}") from None
-    command = [str(directory / "bin" / "python"), "-m", "pip", "install", "-q", _TRANSIT]
+        raise BenchError(f"no virtual environment for {what}: {error}") from None
+    command = [str(directory / "bin" / "python"), "-m", "pip", "install", "-q", *packages]
     if failure := _run(command, dict(os.environ)):
-        raise BenchError(f"{_TRANSIT} could not be installed: {failure}")
+        raise BenchError(f"{what} could not be installed: {failure}")
     is_whole.touch()
-    return twist
+    return directory / "bin"
