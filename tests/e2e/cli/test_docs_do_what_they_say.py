@@ -25,14 +25,17 @@ RUN: Final[dict[str, tuple[str, ...]]] = {
         "frelay init my-relay\n",
         '[[route]]\nname = "demo"',
         "me, other = sys.argv[1:]",
-        "$ cd my-relay",
+        "python func.py func1 func2 &",
         "[info ] pairing ended",
         "$ openssl s_client",
         "$ frelay route add shuffle",
+        "rank, size = int(sys.argv[1]), 4",
+        "$ frelay route add job",
         "while tls.recv(4096):",
     ),
     "docs/functions.md": (
         'wire.sendall(b"question")',
+        'rank3 = frelay.connect(address, meet="job42/3-7"',
         "await frelay.client.trio.connect(address",
         "frelay connect relay.acme:9001 --cert func1.pem",
         "frelay connect relay.acme:9001 --to 127.0.0.1:6379",
@@ -127,6 +130,7 @@ def test_readme(tmp_path: Path) -> None:
             leaves_tls(here, page)
             running.says("pairing ended", count=3)
             change_while_it_runs(here, page, tmp_path)
+            talk_all_to_all(here, page)
 
 
 def two_functions(here: Machine, page: str, running: Running) -> None:
@@ -169,7 +173,7 @@ kind = None
 while kind != 0x13:
     kind, _, length = struct.unpack(">BBH", exactly(4))
     exactly(length)
-{find(page, RUN[page][7]).text}
+{find(page, RUN[page][9]).text}
 raw.sendall(word.encode())
 raw.shutdown(socket.SHUT_WR)
 print(me, "received", raw.makefile("rb").read().decode())
@@ -196,6 +200,15 @@ def change_while_it_runs(here: Machine, page: str, directory: Path) -> None:
     assert "shuffle" in succeeds(here, top.text)
 
 
+def talk_all_to_all(here: Machine, page: str) -> None:
+    (here.directory / "my-relay/ranks.py").write_text(find(page, RUN[page][7]).text)
+    add, *rest = find(page, RUN[page][8]).commands
+    assert "listens on 127.0.0.1:9003" in succeeds(here, add.text)
+    printed = succeeds(here, "\n".join(command.text for command in rest))
+    # Before it, `frelay ca party` says what it has written.
+    assert sorted(line for line in printed.splitlines() if " has " in line) == rest[-1].output.splitlines()
+
+
 # --- docs/functions.md ------------------------------------------------------------------------------------------------
 
 FUNCTIONS_RELAY: Final = """
@@ -207,8 +220,8 @@ client_ca = "ca.pem"
 [[route]]
 name = "demo"
 listen = "127.0.0.1:9001"
-func1 = "dns:func1.acme"
-func2 = "dns:func2.acme"
+func1 = ["dns:func1.acme", "dns:*.job42"]
+func2 = ["dns:func2.acme", "dns:*.job42"]
 """
 
 ANSWER: Final = """
@@ -228,11 +241,13 @@ def test_functions(tmp_path: Path) -> None:
     with machine(tmp_path, "relay.acme") as here:
         succeeds(here, "frelay ca init . && frelay ca relay relay --dns relay.acme")
         succeeds(here, "for one in func1 func2; do frelay ca party $one --dns $one.acme; done")
+        succeeds(here, "for one in rank3 rank7; do frelay ca party $one --dns $one.job42; done")
         (tmp_path / "relay.toml").write_text(FUNCTIONS_RELAY)
         (tmp_path / "answer.py").write_text(ANSWER)
         with relay(here, "frelay run -c relay.toml") as running:
             blocking_client(here, page)
-            for program in programs_of_both_clients(find(page, RUN[page][1])):
+            meeting_by_name(here, page)
+            for program in programs_of_both_clients(find(page, RUN[page][2])):
                 with_an_answer(here, program)
             the_command(here, page)
             a_service(here, page, running)
@@ -247,6 +262,23 @@ def with_an_answer(here: Machine, program: str) -> None:
 
 def blocking_client(here: Machine, page: str) -> None:
     with_an_answer(here, find(page, RUN[page][0]).text + "\nprint(answer.decode())\n")
+
+
+def meeting_by_name(here: Machine, page: str) -> None:
+    """As rank 3 and rank 7, whose certificates fit both parties of the route: neither says which one it is."""
+    call = find(page, RUN[page][1]).text.replace("rank3 = ", "with ").rstrip()
+    head = """
+import frelay
+address = "relay.acme:9001"
+options = dict(cert="rank3.pem", key="rank3.key", ca="ca.pem", wait=60)
+"""
+    body = " as wire:\n    wire.sendall(b'from 3')\n    print(wire.recv(100).decode())\n"
+    rank3 = head + call + body
+    swapped = rank3.replace("3-7", "KEY").replace("rank3", "RANK").replace("rank7", "rank3").replace("RANK", "rank7")
+    (here.directory / "rank3.py").write_text(rank3)
+    (here.directory / "rank7.py").write_text(swapped.replace("KEY", "3-7").replace("from 3", "from 7"))
+    printed = succeeds(here, "python rank3.py & python rank7.py; wait")
+    assert sorted(printed.splitlines()) == ["from 3", "from 7"]
 
 
 def programs_of_both_clients(block: Block) -> list[str]:
@@ -277,7 +309,7 @@ async def main():
 
 
 def the_command(here: Machine, page: str) -> None:
-    one = find(page, RUN[page][2]).text
+    one = find(page, RUN[page][3]).text
     two = one.replace("func1", "FUNC").replace("func2", "func1").replace("FUNC", "func2")
     with here.start(two) as other:
         other.write("from func2\n", is_last=True)
@@ -289,7 +321,7 @@ def a_service(here: Machine, page: str, running: Running) -> None:
     """redis, where the page says ``...`` with the options in the environment; and another local port, as it is one
     machine here. What the page has for ssh is run by test_connect_real_programs.py, with a server.
     """
-    lines = find(page, RUN[page][3]).text.splitlines()
+    lines = find(page, RUN[page][4]).text.splitlines()
     serve, use = (re.sub(r"\.\.\. +#.*", "", line) for line in lines[:2])
     assert lines[3].startswith("ssh -o ProxyCommand='frelay connect ")
     options = {"FRELAY_CA": "ca.pem"}
