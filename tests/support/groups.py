@@ -8,8 +8,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import trio
@@ -18,8 +23,19 @@ import frelay
 from frelay.client.group.plan import ConnectOptions
 from support.relay import RelayInProcess, RelayProcess
 from support.site import Site
+from support.waiting import TIMEOUT, eventually
 
-__all__ = ["GROUP_ROUTE", "PEER", "add_ranks", "arguments", "connect_options", "in_threads"]
+__all__ = [
+    "GROUP_ROUTE",
+    "PEER",
+    "RankProcess",
+    "add_ranks",
+    "arguments",
+    "connect_options",
+    "in_threads",
+    "rank_processes",
+    "start_rank",
+]
 
 T = TypeVar("T")
 
@@ -81,3 +97,101 @@ async def in_threads(
         for rank in filter(only, range(size)):
             nursery.start_soon(partial(trio.to_thread.run_sync, run, rank, limiter=limiter))
     return results
+
+
+class RankProcess:
+    """A process of support/group_rank.py, and what it has said."""
+
+    def __init__(self, rank: int, process: trio.Process) -> None:
+        self.rank = rank
+        self.process = process
+        self.said: list[dict[str, Any]] = []
+        self.stderr = ""
+
+    async def _read(self) -> None:
+        assert self.process.stdout is not None
+        rest = b""
+        async for chunk in self.process.stdout:
+            *lines, rest = (rest + chunk).split(b"\n")
+            self.said += [json.loads(line) for line in lines]
+
+    async def _read_errors(self) -> None:
+        assert self.process.stderr is not None
+        async for chunk in self.process.stderr:
+            self.stderr += chunk.decode()
+
+    async def say(self, *at: str, **fields: Any) -> dict[str, Any]:
+        """What the rank says when it is there, with these fields, now or soon."""
+        found: list[dict[str, Any]] = []
+
+        def has_said() -> bool:
+            found.extend(one for one in self.said if one["at"] in at and fields.items() <= one.items())
+            assert found or self.process.returncode is None or self.said, (
+                f"rank {self.rank} said nothing: {self.stderr}"
+            )
+            return bool(found)
+
+        await eventually(has_said, f"rank {self.rank} at {at} {fields}", timeout=4 * TIMEOUT)
+        return found[0]
+
+
+@asynccontextmanager
+async def rank_processes(
+    site: Site,
+    relay: RelayProcess | RelayInProcess,
+    size: int,
+    do: str,
+    *,
+    client: str = "blocking",
+    victim: int | None = None,
+    of_victim: dict[str, Any] | None = None,
+    hold: int | None = None,
+    **more: Any,
+) -> AsyncIterator[list[RankProcess]]:
+    """A process for each rank; those that still run at the end are killed.
+
+    ``hold`` is the number of wires at which the set-up stops; with ``size`` it never does, and only tells the numbers.
+    """
+    ranks: list[RankProcess] = []
+    async with trio.open_nursery() as nursery:
+        for rank in range(size):
+            settings = {} if hold is None else {"hold_after": hold}
+            settings |= (of_victim or {}) if rank == victim else {}
+            ranks.append(await start_rank(nursery, site, relay, rank, size, do, client, more, settings))
+        try:
+            yield ranks
+        finally:
+            for one in ranks:
+                if one.process.returncode is None:
+                    one.process.kill()
+
+
+async def start_rank(
+    nursery: trio.Nursery,
+    site: Site,
+    relay: RelayProcess | RelayInProcess,
+    rank: int,
+    size: int,
+    do: str,
+    client: str,
+    more: dict[str, Any],
+    more_settings: dict[str, Any],
+) -> RankProcess:
+    """One process of support/group_rank.py in ``nursery``."""
+    address, given = arguments(site, relay, rank, size, **more)
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+    settings = {"client": client, "address": address, "options": options, "do": do, **more_settings}
+    process: trio.Process = await nursery.start(
+        partial(
+            trio.run_process,
+            [sys.executable, str(Path(__file__).parent / "group_rank.py"), json.dumps(settings)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    )
+    found = RankProcess(rank, process)
+    nursery.start_soon(found._read)
+    nursery.start_soon(found._read_errors)
+    return found

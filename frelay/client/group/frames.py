@@ -31,6 +31,7 @@ __all__ = [
     "header",
     "make_tag",
     "read_roster",
+    "sequence_of",
     "tag_text",
     "write_roster",
 ]
@@ -82,6 +83,11 @@ def make_tag(kind: Kind, sequence: int = 0, arguments: str = "") -> bytes:
 def header(tag: bytes, left: int) -> bytes:
     """The header of a piece."""
     return tag + left.to_bytes(8, "big")
+
+
+def sequence_of(tag: bytes) -> int:
+    """The number of the call in a tag; 0 for a message that belongs to none."""
+    return int.from_bytes(tag[4:], "big")
 
 
 def tag_text(tag: bytes) -> str:

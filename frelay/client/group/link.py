@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
 
-from frelay.client.group.frames import FORMAT, PIECE, TAG, Abort, Kind, header, make_tag, tag_text
+from frelay.client.group.frames import FORMAT, PIECE, TAG, Abort, Kind, header, make_tag, sequence_of, tag_text
 from frelay.client.tls_engine import Engine
 from frelay.errors import RemoteProtocolError, Truncated
 
-__all__ = ["Fault", "Incoming", "Link", "Outgoing", "Weight"]
+__all__ = ["Fault", "Incoming", "Link", "Ongoing", "Outgoing", "Weight"]
 
 KEPT: Final = 16 * 1024 * 1024
 """Bytes of messages that came before their time, a link. In a full mesh of 16 that is 240 MiB at worst."""
@@ -109,11 +109,29 @@ class Incoming:
         self.is_done = length == 0
 
 
+class Ongoing:
+    """The call that all ranks make together now, as far as this rank is; its links share one."""
+
+    __slots__ = ("tag",)
+
+    def __init__(self) -> None:
+        self.tag = make_tag(Kind.HELLO)
+
+    def contradicts(self, tag: bytes) -> bool:
+        """Whether a message with ``tag`` shows that another rank is in another call in place of this one or earlier.
+
+        A message of a later call is none: its sender is ahead.
+        """
+        theirs = sequence_of(tag)
+        return theirs != 0 and tag != self.tag and (sequence_of(self.tag) - theirs) & 0xFFFFFFFF < 1 << 31
+
+
 class Link:
     """All messages between this rank and ``rank``."""
 
-    def __init__(self, rank: int, size: int, engine: Engine) -> None:
+    def __init__(self, rank: int, size: int, engine: Engine, ongoing: Ongoing) -> None:
         self.rank: Final = rank
+        self._ongoing: Final = ongoing
         self._size: Final = size
         self._engine: Final = engine
         # out
@@ -137,7 +155,7 @@ class Link:
         """Whether a word or a byte has come since the last :meth:`ping`."""
         self.fault: Fault | None = None
         self.moved = 0
-        """Bytes of messages in both directions so far: whether it grows says whether there is progress."""
+        """Bytes and messages in both directions so far, without PING and PONG: it grows if there is progress."""
 
     # --- out -----------------------------------------------------------------------------------------------------
 
@@ -211,7 +229,8 @@ class Link:
             if end == len(view):
                 self._outbox.popleft()
                 self._encrypted.append(message)
-                self.moved += 1
+                if message.tag not in (_PING, _PONG):
+                    self.moved += 1
         if self.is_ending and not self._outbox:
             self.is_ending = False
             engine.send_eof()
@@ -261,6 +280,28 @@ class Link:
         if ours == theirs:
             raise RemoteProtocolError(f"it gave other arguments to {ours}: root, operation, element type or size")
         raise RemoteProtocolError(f"it is in {theirs}, and this rank in {ours}")
+
+    @property
+    def has_kept(self) -> bool:
+        """Whether something came before its time."""
+        return bool(self._early or self._current or self.is_held)
+
+    def check_all_kept(self) -> None:
+        """A call has begun: see whether what came before its time contradicts it."""
+        kept = [message.tag for message in self._early]
+        if self._current is not None and self._current.is_early:
+            kept.append(self._current.tag)
+        if self.is_held:
+            kept.append(self._head[: TAG.size])
+        for tag in kept:
+            try:
+                self._check_kept(tag)
+            except RemoteProtocolError as error:
+                self._fail(str(error))
+
+    def _check_kept(self, tag: bytes) -> None:
+        if self._ongoing.contradicts(tag):
+            self._compare(self._ongoing.tag, tag)
 
     def keep_all(self) -> None:
         """Read on even if the link is held, because the other side is gone and the rest is in the kernel already."""
@@ -352,9 +393,11 @@ class Link:
             self._compare(current.tag, tag)
             current.begin(left)
         elif self._early_bytes + left > KEPT and not self._keeps_all:
+            self._check_kept(tag)
             self.is_held = True
             return
         else:
+            self._check_kept(tag)
             current = Incoming(tag, is_early=True)
             current.begin(left)
             self._early_bytes += left

@@ -7,8 +7,8 @@ rank is seen at once.
 * Both ranks of a wire first send HELLO. Rank 0 has a wire to each rank. When all of them are up, it sends the roster:
   the instance of each rank, 16 random bytes. If the platform has started a rank twice, the roster names one of the two
   processes. The ranks refuse the other one and join again, so the group forms with the first.
-* Until the roster stands at this rank, a wire that is lost is made again. After that a lost wire is the end of the
-  group.
+* Until the roster stands at this rank, a wire that is lost is made again, if the other rank is back soon. After that a
+  lost wire is the end of the group.
 * The rank to blame. A rank whose wire was cut is gone. But a rank that fails on purpose, or because of another one,
   first sends ABORT with the rank to blame. So all that has arrived is read before a cut is believed, and an ABORT
   outweighs it (:class:`~frelay.client.group.link.Weight`).
@@ -25,7 +25,7 @@ from typing import Final
 
 from frelay.client.group.frames import Abort, Hello, Kind, make_tag, read_roster, write_roster
 from frelay.client.group.joins import Join, LookUps
-from frelay.client.group.link import Fault, Incoming, Link, Outgoing, Weight
+from frelay.client.group.link import Fault, Incoming, Link, Ongoing, Outgoing, Weight
 from frelay.client.group.plan import GroupPlan
 from frelay.client.group.poll import Poll
 from frelay.client.group.wires import PeerWire
@@ -40,6 +40,9 @@ _MOST_READS: Final = 64
 # A wire that was lost is joined again after a random part of this, so that both sides do not meet a loaded relay again
 # at the same moment.
 _REJOIN_PAUSE: Final = 0.2
+# A rank that lives notices the loss of a wire at the same time, and needs three handshakes to be back. One that is gone
+# must be known to all within two seconds.
+_COME_BACK: Final = 1.25
 # How long a process that was refused may take to read why.
 _REFUSAL_TIME: Final = 1.0
 _HELLO: Final = make_tag(Kind.HELLO)
@@ -58,8 +61,11 @@ class Mesh:
         self._joins: Final[dict[int, Join]] = {}
         self._wires: Final[dict[int, PeerWire]] = {}
         self._hellos: Final[dict[int, Incoming]] = {}
+        self._lost: Final[dict[int, float]] = {}
+        """Ranks whose wire was lost in the set-up, and until when they must be back."""
         self._refused: Final[list[tuple[PeerWire, float]]] = []
         self._scratch: Final = memoryview(bytearray(_READ))
+        self._ongoing: Final = Ongoing()
         self._instance: Final = os.urandom(16)
         self._roster: list[bytes] | None = None
         self._roster_message: Incoming | None = None
@@ -78,6 +84,13 @@ class Mesh:
             return wire.link
         self.join(rank)
         return None
+
+    def begin_call(self, tag: bytes) -> None:
+        """This rank begins a call that all ranks make together."""
+        self._ongoing.tag = tag
+        for wire in self._wires.values():
+            if wire.link.has_kept:
+                wire.link.check_all_kept()
 
     @property
     def moved(self) -> int:
@@ -146,6 +159,8 @@ class Mesh:
             self._turn_refused()
         if is_troubled:
             self._judge()
+        if self._lost:
+            self._look_for_the_lost()
 
     @property
     def is_busy(self) -> bool:
@@ -161,7 +176,9 @@ class Mesh:
         """Seconds until :meth:`turn` must be called if :attr:`poll` reports nothing before; perhaps infinite."""
         if self.is_busy:
             return 0.0
-        wakes = [join.wakes_at for join in self._joins.values()] + [until for _, until in self._refused]
+        wakes = [join.wakes_at for join in self._joins.values()]
+        wakes += [until for _, until in self._refused]
+        wakes += self._lost.values()
         return max(0.0, min(wakes) - time.monotonic()) if wakes else float("inf")
 
     def _turn_joins(self) -> None:
@@ -177,7 +194,9 @@ class Mesh:
             if join.joined.engine is None:
                 raise AssertionError("the inner handshake is done without an engine")
             engine = join.joined.engine
-            wire = self._wires[rank] = PeerWire(join.sock, engine, Link(rank, self.size, engine), self.poll)
+            wire = self._wires[rank] = PeerWire(
+                join.sock, engine, Link(rank, self.size, engine, self._ongoing), self.poll
+            )
             hello = Hello(self.rank, self.size, self._instance, self.plan.name_digest)
             wire.link.send(Outgoing(_HELLO, memoryview(hello.encode())))
             self._hellos[rank] = Incoming(_HELLO)
@@ -200,6 +219,7 @@ class Mesh:
                 self._refuse(rank)
                 continue
             wire.is_up = True
+            self._lost.pop(rank, None)
             if rank == 0 and self._roster is None:
                 self._roster_message = Incoming(_ROSTER)
                 wire.link.receive(self._roster_message)
@@ -289,7 +309,15 @@ class Mesh:
         self._hellos.pop(rank, None)
         if rank == 0:
             self._roster_message = None
+        self._lost.setdefault(rank, time.monotonic() + _COME_BACK)
         self.join(rank, pause=random.uniform(0, _REJOIN_PAUSE))  # noqa: S311  not a secret
+
+    def _look_for_the_lost(self) -> None:
+        now = time.monotonic()
+        for rank, until in self._lost.items():
+            if now >= until:
+                text = f"the wire to rank {rank} broke in the set-up, and it did not come back: it is gone"
+                raise self.break_off(GroupBroken(rank, text))
 
     def break_off(self, error: GroupBroken) -> GroupBroken:
         """Tell all ranks that the group is broken, and cut the wires; returns ``error``, for the caller to raise.
@@ -302,6 +330,7 @@ class Mesh:
                 join.close()
             self._joins.clear()
             self._hellos.clear()
+            self._lost.clear()
             for wire in self._wires.values():
                 wire.link.abort(Abort(error.rank, error.text))
                 wire.cut()

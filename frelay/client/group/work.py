@@ -196,6 +196,7 @@ class Call(Transfers, Generic[T]):
     def __init__(self, mesh: Mesh, kind: Kind, sequence: int, arguments: str, steps: Steps[T]) -> None:
         super().__init__(mesh, kind.name.lower())
         self._tag: Final = make_tag(kind, sequence, arguments)
+        mesh.begin_call(self._tag)
         self._steps: Final = steps
         self._receives: list[Incoming] | None = None
         self.result: T
