@@ -184,6 +184,10 @@ class TrioListener(trio.abc.Listener[TrioWire]):
         self._error = self._error or error
         for leg in self._standing.unpaired:
             self._scopes[leg].cancel(reason="the listener has ended")
+        self._note_change()
+
+    def _note_change(self) -> None:
+        """Wake the keeper, and those who wait in :meth:`accept`."""
         self._changed.set()
         self._accepting.unpark_all()
 
@@ -210,8 +214,7 @@ class TrioListener(trio.abc.Listener[TrioWire]):
         elif wire is not None:
             self._standing.joined(leg)
             self._ready.append((leg, wire))
-        self._changed.set()
-        self._accepting.unpark_all()
+        self._note_change()
 
     def _status(self, leg: Leg, message: Message) -> None:
         self._standing.status(leg, message)
