@@ -28,12 +28,19 @@ class OddJoiner:
 
     def __init__(self, *messages: Message, error: Exception | None = None) -> None:
         self.wait = None
+        self.plans = self
         self.joins = 0
         self.joined = trio.Event()
         self._messages = messages
         self._error = error or KeyError("odd")
 
-    async def join_once(self, wait: float | None, on_status: Callable[[Message], None], **_: Any) -> Any:
+    def current(self) -> Any:
+        return None
+
+    def read_again(self) -> None:
+        pass
+
+    async def join_once(self, wait: float | None, on_status: Callable[[Message], None]) -> Any:
         self.joins += 1
         for message in self._messages:
             on_status(message)
@@ -41,6 +48,8 @@ class OddJoiner:
         if self.joins == 20:  # more than fit in at once
             self.joined.set()
         raise self._error
+
+    join_as_service = join_once
 
 
 def failures(capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -95,11 +104,10 @@ async def test_a_refusal_of_one_leg_of_several_is_no_failure(
 ) -> None:
     """The relay has room for two legs: the others are given up silently, and those two stay."""
 
-    class Full:
-        wait = None
-        waiting = most = 0
+    class Full(OddJoiner):
+        waiting = 0
 
-        async def join_once(self, wait: float | None, on_status: Callable[[Message], None], **_: Any) -> Any:
+        async def join_as_service(self, plan: object, on_status: Callable[[Message], None]) -> Any:
             await trio.sleep(0.01)
             if self.waiting == 2:
                 raise Refused("queue-full", "2 legs of this party are waiting already", 5.0)

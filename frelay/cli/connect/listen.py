@@ -19,10 +19,11 @@ import trio
 from frelay.cli.connect.address import LocalError, address_text, listening
 from frelay.cli.connect.bridge import bridge
 from frelay.cli.connect.hangup import wait_hung_up
-from frelay.cli.connect.join import Joiner, back_off, is_wait_timeout
+from frelay.cli.connect.join import Joiner, back_off
 from frelay.cli.connect.local import LocalSocket
 from frelay.cli.connect.report import Report
 from frelay.client.retry import Retry
+from frelay.client.standing import is_wait_timeout
 from frelay.client.trio import TrioWire
 from frelay.errors import CertificateError, FrelayError, Refused
 from frelay.protocol.messages import Message, Paired

@@ -12,6 +12,7 @@ import ssl
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
+from weakref import WeakSet
 
 import trio
 
@@ -28,6 +29,10 @@ _ANSWER: Final = b"\0frelay: I am a --to as well, and nobody calls.\n\0"
 _ANSWER_TIMEOUT: Final = 5.0
 
 
+# All wires share one TLS context, and a context has one callback. So it notes which of them it was.
+_CALLED_BY_SERVICE: Final[WeakSet[ssl.SSLSocket | ssl.SSLObject]] = WeakSet()
+
+
 class MetAnotherService(FrelayError):
     """Both functions of this pairing are a ``frelay connect --to``."""
 
@@ -40,15 +45,9 @@ class MetAnotherService(FrelayError):
 
 async def join_as_service(plan: JoinPlan, on_status: Callable[[Message], None] | None) -> TrioWire:
     """Join like :func:`frelay.client.trio.join`. If the peer is a ``--to`` and we are the server, MetAnotherService."""
-    met_service = False
-
-    def check_sni(tls: ssl.SSLSocket | ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
-        nonlocal met_service
-        met_service = name == _SERVICE_SNI
-
-    plan.inner["server"].sni_callback = check_sni
+    plan.inner["server"].sni_callback = _note_sni
     wire = await join(replace(plan, inner_name=_SERVICE_SNI), on_status)
-    if met_service:
+    if wire.ssl_object in _CALLED_BY_SERVICE:
         try:
             with trio.move_on_after(_ANSWER_TIMEOUT):
                 await wire.send_all(_ANSWER)
@@ -59,6 +58,11 @@ async def join_as_service(plan: JoinPlan, on_status: Callable[[Message], None] |
             await trio.aclose_forcefully(wire)
         raise MetAnotherService
     return wire
+
+
+def _note_sni(tls: ssl.SSLSocket | ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
+    if name == _SERVICE_SNI:
+        _CALLED_BY_SERVICE.add(tls)
 
 
 def check_first_bytes(wire: TrioWire, data: bytes) -> None:
