@@ -29,6 +29,13 @@ CONNECTS: Final[dict[str, Callable[..., Any]]] = {
 }
 
 
+LISTENS: Final[dict[str, Callable[..., Any]]] = {
+    "blocking": frelay.listen,
+    "trio": frelay.client.trio.listen,
+    "asyncio": frelay.client.asyncio.start_server,
+}
+
+
 def arguments(connect: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     return {name: one for name, one in inspect.signature(connect).parameters.items() if name != "limit"}
 
@@ -96,6 +103,20 @@ def test_its_docstring_describes_each() -> None:
     described = text.partition("Args:")[2].partition("Raises:")[0]
     for name in ("address", *Options.__annotations__):
         assert re.search(rf"^    {name}: |``{name}``", described, re.MULTILINE), name
+
+
+@pytest.mark.parametrize("client", LISTENS)
+def test_listeners_take_the_same_and_two_more(client: str) -> None:
+    """asyncio's server takes the callback first, as asyncio's own does."""
+    found = arguments(LISTENS[client])
+    more = {"standing": 2, "on_error": None}
+    assert {name: found.pop(name).default for name in more} == more
+    assert found.pop("client_connected_cb", None) is None or client == "asyncio"
+    assert list(found.values()) == list(arguments(frelay.connect).values())
+    text = inspect.getdoc(frelay.listen) or ""
+    for name in ("wait", "retry", *more):
+        assert re.search(rf"^    {name}: ", text, re.MULTILINE), name
+        assert any(f"`{name}`" in row[0] for row in table_below("They take all arguments of `connect`")), name
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -39,6 +39,8 @@ RUN: Final[dict[str, tuple[str, ...]]] = {
         "await frelay.client.trio.connect(address",
         "frelay connect relay.acme:9001 --cert func1.pem",
         "frelay connect relay.acme:9001 --to 127.0.0.1:6379",
+        "for wire in listener:",
+        "await trio.serve_listeners(handler, [listener])",
     ),
     "docs/operating.md": (
         "frelay ca init ca ",
@@ -249,6 +251,7 @@ def test_functions(tmp_path: Path) -> None:
             meeting_by_name(here, page)
             for program in programs_of_both_clients(find(page, RUN[page][2])):
                 with_an_answer(here, program)
+            a_function_that_serves_many(here, page)
             the_command(here, page)
             a_service(here, page, running)
 
@@ -306,6 +309,34 @@ async def main():
         f"import frelay, trio\n{head}{textwrap.indent(for_trio, '    ')}\ntrio.run(main)\n",
         f"import asyncio, frelay\n{head}{textwrap.indent(for_asyncio, '    ')}{asyncio_body}\nasyncio.run(main())\n",
     ]
+
+
+def a_function_that_serves_many(here: Machine, page: str) -> None:
+    """Three listeners, one after the other, each with three calls by the page's own caller."""
+    for_trio, for_asyncio = find(page, RUN[page][6]).text.split("\n\n")
+    head = """
+address = "relay.acme:9001"
+options = dict(cert="func2.pem", key="func2.key", ca="ca.pem", peer="dns:func1.acme")
+async def handler(stream):
+    await stream.send_all(b"answer to " + b"".join([part async for part in stream]))
+    await stream.aclose()
+async def callback(reader, writer):
+    writer.write(b"answer to " + await reader.read())
+    writer.close()
+async def main():
+"""
+    programs = (
+        f"import frelay\n{find(page, RUN[page][5]).text}",
+        f"import frelay, trio\n{head}{textwrap.indent(for_trio, '    ')}\ntrio.run(main)\n",
+        f"import asyncio, frelay\n{head}{textwrap.indent(for_asyncio, '    ')}\nasyncio.run(main())\n",
+    )
+    (here.directory / "sample.py").write_text(find(page, RUN[page][0]).text + "\nprint(answer.decode())\n")
+    for program in programs:
+        (here.directory / "listen.py").write_text(program)
+        with here.start("exec python listen.py") as listens:
+            for _ in range(3):
+                assert succeeds(here, "python sample.py") == "answer to question\n"
+            assert listens.output == ""
 
 
 def the_command(here: Machine, page: str) -> None:
