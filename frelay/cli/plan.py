@@ -133,10 +133,7 @@ def _of_relay(options: AdminOptions, path: Path) -> Running:
     except ValueError as error:
         text = " ".join(str(error).split())
         raise CallFailed(f"the relay at {address} has a configuration that this frelay cannot read: {text}") from error
-    counts = {
-        route["name"]: (route["pairings"], len(route["waiting"]["func1"]) + len(route["waiting"]["func2"]))
-        for route in routes
-    }
+    counts = {route["name"]: (route["pairings"], sum(map(len, route["waiting"].values()))) for route in routes}
     return Running(config, f"{config.relay.name} at {address}", counts)
 
 

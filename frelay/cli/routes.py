@@ -81,6 +81,17 @@ def listing(client: AdminClient, *, as_json: bool) -> int:
     return 0
 
 
+def waiting_counts(waiting: Mapping[str, Any]) -> tuple[int, int, int]:
+    """How many legs wait as func1, as func2 and as either. A relay that is older has no ``either``."""
+    return len(waiting["func1"]), len(waiting["func2"]), len(waiting.get("either", ()))
+
+
+def waiting_text(counts: tuple[int, int, int]) -> str:
+    """``2/0``, or ``2/0+3`` with three that may be either."""
+    func1, func2, either = counts
+    return f"{func1}/{func2}" + (f"+{either}" if either else "")
+
+
 def _row(route: Mapping[str, Any]) -> tuple[str, ...]:
     waiting = route["waiting"]
     return (
@@ -88,7 +99,7 @@ def _row(route: Mapping[str, Any]) -> tuple[str, ...]:
         ", ".join(route["bound"]),
         party_text(route["func1"]),
         party_text(route["func2"]),
-        f"{len(waiting['func1'])}/{len(waiting['func2'])}",
+        waiting_text(waiting_counts(waiting)),
         str(route["pairings"]),
         size(route["bytes_func1_to_func2"] + route["bytes_func2_to_func1"]),
         route["file"],
@@ -128,13 +139,10 @@ def _facts(route: Mapping[str, Any], now: float) -> list[tuple[str, str]]:
     facts += [
         (key, f"{value:g} s" if key.endswith("_timeout") else str(value)) for key, value in route["limits"].items()
     ]
-    for party_key in ("func1", "func2"):
-        legs = route["waiting"][party_key]
-        facts.append((f"waiting {party_key}", str(len(legs))))
-        facts += [
-            ("", f"{leg['identity']} from {leg['address']} ({leg['mode']}), for {duration(now - leg['since'])}")
-            for leg in legs
-        ]
+    for party, legs in route["waiting"].items():
+        if party in ("func1", "func2") or legs:
+            facts.append((f"waiting {party}", str(len(legs))))
+        facts += [("", _leg(leg, now)) for leg in legs]
     facts += [
         ("pairings", str(route["pairings"])),
         ("bytes func1 > func2", size(route["bytes_func1_to_func2"])),
@@ -145,6 +153,11 @@ def _facts(route: Mapping[str, Any], now: float) -> list[tuple[str, str]]:
         ("etag", route["etag"]),
     ]
     return facts
+
+
+def _leg(leg: Mapping[str, Any], now: float) -> str:
+    key = f", by key {leg['meet']}" if leg.get("meet") else ""
+    return f"{leg['identity']} from {leg['address']} ({leg['mode']}), for {duration(now - leg['since'])}{key}"
 
 
 def _counted(counts: Mapping[str, int]) -> str:

@@ -81,6 +81,8 @@ def _refusals(refusals: list[Mapping[str, Any]], now: float) -> Iterator[str]:
         yield f"{'refusals':<14}none"
         return
     yield "last refusals:"
+    # The column of keys takes room, so it is there only if one of them had a key.
+    keys = any(one.get("meet") for one in refusals)
     rows = [
         (
             f"  {ago(one['at'], now)}",
@@ -88,11 +90,12 @@ def _refusals(refusals: list[Mapping[str, Any]], now: float) -> Iterator[str]:
             one["route"] or "-",
             one["identity"] or one["certificate"] or "-",
             one["address"],
+            *([one.get("meet") or "-"] if keys else []),
             one["reason"],
         )
         for one in refusals
     ]
-    yield from columns(("  WHEN", "CODE", "ROUTE", "WHO", "ADDRESS", "REASON"), rows)
+    yield from columns(("  WHEN", "CODE", "ROUTE", "WHO", "ADDRESS", *(["KEY"] if keys else []), "REASON"), rows)
 
 
 def reload(client: AdminClient, *, as_json: bool) -> int:

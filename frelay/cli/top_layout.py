@@ -13,6 +13,7 @@ from enum import Enum
 from types import MappingProxyType
 from typing import Final
 
+from frelay.cli.routes import waiting_text
 from frelay.cli.text import cut, duration, pad, size, width
 from frelay.cli.top_view import Rate, Sort, View
 from frelay.errors import printable
@@ -138,7 +139,14 @@ def _rate(rate: Rate | None) -> tuple[str, str]:
     return ("-", "-") if rate is None else (size(rate.func1_to_func2), size(rate.func2_to_func1))
 
 
+def _if(is_there: bool, cell: str) -> tuple[str, ...]:
+    return (cell,) if is_there else ()
+
+
 def _tables(view: View) -> tuple[_Table, ...]:
+    # The column of keys takes room, so it is there only if some leg has one.
+    waiting_keys = any(row.key for row in view.waiting)
+    pairing_keys = any(row.key for row in view.pairings)
     return (
         _Table(
             "routes",
@@ -147,7 +155,7 @@ def _tables(view: View) -> tuple[_Table, ...]:
                 (
                     row.name,
                     row.listen,
-                    f"{row.waiting[0]}/{row.waiting[1]}",
+                    waiting_text(row.waiting),
                     str(row.pairings),
                     *_rate(row.rate),
                     size(row.moved),
@@ -159,20 +167,26 @@ def _tables(view: View) -> tuple[_Table, ...]:
         ),
         _Table(
             "waiting",
-            ("WAITING", "PARTY", "IDENTITY", "ADDRESS", "SINCE"),
-            tuple((row.route, row.party, row.identity, row.address, duration(row.age)) for row in view.waiting),
+            ("WAITING", "PARTY", "IDENTITY", "ADDRESS", "SINCE", *_if(waiting_keys, "KEY")),
+            tuple(
+                (row.route, row.party, row.identity, row.address, duration(row.age), *_if(waiting_keys, row.key))
+                for row in view.waiting
+            ),
             right=frozenset({4}),
-            may_shrink=frozenset({0, 2, 3}),
+            may_shrink=frozenset({0, 2, 3, 5} if waiting_keys else {0, 2, 3}),
         ),
         _Table(
             "pairings",
-            ("PAIRING", "FUNC1", "FUNC2", "AGE", "1>2 /s", "2>1 /s", "BYTES"),
+            ("PAIRING", "FUNC1", "FUNC2", "AGE", "1>2 /s", "2>1 /s", "BYTES", *_if(pairing_keys, "KEY")),
             tuple(
-                (row.route, row.func1, row.func2, duration(row.age), *_rate(row.rate), size(row.moved))
+                (
+                    *(row.route, row.func1, row.func2, duration(row.age), *_rate(row.rate), size(row.moved)),
+                    *_if(pairing_keys, row.key),
+                )
                 for row in view.pairings
             ),
             right=frozenset({3, 4, 5, 6}),
-            may_shrink=frozenset({0, 1, 2}),
+            may_shrink=frozenset({0, 1, 2, 7} if pairing_keys else {0, 1, 2}),
         ),
         _Table(
             "refusals",

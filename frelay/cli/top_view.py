@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Any, Final, NamedTuple, TypeVar
 
 from frelay.cli.admin_client import problem_line
-from frelay.cli.routes import party_text
+from frelay.cli.routes import party_text, waiting_counts
 
 __all__ = ["PairingRow", "Rate", "RefusalRow", "RouteRow", "Snapshot", "Sort", "View", "WaitingRow", "rates", "view"]
 
@@ -86,7 +86,8 @@ class RouteRow:
     listen: str
     func1: str
     func2: str
-    waiting: tuple[int, int]
+    waiting: tuple[int, int, int]
+    """Of func1, of func2, and of legs that may be either."""
     pairings: int
     rate: Rate | None
     moved: int
@@ -103,6 +104,8 @@ class WaitingRow:
     address: str
     mode: str
     age: float
+    key: str = ""
+    """The key by which it meets its partner; "" for none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +119,7 @@ class PairingRow:
     rate: Rate | None
     moved: int
     age: float
+    key: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,10 +153,18 @@ def view(now: Snapshot, before: Snapshot | None = None, sort: Sort = Sort.BYTES,
     found = rates(before, now)
     moment = float(now.status["now"])
     waiting = [
-        WaitingRow(route["name"], party, leg["identity"], leg["address"], leg["mode"], max(0.0, moment - leg["since"]))
+        WaitingRow(
+            route["name"],
+            party,
+            leg["identity"],
+            leg["address"],
+            leg["mode"],
+            max(0.0, moment - leg["since"]),
+            leg.get("meet") or "",
+        )
         for route in now.routes
-        for party in ("func1", "func2")
-        for leg in route["waiting"][party]
+        for party, legs in route["waiting"].items()
+        for leg in legs
     ]
     pairings = [
         PairingRow(
@@ -163,6 +175,7 @@ def view(now: Snapshot, before: Snapshot | None = None, sort: Sort = Sort.BYTES,
             found["pairings"].get(one["id"]),
             one["bytes_func1_to_func2"] + one["bytes_func2_to_func1"],
             one["age"],
+            one.get("meet") or "",
         )
         for one in now.pairings
     ]
@@ -207,7 +220,7 @@ def _route_row(route: Mapping[str, Any], rate: Rate | None, age: float) -> Route
         listen=", ".join(route["bound"]),
         func1=party_text(route["func1"]),
         func2=party_text(route["func2"]),
-        waiting=(len(route["waiting"]["func1"]), len(route["waiting"]["func2"])),
+        waiting=waiting_counts(route["waiting"]),
         pairings=route["pairings"],
         rate=rate,
         moved=route["bytes_func1_to_func2"] + route["bytes_func2_to_func1"],

@@ -353,5 +353,5 @@ def _how_to_ask(route: Route, parties: Sequence[PartyMatch], shared: Mapping[Lis
             f"{shared[key]} routes share {key.address}: ask for this one, by JOIN.route or SNI {route.name}.NAME"
         )
     if len(parties) > 1:
-        says.append("it fits both parties: say which, by JOIN.party")
+        says.append("it fits both parties: say which, by JOIN.party, or join with a key, by JOIN.meet")
     return "; ".join(says) or None

@@ -257,6 +257,7 @@ class Pairing:
             bytes_func1_to_func2=moved["func1"],
             bytes_func2_to_func1=moved["func2"],
             duration=duration,
+            meet=self.meet,
         )
 
     # --- hand-off ----------------------------------------------------------------------------------------------

@@ -88,3 +88,5 @@ class Record:
     bytes_func1_to_func2: int
     bytes_func2_to_func1: int
     duration: float
+    meet: str | None = None
+    """The key by which the parties met."""

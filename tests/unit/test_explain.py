@@ -183,7 +183,7 @@ def test_a_thousand_routes_and_none_fits_in_time(site: Site) -> None:
 def test_a_function_that_fits_both_parties_must_say_which(site: Site) -> None:
     (fit,) = judged(site, site.credentials["func1"], DEMO.replace("func2.demo", "*.demo")).fits
     assert [one.party for one in fit.parties] == ["func1", "func2"]
-    assert fit.note == "it fits both parties: say which, by JOIN.party"
+    assert fit.note == "it fits both parties: say which, by JOIN.party, or join with a key, by JOIN.meet"
 
 
 def test_a_party_that_is_a_place_wants_no_certificate(site: Site) -> None:

@@ -327,6 +327,8 @@ const state = {
 };
 
 const PARTIES = ["func1", "func2"];
+// As which party a leg waits: with a key, a leg may wait that is either of the two until it is paired.
+const SIDES = [...PARTIES, "either"];
 const BYTES = ["bytes_func1_to_func2", "bytes_func2_to_func1"];
 
 /** Bytes per second between two polls. A count that is lower than before was reset, and gives 0. */
@@ -386,7 +388,7 @@ function refusals() {
   for (const one of state.status.refusals) {
     const who = one.identity ?? one.certificate;
     const host = one.address.replace(/:\d+$/, "");
-    const key = [one.code, one.reason, one.route, who, host].join("\0");
+    const key = [one.code, one.reason, one.route, who, host, one.meet].join("\0");
     const group = groups.get(key);
     if (group) Object.assign(group, { times: group.times + 1, first: one.at });
     else groups.set(key, { ...one, key, who, host, times: 1, first: one.at });
@@ -397,7 +399,7 @@ function refusals() {
 function waiting() {
   const found = [];
   for (const route of state.traffic.routes) {
-    for (const party of PARTIES) {
+    for (const party of SIDES) {
       for (const leg of route.waiting[party]) found.push({ ...leg, party, route: route.name });
     }
   }
@@ -416,11 +418,13 @@ const CERTIFICATES = { certificate: "certificate", client_ca: "client CA", crl: 
 
 // --- drawing --------------------------------------------------------------------------------------------------------
 
-const lobby = (route) => [...route.waiting.func1, ...route.waiting.func2];
+const lobby = (route) => SIDES.flatMap((party) => route.waiting[party]);
 const longest = (route) => Math.min(...lobby(route).map((leg) => leg.since));
 const sum = (counts) => Object.values(counts).reduce((a, b) => a + b, 0);
 const speed = (entry) => (entry ? (entry.there ?? 0) + (entry.back ?? 0) : 0);
-const otherParty = (party) => (party === "func1" ? "func2" : "func1");
+const asParty = (party) => (party === "either" ? "either party" : party);
+const otherParty = (party) => ({ func1: "func2", func2: "func1" })[party] ?? "either party";
+const byKey = (meet) => (meet ? ` · key ${meet}` : "");
 
 /** Waiting is normal. It is highlighted after half of the time that a leg may wait. */
 function waitTone(since, route) {
@@ -432,7 +436,7 @@ new Table("routes", {
   key: (route) => route.name,
   words: (route) => {
     const config = state.routes.get(route.name);
-    const found = [route.name, ...lobby(route).flatMap((leg) => [leg.identity, leg.address])];
+    const found = [route.name, ...lobby(route).flatMap((leg) => [leg.identity, leg.address, leg.meet ?? ""])];
     if (config) found.push(...config.bound, ...PARTIES.map((party) => parties(config[party], config)));
     return found;
   },
@@ -469,7 +473,7 @@ function figure(node, n) {
 }
 
 function drawLobby(node, route) {
-  const sides = PARTIES.filter((party) => route.waiting[party].length);
+  const sides = SIDES.filter((party) => route.waiting[party].length);
   node.classList.toggle("chip", sides.length > 0);
   node.classList.toggle("zero", !sides.length);
   if (!sides.length) return chip(node, "nobody");
@@ -483,7 +487,8 @@ function drawLobby(node, route) {
 
 new Table("pairings", {
   key: (pairing) => pairing.id,
-  words: ({ route, id, func1, func2 }) => [route, id, func1.identity, func1.address, func2.identity, func2.address],
+  words: ({ route, id, meet, func1, func2 }) =>
+    [route, id, meet ?? "", func1.identity, func1.address, func2.identity, func2.address],
   sorts: {
     route: (pairing) => pairing.route,
     rate: speed,
@@ -494,7 +499,7 @@ new Table("pairings", {
   nothing: () => "No pairing runs.",
   update(parts, pairing) {
     set(parts.route, pairing.route);
-    set(parts.id, pairing.id);
+    setName(parts.id, pairing.id + byKey(pairing.meet));
     for (const [index, party] of [[1, pairing.func1], [2, pairing.func2]]) {
       setName(parts[`func${index}`], party.identity);
       setName(parts[`place${index}`], party.address);
@@ -513,15 +518,16 @@ new Table("pairings", {
 
 new Table("waiting", {
   key: (leg) => [leg.route, leg.party, leg.address].join("\0"),
-  words: (leg) => [leg.route, leg.party, leg.identity, leg.address],
+  words: (leg) => [leg.route, leg.party, leg.identity, leg.address, leg.meet ?? ""],
   nothing: () => "Nobody waits.",
   update(parts, leg) {
     const config = state.routes.get(leg.route);
     set(parts.route, leg.route);
     setName(parts.identity, leg.identity);
     chip(parts.since, duration(state.now() - leg.since), waitTone(leg.since, leg.route));
-    setName(parts.other, config ? parties(config[otherParty(leg.party)], config) : otherParty(leg.party));
-    setName(parts.place, `as ${leg.party} from ${leg.address} · ${leg.mode}`);
+    const other = otherParty(leg.party);
+    setName(parts.other, config?.[other] ? parties(config[other], config) : other);
+    setName(parts.place, `as ${asParty(leg.party)} from ${leg.address} · ${leg.mode}${byKey(leg.meet)}`);
   },
 });
 
@@ -536,7 +542,7 @@ const tone = (word) => (CALM.has(word) ? "" : GRAVE.has(word) ? "bad" : "warn");
 
 new Table("refusals", {
   key: (group) => group.key,
-  words: (group) => [group.code, group.reason, group.address, group.route ?? "", group.who ?? ""],
+  words: (group) => [group.code, group.reason, group.address, group.route ?? "", group.who ?? "", group.meet ?? ""],
   nothing: () => `Nobody was refused since the relay started ${ago(state.now() - (state.status?.started_at ?? 0))}.`,
   update(parts, group) {
     chip(parts.code, group.code, tone(group.code));
@@ -546,14 +552,15 @@ new Table("refusals", {
     setName(parts.who, group.who ?? "no certificate");
     const place = [`from ${group.times > 1 ? group.host : group.address}`];
     if (group.route !== null) place.push(`to ${group.route}`);
-    if (group.party !== null) place.push(`as ${group.party}`);
-    set(parts.place, place.join(" "));
+    if (group.party !== null) place.push(`as ${asParty(group.party)}`);
+    setName(parts.place, place.join(" ") + byKey(group.meet));
   },
 });
 
 new Table("endings", {
   key: (ending) => ending.pairing,
-  words: (ending) => [ending.outcome, ending.route, ending.func1, ending.func2, ending.detail ?? "", ending.pairing],
+  words: (ending) =>
+    [ending.outcome, ending.route, ending.func1, ending.func2, ending.detail ?? "", ending.pairing, ending.meet ?? ""],
   nothing: () => "No pairing has ended yet.",
   update(parts, ending) {
     chip(parts.outcome, ending.outcome, tone(ending.outcome));
@@ -562,7 +569,7 @@ new Table("endings", {
     setName(parts.who, `${ending.func1} and ${ending.func2}${ending.detail ? `: ${ending.detail}` : ""}`);
     const by = ending.side === "both" ? "" : ` · by ${ending.side === "relay" ? "the relay" : ending.side}`;
     const [there, back] = BYTES.map((name) => size(ending[name]).join(" "));
-    set(parts.much, `after ${duration(ending.duration)}${by} · ${there} there, ${back} back`);
+    setName(parts.much, `after ${duration(ending.duration)}${by} · ${there} there, ${back} back${byKey(ending.meet)}`);
   },
 });
 
@@ -766,6 +773,10 @@ function drawRoute() {
     ["Hand-off", config.handoff],
     ["Inner TLS", INNER_TLS[config.require_inner_tls]],
     ["Waits at most", `${duration(limits.wait_timeout)}, ${plural(limits.max_waiting_per_party, "leg")} per party`],
+    [
+      "With a key",
+      `${plural(limits.max_waiting_per_meet, "leg")} per key and party, ${number(limits.max_waiting_by_meet)} in all`,
+    ],
     ["Ends when idle for", `${duration(limits.idle_timeout)}, stalled for ${duration(limits.stall_timeout)}`],
     ["Pairings ended", traffic ? counts(traffic.outcomes) : ""],
     ["Refused", traffic ? counts(traffic.refusals) : ""],

@@ -1,0 +1,160 @@
+"""Everything that shows a leg shows the key by which it meets its partner, and no metric does.
+
+A key is visible ASCII that a function chooses, so ``<script>`` is a legal one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import Final
+
+import httpx
+import pytest
+from playwright.sync_api import Page, expect
+
+from support.admin import ADMIN, admin, events
+from support.browser import Browser, browser, forwarded
+from support.commands import ask
+from support.party import Party
+from support.relay import RelayProcess
+from support.site import Site
+from support.waiting import TIMEOUT
+
+MESH: Final = """
+[[route]]
+name = "demo"
+listen = "127.0.0.1:0"
+func1 = ["dns:func1.demo", "dns:both.demo"]
+func2 = ["dns:func2.demo", "dns:both.demo"]
+"""
+SECTIONS: Final = ADMIN + '[metrics]\nlisten = "127.0.0.1:0"\n'
+SCRIPT: Final = "<script>alert(1)</script>&\"'"
+LONG: Final = "job/" + "x" * 124
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    with browser() as found:
+        yield found
+
+
+@asynccontextmanager
+async def meetings(site: Site, workers: int | None = None) -> AsyncIterator[RelayProcess]:
+    """A relay with one pairing by key, and func1, func2 and either waiting, all with keys; and one without."""
+    site.add("both", site.ca.party(dns=["both.demo"]))
+    site.add("stranger", site.ca.party(dns=["stranger.demo"]))
+    site.workers = workers
+
+    async def joined(name: str, **fields: object) -> Party:
+        party = await site.party(relay, name)
+        await party.join(**fields)
+        await party.expect("WAITING")
+        return party
+
+    async with site.process(MESH, sections=SECTIONS) as relay:
+        one = await joined("func1", meet=SCRIPT)
+        await joined("func2", meet=SCRIPT)
+        await one.expect("PAIRED")
+        await joined("func1", meet=SCRIPT)
+        await joined("func2", meet=LONG)
+        await joined("both", meet="job/7")
+        await joined("func1")
+        refused = await joined("func1", meet="job/8", wait=0.2)
+        assert (await refused.refusal())["code"] == "wait-timeout"
+        stranger = await site.party(relay, "stranger")
+        await stranger.join(meet="a-strangers-key")
+        await stranger.refusal()
+        await relay.log("waiting", count=6)
+        yield relay
+
+
+@pytest.mark.parametrize("workers", [None, 2])
+async def test_the_api_tells_them(site: Site, workers: int | None) -> None:
+    async with meetings(site, workers), admin(site) as api:
+        waiting = (await api.get("/v1/routes/demo")).json()["waiting"]
+        assert [leg["meet"] for leg in waiting["func1"]] == [SCRIPT, None]
+        assert [leg["meet"] for leg in waiting["func2"]] == [LONG]
+        assert [(leg["meet"], leg["identity"]) for leg in waiting["either"]] == [("job/7", "dns:both.demo")]
+        traffic = (await api.get("/v1/traffic")).json()["routes"][0]["waiting"]
+        assert {party: [leg["meet"] for leg in legs] for party, legs in traffic.items()} == {
+            party: [leg["meet"] for leg in legs] for party, legs in waiting.items()
+        }
+        (pairing,) = (await api.get("/v1/pairings")).json()["pairings"]
+        assert pairing["meet"] == SCRIPT
+        status = (await api.get("/v1/status")).json()
+        assert status["waiting"] == 4
+        # A stranger chose its key; it is nowhere.
+        assert [one["meet"] for one in status["refusals"]] == [None, "job/8"]
+        assert "a-strangers-key" not in json.dumps(status)
+
+
+async def test_each_event_tells_them(site: Site) -> None:
+    async with site.relay(sections=ADMIN) as relay, admin(site) as api, events(api) as stream:
+        one, two = await site.party(relay, "func1"), await site.party(relay, "func2")
+        await one.join(meet=SCRIPT)
+        await one.expect("WAITING")
+        assert (await stream.wait("waiting"))["meet"] == SCRIPT
+        await two.join(meet=SCRIPT)
+        await two.expect("WAITING")
+        assert (await stream.wait("paired"))["meet"] == SCRIPT
+        one.reset()
+        assert (await stream.wait("ended"))["meet"] == SCRIPT
+        late = await site.party(relay, "func1")
+        await late.join(meet=SCRIPT, wait=0.1)
+        assert (await stream.wait("refused"))["meet"] == SCRIPT
+
+
+@pytest.mark.parametrize("workers", [None, 2])
+async def test_no_metric_tells_them(site: Site, workers: int | None) -> None:
+    async with meetings(site, workers) as relay, httpx.AsyncClient(timeout=TIMEOUT) as http:
+        place = (await relay.log("serving"))["metrics"]
+        for accept in ("text/plain", "application/openmetrics-text"):
+            text = (await http.get(f"http://{place}/metrics", headers={"Accept": accept})).text
+            assert 'frelay_keys_waiting{route="demo"} 3' in text
+            assert 'frelay_legs_waiting{party="either",route="demo"} 1' in text
+            for key in ("<script>", LONG, "job/7", "job/8", "a-strangers-key"):
+                assert key not in text
+
+
+async def test_the_commands_tell_them(site: Site) -> None:
+    async with meetings(site):
+        shown = await ask("route", "show", "demo", "-c", site.config)
+        assert f", by key {SCRIPT}" in shown.stdout
+        assert "waiting either" in shown.stdout
+        listed = await ask("route", "list", "-c", site.config)
+        assert "  2/1+1  " in listed.stdout
+        status = await ask("status", "-c", site.config)
+        assert "  KEY  " in status.stdout
+        assert "  job/8  " in status.stdout
+        top = await ask("top", "-c", site.config, env={**os.environ, "COLUMNS": "400"})
+        lines = top.stdout.splitlines()
+        assert any(line.split()[:3] == ["demo", "either", "dns:both.demo"] and line.endswith("job/7") for line in lines)
+        assert sum(SCRIPT in line for line in lines) == 2, "the one that waits, and the pairing"
+
+
+@pytest.mark.parametrize("width", [1280, 360])
+async def test_the_dashboard_shows_them_as_text(site: Site, chromium: Browser, width: int) -> None:
+    async with (
+        meetings(site),
+        forwarded(site.directory / "a.sock") as way,
+        chromium.page(way.url, width=width, height=900) as view,
+    ):
+        for selector, texts in {
+            "#waiting": [f"key {SCRIPT}", f"key {LONG}", "as either party from", "key job/7"],
+            "#pairings": [f"key {SCRIPT}"],
+            "#refusals": ["key job/8"],
+            "#routes": ["2 func1, func2, either"],
+        }.items():
+            for text in texts:
+                await view.see(lambda page, s=selector, t=text: expect(page.locator(s)).to_contain_text(t))  # type: ignore[misc]
+
+        def look(page: Page) -> None:
+            assert "a-strangers-key" not in page.content()
+            wider = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+            assert wider == 0
+
+        await view.see(look)
+        await view.shoot(f"keys-{width}")
