@@ -1,9 +1,9 @@
 """httpx through frelay: the host of a URL is the name of the function that answers.
 
-    client = httpx.Client(transport=FrelayTransport("relay.acme:9001", cert=..., key=..., ca=...))
-    client.get("http://func2.acme/things/7")
+    client = httpx.Client(transport=FrelayTransport("relay.example:9001", cert=..., key=..., ca=...))
+    client.get("http://func2.demo/things/7")
 
-connects to the function whose certificate has the name ``dns:func2.acme``. Connections are kept and used again, as
+connects to the function whose certificate has the name ``dns:func2.demo``. Connections are kept and used again, as
 httpx does it with TCP. :class:`AsyncFrelayTransport` is the same for ``httpx.AsyncClient`` under asyncio.
 """
 

@@ -21,6 +21,9 @@ RUN: Final = {
     "examples/go/README.md": ("wire, err := frelay.Connect", "go build -o frelay-party"),
     "examples/node/README.md": ("import { connect, Refused }", "node party.mjs"),
     "examples/socat-stunnel-openssl/README.md": ("./socat.sh",),
+    "examples/asgi/README.md": ("python serve.py app:app", "curl --silent"),
+    "examples/httpx/README.md": ("transport = FrelayTransport(",),
+    "examples/grpc/README.md": ("python server.py words.sock &", "python client.py unix:here.sock"),
     "docs/metrics.md": ("[metrics]", "scrape_configs:"),
 }
 NOT_RUN: Final[dict[str, dict[str, str]]] = {
@@ -147,3 +150,24 @@ def test_shell(tmp_path: Path) -> None:
             said = here.run(f"cd example; {command}")
             other.says("hello from func1")
         assert (said.code, said.stdout) == (0, "hello from func2\n"), said.stderr
+
+
+def test_asgi_and_httpx(tmp_path: Path) -> None:
+    """One app, and both pages' callers."""
+    serve, curl = (find("examples/asgi/README.md", text).text for text in RUN["examples/asgi/README.md"])
+    (sample,) = (find("examples/httpx/README.md", text).text for text in RUN["examples/httpx/README.md"])
+    with beside_a_relay(tmp_path, "asgi") as here:
+        shutil.copy(ROOT / "examples/httpx/frelay_httpx.py", tmp_path / "example")
+        (tmp_path / "example/sample.py").write_text(sample)
+        with here.start(f"cd example; {serve}"):
+            said = here.run("cd example; python sample.py")
+            assert (said.code, said.stdout) == (0, "GET /things/7: \n"), said.stderr
+            said = here.run(f"cd example; {curl}\nkill $!")
+            assert (said.code, said.stdout) == (0, "GET /hello: "), said.stderr
+
+
+def test_grpc(tmp_path: Path) -> None:
+    serve, call = (find("examples/grpc/README.md", text).text for text in RUN["examples/grpc/README.md"])
+    with beside_a_relay(tmp_path, "grpc") as here, here.start(f"cd example; {serve}"):
+        said = here.run(f"cd example; {call}\nkill $!")
+        assert (said.code, said.stdout) == (0, "HELLO\n0 1 2 3 4\none two\n"), said.stderr
