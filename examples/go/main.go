@@ -34,6 +34,12 @@ func run() error {
 	peer := flag.String("peer", "", "who the other function must be: `dns:NAME` or uri:URI")
 	route := flag.String("route", "", "the route's `name`, where several share the address")
 	party := flag.String("party", "", "`func1 or func2`, where the certificate fits both")
+	meet := flag.String("meet", "", "a `key`: meet only a function that joins with it, too")
+	var partner []string
+	flag.Func("partner", "with -meet: a `name` that the relay must have verified; may be repeated", func(name string) error {
+		partner = append(partner, name)
+		return nil
+	})
 	ticket := flag.Bool("ticket", false, "leave the relay's TLS by ticket instead of by hand-off")
 	wait := flag.Duration("wait", time.Minute, "for the other function")
 	flag.Parse()
@@ -60,6 +66,8 @@ func run() error {
 		Peer:        *peer,
 		Route:       *route,
 		Party:       *party,
+		Meet:        *meet,
+		Partner:     partner,
 		UseTicket:   *ticket,
 		OnStatus:    func(status string) { fmt.Fprintln(os.Stderr, status) },
 	})

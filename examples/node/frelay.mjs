@@ -55,6 +55,8 @@ export class Refused extends Error {
  * ca, peerCa         PEM: the CAs that issue the relay's certificate, and the other function's (`ca` if left out)
  * peer               the other function's name: 'dns:NAME' or 'uri:URI', exactly
  * route, party       needed if several routes share the address, or if the certificate fits both parties
+ * meet               a key: meet only a function that joins with the same one (no `party` is needed then)
+ * partner            with `meet`: an array of names, of which the relay must have verified one
  * mode               'handoff' or 'ticket': how to leave the outer TLS
  * wait               seconds for everything together
  * servername         the name in the relay's certificate, if it is not `host`
@@ -129,10 +131,15 @@ function track(sockets, socket) {
 
 // --- frames: type, 0, the length of the payload in two bytes, and the payload, one JSON object ---------------------
 
-async function join(outer, { route, party, mode, onStatus = () => {} }) {
-  send(outer, JOIN, { attempt: crypto.randomUUID(), route, party, modes: [mode] });
+async function join(outer, { route, party, meet, partner, mode, onStatus = () => {} }) {
+  send(outer, JOIN, { attempt: crypto.randomUUID(), route, party, meet, partner, modes: [mode] });
   for (;;) {
     const [type, payload] = await receive(outer);
+    const isAnswer = type === WAITING || type === PAIRED;
+    if (isAnswer && (payload.meet !== meet || (partner !== undefined && payload.partner !== true))) {
+      // A relay that knows keys repeats them. This one would pair us with any function.
+      throw new Error('the relay does not know keys and would pair us with any function: update the relay');
+    }
     if (type === WAITING) {
       onStatus('waiting');
     } else if (type === PING) {
@@ -150,6 +157,9 @@ async function join(outer, { route, party, mode, onStatus = () => {} }) {
 
 function send(outer, type, payload) {
   const body = Buffer.from(JSON.stringify(payload));
+  if (body.length > MAX_PAYLOAD) {
+    throw new Error('route, meet and partner are too long for one frame');
+  }
   outer.write(Buffer.concat([Buffer.from([type, 0, body.length >> 8, body.length & 0xff]), body]));
 }
 

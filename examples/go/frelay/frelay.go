@@ -40,7 +40,9 @@ type Config struct {
 	PeerCA      *x509.CertPool  // the CAs that issue the other function's; nil: RelayCA
 	Peer        string          // the other function's name: "dns:NAME" or "uri:URI", exactly
 	Route       string          // needed if several routes share the address
-	Party       string          // "func1" or "func2", needed if the certificate fits both
+	Party       string          // "func1" or "func2", needed if the certificate fits both and there is no Meet
+	Meet        string          // a key: meet only a function that joins with the same one; "": any without a key
+	Partner     []string        // with Meet: names, of which the relay must have verified one; nil: any
 	UseTicket   bool            // leave the outer TLS by ticket, not by hand-off
 	OnStatus    func(status string)
 }
@@ -50,6 +52,9 @@ type Refused struct {
 	Code, Reason string
 	RetryAfter   time.Duration
 }
+
+// ErrRelayTooOld means that the relay does not know Meet and Partner.
+var ErrRelayTooOld = errors.New("the relay does not know keys and would pair us with any function: update the relay")
 
 func (e *Refused) Error() string { return fmt.Sprintf("refused: %s: %s", e.Code, e.Reason) }
 
@@ -159,6 +164,8 @@ type message struct {
 	Attempt    string          `json:"attempt,omitempty"`
 	Route      string          `json:"route,omitempty"`
 	Party      string          `json:"party,omitempty"`
+	Meet       string          `json:"meet,omitempty"`
+	Partner    json.RawMessage `json:"partner,omitempty"` // a list in JOIN, true in the relay's answers
 	Modes      []string        `json:"modes,omitempty"`
 	N          json.RawMessage `json:"n,omitempty"`
 	Peer       string          `json:"peer,omitempty"`
@@ -180,7 +187,12 @@ func join(outer *tls.Conn, config Config) (*message, error) {
 	if err != nil {
 		return nil, err
 	}
-	hello := message{Attempt: attempt, Route: config.Route, Party: config.Party, Modes: []string{mode}}
+	hello := message{Attempt: attempt, Route: config.Route, Party: config.Party, Meet: config.Meet, Modes: []string{mode}}
+	if config.Partner != nil {
+		if hello.Partner, err = json.Marshal(config.Partner); err != nil {
+			return nil, err
+		}
+	}
 	if err := writeFrame(outer, frameJoin, &hello); err != nil {
 		return nil, err
 	}
@@ -189,6 +201,10 @@ func join(outer *tls.Conn, config Config) (*message, error) {
 		if err != nil {
 			// In TLS 1.3 this is also where the relay's alert about our certificate arrives.
 			return nil, fmt.Errorf("the relay went away: %w", err)
+		}
+		if (kind == frameWaiting || kind == framePaired) && !config.isEchoedBy(received) {
+			// It would pair us with any function. Closing the connection gives our place up.
+			return nil, ErrRelayTooOld
 		}
 		switch {
 		case kind == frameWaiting:
@@ -213,6 +229,11 @@ func join(outer *tls.Conn, config Config) (*message, error) {
 			return nil, fmt.Errorf("the relay sent a frame of type %#x that does not fit here", kind)
 		}
 	}
+}
+
+// isEchoedBy says whether the relay repeats what JOIN asked for. A relay that does not know keys leaves them out.
+func (config Config) isEchoedBy(answer *message) bool {
+	return answer.Meet == config.Meet && (config.Partner == nil || string(answer.Partner) == "true")
 }
 
 func (config Config) status(text string) {
@@ -370,7 +391,7 @@ func writeFrame(writer io.Writer, kind byte, payload *message) error {
 		return err
 	}
 	if len(body) > maxPayload {
-		return errors.New("the route's name is too long")
+		return errors.New("Route, Meet and Partner are too long for one frame")
 	}
 	frame := []byte{kind, 0, byte(len(body) >> 8), byte(len(body))}
 	_, err = writer.Write(append(frame, body...))

@@ -53,8 +53,9 @@ HAND_OFFS: Final[tuple[HandOff, ...]] = ("handoff", "ticket")
 
 PYTHON: Final = """
 import shutil, sys, frelay
-address, cert, key, ca, peer, mode = sys.argv[1:]
-with frelay.connect(address, cert=cert, key=key, ca=ca, peer=peer, mode=mode, wait=60) as wire:
+address, cert, key, ca, peer, mode, *key_and_partner = sys.argv[1:]
+options = dict(zip(("meet", "partner"), key_and_partner))
+with frelay.connect(address, cert=cert, key=key, ca=ca, peer=peer, mode=mode, wait=60, **options) as wire:
     wire.sendall(sys.stdin.buffer.read())
     wire.send_eof()
     shutil.copyfileobj(wire.makefile("rb"), sys.stdout.buffer)
@@ -90,11 +91,15 @@ class Functions:
     site: Site
     request: pytest.FixtureRequest
 
-    def command(self, runtime: Runtime, port: int, name: str, peer: str, hand_off: HandOff, wait: int) -> list[str]:
+    def command(
+        self, runtime: Runtime, port: int, name: str, peer: str, hand_off: HandOff, wait: int, *by_key: str
+    ) -> list[str]:
+        """``by_key`` is nothing, a key, or a key and a partner."""
         cert, key = self.site.paths[name]
         address = f"localhost:{port}"
         if runtime == "python":
-            return [sys.executable, "-c", PYTHON, address, str(cert), str(key), str(self.site.ca_path), peer, hand_off]
+            arguments = [address, str(cert), str(key), str(self.site.ca_path), peer, hand_off, *by_key]
+            return [sys.executable, "-c", PYTHON, *arguments]
         if runtime == "go":
             command, dash, seconds = [str(self.request.getfixturevalue("go_party"))], "-", f"{wait}s"
         else:
@@ -106,6 +111,7 @@ class Functions:
             "ca": self.site.ca_path,
             "peer": peer,
             "wait": seconds,
+            **dict(zip(("meet", "partner"), by_key, strict=False)),
         }
         for option, value in options.items():
             command += [dash + option, str(value)]
@@ -121,10 +127,12 @@ class Functions:
         peer: str | None = None,
         hand_off: HandOff = "handoff",
         wait: int = 60,
+        by_key: tuple[str, ...] = (),
     ) -> subprocess.CompletedProcess[bytes]:
         """Run a function with ``data`` on its standard input, to its end."""
         other = {"func1": "dns:func2.demo", "func2": "dns:func1.demo"}
-        command = self.command(runtime, relay.port(), name, peer or other.get(name, "dns:func2.demo"), hand_off, wait)
+        peer = peer or other.get(name, "dns:func2.demo")
+        command = self.command(runtime, relay.port(), name, peer, hand_off, wait, *by_key)
         # A function in Python must import the frelay of this checkout.
         run = partial(trio.run_process, command, stdin=data, capture_stdout=True, capture_stderr=True, check=False)
         return await run(env={**os.environ, "PYTHONPATH": str(ROOT)})
@@ -553,3 +561,68 @@ def test_the_go_code_is_formatted_and_vetted(tmp_path: Path) -> None:
             check=False,
         )
         assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
+
+
+# --- meeting by key --------------------------------------------------------------------------------------------------
+
+MESH: Final = """
+[[route]]
+name = "demo"
+listen = "127.0.0.1:0"
+func1 = ["dns:rank0.demo", "dns:rank1.demo", "dns:func1.demo"]
+func2 = ["dns:rank0.demo", "dns:rank1.demo", "dns:func2.demo"]
+"""
+
+
+@pytest.mark.parametrize(("one", "two"), [("go", "python"), ("python", "go"), ("node", "python"), ("go", "node")])
+async def test_they_meet_by_key(functions: Functions, one: Runtime, two: Runtime) -> None:
+    """Both certificates fit both parties, and two others wait on the route: one without a key, one with another."""
+    site = functions.site
+    for name in ("rank0", "rank1"):
+        site.add(name, site.ca.party(dns=[f"{name}.demo"]))
+    async with site.relay(MESH) as relay:
+        for name, fields in (("func1", {}), ("func2", {"meet": "job/2"})):
+            other = await site.party(relay, name)
+            await other.join(**fields)
+            await other.expect("WAITING")
+        said: dict[str, subprocess.CompletedProcess[bytes]] = {}
+
+        async def run(runtime: Runtime, name: str, peer: str) -> None:
+            by_key = ("job/1", f"dns:{peer}.demo")
+            said[name] = await functions.run(
+                runtime, relay, name, name.encode(), peer=f"dns:{peer}.demo", by_key=by_key
+            )
+
+        with trio.fail_after(TIMEOUT * 3):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(run, one, "rank0", "rank1")
+                nursery.start_soon(run, two, "rank1", "rank0")
+        assert (said["rank0"].returncode, said["rank0"].stdout) == (0, b"rank1"), said["rank0"].stderr
+        assert (said["rank1"].returncode, said["rank1"].stdout) == (0, b"rank0"), said["rank1"].stderr
+        assert (await relay.outcome())["meet"] == "job/1"
+        assert relay.waiting() == (1, 1)
+
+
+@pytest.mark.parametrize("echo", [{}, {"meet": "another"}, {"meet": "job"}], ids=["none", "another", "no list"])
+@pytest.mark.parametrize("answer", ["WAITING", "PAIRED"])
+@pytest.mark.parametrize("runtime", OURS)
+async def test_a_relay_that_does_not_know_keys_is_left(
+    functions: Functions, runtime: Runtime, answer: str, echo: dict[str, str]
+) -> None:
+    def script(tls: ssl.SSLSocket) -> None:
+        _, join = read_frame(tls)
+        assert (join["meet"], join["partner"]) == ("job", ["dns:func2.demo"])
+        if answer == "WAITING":
+            said = {"route": "r", "party": "func1", "identity": "dns:func1.demo", "deadline": 60, "peer_seen": None}
+        else:
+            said = {"pairing": "1", "route": "r", "peer": "dns:func2.demo", "role": "client", "mode": "handoff"}
+        tls.sendall(frame(answer, {**said, **echo}))
+        while tls.recv(100):
+            pass
+
+    with fake_relay(functions.site, script) as address, trio.fail_after(TIMEOUT):
+        port, by_key = int(address.split(":")[1]), ("job", "dns:func2.demo")
+        command = functions.command(runtime, port, "func1", "dns:func2.demo", "handoff", 20, *by_key)
+        ended = await trio.run_process(command, capture_stderr=True, check=False)
+    assert ended.returncode == 1
+    assert b"update the relay" in ended.stderr
