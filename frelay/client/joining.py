@@ -97,7 +97,8 @@ class Joining:
     def __init__(self, plan: JoinPlan, clock: Callable[[], float], *, inner_tls_on_socket: bool = False) -> None:
         self._plan: Final = plan
         self._inner_tls_on_socket: Final = inner_tls_on_socket
-        self._deadline: Final = Deadline(plan.wait, clock)
+        self._clock: Final = clock
+        self._deadline = Deadline(plan.wait, clock)
         # By this id the relay recognises a retry, and drops the leg of the earlier try if it still keeps one.
         self._attempt = str(uuid.uuid4())
         self._session: PartySession | None = None
@@ -142,6 +143,8 @@ class Joining:
             yield from self._reach("outer")
             tls = yield from self._outer_tls()
             paired = yield from self._join(tls)
+            if self._plan.wait_ends_when_paired:
+                self._deadline = Deadline(None, self._clock)
             self._attempt = str(uuid.uuid4())  # this attempt is paired; a later try is a new one
             connection: Connection = "outer"
             tunnel = None

@@ -85,6 +85,8 @@ class JoinPlan:
     partner: tuple[str, ...] | None
     inner_name: str | None = None
     """The SNI that this function sends as the client of the inner TLS. ``make`` sets none."""
+    wait_ends_when_paired: bool = False
+    """Whether ``wait`` covers the steps up to PAIRED only. ``make`` sets False: it covers everything."""
 
     @classmethod
     def make(cls, address: str, **options: Unpack[Options]) -> JoinPlan:

@@ -7,6 +7,7 @@ one plan. But certificates are renewed on disk while it runs: before each join w
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Final
 
 from frelay.client.contexts import StrPath
@@ -16,11 +17,15 @@ __all__ = ["Plans"]
 
 
 class Plans:
-    """The plan for these arguments of ``connect``, and its files."""
+    """The plan for these arguments of ``connect``, and its files.
 
-    def __init__(self, address: str, options: Options) -> None:
+    With ``wait_ends_when_paired`` a caller that comes at the end of ``wait`` still has time for its handshake.
+    """
+
+    def __init__(self, address: str, options: Options, *, wait_ends_when_paired: bool = False) -> None:
         self._address: Final = address
         self._options: Final = options
+        self._wait_ends_when_paired: Final = wait_ends_when_paired
         self._files: Final[tuple[StrPath | None, ...]] = (
             options.get("cert"),
             options.get("key"),
@@ -38,7 +43,8 @@ class Plans:
         seen = [None if path is None else _state_of(path) for path in self._files]
         if self._plan is None or seen != self._seen:
             self._plan = None
-            self._plan = JoinPlan.make(self._address, **self._options)
+            plan = JoinPlan.make(self._address, **self._options)
+            self._plan = replace(plan, wait_ends_when_paired=self._wait_ends_when_paired)
             self._seen = seen
         return self._plan
 

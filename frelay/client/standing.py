@@ -200,7 +200,7 @@ class Standing:
         retry = read_retry(options.get("retry"))
         options = options.copy()
         options["retry"] = None  # a leg tries once, and the listener decides what follows
-        plans = Plans(address, options)
+        plans = Plans(address, options, wait_ends_when_paired=True)
         plans.current()  # a wrong argument or file is an error of this call, and not of the first caller
         return cls(plans, Rejoin(retry), clock, lowest=standing, highest=standing, most=standing + _MOST_IN_HANDSHAKES)
 

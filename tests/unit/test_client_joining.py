@@ -170,6 +170,25 @@ def test_a_retry_ends_with_the_wait(site: Site, plan: JoinPlan) -> None:
     assert relay.pauses == []
 
 
+def test_wait_may_end_when_paired(site: Site, plan: JoinPlan) -> None:
+    """A listener's ``wait`` ends the waiting of a leg, and not the handshake of a caller that came at its end."""
+
+    class Slow(FakeRelay):
+        def _meet(self, data: bytes) -> None:
+            self.now = 25.0
+            super()._meet(data)
+
+    for ends_when_paired in (True, False):
+        relay = Slow(site, pair_at_once)
+        relay.peer = peer(site)
+        changed = replace(plan, wait=20.0, wait_ends_when_paired=ends_when_paired)
+        if ends_when_paired:
+            join(changed, relay)
+        else:
+            with pytest.raises(PeerGone, match="no time is left"):
+                join(changed, relay)
+
+
 def test_a_function_that_gives_up_while_it_waits_says_leave(site: Site, plan: JoinPlan) -> None:
     relay = FakeRelay(site, lambda relay, message: relay.say(WAITING) if isinstance(message, Join) else None)
     joining = Joining(replace(plan, wait=5.0), lambda: relay.now)

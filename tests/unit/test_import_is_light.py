@@ -49,6 +49,7 @@ def foreign(modules: set[str]) -> set[str]:
     [
         "import frelay",
         "import frelay; frelay.connect",
+        "import frelay; frelay.listen; frelay.client.asyncio.start_server",
         "from frelay import *",
         "import frelay.client.wire, frelay.protocol.session, frelay.protocol.outcome, frelay.errors",
     ],

@@ -46,7 +46,7 @@ class MetAnotherService(FrelayError):
 async def join_as_service(plan: JoinPlan, on_status: Callable[[Message], None] | None) -> TrioWire:
     """Join like :func:`frelay.client.trio.join`. If the peer is a ``--to`` and we are the server, MetAnotherService."""
     plan.inner["server"].sni_callback = _note_sni
-    wire = await join(replace(plan, inner_name=_SERVICE_SNI), on_status)
+    wire = await join(replace(plan, inner_name=_SERVICE_SNI, wait_ends_when_paired=True), on_status)
     if wire.ssl_object in _CALLED_BY_SERVICE:
         try:
             with trio.move_on_after(_ANSWER_TIMEOUT):

@@ -80,6 +80,23 @@ async def test_it_may_be_on_either_side(site: Site, client: Client) -> None:
             )
 
 
+@pytest.mark.parametrize("client", CLIENTS)
+async def test_by_a_key(site: Site, client: Client) -> None:
+    """Two listeners on one route with a key each: a caller gets the one that it names."""
+    async with site.relay() as relay:
+        address = f"127.0.0.1:{relay.port()}"
+        given = options(site, "func2", "func1", partner="dns:func1.demo")
+        async with (
+            serving_many(client, address, {**given, "meet": "blue"}) as blue,
+            serving_many(client, address, {**given, "meet": "red"}) as red,
+        ):
+            for count in range(1, 4):
+                assert await call(address, options(site, "func1", "func2", meet="red")) == b"question"
+                await eventually(lambda count=count: red.served == count, "red has served it")  # type: ignore[misc]
+            assert blue.served == 0
+            assert not red.errors
+
+
 @pytest.mark.parametrize("mode", ["ticket", "tunnel"])
 @pytest.mark.parametrize("client", CLIENTS)
 async def test_in_the_other_modes(site: Site, client: Client, mode: str) -> None:
@@ -152,7 +169,7 @@ async def test_a_caller_with_another_name_ends_nothing(site: Site, client: Clien
             assert isinstance(server.errors[0], frelay.PeerIdentityMismatch)
             assert "dns:other.demo" in server.errors[0].found
             assert await call(address, options(site, "func1", "func2")) == b"question"
-            assert server.served == 1
+            await eventually(lambda: server.served == 1, "it is served, and nobody else was")
 
 
 @pytest.mark.parametrize("client", CLIENTS)
