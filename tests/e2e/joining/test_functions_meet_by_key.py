@@ -5,16 +5,17 @@ from __future__ import annotations
 import ssl
 from functools import partial
 from itertools import permutations
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import trio
 
 import frelay
+from frelay.joining.legs import FramedLeg
 from frelay.protocol.identity import spki_of_certificate
 from frelay.protocol.messages import Message, Mode, Paired
 from support.odd_names import SPIFFE_ID
-from support.party import Party
+from support.party import Party, frame
 from support.relay import RelayInProcess
 from support.site import Site
 from support.waiting import eventually
@@ -110,6 +111,63 @@ async def test_a_certificate_that_fits_both_parties_needs_no_party_with_a_key(si
         # Of two that may be either, the one that waited is func1, the client.
         assert (one["role"], two["role"]) == (("server", "client") if waiting == "func2" else ("client", "server"))
         assert two["peer"] == f"dns:{waiting}.demo"
+
+
+async def test_two_that_may_be_either_join_at_the_very_same_moment(site: Site) -> None:
+    """If each decided its party when it joined, both would become func1 and never meet."""
+    async with site.relay(MESH) as relay:
+        for number in range(10):
+            both = [await site.party(relay, "both") for _ in range(2)]
+            for party in both:
+                party.tls.write(frame("JOIN", {"attempt": party.attempt, "meet": f"job/{number}"}))
+            # Both are in the kernel before the relay's tasks run again.
+            for party, records in [(party, party.take_outgoing()) for party in both]:
+                party.send_now(records)
+            for party in both:
+                assert (await party.expect("WAITING"))["party"] is None
+            roles = [(await party.expect("PAIRED"))["role"] for party in both]
+            assert sorted(roles) == ["client", "server"]
+
+
+async def test_a_dead_leg_is_passed_over(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first with the key has gone, and its task has not noticed yet: the match looks itself."""
+
+    async def attend(*_: object, **__: object) -> NoReturn:
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(FramedLeg, "attend", attend)
+    async with site.relay(MESH) as relay:
+        gone, alive = await site.party(relay, "func1"), await site.party(relay, "both")
+        await waits(relay, gone, meet="job")
+        await waits(relay, alive, meet="job", party="func1")
+        first = relay.relay.routes["demo"].lobby.waiting("func1")[0].leg
+        gone.reset()
+        await eventually(first.is_gone, "its end has arrived")
+        two = await site.party(relay, "func2")
+        await two.join(meet="job")
+        await two.expect("WAITING")
+        assert (await two.expect("PAIRED"))["peer"] == "dns:both.demo"
+
+
+async def test_a_greedy_function_takes_no_place_of_another(site: Site) -> None:
+    """With one key, and with ever new ones: when the pool is full, its newest leg is evicted for another function."""
+    limits = "max_waiting_per_meet = 4\nmax_waiting_by_meet = 6\n"
+    async with site.relay(MESH + limits) as relay:
+        greedy = [await site.party(relay, "func1") for _ in range(4)]
+        for leg in greedy:
+            await waits(relay, leg, meet="job")
+        modest = await site.party(relay, "member")
+        await modest.join(meet="job", party="func1")
+        await modest.expect("WAITING")
+        assert (await greedy[3].refusal())["code"] == "queue-full"
+        more = [await site.party(relay, "func1") for _ in range(2)]
+        for number, leg in enumerate(more):
+            await waits(relay, leg, meet=f"job/{number}")
+        another = await site.party(relay, "both")
+        await another.join(meet="job/9")
+        await another.expect("WAITING")
+        assert (await more[1].refusal())["code"] == "queue-full"
+        assert len(relay.relay.routes["demo"].lobby.everyone()) == 6
 
 
 async def test_the_name_is_that_of_the_party_that_it_became(site: Site) -> None:
@@ -254,6 +312,12 @@ async def test_a_reload_and_the_end_of_the_relay_reach_legs_that_may_be_either(s
         site.write(MESH.replace('"demo"', '"other"'), crl=True)
         await relay.relay.reload()
         assert (await leg.refusal())["code"] == "route-removed"
+    async with site.relay(MESH) as relay:
+        leg = await site.party(relay, "both")
+        await waits(relay, leg, meet="job")
+        relay.relay.drain(reason="the test wants it")
+        await leg.expect("DRAINING")
+        assert (await leg.refusal())["code"] == "draining"
 
 
 @pytest.mark.parametrize("mode", ["handoff", "ticket", "tunnel"])

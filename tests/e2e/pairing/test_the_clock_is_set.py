@@ -209,3 +209,24 @@ async def test_back_again_before_it_expires(site: Site, monkeypatch: pytest.Monk
         monkeypatch.setattr(time, "time", now)
         assert (await waiting.refusal())["code"] == "certificate-expired"
         assert (await relay.outcome())["outcome"] == "certificate-expired"
+
+
+async def test_legs_that_may_be_either_party_follow_the_date_too(site: Site) -> None:
+    """They wait by a key, in queues of their own."""
+    site.add("short", site.ca.ending(12 * HOUR, dns=["both.demo"]))
+    site.add("long", site.ca.party(dns=["both.demo"]))
+    routes = OPEN.replace('"dns:func1.demo"', '["dns:func1.demo", "dns:both.demo"]')
+    routes = routes.replace('"dns:func2.demo"', '["dns:func2.demo", "dns:both.demo"]')
+    clock = Clock(site, 0)
+    async with site.process(routes, sections=SECTIONS, env=clock.env) as relay:
+        legs = []
+        for name, key in (("long", "a"), ("short", "b")):
+            leg = await site.party(relay, name)
+            await leg.join(meet=key)
+            assert (await leg.expect("WAITING"))["party"] is None
+            legs.append(leg)
+        stays, goes = legs
+        await is_asked(goes)
+        clock.set(DAY)
+        assert (await goes.refusal())["code"] == "certificate-expired"
+        await is_asked(stays)
