@@ -44,10 +44,10 @@ from hypothesis.stateful import (
 from frelay.config.load import load
 from frelay.errors import ConfigError
 from frelay.joining import listener
-from frelay.joining.lobby import opposite
+from frelay.joining.lobby import LEG_PARTIES, opposite
 from frelay.joining.route import LiveRoute
 from frelay.journal import Entry, HandshakeDone
-from frelay.protocol.messages import Mode, PartyName
+from frelay.protocol.messages import LegParty, Mode, PartyName
 from frelay.relay.control import RelayControl
 from frelay.relay.run import make_relay
 from frelay.relay.views import LocalViews
@@ -120,8 +120,13 @@ class Caller:
     party: Party
     attempt: str
     address: str
-    side: PartyName = "func1"
+    side: LegParty = "func1"
     identity: str = ""
+    fits: dict[PartyName, str] = field(default_factory=dict)
+    """Its name for each party that it may be, until it is paired."""
+    meet: str | None = None
+    entered: int = 0
+    """Callers that wait are numbered as they come, over all queues."""
     mode: Mode = "handoff"
     meeting: Meeting | None = None
     end: End | None = None
@@ -136,9 +141,18 @@ class Caller:
         return f"{self.number} ({self.certificate} on {self.route.name})"
 
     @property
+    def party_name(self) -> PartyName:
+        assert self.side != "either"
+        return self.side
+
+    @property
     def other(self) -> Caller:
         assert self.meeting is not None
-        return self.meeting.callers[opposite(self.side)]
+        return self.meeting.callers[opposite(self.party_name)]
+
+    def settle(self, side: PartyName) -> None:
+        self.side, self.identity = side, self.fits.get(side, self.identity)
+        self.fits = {side: self.identity}
 
     @property
     def in_flight(self) -> int:
@@ -150,7 +164,7 @@ class Caller:
         return (CONTENT[start : start + count] + CONTENT)[:count]
 
     def is_retry_of(self, other: Caller) -> bool:
-        is_same = self.certificate == other.certificate or self.identity == other.identity
+        is_same = self.certificate == other.certificate or bool({*self.fits.values()} & {*other.fits.values()})
         return self.attempt == other.attempt and is_same
 
 
@@ -177,7 +191,7 @@ class Route:
 
     name: str
     wiring: Wiring
-    queues: dict[PartyName, list[Caller]] = field(default_factory=lambda: {"func1": [], "func2": []})
+    queues: dict[LegParty, list[Caller]] = field(default_factory=lambda: {side: [] for side in LEG_PARTIES})
     meetings: list[Meeting] = field(default_factory=list)
     closed: str = ""
     """The code with which everybody is refused, once it is closed."""
@@ -186,7 +200,10 @@ class Route:
         return f"route {self.name}, {self.wiring}"
 
     def waiting(self) -> list[Caller]:
-        return [*self.queues["func1"], *self.queues["func2"]]
+        return [caller for queue in self.queues.values() for caller in queue]
+
+    def leave_queue(self, caller: Caller) -> None:
+        self.queues[caller.side].remove(caller)
 
 
 @dataclass
@@ -227,7 +244,7 @@ class World:
         self.is_draining = False
         self._handshakes, self._handshakes_seen = 0, 0
         self._crl_number = 0
-        self._numbers = 0
+        self._numbers = self._entered = 0
         self._over = trio.Event()
         self._fault: BaseException | None = None
         self._patches = ExitStack()
@@ -310,7 +327,7 @@ class World:
 
         return {
             "waiting": {
-                name: {side: [waiter.leg.address for waiter in live.lobby.waiting(side)] for side in SIDES}
+                name: {side: [waiter.leg.address for waiter in live.lobby.waiting(side)] for side in LEG_PARTIES}
                 for name, live in relay.routes.items()
             },
             "pairings": {name: pairings(live) for name, live in relay.routes.items()},
@@ -337,7 +354,7 @@ class World:
 
         return {
             "waiting": {
-                name: {side: [caller.address for caller in route.queues[side]] for side in SIDES}
+                name: {side: [caller.address for caller in route.queues[side]] for side in LEG_PARTIES}
                 for name, route in self.routes.items()
             },
             "pairings": {name: pairings(route) for name, route in self.routes.items()},
@@ -431,9 +448,12 @@ class World:
             fits = {side: identity for side, identity in fits.items() if side == asked}
         if not fits:
             return "not-authorised"
-        if len(fits) > 1:
+        if len(fits) > 1 and caller.meet is None:
             return "protocol-error"
-        [(caller.side, caller.identity)] = fits.items()
+        caller.fits = fits
+        caller.side, caller.identity = next(iter(fits.items()))
+        if len(fits) > 1:
+            caller.side = "either"
         if certificate in self.revoked:
             return "revoked"
         if route.closed:
@@ -443,11 +463,15 @@ class World:
         return None
 
     def _is_full(self, caller: Caller) -> bool:
-        return len(caller.route.queues[caller.side]) >= self.most_waiting
+        # Those with a key have places of their own, more than there are callers here.
+        return caller.meet is None and len(self._without_key(caller)) >= self.most_waiting
+
+    def _without_key(self, caller: Caller) -> list[Caller]:
+        return [other for other in caller.route.queues[caller.side] if other.meet is None]
 
     def _spare(self, caller: Caller) -> Caller | None:
         """The caller that is evicted from a full queue for it: the newest of those with most, if two more than it."""
-        queue = caller.route.queues[caller.side]
+        queue = self._without_key(caller)
         held = Counter(other.identity for other in queue)
         [(greediest, most)] = held.most_common(1)
         if most < held[caller.identity] + 2:
@@ -464,10 +488,19 @@ class World:
     def _stale(self, caller: Caller) -> Caller | None:
         return next((other for other in caller.route.waiting() if caller.is_retry_of(other)), None)
 
-    async def join(self, caller: Caller, asked: PartyName | None, mode: Mode, attempt: str) -> None:
+    def _partners(self, caller: Caller) -> list[Caller]:
+        """Those that it may be paired with, the longest wait first."""
+        sides = {"func1": ("func2", "either"), "func2": ("func1", "either"), "either": LEG_PARTIES}[caller.side]
+        found = [other for other in caller.route.waiting() if other.side in sides and other.meet == caller.meet]
+        return sorted(found, key=lambda other: other.entered)
+
+    async def join(
+        self, caller: Caller, asked: PartyName | None, mode: Mode, attempt: str, meet: str | None = None
+    ) -> None:
         """Send JOIN; then it is refused, waits, or is paired."""
-        caller.mode, caller.attempt = mode, attempt
+        caller.mode, caller.attempt, caller.meet = mode, attempt, meet
         fields: dict[str, Any] = {} if asked is None else {"party": asked}
+        fields |= {} if meet is None else {"meet": meet}
         await caller.party.send_frame("JOIN", {"attempt": attempt, "modes": [mode], **fields})
         code = self.objection(caller, asked)
         if code is not None:
@@ -476,39 +509,50 @@ class World:
         await self._is_let_in(caller)
         stale = self._stale(caller)
         if stale is not None:
-            stale.route.queues[stale.side].remove(stale)
+            stale.route.leave_queue(stale)
             await self.refused(stale, "replaced")
-        others = caller.route.queues[opposite(caller.side)]
+        others = self._partners(caller)
         if others and self._has_its_share(caller):
             await self.refused(caller, "limit")
             return
         self.joining.remove(caller)
         while others and self._has_its_share(others[0]):
-            await self.refused(others.pop(0), "limit")
+            other = others.pop(0)
+            other.route.leave_queue(other)
+            await self.refused(other, "limit")
         if others:
-            await self._meet(caller, others.pop(0))
+            other = others.pop(0)
+            other.route.leave_queue(other)
+            if other.side == "either":
+                other.settle("func1" if caller.side == "either" else opposite(caller.party_name))
+            caller.settle(opposite(other.party_name))
+            await self._meet(caller, other)
             return
         spare = self._spare(caller) if self._is_full(caller) else None
         if spare is not None:
-            spare.route.queues[spare.side].remove(spare)
+            spare.route.leave_queue(spare)
             await self.refused(spare, "queue-full")
+        self._entered += 1
+        caller.entered = self._entered
         caller.route.queues[caller.side].append(caller)
 
     async def _is_let_in(self, caller: Caller) -> None:
         told = await caller.party.expect("WAITING")
-        assert (told["route"], told["party"], told["identity"]) == (caller.route.name, caller.side, caller.identity)
+        party = None if caller.side == "either" else caller.side
+        assert (told["route"], told["party"], told["identity"]) == (caller.route.name, party, caller.identity)
+        assert told.get("meet") == caller.meet
 
     async def _meet(self, one: Caller, two: Caller) -> None:
         """Both are told of each other only."""
         told = {caller: await caller.party.expect("PAIRED") for caller in (one, two)}
         assert told[one]["pairing"] == told[two]["pairing"]
-        meeting = Meeting(told[one]["pairing"], {one.side: one, two.side: two})
+        meeting = Meeting(told[one]["pairing"], {one.party_name: one, two.party_name: two})
         one.route.meetings.append(meeting)
         for caller, words in told.items():
             caller.meeting = meeting
             role = "client" if caller.side == "func1" else "server"
             assert (words["route"], words["peer"]) == (caller.route.name, caller.other.identity)
-            assert (words["role"], words["mode"]) == (role, caller.mode)
+            assert (words["role"], words["mode"], words.get("meet")) == (role, caller.mode, caller.meet)
             caller.ticket = words.get("ticket", "")
             if caller.mode == "tunnel":
                 caller.end = End(caller.party, "tunnel")
@@ -519,7 +563,7 @@ class World:
         As many as possible are paired; callers that waited before go first, in order. All that came, and their
         partners, leave again: what follows must not depend on the race, or no failure could be repeated.
         """
-        before = {side: list(route.queues[side]) for side in SIDES}
+        before = {side: [caller for caller in route.queues[side] if caller.meet is None] for side in SIDES}
         came: list[Caller] = []
 
         async def come(certificate: str) -> None:
@@ -548,7 +592,8 @@ class World:
                 await self._meet(*(at[pairing.legs[side].address] for side in SIDES))
         for side in SIDES:
             # In the order in which the relay let them in; the model only knows the beginning of that order.
-            left = route.queues[side] = [at[waiter.leg.address] for waiter in live.lobby.waiting(side)]
+            route.queues[side] = [at[waiter.leg.address] for waiter in live.lobby.waiting(side)]
+            left = [caller for caller in route.queues[side] if caller.meet is None]
             assert set(left) == {caller for caller in there[side] if caller.meeting is None}
             stayed = [caller for caller in before[side] if caller.meeting is None]
             assert before[side][len(before[side]) - len(stayed) :] == stayed == left[: len(stayed)]
@@ -570,7 +615,7 @@ class World:
             await caller.party.stream.send_all(caller.party.close_notify())
         elif way == "reset":
             caller.party.reset()
-        caller.route.queues[caller.side].remove(caller)
+        caller.route.leave_queue(caller)
         self.hang_up(caller)
 
     async def give_up(self, caller: Caller) -> None:
@@ -739,7 +784,7 @@ class World:
     async def _close_route(self, route: Route, code: str) -> None:
         route.closed = code
         sent_away = route.waiting()
-        route.queues = {"func1": [], "func2": []}
+        route.queues = {side: [] for side in LEG_PARTIES}
         for caller in sent_away:
             await self.refused(caller, code)
 
@@ -750,7 +795,7 @@ class World:
         await self.reload()
         for caller in self.waiting():
             if caller.certificate in self.revoked:
-                caller.route.queues[caller.side].remove(caller)
+                caller.route.leave_queue(caller)
                 await self.refused(caller, "revoked")
         for meeting in self.meetings():
             if any(caller.certificate in self.revoked for caller in meeting.callers.values()):
@@ -774,6 +819,7 @@ def _toml(value: object) -> str:
 
 picks = st.integers(0, 99)
 sides = st.sampled_from(SIDES)
+keys = st.sampled_from([None, None, "one", "two"])
 pairs_of_modes = st.tuples(*[st.sampled_from(["handoff", "handoff", "tunnel", "ticket"])] * 2)
 
 
@@ -857,17 +903,24 @@ class RelayMachine(RuleBasedStateMachine):
         asked=st.none() | sides,
         mode=st.sampled_from(["handoff", "tunnel", "ticket"]),
         retry_of=st.none() | picks,
+        meet=keys,
     )
-    def join(self, which: int, asked: PartyName | None, mode: Mode, retry_of: int | None) -> None:
+    def join(self, which: int, asked: PartyName | None, mode: Mode, retry_of: int | None, meet: str | None) -> None:
         caller: Caller = pick(self.world.joining, which)
         attempt = caller.attempt if retry_of is None else pick(self.world.callers, retry_of).attempt
-        self.do(self.world.join, caller, asked, mode, attempt)
+        self.do(self.world.join, caller, asked, mode, attempt, meet)
 
     @precondition(there_is_room)
-    @rule(certificate=st.sampled_from(KNOWN), which=picks, side=sides, mode=st.sampled_from(["handoff", "tunnel"]))
-    def come(self, certificate: str, which: int, side: PartyName, mode: Mode) -> None:
+    @rule(
+        certificate=st.sampled_from(KNOWN),
+        which=picks,
+        side=sides,
+        mode=st.sampled_from(["handoff", "tunnel"]),
+        meet=keys,
+    )
+    def come(self, certificate: str, which: int, side: PartyName, mode: Mode, meet: str | None) -> None:
         """Connect and join in one event, because most other events need a caller that is in."""
-        self._come(certificate, pick(self.world.routes.values(), which), side, mode, None)
+        self._come(certificate, pick(self.world.routes.values(), which), side, mode, None, meet)
 
     @precondition(lambda self: self.there_is_room(2))
     @rule(which=picks, modes=pairs_of_modes)
@@ -882,18 +935,27 @@ class RelayMachine(RuleBasedStateMachine):
             self.do(self.world.hand_off, caller, 0)
 
     @precondition(lambda self: self.there_is_room() and self.world.waiting())
-    @rule(which=picks, certificate=st.none() | st.sampled_from(KNOWN), side=sides)
-    def come_again(self, which: int, certificate: str | None, side: PartyName) -> None:
+    @rule(which=picks, certificate=st.none() | st.sampled_from(KNOWN), side=sides, meet=keys)
+    def come_again(self, which: int, certificate: str | None, side: PartyName, meet: str | None) -> None:
         """A waiting caller comes with the same attempt on a new connection; or another one uses that attempt."""
         caller: Caller = pick(self.world.waiting(), which)
-        self._come(certificate or caller.certificate, caller.route, side, "handoff", caller.attempt)
+        self._come(certificate or caller.certificate, caller.route, side, "handoff", caller.attempt, meet)
 
-    def _come(self, certificate: str, route: Route, side: PartyName, mode: Mode, attempt: str | None) -> None:
+    def _come(
+        self,
+        certificate: str,
+        route: Route,
+        side: PartyName,
+        mode: Mode,
+        attempt: str | None,
+        meet: str | None = None,
+    ) -> None:
         world, before = self.world, len(self.world.joining)
         self.do(world.knock, certificate, route)
         for caller in world.joining[before:]:
-            asked = side if certificate == "both" else None
-            self.do(world.join, caller, asked, mode, attempt or caller.attempt)
+            # With a key, a certificate of both parties may leave it to the relay.
+            asked = side if certificate == "both" and (meet is None or mode == "tunnel") else None
+            self.do(world.join, caller, asked, mode, attempt or caller.attempt, meet)
 
     @precondition(lambda self: self.there_is_room(6) and self.world.most_waiting > 2 and self.world.most_pairings > 2)
     @rule(which=picks, certificates=st.lists(st.sampled_from(["left", "right", "twin"]), min_size=2, max_size=6))
