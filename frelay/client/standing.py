@@ -270,7 +270,7 @@ class Standing:
             self._room = None
 
     def _lower_target(self, now: float) -> None:
-        if self._target == self._lowest or now < self._surplus_until:
+        if now < self._surplus_until or not self._has_surplus:
             return
         self._surplus_until = now + _IDLE_STEP
         self._target = max(self._lowest, self._target // 2)
@@ -279,11 +279,16 @@ class Standing:
             leg.state = _State.GIVEN_UP
             self._surplus.append(leg)
 
+    @property
+    def _has_surplus(self) -> bool:
+        # A failure lowers the target at once. The legs above it go when no caller has come for a moment.
+        return max(self._target, len(self._unpaired)) > self._lowest
+
     def _time_to_next_change(self, now: float) -> float | None:
         times = self._held[:1]
         if self._room is not None:
             times.append(self._room_known_until)
-        if self._target > self._lowest:
+        if self._has_surplus:
             times.append(self._surplus_until)
         return max(min(times) - now, 0.0) if times else None
 

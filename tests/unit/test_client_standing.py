@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from frelay.client.plans import Plans
 from frelay.client.retry import NoRelay, Retry
@@ -333,3 +335,110 @@ def test_a_half_renewed_pair_is_an_error_until_it_fits(site: Site, which: int, t
             plans.current()
     paths[1 - which].write_bytes(new[1 - which].read_bytes())
     plans.current()
+
+
+# --- random histories -------------------------------------------------------------------------------------------------
+
+ERRORS: tuple[FrelayError, ...] = (
+    RelayUnreachable("x"),
+    NOBODY_CAME,
+    Refused("queue-full", "x", 5.0),
+    Refused("limit", "x", 5.0),
+    Refused("draining", "x", 1.0),
+    PeerGone("x"),
+    PeerIdentityMismatch("dns:a", ["dns:b"]),
+)
+
+
+class History:
+    """A listener to which anything may happen; after each event it has neither too many legs nor too few."""
+
+    def __init__(self, lowest: int, highest: int, most: int) -> None:
+        self.listener = Listener(lowest, highest, most)
+        self.lowest, self.highest, self.most = lowest, highest, most
+        self.stages: dict[str, list[Leg]] = {name: [] for name in ("new", "paired", "ready", "accepted")}
+
+    @property
+    def legs(self) -> int:
+        return sum(map(len, self.stages.values()))
+
+    def act(self) -> float | None:
+        """Do all that the listener says; gives how long it waits then."""
+        while True:
+            match self.listener.next():
+                case Start(leg):
+                    self.stages["new"].append(leg)
+                case GiveUp(leg):
+                    self.stages["new"].remove(leg)
+                    self.listener.standing.gone(leg)
+                case Wait(seconds):
+                    assert self.legs <= self.most
+                    assert len(self.stages["new"]) <= self.highest
+                    return seconds
+                case End():
+                    raise AssertionError("none of these errors is for good")
+
+    def happen(self, event: str, position: int, error: FrelayError) -> None:
+        stage = {"status": "new", "pair": "new", "join": "paired", "accept": "ready", "release": "accepted"}.get(event)
+        stage = stage or ("paired" if event == "fail late" else "new")
+        if not self.stages[stage]:
+            return
+        leg = self.stages[stage][position % len(self.stages[stage])]
+        standing = self.listener.standing
+        if event == "status":
+            standing.status(leg, WAITING)
+            return
+        self.stages[stage].remove(leg)
+        match event:
+            case "pair":
+                self.listener.pair(leg)
+                self.stages["paired"].append(leg)
+            case "join":
+                standing.joined(leg)
+                self.stages["ready"].append(leg)
+            case "accept":
+                standing.accepted(leg)
+                self.stages["accepted"].append(leg)
+            case "release":
+                standing.released(leg)
+            case _:
+                standing.failed(leg, error)
+
+
+@given(
+    st.integers(1, 4),
+    st.integers(0, 8),
+    st.integers(0, 20),
+    st.lists(
+        st.tuples(
+            st.sampled_from(["status", "pair", "join", "accept", "release", "fail", "fail late", "time passes"]),
+            st.integers(0, 99),
+            st.sampled_from(ERRORS),
+            st.floats(0.0, 20.0),
+        ),
+        max_size=80,
+    ),
+)
+def test_whatever_happens_the_legs_stand_again(
+    lowest: int, more: int, beyond: int, events: list[tuple[str, int, FrelayError, float]]
+) -> None:
+    """No slot is lost, and none is counted twice: in the end exactly ``lowest`` legs wait."""
+    history = History(lowest, lowest + more, lowest + more + beyond)
+    history.act()
+    for event, position, error, seconds in events:
+        if event == "time passes":
+            history.listener.now += seconds
+        else:
+            history.happen(event, position, error)
+        history.act()
+    for event in ("join", "accept", "release"):
+        while history.stages[{"join": "paired", "accept": "ready", "release": "accepted"}[event]]:
+            history.happen(event, 0, ERRORS[0])
+    # Pauses, held slots and the surplus end by themselves.
+    for _ in range(1000):
+        seconds_or_none = history.act()
+        if seconds_or_none is None:
+            break
+        history.listener.now += seconds_or_none
+    assert len(history.stages["new"]) == len(history.listener.standing.unpaired) == lowest
+    assert history.listener.standing.in_handshake == 0
