@@ -450,10 +450,16 @@ def test_a_search_with_long_lists_gives_way_to_other_tasks() -> None:
     """It is continued where it was, finds those that came meanwhile, and looks at nobody twice."""
     lobby = Lobby(limits=limits(1, 100, 100), clock=lambda: 0.0)
     names = tuple(dns_name(f"n{number}.many.demo") for number in range(256))
+    looked_at: Counter[Acceptance] = Counter()
+
+    class Counted(Acceptance):
+        def accepts(self, other: Acceptance) -> bool:
+            looked_at[other] += 1
+            return super().accepts(other)
 
     def leg(party: PartyName, partners: Names) -> Leg:
         stand_in = StandIn(party, "dns:x.demo", None, None, meet="job")
-        stand_in.acceptance = Acceptance(names, partners)
+        stand_in.acceptance = Counted(names, partners)
         return cast(Leg, stand_in)
 
     for _ in range(64):
@@ -466,6 +472,7 @@ def test_a_search_with_long_lists_gives_way_to_other_tasks() -> None:
         found, parts = lobby.search(asks, after=found.after), parts + 1
     assert found is accepts
     assert parts > 10
+    assert {looked_at[waiter.leg.acceptance] for waiter in lobby.everyone() if waiter.leg.acceptance} == {1}
 
 
 @pytest.mark.load

@@ -11,13 +11,15 @@ from typing import cast
 import pytest
 
 from frelay.config.model import Address, Addresses, Limits, Route
+from frelay.joining.charges import Charges
 from frelay.joining.lobby import Matched
 from frelay.joining.route import LiveRoute
 from frelay.net.streams import RawStream
 from frelay.pairing.forwarding import Forwarding
 from frelay.pairing.leg import Leg, LegGone
 from frelay.pairing.pairing import Pairing
-from frelay.protocol.messages import PartyName
+from frelay.protocol.identity import parse_selector
+from frelay.protocol.messages import LegParty
 from frelay.protocol.outcome import Outcome
 from frelay.protocol.refusal import Refusal
 from frelay.tls.trust import EXPIRED, OuterTls, VerifiedPeer
@@ -27,7 +29,7 @@ from support.streams import tcp_pair
 class StandInLeg(Leg):
     """A leg with nothing but a connection and a certificate."""
 
-    def __init__(self, party: PartyName, sock: socket.socket) -> None:
+    def __init__(self, party: LegParty, sock: socket.socket) -> None:
         self.party = party
         self.identity = f"dns:{party}.demo"
         self.peer = cast(VerifiedPeer, object())
@@ -128,3 +130,18 @@ async def test_allow_from_knows_an_address_however_it_is_written(host: str, is_i
     table = Route(name="r", listen=listen, func1=(), func2=(), outer="none", allow_from=networks, source=Path("r"))
     route = LiveRoute(table, Limits(), policy_ends_pairings=True, forwarding=Forwarding(), trust=lambda: None)
     assert route.admits_address(host) is is_inside
+
+
+@pytest.mark.parametrize(
+    ("names", "holder"), [(("dns:a", "dns:b"), "dns:either.demo"), (("dns:a",), "route r, either")], ids=["list", "one"]
+)
+def test_a_leg_that_may_be_either_is_charged_like_the_parties(
+    names: tuple[str, ...], holder: str, connection: socket.socket
+) -> None:
+    """To its function where several may be one of them; to its side where only one name can be."""
+    selectors = tuple(map(parse_selector, names))
+    table = Route(
+        name="r", listen=Addresses([Address("127.0.0.1", 0)]), func1=selectors, func2=selectors[:1], source=Path("r")
+    )
+    leg = StandInLeg("either", connection)
+    assert Charges(table).waiting(leg) == holder

@@ -181,6 +181,33 @@ async def test_the_name_is_that_of_the_party_that_it_became(site: Site) -> None:
         assert (await either.expect("PAIRED"))["role"] == "server"
 
 
+async def test_a_retry_by_a_new_certificate_replaces_it_by_any_of_its_names(site: Site) -> None:
+    """While the party is not decided, the leg goes by both names; the new certificate has only one of them."""
+    site.add("renewed", site.ca.party(uris=[SPIFFE_ID]))
+    async with site.relay(TWO_NAMES) as relay:
+        stale, retry = await site.party(relay, "two names"), await site.party(relay, "renewed")
+        retry.attempt = stale.attempt
+        assert (await waits(relay, stale, meet="job"))["party"] is None
+        await retry.join(meet="job")
+        await retry.expect("WAITING")
+        assert (await stale.refusal())["code"] == "replaced"
+
+
+async def test_a_leg_without_a_key_hears_nothing_of_those_with_one(site: Site) -> None:
+    """When was the other party last here? Only one without a key could have met this leg."""
+    async with site.relay() as relay:
+        one, two = await site.party(relay, "func1"), await site.party(relay, "func2")
+        await waits(relay, one, meet="job")
+        await two.join(meet="job", modes=["tunnel"])
+        await two.expect("WAITING")
+        await one.expect("PAIRED")
+        one.reset()
+        await relay.outcome()
+        await eventually(lambda: not relay.relay.pairings, "the pairing is over")
+        assert (await waits(relay, await site.party(relay, "func1")))["peer_seen"] is None
+        assert (await waits(relay, await site.party(relay, "func2"), meet="job"))["peer_seen"] is None
+
+
 async def test_a_leg_that_a_list_excludes_is_passed_over(site: Site) -> None:
     """A squatter with the same key holds nobody up, and is told why nobody came, without a name."""
     async with site.relay(MESH) as relay:
