@@ -28,6 +28,7 @@ RUN: Final = {
 }
 NOT_RUN: Final[dict[str, dict[str, str]]] = {
     "examples/lambda/README.md": {"zip -qr": "it fetches setuptools; test_example_lambda.py runs the handler"},
+    "examples/shuffle/README.md": {"start.py --workers 4": "test_example_shuffle.py runs it, with other numbers"},
     "docs/capacity.md": {"bench/model.py": "it takes minutes; .ci/run has the quick form of it"},
     "docs/mutation.md": {".ci/mutants": "it takes hours"},
     "CONTRIBUTING.md": {"pip install -e '.[dev]'": "it fetches packages, and is these tests and .ci/run"},
