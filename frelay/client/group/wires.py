@@ -28,9 +28,10 @@ class PeerWire:
         self._has_hung_up = False
         self._is_cutting = False
         self._must_end = False
-        self._has_sent_end = False
-        self.is_over = False
-        """Whether the other side's end was read, or the connection is dead."""
+        self._in_is_over = False
+        """Whether nothing more comes: the other side's FIN was read, or the connection is dead."""
+        self._out_is_over = False
+        """Whether nothing more goes out: our end was sent, or the connection is dead."""
         sock.setblocking(False)
         poll.add(sock, self)
 
@@ -49,27 +50,32 @@ class PeerWire:
     @property
     def is_busy(self) -> bool:
         """Whether :meth:`move` has something to do without waiting for the kernel."""
-        if self.is_over:
-            return False
-        return (self._is_readable and not self.link.is_held) or (self._is_writable and self.link.has_output)
+        return self._may_read or self._may_write
+
+    @property
+    def _may_read(self) -> bool:
+        return self._is_readable and not self._in_is_over and not self.link.is_held
+
+    @property
+    def _may_write(self) -> bool:
+        return self._is_writable and not self._out_is_over and self.link.has_output
 
     @property
     def is_finished(self) -> bool:
         """Whether both directions have ended, or the wire is of no more use."""
-        has_received_end = self.is_over or (self.link.has_ended and not self._is_cutting)
-        return has_received_end and (self._has_sent_end or not self._must_end)
+        has_received_end = self._in_is_over or (self.link.has_ended and not self._is_cutting)
+        return has_received_end and (self._out_is_over or not self._must_end)
 
     def move(self, scratch: memoryview) -> None:
         """Write and read once, if the kernel may let us."""
-        if self.is_over:
-            return
-        if self._is_writable and self.link.has_output:
+        if self._may_write:
             self._write()
-        if self._is_readable and not self.link.is_held:
+        if self._may_read:
             self._read(scratch)
-            if self._is_writable and self.link.has_output:
+            if self._may_write:
                 self._write()  # an answer to a PING
-        if self._must_end and not self._has_sent_end and not self.link.has_output:
+        # The other side's FIN may be here long before: then our own end is all that its process waits for.
+        if self._must_end and not self._out_is_over and not self.link.has_output:
             self._send_end()
 
     def _write(self) -> None:
@@ -82,7 +88,7 @@ class PeerWire:
             self._is_writable = False
         except OSError:
             # Reading tells why: an ABORT may have come before the cut.
-            self._is_writable = False
+            self._out_is_over = True
             self._has_hung_up = self._is_readable = True
         else:
             self.link.sent(count)
@@ -95,14 +101,14 @@ class PeerWire:
             self._is_readable = False
             return
         except OSError as error:
-            self.is_over = True
+            self._in_is_over = self._out_is_over = True
             self.link.cut(error.strerror or type(error).__name__)
             return
         # A short read has emptied the socket, and the kernel reports what comes next. But a FIN that it has reported
         # already is not reported again.
         self._is_readable = count == len(scratch) or self._has_hung_up
         if count == 0:
-            self.is_over = True
+            self._in_is_over = True
         if not self._is_cutting:
             self.link.feed(scratch[:count] if count else b"")
 
@@ -120,12 +126,12 @@ class PeerWire:
         self._must_end = self._is_cutting = True
 
     def _send_end(self) -> None:
-        self._has_sent_end = True
+        self._out_is_over = True
         if self._is_cutting or self._engine.ends_with_fin:
             try:
                 self._sock.shutdown(socket.SHUT_WR)
             except OSError:
-                self.is_over = True  # the other side is gone
+                self._in_is_over = True  # the other side is gone
 
     def close(self) -> None:
         """Close the socket."""
