@@ -121,15 +121,20 @@ class Transfers:
     def post(self, messages: list[tuple[int, Message]]) -> None:
         """Hand these messages to the links of their ranks; those without a link wait for it."""
         self._messages = messages
-        self._unlinked = []
+        self._unlinked = self._hand_over(messages)
+
+    def _hand_over(self, messages: list[tuple[int, Message]]) -> list[tuple[int, Message]]:
+        """Give each message to the link of its rank; returns those whose link is not there yet."""
+        unlinked = []
         for rank, message in messages:
             link = self._mesh.link(rank)
             if link is None:
-                self._unlinked.append((rank, message))
+                unlinked.append((rank, message))
             elif isinstance(message, Incoming):
                 link.receive(message)
             else:
                 link.send(message)
+        return unlinked
 
     def is_done(self) -> bool:
         """Whether all messages are done."""
@@ -147,15 +152,14 @@ class Transfers:
 
     def _turn(self) -> None:
         mesh = self._mesh
-        if self._unlinked:
-            messages = self._messages
-            self.post(self._unlinked)
-            self._messages = messages
         try:
             mesh.turn()
         except SetUpFailed as failed:
             text = f"rank {mesh.rank} could not join with rank {failed.rank}: {failed.error}"
             raise mesh.break_off(GroupBroken(failed.rank, text)) from failed.error
+        if self._unlinked:
+            # After the turn, which may have made the link: nothing else may happen for a long time.
+            self._unlinked = self._hand_over(self._unlinked)
 
     def _look_at_the_clock(self) -> None:
         patience = self._patience
