@@ -32,6 +32,7 @@ def in_order(rank: int, size: int) -> list[int]:
 
     In each round a rank has at most one partner. All ranks take the rounds in the same order, so both ranks of the
     earliest pair that is not linked yet are on it: nobody waits in a circle, even if each joins one partner at a time.
+    Ranks 0 and 1 join before all rounds, because rank 0 joins with no other rank before.
     """
     # The circle method: one seat is fixed, and the others turn by one seat a round. An odd size has an empty seat.
     seats = size + size % 2
@@ -43,4 +44,5 @@ def in_order(rank: int, size: int) -> list[int]:
             partner = fixed
         if partner < size:
             order.append(partner)
-    return order
+    # False sorts before True, and the order is else kept.
+    return order if rank > 1 else sorted(order, key=lambda partner: partner != 1 - rank)

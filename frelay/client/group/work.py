@@ -86,7 +86,7 @@ class SetUp:
             if isinstance(failed.error, Refused) and failed.error.code == "not-authorised":
                 failed.error.add_note("A certificate of a group must fit both parties of the route, func1 and func2.")
             raise failed.error from None
-        while self._ahead and mesh.joining < mesh.plan.at_once:
+        while self._ahead and mesh.joining < mesh.plan.at_once and not self._must_wait_for_rank_1():
             mesh.join(self._ahead.pop(0))
         missing = [rank for rank in self._linked if not mesh.is_up(rank)]
         if not missing and not mesh.has_roster and mesh.rank == 0:
@@ -98,10 +98,21 @@ class SetUp:
         if self._patience.idle >= 1:
             timeout = mesh.plan.timeout
             if missing:
-                text = f"there is no {wires_to(sorted(missing))} after {timeout:g} s: was each rank started, and once?"
-                raise mesh.break_off(GroupBroken(min(missing), text))
+                wires = wires_to(sorted(missing))
+                text = f"this rank has no {wires} after {timeout:g} s: was each rank started, and once?"
+                # If another rank is missing, too, rank 0 may only be waiting for rank 1.
+                to_blame = min(missing, key=lambda rank: (rank == 0, rank))
+                raise mesh.break_off(GroupBroken(to_blame, text))
             raise mesh.break_off(GroupBroken(0, f"rank 0 sent no roster within {timeout:g} s: not all ranks have come"))
         return False
+
+    def _must_wait_for_rank_1(self) -> bool:
+        """Whether this is rank 0, and rank 1 has not taken this process for it.
+
+        Rank 0 says which processes the group has, so if the platform has started it twice, only one of the two may get
+        wires: if each had some, neither would ever have all. Rank 1 takes one of them, and the other one stays here.
+        """
+        return self._mesh.rank == 0 and self._ahead[0] != 1 and not self._mesh.is_up(1)
 
     def wakes_in(self) -> float:
         """See Work."""
