@@ -105,12 +105,12 @@ async def test_a_cancelled_call_breaks_the_group_and_leaves_nothing(site: Site) 
 @pytest.mark.load
 async def test_a_cancelled_set_up_tells_the_relay(site: Site) -> None:
     async with site.relay(GROUP_ROUTE) as relay:
-        address, given = arguments(site, relay, 0, 3)
+        address, given = arguments(site, relay, 1, 3)
         before = open_descriptors()
         with trio.move_on_after(TIMEOUT) as scope:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(partial(frelay.client.trio.group, address, **given))
-                await eventually(lambda: relay.waiting() == (2, 0), "both joins wait")
+                await eventually(lambda: relay.waiting() == (1, 1), "both joins wait")
                 nursery.cancel_scope.cancel()
         assert not scope.cancelled_caught
         await eventually(lambda: relay.waiting() == (0, 0), "the end of both")
