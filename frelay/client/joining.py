@@ -71,6 +71,9 @@ _STEP_TIMEOUT: Final = 30.0
 _SHORTEST_TRY: Final = 2.0
 # We wait at most this long for a relay, whatever it announces: poll(2) takes an int of milliseconds, 24 days at most.
 _LONGEST_SILENCE: Final = 20 * 86400.0
+# After our own deadline the relay's refusal may still come: its clock began when it had our JOIN, and it knows
+# more, for example that a partner list excluded all that waited.
+_LAST_WORD: Final = 0.5
 # For sending an alert before we close. It is a courtesy and must not delay our own error for long.
 _ALERT_TIMEOUT: Final = 2.0
 # The protocol's codes for the alerts by which a relay refuses a certificate; "not-authorised" for all others.
@@ -240,9 +243,17 @@ class Joining:
         session = self._session = PartySession()
         yield from self._send_frame(tls, session.send(plan.join(self._attempt, self._deadline.left())))
         silence = _STEP_TIMEOUT
+        is_over = False
         while True:
             # Read no byte behind the frame: in a tunnel the other function's bytes may follow PAIRED at once.
-            data = yield from self._receive(tls, session.missing, silence)
+            try:
+                data = yield from self._receive(tls, session.missing, silence)
+            except OutOfTime:
+                if is_over or session.state is not State.WAITING:
+                    raise
+                is_over = True
+                self._deadline = Deadline(_LAST_WORD, self._clock)
+                continue
             try:
                 received = session.receive(data)
             except RemoteProtocolError as error:

@@ -152,7 +152,8 @@ class PartnerSearch:
             self._log.info("left", reason=end.detail)
 
     def _nobody_came(self, limit: float) -> Refusal:
-        text = f"nobody came within {limit:g} s"
+        # A function that waits 5 s says 4.98 in its JOIN, when it has reached the relay.
+        text = f"nobody came within {round(limit, 1) or limit:g} s"
         # Two legs of one key that accept each other never both wait. So a list excluded all that wait.
         excluded = 0 if self._leg.meet is None else self._route.lobby.candidate_count(self._leg)
         if excluded:

@@ -200,6 +200,28 @@ def test_a_function_that_gives_up_while_it_waits_says_leave(site: Site, plan: Jo
     assert joining.final_bytes("outer") == b"", "a last word is said once"
 
 
+@pytest.mark.parametrize("delay", [0.3, 0.7])
+def test_the_relay_may_say_at_the_end_of_the_wait_why_nobody_came(site: Site, plan: JoinPlan, delay: float) -> None:
+    """Its clock begins a little later than ours, and it knows of partner lists. But it gets half a second only."""
+
+    class Late(FakeRelay):
+        def perform(self, step: Step) -> Any:
+            if isinstance(step, Receive) and not self.out and self.heard:
+                if self.now + step.timeout < 5.0 + delay:
+                    self.now += step.timeout
+                    raise TimeoutError("timed out")
+                self.now = 5.0 + delay
+                self.say(messages.Refused("wait-timeout", "nobody came within 5 s; 1 leg was excluded", 0.0))
+                self.out = self.tls.take()
+            return super().perform(step)
+
+    relay = Late(site, lambda relay, message: relay.say(WAITING) if isinstance(message, Join) else None)
+    with pytest.raises(Refused) as caught:
+        join(replace(plan, wait=5.0), relay)
+    assert caught.value.reason == "nobody came within 5 s" + ("; 1 leg was excluded" if delay < 0.5 else "")
+    assert relay.now == pytest.approx(5.0 + min(delay, 0.5))
+
+
 # --- answers in single bytes, and absurd numbers ----------------------------------------------------------------------
 
 
