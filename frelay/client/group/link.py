@@ -78,13 +78,14 @@ class Outgoing:
 class Incoming:
     """A message to receive. Without a ``view`` it gets a buffer of its own, which :attr:`buffer` is at the end."""
 
-    __slots__ = ("at", "buffer", "is_done", "is_early", "is_exact", "length", "tag", "view")
+    __slots__ = ("at", "buffer", "has_own_buffer", "is_done", "is_early", "is_exact", "length", "tag", "view")
 
     def __init__(
         self, tag: bytes, view: memoryview | None = None, *, is_exact: bool = True, is_early: bool = False
     ) -> None:
         self.tag: Final = tag
         self.view = view
+        self.has_own_buffer: Final = view is None
         self.is_exact: Final = is_exact
         """Whether the message must fill ``view``; else it may be shorter."""
         self.is_early: Final = is_early

@@ -246,7 +246,7 @@ class Call(Transfers, Generic[T]):
 
 def received(message: Incoming) -> Received:
     """The bytes of a message that is done: its own buffer, or the part of the given one that it fills."""
-    if message.buffer or message.view is None:
+    if message.has_own_buffer or message.view is None:
         return message.buffer
     return message.view[: message.length]
 
