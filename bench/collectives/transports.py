@@ -72,10 +72,11 @@ class FrelayGroup(Transport):
         )
 
     def ping(self, data: Array, count: int) -> None:
-        group, into = self._group, np.empty_like(data)
+        # Bytes, as on the wire that it is compared with.
+        group, sent, into = self._group, data.tobytes(), bytearray(data.nbytes)
         for _ in range(count):
             if self.rank == 0:
-                group.send(data, 1)
+                group.send(sent, 1)
                 group.recv(1, into)
             else:
                 group.recv(0, into)
