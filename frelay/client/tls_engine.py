@@ -136,6 +136,10 @@ class Engine:
         self._kept += data or b""
         return data
 
+    def put_back(self, data: bytes) -> None:
+        """Let the next read return ``data`` once more, which a read has just returned."""
+        self._kept = data + self._kept
+
     def read_into(self, view: memoryview) -> int | None:
         """As :meth:`read`, into ``view``, which has room for at least one byte; returns the number of bytes."""
         if self._kept:

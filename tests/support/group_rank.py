@@ -2,7 +2,7 @@
 
 ``python group_rank.py SETTINGS`` with SETTINGS as JSON: client, address, options (of ``group``), and what to do:
 
-* ``do``: the call that the rank repeats until the group is broken: bcast, allreduce, alltoall, ring, barrier; or
+* ``do``: the call that the rank repeats until the group is broken: bcast, allreduce, alltoall, ring, recv, barrier; or
   ``close``, called once; or ``nothing``, which sleeps outside of any call;
 * ``role``: ``victim`` ends the rank by its own fault: see ``_fault``;
 * ``hold_after``: the rank says how many wires it has, stops in the set-up when it has so many, and sleeps.
@@ -77,6 +77,8 @@ async def _once(group: Any, do: str) -> None:
         await _maybe(group.alltoall([bytes(100_000)] * size))
     elif do == "ring":
         await _maybe(group.sendrecv(bytes(1000), (rank + 1) % size, (rank - 1) % size))
+    elif do == "recv":
+        await _maybe(group.recv((rank + 1) % size))
     elif do == "barrier":
         await _maybe(group.barrier())
     elif do == "nothing":

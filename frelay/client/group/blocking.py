@@ -15,6 +15,7 @@ from frelay.client.group.member import Member
 from frelay.client.group.mesh import Mesh
 from frelay.client.group.plan import ConnectOptions, GroupPlan, Peer
 from frelay.client.group.reduction import Operation
+from frelay.client.group.short import ShortWay
 from frelay.client.group.work import Call, Ending, SetUp, Transfers, Work, failure_of, received
 from frelay.errors import GroupBroken
 
@@ -92,11 +93,13 @@ class Group:
     def __init__(self, mesh: Mesh) -> None:
         self._mesh: Final = mesh
         self._member: Final = Member(mesh)
+        self._short: ShortWay | None = None
 
     @classmethod
     def _begin(cls, plan: GroupPlan) -> Self:
         group = cls(Mesh(plan))
         group._drive_or_fail(SetUp(group._mesh))
+        group._short = ShortWay.of(group._mesh, group._member)
         return group
 
     @property
@@ -122,13 +125,32 @@ class Group:
         It returns when the kernel has all of it, perhaps before the other rank has received it. Up to 16 MiB go through
         even if the other rank itself sends first; ranks that exchange more use :meth:`sendrecv`.
         """
-        self._drive_or_fail(self._member.send(data, to))
+        short = self._short
+        if short is None:
+            self._drive_or_fail(self._member.send(data, to))
+            return
+        try:
+            rest = short.send(data, to)
+        except BaseException as error:
+            self._fail_if_torn(short, error)
+            raise
+        if rest is not None:
+            self._drive_or_fail(rest)
 
     def recv(self, source: int, into: Any = None) -> Received:
         """Receive the next message from one rank, into a new bytearray or into ``into``, which must be large enough.
 
         Returns the bytes that came: the bytearray, or the part of ``into`` that they fill.
         """
+        short = self._short
+        if short is not None:
+            try:
+                found = short.recv(source, into)
+            except BaseException as error:
+                self._fail_if_torn(short, error)
+                raise
+            if found is not None:
+                return found
         return self._receive(*self._member.recv(source, into))
 
     def sendrecv(self, data: Any, to: int, source: int, into: Any = None) -> Received:
@@ -205,8 +227,7 @@ class Group:
         if error is None:
             self.close()
         elif not self._mesh.is_closed:
-            self._mesh.break_off(failure_of(self.rank, error))
-            self._leave()
+            self._fail(error)
 
     # --- waiting -------------------------------------------------------------------------------------------------
 
@@ -223,9 +244,16 @@ class Group:
             self._drive(work)
         except BaseException as error:
             # Also by KeyboardInterrupt: it may have lost a part of a message.
-            self._mesh.break_off(failure_of(self.rank, error))
-            self._leave()
+            self._fail(error)
             raise
+
+    def _fail_if_torn(self, short: ShortWay, error: BaseException) -> None:
+        if short.is_under_way:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        self._mesh.break_off(failure_of(self.rank, error))
+        self._leave()
 
     def _drive(self, work: Work) -> None:
         poll = self._mesh.poll
@@ -233,6 +261,7 @@ class Group:
             poll.wait(min(work.wakes_in(), _LONGEST_WAIT))
 
     def _leave(self) -> None:
+        self._short = None
         try:
             self._drive(Ending(self._mesh))
         finally:

@@ -237,6 +237,27 @@ class Link:
             engine.send_eof()
         self._unsent = memoryview(engine.take())
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is queued, kept or expected, and the link has no fault and no end."""
+        return not (
+            self._unsent
+            or self._outbox
+            or self._current
+            or self._expected
+            or self._early
+            or self._head
+            or self.is_held
+            or self.is_ending
+            or self.has_ended
+            or self.fault
+        )
+
+    def send_rest(self, message: Outgoing) -> None:
+        """Send what the kernel did not take of a message that went past this idle link; its view is encrypted."""
+        self._unsent = message.view
+        self._encrypted.append(message)
+
     # --- in ------------------------------------------------------------------------------------------------------
 
     def receive(self, message: Incoming) -> None:

@@ -44,6 +44,17 @@ class Member:
         message = Outgoing(_SEND, readable(data, "data"))
         return self._transfers([(to, message)], "send")
 
+    def send_rest(self, to: int, encrypted: memoryview) -> Transfers:
+        """Send the rest of a message that went to rank ``to`` past its idle link."""
+        link = self._mesh.link(to)
+        if link is None:
+            raise AssertionError("an idle link is there")
+        message = Outgoing(_SEND, encrypted)
+        link.send_rest(message)
+        transfers = Transfers(self._mesh, "send")
+        transfers.watch([(to, message)])
+        return transfers
+
     def recv(self, source: int, into: Any) -> tuple[Transfers, Incoming]:
         """See :meth:`frelay.Group.recv`."""
         self._check_other(source, "source")

@@ -85,6 +85,10 @@ class Mesh:
         self.join(rank)
         return None
 
+    def only_wire(self) -> PeerWire | None:
+        """The wire of a group of two, which has no other to watch."""
+        return self._wires[1 - self.rank] if self.size == 2 else None
+
     def begin_call(self, tag: bytes) -> None:
         """This rank begins a call that all ranks make together."""
         self._ongoing.tag = tag

@@ -9,15 +9,18 @@ from frelay.client.group.link import Link
 from frelay.client.group.poll import HUNG_UP, READABLE, WRITABLE, Poll
 from frelay.client.tls_engine import Engine
 
-__all__ = ["PeerWire"]
+__all__ = ["AT_ONCE", "PeerWire"]
+
+AT_ONCE: Final = socket.MSG_DONTWAIT
+"""Nothing here waits for the kernel, also where the socket is in blocking mode for :mod:`frelay.client.group.short`."""
 
 
 class PeerWire:
     """Moves bytes between a socket and a :class:`~frelay.client.group.link.Link`, as far as the kernel lets it."""
 
     def __init__(self, sock: socket.socket, engine: Engine, link: Link, poll: Poll) -> None:
-        self._sock: Final = sock
-        self._engine: Final = engine
+        self.sock: Final = sock
+        self.engine: Final = engine
         self._poll: Final = poll
         self.link: Final = link
         self.is_up = False
@@ -83,7 +86,7 @@ class PeerWire:
         if not data:
             return
         try:
-            count = self._sock.send(data)
+            count = self.sock.send(data, AT_ONCE)
         except BlockingIOError:
             self._is_writable = False
         except OSError:
@@ -96,7 +99,7 @@ class PeerWire:
 
     def _read(self, scratch: memoryview) -> None:
         try:
-            count = self._sock.recv_into(scratch)
+            count = self.sock.recv_into(scratch, 0, AT_ONCE)
         except BlockingIOError:
             self._is_readable = False
             return
@@ -127,13 +130,13 @@ class PeerWire:
 
     def _send_end(self) -> None:
         self._out_is_over = True
-        if self._is_cutting or self._engine.ends_with_fin:
+        if self._is_cutting or self.engine.ends_with_fin:
             try:
-                self._sock.shutdown(socket.SHUT_WR)
+                self.sock.shutdown(socket.SHUT_WR)
             except OSError:
                 self._in_is_over = True  # the other side is gone
 
     def close(self) -> None:
         """Close the socket."""
-        self._poll.remove(self._sock)
-        self._sock.close()
+        self._poll.remove(self.sock)
+        self.sock.close()

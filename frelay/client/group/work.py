@@ -134,6 +134,10 @@ class Transfers:
         self._messages = messages
         self._unlinked = self._hand_over(messages)
 
+    def watch(self, messages: list[tuple[int, Message]]) -> None:
+        """Wait for messages that their links have already."""
+        self._messages = messages
+
     def _hand_over(self, messages: list[tuple[int, Message]]) -> list[tuple[int, Message]]:
         """Give each message to the link of its rank; returns those whose link is not there yet."""
         unlinked = []
