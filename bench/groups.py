@@ -10,8 +10,9 @@ Debian, and from PyPI into an environment of its own.
     python bench/groups.py --ranks 4 --rounds 1 --subjects frelay,redis
     python bench/groups.py --from groups.json                # show a saved run, measure nothing
 
-Figures are milliseconds; a case takes as long as its slowest rank. Data goes to stdout, progress to stderr. Only ratios
-within one run are the same on another machine.
+Figures are milliseconds; a case takes as long as its slowest rank. The two processes of frelay's ping-pong have a wire
+of ``frelay.connect``, too, and use the two in turn, since the scheduler may place them well or badly for seconds. Data
+goes to stdout, progress to stderr. Only ratios within one run are the same on another machine.
 """
 
 from __future__ import annotations
@@ -47,6 +48,10 @@ _PROGRAMS: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
 _SIZES: Final = {8: 40, 64 * _KIB: 20, 8 * _MIB: 3}
 
 
+# The prefix of what a run of frelay measures on a bare wire beside the group.
+_BARE: Final = "bare "
+
+
 def _cases(ranks: int, *, quick: bool) -> list[Case]:
     sizes = {8: 5, 64 * _KIB: 2} if quick else _SIZES
     found: list[Case] = [("barrier", 0, 5 if quick else 40)]
@@ -61,10 +66,7 @@ def _plans(options: argparse.Namespace, subjects: Sequence[str]) -> Iterator[Pla
     """All runs of one round; those that are compared follow each other."""
     for ranks in map(int, options.ranks):
         for subject in subjects:
-            if subject != "wire":
-                yield Plan(subject, ranks, _cases(ranks, quick=options.quick))
-            elif ranks == 2:
-                yield Plan(subject, ranks, [("ping-pong", 64, 50 if options.quick else 2000)])
+            yield Plan(subject, ranks, _cases(ranks, quick=options.quick))
 
 
 def _installed(options: argparse.Namespace) -> tuple[list[str], Path]:
@@ -95,7 +97,8 @@ def _measure(options: argparse.Namespace) -> GroupRecord:
                 left = f", about {seconds / 60:.0f} min left" if seconds >= 60 else f", about {seconds:.0f} s left"
             progress(f"round {number + 1} of {rounds}: {NAMES[plan.subject]}, {plan.ranks} ranks{left}")
             for case, found in run_group(plan, python).items():
-                record.add(plan.ranks, case, plan.subject, found)
+                is_bare = case.startswith(_BARE)
+                record.add(plan.ranks, case.removeprefix(_BARE), "wire" if is_bare else plan.subject, found)
     progress("")
     return record
 

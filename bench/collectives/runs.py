@@ -24,7 +24,7 @@ from frelay.pki.authority import Authority, Usage
 
 __all__ = ["SUBJECTS", "Case", "Plan", "run_group"]
 
-SUBJECTS: Final = ("openmpi", "frelay", "redis", "wire")
+SUBJECTS: Final = ("openmpi", "frelay", "redis")
 # A run of 16 ranks on 2 cores takes some tens of seconds.
 _LONGEST: Final = 600.0
 _TAIL: Final = 5
@@ -59,6 +59,7 @@ class Plan:
 def run_group(plan: Plan, python: Path) -> dict[str, float]:
     """The times of a run in ms by ``"CASE SIZE"``; ``"set-up 0"`` and ``"cpu 0"`` are there as well.
 
+    ``"bare ping-pong 64"`` is that of the wire of ``frelay.connect`` beside a group of two.
     A case takes as long as its slowest rank; of its repetitions the median counts. ``python`` has the programs that are
     compared. Raises BenchError.
     """

@@ -30,6 +30,10 @@ class Transport(abc.ABC):
     def ping(self, data: Array, count: int) -> None:
         """``count`` round trips of ``data`` between ranks 0 and 1."""
 
+    def ping_bare(self, data: Array, count: int) -> bool:
+        """As :meth:`ping`, on a bare wire of frelay beside the group; False if there is none."""
+        return False
+
     @abc.abstractmethod
     def barrier(self) -> None:
         """Return once all ranks have called it."""
@@ -60,6 +64,8 @@ class FrelayGroup(Transport):
         address, _, certs = where.partition(" ")
         directory = Path(certs)
         self.rank, self.size = rank, size
+        self._where = where
+        self._wire: _Wire | None = None
         self._group = frelay.group(
             address,
             name="bench",
@@ -82,6 +88,12 @@ class FrelayGroup(Transport):
                 group.recv(0, into)
                 group.send(into, 0)
 
+    def ping_bare(self, data: Array, count: int) -> bool:
+        if self._wire is None:
+            self._wire = _Wire(self._where, self.rank)
+        self._wire.ping(data, count)
+        return True
+
     def barrier(self) -> None:
         self._group.barrier()
 
@@ -95,18 +107,20 @@ class FrelayGroup(Transport):
         return self._group.alltoall(parts)
 
     def close(self) -> None:
+        if self._wire is not None:
+            self._wire.close()
         self._group.close()
 
 
-class FrelayWire(Transport):
-    """Two functions and one wire of ``frelay.connect``: what the ping-pong of a group is compared with."""
+class _Wire:
+    """A wire of ``frelay.connect`` beside a group of two: what the ping-pong of the group is compared with."""
 
-    def __init__(self, where: str, rank: int, size: int) -> None:
+    def __init__(self, where: str, rank: int) -> None:
         import frelay
 
         address, _, certs = where.partition(" ")
         directory = Path(certs)
-        self.rank, self.size = rank, size
+        self._is_first = rank == 0
         self._wire: ssl.SSLSocket = frelay.connect(
             address,
             peer=f"dns:rank{1 - rank}.bench",
@@ -114,37 +128,19 @@ class FrelayWire(Transport):
             key=directory / f"rank{rank}.key",
             ca=directory / "ca.pem",
             meet="bench/wire",
+            party="func1" if self._is_first else "func2",
             wait=60,
         )
 
     def ping(self, data: Array, count: int) -> None:
-        wire, size, into = self._wire, data.nbytes, bytearray(data.nbytes)
-        sent = memoryview(data).cast("B")
+        wire, sent, into = self._wire, data.tobytes(), bytearray(data.nbytes)
         for _ in range(count):
-            if self.rank == 0:
+            if self._is_first:
                 wire.sendall(sent)
-                _fill(wire, into, size)
+                _fill(wire, into, len(sent))
             else:
-                _fill(wire, into, size)
+                _fill(wire, into, len(sent))
                 wire.sendall(into)
-
-    def barrier(self) -> None:
-        byte = bytearray(1)
-        if self.rank == 0:
-            self._wire.sendall(byte)
-            _fill(self._wire, byte, 1)
-        else:
-            _fill(self._wire, byte, 1)
-            self._wire.sendall(byte)
-
-    def bcast(self, data: Array) -> None:
-        raise NotImplementedError
-
-    def allreduce(self, data: Array) -> None:
-        raise NotImplementedError
-
-    def alltoall(self, parts: Sequence[Array]) -> Sequence[Any]:
-        raise NotImplementedError
 
     def close(self) -> None:
         self._wire.close()
@@ -276,7 +272,6 @@ class RedisLists(Transport):
 
 OPENERS: Final[Mapping[str, Callable[[str, int, int], Transport]]] = {
     "frelay": FrelayGroup,
-    "wire": FrelayWire,
     "openmpi": OpenMpi,
     "redis": RedisLists,
 }
