@@ -16,6 +16,7 @@ const ANSWER_TIMEOUT = 8000;     // ms until an answer counts as missing
 const WINDOW = 120;              // s that a sparkline shows
 const QUIET = 10;                // s without a byte after which a pairing is shown as quiet
 const ENDINGS_KEPT = 200;
+const KEY_END = 16;              // characters of a key that are always shown: keys of one job often differ only at their end
 const DAY = 86400;
 
 const $ = (id) => document.getElementById(id);
@@ -92,6 +93,16 @@ function setName(node, text) {
   if (node.textContent === text) return;
   const pieces = text.split(/(?<=[/@,=]|:(?=\D))|(?=\.\D)/);
   node.replaceChildren(...pieces.flatMap((piece) => [piece, document.createElement("wbr")]));
+}
+
+/** The key of a leg, whole; where there is no room, CSS hides the middle of it, and `title` still has all of it. */
+function setKey(node, meet) {
+  const key = visible(meet ?? "");
+  if (node.title === key) return;
+  node.title = key;
+  const cut = Math.max(0, key.length - KEY_END);
+  const [start, end] = [key.slice(0, cut), key.slice(cut)].map((text) => element("span", {}, text));
+  node.replaceChildren(...(key ? ["key ", start, end] : []));
 }
 
 function chip(node, text, tone = "") {
@@ -424,7 +435,6 @@ const sum = (counts) => Object.values(counts).reduce((a, b) => a + b, 0);
 const speed = (entry) => (entry ? (entry.there ?? 0) + (entry.back ?? 0) : 0);
 const asParty = (party) => (party === "either" ? "either party" : party);
 const otherParty = (party) => ({ func1: "func2", func2: "func1" })[party] ?? "either party";
-const byKey = (meet) => (meet ? ` · key ${meet}` : "");
 
 /** Waiting is normal. It is highlighted after half of the time that a leg may wait. */
 function waitTone(since, route) {
@@ -499,7 +509,8 @@ new Table("pairings", {
   nothing: () => "No pairing runs.",
   update(parts, pairing) {
     set(parts.route, pairing.route);
-    setName(parts.id, pairing.id + byKey(pairing.meet));
+    setName(parts.id, pairing.id);
+    setKey(parts.key, pairing.meet);
     for (const [index, party] of [[1, pairing.func1], [2, pairing.func2]]) {
       setName(parts[`func${index}`], party.identity);
       setName(parts[`place${index}`], party.address);
@@ -527,7 +538,8 @@ new Table("waiting", {
     chip(parts.since, duration(state.now() - leg.since), waitTone(leg.since, leg.route));
     const other = otherParty(leg.party);
     setName(parts.other, config?.[other] ? parties(config[other], config) : other);
-    setName(parts.place, `as ${asParty(leg.party)} from ${leg.address} · ${leg.mode}${byKey(leg.meet)}`);
+    setName(parts.place, `as ${asParty(leg.party)} from ${leg.address} · ${leg.mode}`);
+    setKey(parts.key, leg.meet);
   },
 });
 
@@ -553,7 +565,8 @@ new Table("refusals", {
     const place = [`from ${group.times > 1 ? group.host : group.address}`];
     if (group.route !== null) place.push(`to ${group.route}`);
     if (group.party !== null) place.push(`as ${asParty(group.party)}`);
-    setName(parts.place, place.join(" ") + byKey(group.meet));
+    setName(parts.place, place.join(" "));
+    setKey(parts.key, group.meet);
   },
 });
 
@@ -569,7 +582,8 @@ new Table("endings", {
     setName(parts.who, `${ending.func1} and ${ending.func2}${ending.detail ? `: ${ending.detail}` : ""}`);
     const by = ending.side === "both" ? "" : ` · by ${ending.side === "relay" ? "the relay" : ending.side}`;
     const [there, back] = BYTES.map((name) => size(ending[name]).join(" "));
-    setName(parts.much, `after ${duration(ending.duration)}${by} · ${there} there, ${back} back${byKey(ending.meet)}`);
+    setName(parts.much, `after ${duration(ending.duration)}${by} · ${there} there, ${back} back`);
+    setKey(parts.key, ending.meet);
   },
 });
 

@@ -13,10 +13,10 @@ from typing import Final
 
 import httpx
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Locator, Page, expect
 
 from support.admin import ADMIN, admin, events
-from support.browser import Browser, browser, forwarded
+from support.browser import Browser, View, browser, forwarded
 from support.commands import ask
 from support.party import Party
 from support.relay import RelayProcess
@@ -135,26 +135,110 @@ async def test_the_commands_tell_them(site: Site) -> None:
         assert sum(SCRIPT in line for line in lines) == 2, "the one that waits, and the pairing"
 
 
-@pytest.mark.parametrize("width", [1280, 360])
-async def test_the_dashboard_shows_them_as_text(site: Site, chromium: Browser, width: int) -> None:
+# --- the dashboard ----------------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def dashboard(site: Site, chromium: Browser, width: int) -> AsyncIterator[tuple[RelayProcess, View]]:
     async with (
-        meetings(site),
+        meetings(site) as relay,
         forwarded(site.directory / "a.sock") as way,
         chromium.page(way.url, width=width, height=900) as view,
     ):
-        for selector, texts in {
-            "#waiting": [f"key {SCRIPT}", f"key {LONG}", "as either party from", "key job/7"],
-            "#pairings": [f"key {SCRIPT}"],
-            "#refusals": ["key job/8"],
-            "#routes": ["2 func1, func2, either"],
-        }.items():
-            for text in texts:
-                await view.see(lambda page, s=selector, t=text: expect(page.locator(s)).to_contain_text(t))  # type: ignore[misc]
+        yield relay, view
+
+
+def row(page: Page, table: str, key: str) -> Locator:
+    """The row of a table that shows this key."""
+    return page.locator(f"#{table} tbody tr").filter(has=page.locator(".key").get_by_text(f"key {key}", exact=True))
+
+
+@pytest.mark.parametrize("width", [1280, 360])
+async def test_the_dashboard_shows_them_as_text(site: Site, chromium: Browser, width: int) -> None:
+    async with dashboard(site, chromium, width) as (_, view):
 
         def look(page: Page) -> None:
+            for table, keys in {
+                "waiting": [SCRIPT, LONG, "job/7"],
+                "pairings": [SCRIPT],
+                "refusals": ["job/8"],
+            }.items():
+                for key in keys:
+                    expect(row(page, table, key)).to_have_count(1)
+            expect(row(page, "waiting", "job/7")).to_contain_text("as either party from")
+            expect(page.locator("#routes")).to_contain_text("2 func1, func2, either")
+            # Neither a leg without a key nor a stranger has one, and no key has become a part of the page.
+            expect(page.locator("#waiting .key:empty")).to_have_count(1)
+            expect(page.locator("#refusals .key:empty")).to_have_count(1)
             assert "a-strangers-key" not in page.content()
-            wider = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
-            assert wider == 0
+            assert page.evaluate("document.scripts.length") == 1
 
         await view.see(look)
         await view.shoot(f"keys-{width}")
+
+
+@pytest.mark.parametrize("width", [1280, 360])
+async def test_a_long_key_makes_no_table_wider(site: Site, chromium: Browser, width: int) -> None:
+    """In a wide window it loses its middle and keeps both ends; on a phone, which shows no title, it is whole."""
+    async with dashboard(site, chromium, width) as (relay, view):
+
+        def look(page: Page, table: str) -> None:
+            found = row(page, table, LONG).locator(".key")
+            expect(found).to_have_count(1)
+            expect(found).to_have_attribute("title", LONG)
+            shown = found.evaluate(SHOWN)
+            assert shown["copied"] == f"key {LONG}"
+            assert shown["endIsInside"]
+            assert (shown["lines"] == 1) is (width == 1280), shown
+            # Other tables have a line that is nearly long enough; the font decides whether it is.
+            assert shown["isCut"] is (width == 1280) or table == "pairings", shown
+            for place in ("document.documentElement", f'document.querySelector("#{table}")'):
+                assert page.evaluate(f"{place}.scrollWidth - {place}.clientWidth") == 0
+
+        await view.see(lambda page: look(page, "waiting"))
+        one = await site.party(relay, "func1")
+        await one.join(meet=LONG)
+        await one.expect("WAITING")
+        await one.expect("PAIRED")
+        await view.see(lambda page: look(page, "pairings"))
+        await view.shoot(f"long-key-{width}")
+        one.reset()
+        late = await site.party(relay, "func1")
+        await late.join(meet=LONG, wait=0.1)
+        await late.expect("WAITING")
+        await late.refusal()
+        await view.see(lambda page: look(page, "endings"))
+        await view.see(lambda page: look(page, "refusals"))
+        await view.shoot(f"long-key-over-{width}")
+
+
+# What a person sees of a key, and what is copied if it is selected.
+SHOWN: Final = """(node) => {
+    getSelection().selectAllChildren(node);
+    const [start, end] = node.querySelectorAll("span");
+    const [outer, inner] = [node.getBoundingClientRect(), end.getBoundingClientRect()];
+    return {
+        copied: getSelection().toString(),
+        isCut: start.scrollWidth > start.clientWidth && start.clientWidth > 0,
+        endIsInside: inner.left >= outer.left - 1 && inner.right <= outer.right + 1 && inner.bottom <= outer.bottom + 1,
+        lines: Math.round(node.offsetHeight / parseFloat(getComputedStyle(node).lineHeight)),
+    };
+}"""
+
+
+async def test_the_filter_finds_them(site: Site, chromium: Browser) -> None:
+    async with dashboard(site, chromium, 1280) as (_, view):
+
+        def look(page: Page) -> None:
+            box = page.get_by_role("searchbox", name="Filter")
+            for key, counts in {
+                SCRIPT: {"waiting": "1 of 4", "pairings": "1 of 1", "refusals": "0 of 2", "routes": "1 of 1"},
+                LONG: {"waiting": "1 of 4", "pairings": "0 of 1", "refusals": "0 of 2", "routes": "1 of 1"},
+                "JOB/8": {"waiting": "0 of 4", "pairings": "0 of 1", "refusals": "1 of 2", "routes": "0 of 1"},
+                "func1 job/": {"waiting": "0 of 4", "pairings": "0 of 1", "refusals": "1 of 2"},
+            }.items():
+                box.fill(key)
+                for table, count in counts.items():
+                    expect(page.locator(f"#{table} .count")).to_have_text(count)
+
+        await view.see(look)
