@@ -18,6 +18,7 @@ __all__ = [
     "columns",
     "count",
     "cut",
+    "cut_middle",
     "date",
     "duration",
     "loose_output",
@@ -71,6 +72,19 @@ def cut(text: str, cells: int, mark: str = "~") -> str:
             break
         kept += 1
     return text[:kept] + mark
+
+
+def cut_middle(text: str, cells: int, mark: str = "~") -> str:
+    """As :func:`cut`, but of a text that is too long both ends are kept, and ``mark`` stands between them."""
+    if width(text) <= cells:
+        return text
+    start = cut(text, cells - cells // 2, mark)
+    # Counted from the end: a character may take two cells, or none.
+    end, left = len(text), cells - width(start)
+    while left >= _cells(text[end - 1]):
+        end -= 1
+        left -= _cells(text[end])
+    return start + text[end:]
 
 
 def pad(text: str, cells: int, *, right: bool = False) -> str:

@@ -2,7 +2,8 @@
 
 Four tables stand one below the other. Each shows a few rows, and the table with the focus gets all rows that are left.
 So three routes and their two pairings are all on one screen, and three hundred can be scrolled. In a table that is too
-wide the widest names are shortened first. Control characters are escaped, so no name can send commands to the terminal.
+wide the widest names are shortened first; keys lose their middle, because the keys of one job often differ only at
+their end. Control characters are escaped, so no name can send commands to the terminal.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from types import MappingProxyType
 from typing import Final
 
 from frelay.cli.routes import waiting_text
-from frelay.cli.text import cut, duration, pad, size, width
+from frelay.cli.text import cut, cut_middle, duration, pad, size, width
 from frelay.cli.top_view import Rate, Sort, View
 from frelay.errors import printable
 
@@ -126,13 +127,14 @@ def press(screen: Screen, key: str, last: Mapping[str, int]) -> Screen:
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """Cells of text. ``right`` are the columns of numbers, ``may_shrink`` those of names."""
+    """Cells of text. ``right`` are the columns of numbers, ``may_shrink`` those of names, ``keys`` those of keys."""
 
     name: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     right: frozenset[int]
     may_shrink: frozenset[int]
+    keys: frozenset[int] = frozenset()
 
 
 def _rate(rate: Rate | None) -> tuple[str, str]:
@@ -147,6 +149,7 @@ def _tables(view: View) -> tuple[_Table, ...]:
     # The column of keys takes room, so it is there only if some leg has one.
     waiting_keys = any(row.key for row in view.waiting)
     pairing_keys = any(row.key for row in view.pairings)
+    refusal_keys = any(row.key for row in view.refusals)
     return (
         _Table(
             "routes",
@@ -173,7 +176,8 @@ def _tables(view: View) -> tuple[_Table, ...]:
                 for row in view.waiting
             ),
             right=frozenset({4}),
-            may_shrink=frozenset({0, 2, 3, 5} if waiting_keys else {0, 2, 3}),
+            may_shrink=frozenset({0, 2, 3}),
+            keys=frozenset({5} if waiting_keys else ()),
         ),
         _Table(
             "pairings",
@@ -186,14 +190,19 @@ def _tables(view: View) -> tuple[_Table, ...]:
                 for row in view.pairings
             ),
             right=frozenset({3, 4, 5, 6}),
-            may_shrink=frozenset({0, 1, 2, 7} if pairing_keys else {0, 1, 2}),
+            may_shrink=frozenset({0, 1, 2}),
+            keys=frozenset({7} if pairing_keys else ()),
         ),
         _Table(
             "refusals",
-            ("REFUSED", "AGO", "WHO", "CODE", "REASON"),
-            tuple((row.route, duration(row.age), row.who, row.code, row.reason) for row in view.refusals),
+            ("REFUSED", "AGO", "WHO", "CODE", *_if(refusal_keys, "KEY"), "REASON"),
+            tuple(
+                (row.route, duration(row.age), row.who, row.code, *_if(refusal_keys, row.key), row.reason)
+                for row in view.refusals
+            ),
             right=frozenset({1}),
-            may_shrink=frozenset({0, 2, 4}),
+            may_shrink=frozenset({0, 2, 5 if refusal_keys else 4}),
+            keys=frozenset({4} if refusal_keys else ()),
         ),
     )
 
@@ -210,9 +219,9 @@ def _table_lines(table: _Table, shown: int, offset: int, cells: int | None, *, h
     header = (f"{table.header[0]} ({which})", *table.header[1:])
     widths = [max(width(row[index]) for row in (header, *rows)) for index in range(len(header))]
     if cells is not None:
-        _shrink(widths, cells, table.may_shrink)
+        _shrink(widths, cells, table.may_shrink | table.keys)
     style = Style.FOCUS if has_focus else Style.HEADING
-    return [_line(header, widths, table.right, cells, style), *(_line(row, widths, table.right, cells) for row in rows)]
+    return [_line(table, header, widths, cells, style), *(_line(table, row, widths, cells) for row in rows)]
 
 
 def _shrink(widths: list[int], cells: int, may_shrink: frozenset[int]) -> None:
@@ -225,10 +234,10 @@ def _shrink(widths: list[int], cells: int, may_shrink: frozenset[int]) -> None:
 
 
 def _line(
-    row: Sequence[str], widths: Sequence[int], right: frozenset[int], cells: int | None, style: Style = Style.ROW
+    table: _Table, row: Sequence[str], widths: Sequence[int], cells: int | None, style: Style = Style.ROW
 ) -> Line:
     parts = [
-        pad(cut(cell, room), room, right=index in right)
+        pad((cut_middle if index in table.keys else cut)(cell, room), room, right=index in table.right)
         for index, (cell, room) in enumerate(zip(row, widths, strict=True))
     ]
     text = (" " * _GAP).join(parts).rstrip()

@@ -131,6 +131,7 @@ class RefusalRow:
     code: str
     reason: str
     age: float
+    key: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +200,7 @@ def view(now: Snapshot, before: Snapshot | None = None, sort: Sort = Sort.BYTES,
                 one["code"],
                 one["reason"],
                 max(0.0, moment - one["at"]),
+                one.get("meet") or "",
             )
             for one in now.status["refusals"]
         ),

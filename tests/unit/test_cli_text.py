@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from frelay.cli.text import ago, bold, columns, count, cut, date, duration, pad, size, width
+from frelay.cli.text import ago, bold, columns, count, cut, cut_middle, date, duration, pad, size, width
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,14 @@ def test_wide_characters_take_two_cells() -> None:
     assert cut("日本語", 6) == "日本語"
     assert (cut("abcdef", 4), cut("abcdef", 1), cut("abcdef", 0)) == ("abc~", "~", "")
     assert (pad("日", 4), pad("ab", 4, right=True)) == ("日  ", "  ab")
+
+
+def test_what_loses_its_middle_keeps_both_ends() -> None:
+    assert cut_middle("run-2026/3-15", 13) == "run-2026/3-15"
+    assert cut_middle("run-2026/3-15", 10) == "run-~/3-15"
+    assert [cut_middle("abcdef", cells) for cells in range(7)] == ["", "~", "~f", "a~f", "a~ef", "ab~ef", "abcdef"]
+    # Half of a wide character is none.
+    assert [cut_middle("日本語語", cells) for cells in (3, 5, 7)] == ["~語", "日~語", "日~語語"]
 
 
 def test_columns_are_aligned_and_escaped() -> None:

@@ -181,10 +181,64 @@ LARGE = view(
 )
 
 
+# Two ranks of two runs that wait, a pairing and a refusal; all keys begin alike.
+JOB = "shuffle-of-the-whole-night-2026-12-01T02:00:00Z"
+KEYED = view(
+    snapshot(
+        2,
+        [
+            route("demo")
+            | {
+                "waiting": {
+                    "func1": [leg() | {"meet": f"{JOB}/3-15"}, leg()],
+                    "func2": [],
+                    "either": [leg("dns:rank14.demo") | {"meet": f"{JOB}/3-14"}],
+                }
+            }
+        ],
+        [pairing("p", "demo", func1="dns:rank2.demo") | {"meet": f"{JOB}/2-9"}],
+        refusals=[refusal(), refusal("nobody came within 5 s") | {"meet": f"{JOB}/7-8", "code": "wait-timeout"}],
+    )
+)
+
+
+KEYED_SCREEN = """\
+WAITING (3)  PARTY   IDENTITY         ADDRESS         SINCE  KEY
+demo         either  dns:rank14.demo  127.0.0.1:5000    5 s  shuffle-o~:00Z/3-14
+demo         func1   dns:func1.demo   127.0.0.1:5000    5 s  shuffle-o~:00Z/3-15
+demo         func1   dns:func1.demo   127.0.0.1:5000    5 s
+PAIRING (1)  FUNC1        FUNC2         AGE  1>2 /s  2>1 /s  BYTES  KEY
+demo         dns:rank2.~  dns:func2.d~  1 s       -       -    0 B  shuff~0Z/2-9
+REFUSED (2)    AGO  WHO            CODE            KEY            REASON
+-            1 min  127.0.0.1:60~  not-authorised                 unknown CA
+-            1 min  127.0.0.1:60~  wait-timeout    shuffl~0Z/7-8  nobody came w~"""
+
+
+def test_keys_lose_their_middle_and_names_their_end() -> None:
+    lines = [line.text for line in lay_out(KEYED, Screen(focus="waiting"), 80, 24).lines]
+    assert "\n".join(lines[3:12]) == KEYED_SCREEN
+
+
+@pytest.mark.parametrize("cells", [70, 100, 200])
+def test_ranks_can_be_told_apart_in_a_narrow_window(cells: int) -> None:
+    text = "\n".join(line.text for line in lay_out(KEYED, Screen(), cells, 24).lines)
+    assert all(end in text for end in ("3-15", "3-14", "2-9", "7-8"))
+
+
+def test_a_pipe_gets_whole_keys() -> None:
+    text = "\n".join(plain_lines(KEYED))
+    assert all(f"  {JOB}/{end}" in text for end in ("3-15", "3-14", "2-9", "7-8"))
+
+
+def test_without_keys_there_is_no_column_for_them() -> None:
+    assert not any("KEY" in line for line in plain_lines(SMALL))
+    assert sum("KEY" in line for line in plain_lines(KEYED)) == 3
+
+
 @pytest.mark.parametrize("cells", [1, 10, 40, 80, 200])
 @pytest.mark.parametrize("height", [1, 2, 3, 5, 10, 24, 60])
 @pytest.mark.parametrize("focus", TABLES)
-@pytest.mark.parametrize("found", [SMALL, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("found", [SMALL, LARGE, KEYED], ids=["small", "large", "keyed"])
 def test_it_fits_into_every_window(cells: int, height: int, focus: str, found: Any) -> None:
     for screen in (Screen(focus=focus), Screen(focus=focus, shows_help=True)):
         lines = lay_out(found, screen, cells, height).lines
