@@ -43,6 +43,19 @@ _Name = Annotated[str, Path(description="The name of a route.", pattern=_NAME_PA
 _IfMatch = Annotated[
     str | None, Header(description='Only if the route has one of these etags; "*": only if it exists.')
 ]
+_EVENTS: Final = """Each event has `id`, `kind` (also its SSE event name), `at` and `data`, which depends on its kind:
+
+- `waiting`: `route`, `party`, `identity`, `address`, `mode`, `meet`
+- `paired`: `pairing`, `route`, `func1`, `func2`, `waited`, `meet`
+- `ended`: `pairing`, `route`, `func1`, `func2`, `outcome`, `side`, `detail`, `bytes_func1_to_func2`,
+  `bytes_func2_to_func1`, `duration`, `meet`
+- `refused`: `code`, `reason`, `address`, `route`, `party`, `identity`, `meet`, `certificate`, `count`
+- `reloaded`: `kept`, `added`, `removed`, `replaced`, `restart_only`
+- `reload-refused`: `problems`
+- `draining`: `reason`, `seconds`
+
+`meet` is the key by which a leg meets its partner, or null. `party` is `either` for a leg with a key whose certificate
+fits both parties; who of a pairing is func1 and who is func2 is always decided."""
 _IfNoneMatch = Annotated[str | None, Header(description='"*": add the route only if it does not exist yet.')]
 
 
@@ -127,6 +140,7 @@ def _add_queries(app: FastAPI, control: Control, events: EventStream) -> None:
     @app.get(
         "/v1/events",
         summary="Events as they happen (server-sent events)",
+        description=_EVENTS,
         response_class=StreamingResponse,
         responses={
             200: {"content": {"text/event-stream": {}}, "description": "An endless stream of EventView"},

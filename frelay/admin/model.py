@@ -41,7 +41,17 @@ __all__ = [
     "problem_view",
 ]
 
-PartyKey = Literal["func1", "func2", "either"]
+# As which party a leg joined, and the key that it joined with.
+_LegParty = Annotated[
+    Literal["func1", "func2", "either"] | None,
+    Field(description="null: not known yet. either: the certificate fits both parties, and the leg has a key."),
+]
+_Meet = Annotated[
+    str | None,
+    Field(description="The key (JOIN.meet), as the function chose it: visible ASCII. null: it joined without a key."),
+]
+_PerMeet = Field(description="How many legs of one party may wait with the same key (JOIN.meet).")
+_ByMeet = Field(description="How many legs of the route may wait with a key (JOIN.meet), in all.")
 
 
 class _View(BaseModel):
@@ -88,8 +98,8 @@ class RouteBody(_Body):
     max_lifetime: float | None = None
     certificate_grace: float | None = None
     max_waiting_per_party: _Whole | None = None
-    max_waiting_per_meet: _Whole | None = None
-    max_waiting_by_meet: _Whole | None = None
+    max_waiting_per_meet: Annotated[_Whole | None, _PerMeet] = None
+    max_waiting_by_meet: Annotated[_Whole | None, _ByMeet] = None
     max_pairings: _Whole | None = None
     max_bytes_per_second: _Whole | None = None
 
@@ -108,19 +118,18 @@ class LegView(_View):
     address: str
     mode: str
     since: float
-    meet: str | None = None
+    meet: _Meet = None
 
 
 class WaitingView(_View):
-    """The waiting legs by party; the leg that waits longest is first.
-
-    ``either`` lists legs with a key whose certificate fits both parties: which one they are is decided when they are
-    paired. ``meet`` of a leg is its key, or null.
-    """
+    """The waiting legs by party; the leg that waits longest is first."""
 
     func1: list[LegView]
     func2: list[LegView]
-    either: list[LegView] = []
+    either: Annotated[
+        list[LegView],
+        Field(description="Legs with a key whose certificate fits both parties. Pairing decides which party they are."),
+    ] = []
 
 
 class PartyLimits(_View):
@@ -133,8 +142,8 @@ class PartyLimits(_View):
     max_lifetime: float
     certificate_grace: float
     max_waiting_per_party: int
-    max_waiting_per_meet: int
-    max_waiting_by_meet: int
+    max_waiting_per_meet: Annotated[int, _PerMeet]
+    max_waiting_by_meet: Annotated[int, _ByMeet]
     max_pairings: int
     max_bytes_per_second: int | None
 
@@ -213,14 +222,11 @@ class PartyView(_View):
 
 
 class PairingView(_View):
-    """A running pairing. ``is_handed_off`` is False until both legs have finished their hand-off.
-
-    ``meet`` is the key by which the two functions met, or null.
-    """
+    """A running pairing. ``is_handed_off`` is False until both legs have finished their hand-off."""
 
     id: str
     route: str
-    meet: str | None = None
+    meet: _Meet = None
     func1: PartyView
     func2: PartyView
     since: float
@@ -331,9 +337,9 @@ class RefusalView(_View):
     reason: str
     address: str
     route: str | None
-    party: PartyKey | None
+    party: _LegParty
     identity: str | None
-    meet: str | None = None
+    meet: _Meet = None
     certificate: str | None
     count: int = 1
     """Above 1: so many refusals of this kind in one second; ``address`` is the last one."""

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import fields
 from typing import Final
 
 import httpx
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
+from frelay.journal import Entry, HandshakeDone, PairingEnded
+from frelay.protocol.outcome import Record
 from support.admin import ADMIN, admin, events
 from support.browser import Browser, View, browser, forwarded
 from support.commands import ask
@@ -105,6 +109,38 @@ async def test_each_event_tells_them(site: Site) -> None:
         late = await site.party(relay, "func1")
         await late.join(meet=SCRIPT, wait=0.1)
         assert (await stream.wait("refused"))["meet"] == SCRIPT
+
+
+async def test_the_api_describes_them(site: Site) -> None:
+    """Where ``meet`` and the party "either" appear in /openapi.json, it says what they are."""
+    async with site.relay(sections=ADMIN), admin(site) as api:
+        schema = (await api.get("/openapi.json")).json()
+    told = {
+        (name, key): field.get("description", "")
+        for name, model in schema["components"]["schemas"].items()
+        for key, field in model.get("properties", {}).items()
+        if "meet" in key or "either" in (key, *re.findall(r"\w+", json.dumps(field.get("anyOf", [field]))))
+    }
+    assert told.keys() == {
+        *((name, "meet") for name in ("LegView", "PairingView", "RefusalView")),
+        *((name, f"max_waiting_{by}_meet") for name in ("RouteBody", "PartyLimits") for by in ("per", "by")),
+        ("WaitingView", "either"),
+        ("RefusalView", "party"),
+    }
+    for place, text in told.items():
+        assert "key" in text, place
+    _, kinds, rest = schema["paths"]["/v1/events"]["get"]["description"].split("\n\n")
+    assert {
+        kind: re.findall(r"`(\w+)`", keys) for kind, keys in re.findall(r"^- `([\w-]+)`: ([^-]*)", kinds, re.MULTILINE)
+    } == {
+        entry.kind: [
+            one.name for one in fields(Record if entry.kind == PairingEnded.kind else entry) if one.name != "at"
+        ]
+        for entry in Entry.__subclasses__()
+        if entry.kind != HandshakeDone.kind
+    }
+    assert "`meet` is the key" in rest
+    assert "`party` is `either`" in rest
 
 
 @pytest.mark.parametrize("workers", [None, 2])
