@@ -7,6 +7,7 @@ reader would be unbounded work.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,13 +15,46 @@ import trio
 from starlette.types import Message
 
 from frelay.admin.events import EventResponse, EventStream
-from frelay.journal import LegWaits
+from frelay.journal import Entry, LegRefused, LegWaits, PairingEnded, PairingStarted
+from frelay.protocol.outcome import Outcome, Record
 
 EVENTS = 500
 
 
 def waits(number: int) -> LegWaits:
     return LegWaits(route="demo", party="func1", identity=f"dns:f{number}.demo", address="127.0.0.1:1", mode="handoff")
+
+
+# Visible ASCII without letters and digits: all that JSON, HTML or the lines of an event stream could trip over.
+KEY = "".join(one for one in map(chr, range(ord("!"), ord("~") + 1)) if not one.isalnum())
+
+
+@pytest.mark.parametrize("meet", [KEY, "data:x", None])
+@pytest.mark.parametrize(
+    "entry",
+    [
+        LegWaits(route="demo", party="either", identity="dns:a", address="127.0.0.1:1", mode="handoff"),
+        LegRefused(code="wait-timeout", reason="nobody came", address="127.0.0.1:1", party="either"),
+        PairingStarted(pairing="id", route="demo", func1="dns:a", func2="dns:b", waited=0.5),
+        PairingEnded(record=Record("id", "demo", "dns:a", "dns:b", Outcome.CLOSED, "both", None, 1, 2, 3.5)),
+    ],
+    ids=lambda entry: entry.kind,
+)
+async def test_a_key_arrives_as_it_was(entry: Entry, meet: str | None) -> None:
+    """Also one that looks like a line of the stream; null without one."""
+    if isinstance(entry, PairingEnded):
+        entry = replace(entry, record=replace(entry.record, meet=meet))
+    else:
+        entry = replace(entry, meet=meet)  # type: ignore[call-arg]
+    events = EventStream()
+    with events.reader(None) as reader:
+        events.note(entry)
+        (event,) = reader.queue
+    _, kind, data, *rest = event.text.decode().split("\n")
+    assert (kind, rest) == (f"event: {entry.kind}", ["", ""])
+    told = json.loads(data.removeprefix("data: "))["data"]
+    assert told["meet"] == meet
+    assert told.get("party", "either") == "either"
 
 
 async def test_all_readers_share_the_words(monkeypatch: pytest.MonkeyPatch) -> None:

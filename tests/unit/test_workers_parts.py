@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -201,19 +203,25 @@ async def test_a_worker_that_is_not_listened_to_drops_the_oldest() -> None:
 
 # --- what is told --------------------------------------------------------------------------------------------------
 
+# All characters that a key may have, so also those that JSON and HTML escape.
+KEY = "".join(map(chr, range(ord("!"), ord("~") + 1)))
 RECORD = Record("id", "r", "dns:a", "dns:b", Outcome.HUNG_UP, "func1", None, 1, 2, 3.5)
 ENTRIES = (
     LegWaits(route="r", party="func1", identity="dns:a", address="[::1]:1", mode="raw"),
     LegRefused(code="limit", reason="so", address="127.0.0.1:1", party="func2"),
     PairingStarted(pairing="id", route="r", func1="dns:a", func2="dns:b", waited=0.25),
     PairingEnded(record=RECORD),
+    LegWaits(route="r", party="either", identity="dns:a", address="[::1]:1", mode="tunnel", meet=KEY),
+    LegRefused(code="wait-timeout", reason="so", address="127.0.0.1:1", party="either", identity="dns:a", meet=KEY),
+    PairingStarted(pairing="id", route="r", func1="dns:a", func2="dns:b", waited=0.25, meet=KEY),
+    PairingEnded(record=replace(RECORD, meet=KEY)),
 )
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.kind)
 def test_an_entry_is_the_same_at_the_other_end(entry: Entry) -> None:
     assert is_told(entry)
-    assert entry_from_json(entry_to_json(entry)) == entry
+    assert entry_from_json(json.loads(json.dumps(entry_to_json(entry)))) == entry
 
 
 def test_what_is_the_supervisors_own_is_not_told() -> None:
