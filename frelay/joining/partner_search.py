@@ -153,13 +153,16 @@ class PartnerSearch:
 
     def _nobody_came(self, limit: float) -> Refusal:
         # A function that waits 5 s says 4.98 in its JOIN, when it has reached the relay.
-        text = f"nobody came within {round(limit, 1) or limit:g} s"
+        after = f"within {round(limit, 1) or limit:g} s"
+        if self._leg.meet is None:
+            return Refusal("wait-timeout", f"nobody came {after}", retry_after=0.0)
         # Two legs of one key that accept each other never both wait. So a list excluded all that wait.
-        excluded = 0 if self._leg.meet is None else self._route.lobby.candidate_count(self._leg)
-        if excluded:
-            legs = "1 leg with this key was" if excluded == 1 else f"{excluded} legs with this key were"
-            text += f"; {legs} excluded by a partner list"
-        return Refusal("wait-timeout", text, retry_after=0.0)
+        excluded = self._route.lobby.candidate_count(self._leg)
+        if not excluded:
+            # Others may have come, with other keys: only "with this key" makes a person compare the keys.
+            return Refusal("wait-timeout", f"nobody came with this key {after}", retry_after=0.0)
+        legs = "1 leg with this key was" if excluded == 1 else f"{excluded} legs with this key were"
+        return Refusal("wait-timeout", f"nobody came {after}; {legs} excluded by a partner list", retry_after=0.0)
 
     async def _attend(self, waiter: Waiter, limit: float) -> LegGone | Refusal:
         """Keep the leg alive while it waits, and dial the service of its route, if there is one."""

@@ -230,6 +230,22 @@ async def test_a_leg_that_a_list_excludes_is_passed_over(site: Site) -> None:
         }
 
 
+async def test_the_two_sides_of_a_misspelt_key_are_told_that_it_was_the_key(site: Site) -> None:
+    """Both were there, so "nobody came" alone would be wrong. The reason names no key, not even the function's own."""
+    async with site.relay(MESH) as relay:
+        one, two = await site.party(relay, "func1"), await site.party(relay, "func2")
+        await waits(relay, two, meet="job/01")
+        await waits(relay, one, meet="job/1", wait=0.3)
+        assert await one.refusal() == {
+            "code": "wait-timeout",
+            "reason": "nobody came with this key within 0.3 s",
+            "retry_after": 0,
+        }
+        logged = await relay.log("refused")
+        assert (logged["meet"], logged["route"], logged["party"]) == ("job/1", "demo", "func1")
+        assert (await relay.log("waiting"))["meet"] == "job/01"
+
+
 def pin(site: Site, name: str) -> str:
     return str(spki_of_certificate(ssl.PEM_cert_to_DER_cert(site.paths[name][0].read_text())))
 
