@@ -16,7 +16,7 @@ from frelay.net.sockets import format_address
 from support.commands import arguments
 from support.connects import dial, offering, still_echoes
 from support.services import echo, nobody, serving
-from support.site import Site
+from support.site import DEMO, Site
 from support.waiting import TIMEOUT
 
 
@@ -81,6 +81,37 @@ async def test_each_step_on_a_terminal(site: Site) -> None:
                 await there.shows(f"frelay: paired with dns:func1.demo (pairing {pairing})")
                 await caller.send_eof()
                 await here.shows(f"frelay: pairing {pairing} ended: 5 bytes sent, 5 received")
+
+
+async def test_with_a_key_each_step_names_it(site: Site) -> None:
+    """And says that the party is not decided yet, where the certificate fits both."""
+    site.add("both", site.ca.party(dns=["both.demo"]))
+    routes = DEMO.replace('"dns:func1.demo"', '["dns:func1.demo", "dns:both.demo"]')
+    routes = routes.replace('"dns:func2.demo"', '["dns:func2.demo", "dns:both.demo"]')
+    key = "<b>job/1</b>&%s"
+    async with serving(echo) as service, site.relay(routes) as relay:
+        place = f"127.0.0.1:{relay.port()}"
+        to = arguments(site, place, "both", "func2", "--to", service.address, "--meet", key)
+        here = arguments(site, place, "func2", "both", "--listen", "127.0.0.1:0", "--meet", key)
+        async with on_a_terminal(to) as (there, _), on_a_terminal(here) as (listening, _):
+            assert await there.shows("frelay: waiting on ") == f"route demo, key {key}, as either party (dns:both.demo)"
+            async with await dial(await listening.shows("frelay: listening on ")) as caller:
+                await still_echoes(caller, b"12345")
+                await listening.shows("frelay: paired with dns:both.demo ")
+                await there.shows("frelay: paired with dns:func2.demo ")
+
+
+async def test_a_key_that_nobody_else_names(site: Site) -> None:
+    async with site.relay(sections="[limits]\nwait_timeout = 0.5\n") as relay:
+        other = await site.party(relay, "func1")
+        await other.join(meet="job/01")
+        await other.expect("WAITING")
+        line = arguments(site, f"127.0.0.1:{relay.port()}", "func2", "func1", "--meet", "job/1")
+        async with on_a_terminal(line) as (screen, process):
+            assert await screen.shows("frelay: waiting on ") == "route demo, key job/1, as func2 (dns:func2.demo)"
+            with trio.fail_after(TIMEOUT):
+                assert await process.wait() == 4
+            assert await screen.shows("frelay: wait-timeout: ") == "nobody came with this key within 0.5 s"
 
 
 async def test_quiet(site: Site) -> None:
