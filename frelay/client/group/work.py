@@ -99,7 +99,10 @@ class SetUp:
             timeout = mesh.plan.timeout
             if missing:
                 wires = wires_to(sorted(missing))
-                text = f"this rank has no {wires} after {timeout:g} s: was each rank started, and once?"
+                text = (
+                    f"this rank has no {wires} after {timeout:g} s: was each rank started, and once, "
+                    "and does peer= fit its certificate?"
+                )
                 # If another rank is missing, too, rank 0 may only be waiting for rank 1.
                 to_blame = min(missing, key=lambda rank: (rank == 0, rank))
                 raise mesh.break_off(GroupBroken(to_blame, text))
