@@ -125,6 +125,10 @@ class Mesh:
         """How many ranks have a join or a hello under way."""
         return len(self._joins) + len(self._hellos)
 
+    def is_joining(self, rank: int) -> bool:
+        """Whether a join or a hello with ``rank`` is under way."""
+        return rank in self._joins or rank in self._hellos
+
     def is_up(self, rank: int) -> bool:
         """Whether the wire to ``rank`` is made and its hello checked."""
         return (wire := self._wires.get(rank)) is not None and wire.is_up

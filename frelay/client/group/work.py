@@ -103,8 +103,8 @@ class SetUp:
                     f"this rank has no {wires} after {timeout:g} s: was each rank started, and once, "
                     "and does peer= fit its certificate?"
                 )
-                # If another rank is missing, too, rank 0 may only be waiting for rank 1.
-                to_blame = min(missing, key=lambda rank: (rank == 0, rank))
+                # A rank that this one has not turned to yet is not to blame. Rank 0 may only be waiting for rank 1.
+                to_blame = min(missing, key=lambda rank: (not mesh.is_joining(rank), rank == 0, rank))
                 raise mesh.break_off(GroupBroken(to_blame, text))
             raise mesh.break_off(GroupBroken(0, f"rank 0 sent no roster within {timeout:g} s: not all ranks have come"))
         return False
