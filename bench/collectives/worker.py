@@ -44,7 +44,10 @@ def main(plan_file: str, rank_text: str) -> None:
             times[f"{case} {size}"] = _measure(transport, case, size, repetitions)
     cpu = time.process_time()
     transport.close()
-    (directory / f"result.{rank}").write_text(json.dumps({"times": times, "cpu": cpu}))
+    # The runner reads it as soon as it is there, so it must be there as a whole.
+    written = directory / f"written.{rank}"
+    written.write_text(json.dumps({"times": times, "cpu": cpu}))
+    written.rename(directory / f"result.{rank}")
 
 
 def _import_all(subject: str) -> None:
