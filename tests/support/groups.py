@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -107,6 +108,7 @@ class RankProcess:
         self.process = process
         self.said: list[dict[str, Any]] = []
         self.stderr = ""
+        self._has_said_all = False
 
     async def _read(self) -> None:
         assert self.process.stdout is not None
@@ -114,6 +116,7 @@ class RankProcess:
         async for chunk in self.process.stdout:
             *lines, rest = (rest + chunk).split(b"\n")
             self.said += [json.loads(line) for line in lines]
+        self._has_said_all = True
 
     async def _read_errors(self) -> None:
         assert self.process.stderr is not None
@@ -126,9 +129,7 @@ class RankProcess:
 
         def has_said() -> bool:
             found.extend(one for one in self.said if one["at"] in at and fields.items() <= one.items())
-            assert found or self.process.returncode is None or self.said, (
-                f"rank {self.rank} said nothing: {self.stderr}"
-            )
+            assert found or not self._has_said_all, f"rank {self.rank} said only {self.said}; stderr: {self.stderr}"
             return bool(found)
 
         await eventually(has_said, f"rank {self.rank} at {at} {fields}", timeout=4 * TIMEOUT)
@@ -184,7 +185,8 @@ async def start_rank(
     process: trio.Process = await nursery.start(
         partial(
             trio.run_process,
-            [sys.executable, str(Path(__file__).parent / "group_rank.py"), json.dumps(settings)],
+            [sys.executable, "-m", "support.group_rank", json.dumps(settings)],
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
