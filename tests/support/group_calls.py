@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from array import array
 from collections.abc import Callable
@@ -16,6 +17,12 @@ MIB: Final = 1024 * 1024
 
 def block(length: int, *seed: int) -> bytes:
     return random.Random(repr((length, seed))).randbytes(length)
+
+
+def floats_of(rank: int) -> list[float]:
+    """What one rank adds: positive, so that only the last bits of a sum depend on its order."""
+    mixed = random.Random(rank)
+    return [mixed.random() * 10.0**exponent for exponent in range(-8, 9)]
 
 
 async def everything(group: Any) -> None:
@@ -44,6 +51,13 @@ async def everything(group: Any) -> None:
         buf = array("q", given[rank])
         await group.scan(buf, op="min")
         assert buf == given[0]
+    # Sums of such numbers depend on the order, and yet all ranks get the same bits.
+    columns = [floats_of(one) for one in range(size)]
+    floats = array("d", columns[rank])
+    await group.allreduce(floats)
+    assert len(set(map(bytes, await group.allgather(floats)))) == 1
+    for found_sum, column in zip(floats, zip(*columns, strict=True), strict=True):
+        assert math.isclose(found_sum, math.fsum(column), rel_tol=1e-9)
     if size > 1:
         above, below = (rank + 1) % size, (rank - 1) % size
         assert bytes(await group.sendrecv(block(3 * MIB, rank), above, below)) == block(3 * MIB, below)

@@ -1,9 +1,10 @@
 """One rank of a group in its own process, so that a test can kill, stop or end it.
 
-``python group_rank.py SETTINGS`` with SETTINGS as JSON: client, address, options (of ``group``), and what to do:
+``python -m support.group_rank SETTINGS`` with SETTINGS as JSON: client, address, options of ``group``, what to do:
 
 * ``do``: the call that the rank repeats until the group is broken: bcast, allreduce, alltoall, ring, recv, barrier; or
-  ``close``, called once; or ``nothing``, which sleeps outside of any call;
+  ``close``, called once; or ``everything``, each method once with its result checked, and then ``close``; or
+  ``nothing``, which sleeps outside of any call;
 * ``role``: ``victim`` ends the rank by its own fault: see ``_fault``;
 * ``hold_after``: the rank says how many wires it has, stops in the set-up when it has so many, and sleeps.
 
@@ -23,12 +24,14 @@ import os
 import sys
 import time
 from array import array
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable as AwaitableOf
+from collections.abc import Callable
 from typing import Any
 
 from frelay.client.group import work
 from frelay.client.group.mesh import Mesh
 from frelay.errors import FrelayError, GroupBroken
+from support.group_calls import Awaitable, everything
 
 SETTINGS: dict[str, Any] = json.loads(sys.argv[1])
 
@@ -81,6 +84,8 @@ async def _once(group: Any, do: str) -> None:
         await _maybe(group.recv((rank + 1) % size))
     elif do == "barrier":
         await _maybe(group.barrier())
+    elif do == "everything":
+        await everything(group if inspect.iscoroutinefunction(group.barrier) else Awaitable(group))
     elif do == "nothing":
         time.sleep(3600)  # noqa: ASYNC251  outside of any call, whatever the client
 
@@ -109,7 +114,9 @@ async def play(group: Any) -> None:
     role, do = SETTINGS.get("role"), SETTINGS["do"]
     if role is not None:
         await _fault(group, role)
-    if do != "close":
+    if do == "everything":
+        await _once(group, do)
+    elif do != "close":
         while True:
             await _once(group, do)
 
@@ -125,7 +132,7 @@ def run(make: Callable[[], Any]) -> None:
         body().send(None)
 
 
-def run_async(runner: Callable[..., Any], make: Callable[[], Awaitable[Any]]) -> None:
+def run_async(runner: Callable[..., Any], make: Callable[[], AwaitableOf[Any]]) -> None:
     async def body() -> None:
         async with await make() as group:
             await play(group)
