@@ -139,6 +139,42 @@ async def test_a_relay_that_restarts_in_the_middle(site: Site, client: Client) -
 
 
 @pytest.mark.parametrize("client", CLIENTS)
+async def test_a_relay_that_restarts_in_the_middle_of_sixty_calls(site: Site, client: Client) -> None:
+    """A call that was cut fails with an error for its caller, who makes it again, and the listener is there."""
+    places, is_down, cut = trio.CapacityLimiter(AT_ONCE), trio.Event(), 0
+
+    async def ask(address: str, number: int) -> None:
+        nonlocal cut
+        text = f"call {number}".encode()
+        async with places:
+            while True:
+                try:
+                    assert await call(address, options(site, "func1", "func2", wait=TIMEOUT * 4), text) == text
+                    return
+                except (frelay.FrelayError, trio.BrokenResourceError):
+                    cut += 1
+                    await is_down.wait()
+                    await trio.sleep(0.05)
+
+    with reserved_port() as port:
+        routes, address = DEMO.replace(":0", f":{port}"), f"127.0.0.1:{port}"
+        async with serving_many(client, address, options(site, "func2", "func1")) as server:
+            async with trio.open_nursery() as nursery:
+                async with site.process(routes) as relay:
+                    for number in range(CALLS):
+                        nursery.start_soon(ask, address, number)
+                    await eventually(lambda: server.served >= CALLS // 3, "a third of the calls is served")
+                    relay.process.kill()
+                    await relay.process.wait()
+                    await eventually(lambda: cut >= AT_ONCE, "all callers under way are cut")
+                is_down.set()
+                async with site.process(routes):
+                    await eventually(lambda: not nursery.child_tasks, "all calls are answered", timeout=TIMEOUT * 4)
+            assert not server.has_ended
+            assert any(isinstance(error, frelay.RelayUnreachable) for error in server.errors)
+
+
+@pytest.mark.parametrize("client", CLIENTS)
 async def test_a_relay_that_drains(site: Site, client: Client) -> None:
     with reserved_port() as port:
         routes, address = DEMO.replace(":0", f":{port}"), f"127.0.0.1:{port}"
