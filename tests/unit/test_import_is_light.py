@@ -50,6 +50,7 @@ def foreign(modules: set[str]) -> set[str]:
         "import frelay",
         "import frelay; frelay.connect",
         "import frelay; frelay.listen; frelay.client.asyncio.start_server",
+        "import frelay; frelay.group; frelay.client.asyncio.group",
         "from frelay import *",
         "import frelay.client.wire, frelay.protocol.session, frelay.protocol.outcome, frelay.errors",
     ],
