@@ -25,6 +25,13 @@ RUN: Final = {
     "examples/httpx/README.md": ("transport = FrelayTransport(",),
     "examples/grpc/README.md": ("python server.py words.sock &", "python client.py unix:here.sock"),
     "docs/metrics.md": ("[metrics]", "scrape_configs:"),
+    "docs/groups.md": (
+        '[[route]]\nname = "job42"',
+        "frelay ca party rank$r",
+        "group.allreduce(vector)",
+        "python add.py monday",
+        "frelay.client.trio.group(",
+    ),
 }
 NOT_RUN: Final[dict[str, dict[str, str]]] = {
     "examples/lambda/README.md": {"zip -qr": "it fetches setuptools; test_example_lambda.py runs the handler"},
@@ -66,6 +73,29 @@ def test_metrics(tmp_path: Path) -> None:
         (tmp_path / "prometheus.yml").write_text(scrape)
         said = here.run(f"{tool('promtool')} check config prometheus.yml")
         assert said.code == 0, said.stdout + said.stderr
+
+
+# --- docs/groups.md ---------------------------------------------------------------------------------------------------
+
+
+def test_groups(tmp_path: Path) -> None:
+    route, certificates, program, start, trio_program = (find("docs/groups.md", one) for one in RUN["docs/groups.md"])
+    with machine(tmp_path) as here:
+        assert here.run("frelay init .").code == 0
+        config = tmp_path / "relay.toml"
+        config.write_text(config.read_text() + route.text)
+        made = here.run(certificates.text)
+        assert made.code == 0, made.stderr
+        (tmp_path / "add.py").write_text(program.text)
+        (tmp_path / "spread.py").write_text(trio_program.text)
+        with here.start("frelay run -c relay.toml") as relay:
+            relay.says("ready")
+            (command,) = start.commands
+            said = here.run(command.text)
+            assert sorted(said.stdout.splitlines()) == command.output.splitlines(), said.stderr
+            said = here.run(command.text.replace("add.py", "spread.py"))
+            everything = [f"from {rank}".encode() for rank in range(3)]
+            assert sorted(said.stdout.splitlines()) == [f"{rank} got {everything}" for rank in range(3)], said.stderr
 
 
 # --- examples ---------------------------------------------------------------------------------------------------------
