@@ -11,11 +11,11 @@ It is optional: without NOTIFY_SOCKET in the environment it does nothing. And it
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections import deque
 from typing import Any, Final
 
-import sdnotify  # type: ignore[import-untyped]
 import structlog
 import trio
 
@@ -34,13 +34,13 @@ _LEEWAY: Final = 10.0
 class ServiceManager:
     """The systemd that started this process; without one, all methods do nothing. No method raises or waits.
 
-    ``notifier`` is an ``sdnotify.SystemdNotifier`` that raises and does not block. ``watchdog`` are the seconds between
-    two messages to the watchdog; None if systemd wants none.
+    ``notify_socket`` is a datagram socket that is connected to systemd and does not block. ``watchdog`` are the seconds
+    between two messages to the watchdog; None if systemd wants none.
     """
 
-    def __init__(self, notifier: Any = None, *, watchdog: float | None = None) -> None:
+    def __init__(self, notify_socket: socket.socket | None = None, *, watchdog: float | None = None) -> None:
         self._log: Final[Any] = structlog.get_logger("frelay.systemd")
-        self._notifier: Final = notifier
+        self._socket: Final = notify_socket
         self._watchdog: Final = watchdog
         self._unsent: Final[deque[str]] = deque(maxlen=_MOST_UNSENT)
         self._is_stopping = False
@@ -48,19 +48,21 @@ class ServiceManager:
 
     @classmethod
     def from_environment(cls) -> ServiceManager:
-        """The service manager that NOTIFY_SOCKET names."""
-        if not os.environ.get("NOTIFY_SOCKET"):
+        """The service manager that NOTIFY_SOCKET names: a path, or ``@`` and the name of an abstract socket."""
+        address = os.environ.get("NOTIFY_SOCKET")
+        if not address:
             return cls()
+        notify_socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        # A systemd that does not read, for example in a debugger, must not stop the relay.
+        notify_socket.setblocking(False)
         try:
-            # debug: errors are raised and handled here, as a full queue is not the same as no systemd.
-            notifier = sdnotify.SystemdNotifier(debug=True)
+            notify_socket.connect("\0" + address[1:] if address.startswith("@") else address)
         except OSError as error:
+            notify_socket.close()
             nobody = cls()
             nobody._complain(error)
             return nobody
-        # A systemd that does not read, for example in a debugger, must not stop the relay.
-        notifier.socket.setblocking(False)
-        return cls(notifier, watchdog=_watchdog_interval())
+        return cls(notify_socket, watchdog=_watchdog_interval())
 
     def ready(self, status: str) -> None:
         """The start or a reload is over, whether it succeeded or not; ``status`` says how the relay stands now."""
@@ -89,7 +91,7 @@ class ServiceManager:
 
     async def run(self) -> None:
         """Feed the watchdog, and send unsent messages again, until cancelled. Returns at once without a systemd."""
-        if self._notifier is None:
+        if self._socket is None:
             return
         while True:
             # Not kept if systemd has no room for it: the next one replaces it.
@@ -98,7 +100,7 @@ class ServiceManager:
             await trio.sleep(_RETRY if self._watchdog is None else self._watchdog)
 
     def _tell(self, *assignments: str) -> None:
-        if self._notifier is not None:
+        if self._socket is not None:
             self._unsent.append("\n".join(assignments))
             self._send_unsent()
 
@@ -111,8 +113,10 @@ class ServiceManager:
 
     def _send(self, state: str) -> bool:
         """False if systemd has no room for it now."""
+        if self._socket is None:
+            return True
         try:
-            self._notifier.notify(state)
+            self._socket.send(state.encode("ascii"))
         except BlockingIOError:
             return False
         except OSError as error:
@@ -136,5 +140,5 @@ def _watchdog_interval() -> float | None:
 
 
 def _status(text: str) -> str:
-    # sdnotify writes Latin-1, and a line end would begin another assignment.
+    # A line end would begin another assignment.
     return f"STATUS={text.encode('unicode_escape').decode('ascii')[:_LONGEST_STATUS]}"

@@ -37,7 +37,7 @@ class Room:
 # A room imports itself and the rooms below it in this list.
 ROOMS: Final = (
     Room("cli", "typer trio", "the commands; no other room knows that somebody typed them"),
-    Room("relay", "trio structlog sdnotify", "the life of one relay, alone or with worker processes"),
+    Room("relay", "trio structlog", "the life of one relay, alone or with worker processes"),
     Room("admin", "fastapi starlette h11 pydantic prometheus_client trio structlog", "HTTP for operators"),
     Room("joining", "trio structlog", "from accept to matched"),
     Room("pairing", "trio structlog", "from matched to closed"),
