@@ -13,6 +13,13 @@ __all__ = ["main"]
 
 def main() -> None:
     """Run the command; where a library is missing, say which one in a line, and exit with 1."""
+    from frelay.client.installed import has_client_only
+
+    if has_client_only():
+        print(
+            "frelay: frelay-client has no commands; for these, pip uninstall it and pip install frelay", file=sys.stderr
+        )
+        sys.exit(1)
     try:
         from frelay.cli.app import main as run
 

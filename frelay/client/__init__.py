@@ -8,10 +8,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from frelay.client.installed import warn_if_both
+
 if TYPE_CHECKING:
     from frelay.client import asyncio, blocking, trio
 
 __all__ = ["asyncio", "blocking", "trio"]
+
+warn_if_both()
 
 
 def __getattr__(name: str) -> Any:

@@ -221,7 +221,7 @@ def test_the_package_and_its_main_import_little() -> None:
         "frelay.client.wire",
     }
     assert {name for name in ours["frelay"] if is_ours(name)} == {"frelay.errors", *client}
-    assert {name for name in ours["frelay.__main__"] if is_ours(name)} == {"frelay.cli.app"}
+    assert {name for name in ours["frelay.__main__"] if is_ours(name)} == {"frelay.cli.app", "frelay.client.installed"}
 
 
 def test_what_is_imported_is_declared() -> None:
