@@ -65,7 +65,7 @@ NOT_RUN: Final[dict[str, dict[str, str]]] = {
         "$ ssh -N -L 8080": "it goes to another machine; test_dashboard.py asks a forwarded socket for the page",
     },
     "docs/functions.md": {
-        "pip install --no-deps .": "it fetches setuptools; test_client_alone_is_enough.py has what it installs",
+        "pip install --no-deps .": "it fetches hatchling; test_client_alone_is_enough.py has what it installs",
     },
     "docs/operating.md": {
         "frelay.service /etc/systemd/system/\n": "it changes this machine's services; test_deploy.py judges the units",

@@ -34,9 +34,13 @@ RUN: Final = {
     ),
 }
 NOT_RUN: Final[dict[str, dict[str, str]]] = {
-    "examples/lambda/README.md": {"zip -qr": "it fetches setuptools; test_example_lambda.py runs the handler"},
+    "examples/lambda/README.md": {"zip -qr": "it fetches hatchling; test_example_lambda.py runs the handler"},
     "examples/shuffle/README.md": {"start.py --workers 4": "test_example_shuffle.py runs it, with other numbers"},
     "docs/capacity.md": {"bench/model.py": "it takes minutes; .ci/run has the quick form of it"},
+    "docs/install.md": {
+        ".ci/release.py dist": "it fetches packages; .ci/run runs it",
+        "/opt/frelay/bin/pip install": "it fetches packages; test_client_alone_is_enough.py installs the wheels",
+    },
     "docs/mutation.md": {".ci/mutants": "it takes hours"},
     "CONTRIBUTING.md": {"pip install -e '.[dev]'": "it fetches packages, and is these tests and .ci/run"},
 }
