@@ -243,16 +243,16 @@ class Joining:
         session = self._session = PartySession()
         yield from self._send_frame(tls, session.send(plan.join(self._attempt, self._deadline.left())))
         silence = _STEP_TIMEOUT
-        is_over = False
+        deadline = self._deadline
         while True:
             # Read no byte behind the frame: in a tunnel the other function's bytes may follow PAIRED at once.
             try:
-                data = yield from self._receive(tls, session.missing, silence)
+                data = yield from self._receive(tls, session.missing, silence, deadline)
             except OutOfTime:
-                if is_over or session.state is not State.WAITING:
+                if deadline is not self._deadline or session.state is not State.WAITING:
                     raise
-                is_over = True
-                self._deadline = Deadline(_LAST_WORD, self._clock)
+                # For reading only: nothing else may begin after our own deadline, and so no retry.
+                deadline = Deadline(_LAST_WORD, self._clock)
                 continue
             try:
                 received = session.receive(data)
@@ -285,20 +285,20 @@ class Joining:
             tls.write(data)
             yield from self._flush("outer", tls, self._deadline.stage(_STEP_TIMEOUT))
         except OSError as error:
-            self._raise_lost(error, _STEP_TIMEOUT)
+            self._raise_lost(error, _STEP_TIMEOUT, self._deadline)
 
-    def _receive(self, tls: Engine, size: int, silence: float) -> Steps[bytes]:
+    def _receive(self, tls: Engine, size: int, silence: float, deadline: Deadline) -> Steps[bytes]:
         """The next bytes from the relay, which may be silent for at most ``silence`` seconds."""
         try:
             while (data := tls.read(size)) is None:
-                tls.feed((yield Receive("outer", self._deadline.bound(silence))))
+                tls.feed((yield Receive("outer", deadline.bound(silence))))
         except (OSError, Truncated) as error:
-            self._raise_lost(error, silence)
+            self._raise_lost(error, silence, deadline)
         if not data:
             raise RelayUnreachable("the relay ended the connection without an answer")
         return data
 
-    def _raise_lost(self, error: OSError | Truncated, silence: float) -> NoReturn:
+    def _raise_lost(self, error: OSError | Truncated, silence: float, deadline: Deadline) -> NoReturn:
         """Raise what a failure to send to the relay or read from it means: our time is over, or the relay is lost."""
         if not _is_our_timeout(error):
             alert = certificate_alert(error)
@@ -307,7 +307,7 @@ class Joining:
                 text = str(getattr(error, "reason", None) or alert).lower().replace("_", " ")
                 raise Refused(code, f"the relay did not accept the certificate ({text})") from None
             raise RelayUnreachable(f"the connection to the relay broke: {_text(error)}") from error
-        self._deadline.left()
+        deadline.left()
         raise RelayUnreachable(f"the relay was silent for {silence:g} s") from None
 
     # --- leaving the outer TLS ---------------------------------------------------------------------------------

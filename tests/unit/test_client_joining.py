@@ -201,7 +201,10 @@ def test_a_function_that_gives_up_while_it_waits_says_leave(site: Site, plan: Jo
 
 
 @pytest.mark.parametrize("delay", [0.3, 0.7])
-def test_the_relay_may_say_at_the_end_of_the_wait_why_nobody_came(site: Site, plan: JoinPlan, delay: float) -> None:
+@pytest.mark.parametrize("retry", [None, Retry(tries=None, first=0.01)])
+def test_the_relay_may_say_at_the_end_of_the_wait_why_nobody_came(
+    site: Site, plan: JoinPlan, delay: float, retry: Retry | None
+) -> None:
     """Its clock begins a little later than ours, and it knows of partner lists. But it gets half a second only."""
 
     class Late(FakeRelay):
@@ -217,9 +220,10 @@ def test_the_relay_may_say_at_the_end_of_the_wait_why_nobody_came(site: Site, pl
 
     relay = Late(site, lambda relay, message: relay.say(WAITING) if isinstance(message, Join) else None)
     with pytest.raises(Refused) as caught:
-        join(replace(plan, wait=5.0), relay)
+        join(replace(plan, wait=5.0, retry=retry), relay)
     assert caught.value.reason == "nobody came within 5 s" + ("; 1 leg was excluded" if delay < 0.5 else "")
     assert relay.now == pytest.approx(5.0 + min(delay, 0.5))
+    assert relay.pauses == [], "the wait is over, so nothing is tried again"
 
 
 # --- answers in single bytes, and absurd numbers ----------------------------------------------------------------------
