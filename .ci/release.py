@@ -33,6 +33,8 @@ ROOT: Final = Path(__file__).resolve().parents[1]
 LARGEST_LAYER: Final = 200_000
 # As pip-licenses finds them in the metadata of a package; each is compared with a part of its words.
 LICENCES: Final = "MIT;BSD;Apache;ISC;Python Software Foundation;PSF;MPL-2.0;Mozilla Public License 2.0"
+# In requirements/run.txt for those who build frelay from a clone: hatchling, and what it needs.
+BUILDERS: Final = ("hatchling", "editables", "packaging", "pathspec", "pluggy", "tomlkit", "trove-classifiers")
 # Of the tests of the sdist: those that need neither a network nor a repository, in some seconds.
 TESTS_OF_SDIST: Final = ("test_protocol_frames.py", "test_protocol_messages.py", "test_config_load.py", "test_lobby.py")
 # The same for all files of a zip, so that the time of the build is in none of them: the earliest that zip knows.
@@ -167,6 +169,9 @@ def judge_dependencies(into: Path) -> None:
         version = wheel.name.split("-")[1]
         # By name, as from an index: else the list of packages would tell where the wheel lay.
         run(*pip, "--no-deps", "--no-index", "--find-links", into, f"frelay=={version}")
+        # What only builds is no part of a relay; that it still has all that it needs, pip checks.
+        run(inside, "-m", "pip", "uninstall", "-q", "-y", *BUILDERS)
+        run(inside, "-m", "pip", "check")
         run(inside, "-m", "pip", "uninstall", "-q", "-y", "pip", "setuptools")
         python(
             *("cyclonedx_py", "environment", "--output-reproducible", "--of", "JSON"),
