@@ -206,7 +206,15 @@ async def _end_by_signal(*, task_status: trio.TaskStatus[None]) -> None:
 def run_demo() -> int:
     """Run the demo; prints the steps, returns the exit code."""
     print("A relay and two functions on this machine, with certificates made for the occasion.\n", flush=True)
-    with tempfile.TemporaryDirectory(prefix="frelay-demo-") as name:
+    try:
+        temporary = tempfile.TemporaryDirectory(prefix="frelay-demo-")
+    except OSError as error:
+        print(
+            f"frelay demo: it keeps its certificates in a temporary directory, and may write to none: {error.strerror}",
+            file=sys.stderr,
+        )
+        return 1
+    with temporary as name:
         directory = Path(name)
         initialise(directory)
 
