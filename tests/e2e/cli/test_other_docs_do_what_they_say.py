@@ -40,6 +40,8 @@ NOT_RUN: Final[dict[str, dict[str, str]]] = {
     "docs/install.md": {
         ".ci/release.py dist": "it fetches packages; .ci/run runs it",
         "/opt/frelay/bin/pip install": "it fetches packages; test_client_alone_is_enough.py installs the wheels",
+        "podman build": "it fetches packages; .ci/image builds the image",
+        "podman run -d": "it needs the image; .ci/image has tests/e2e/image/test_image_runs.py run it",
     },
     "docs/mutation.md": {".ci/mutants": "it takes hours"},
     "CONTRIBUTING.md": {"pip install -e '.[dev]'": "it fetches packages, and is these tests and .ci/run"},
