@@ -10,6 +10,7 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+import pytest
 import trio
 
 from support.blocks import find
@@ -88,6 +89,7 @@ def waited(pid: int) -> float:
     return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
 
 
+@pytest.mark.load
 async def test_a_start_takes_less_than_a_second(site: Site, containers: Containers) -> None:
     """From the first process of the container to "ready" in the log, without the time in which others had the
     processors. The fastest of some counts, as others also fill the processors' caches.
