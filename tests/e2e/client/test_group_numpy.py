@@ -61,9 +61,9 @@ async def test_arrays_of_several_dimensions_and_of_dates(site: Site) -> None:
         matrix = np.arange(12.0).reshape(3, 4) if group.rank == 0 else np.zeros((3, 4))
         group.bcast(matrix)
         assert same(matrix, np.arange(12.0).reshape(3, 4))
-        days = np.array(["2026-01-01"], "datetime64[D]") + group.rank
+        days = np.array(["2026-01-01"], "datetime64[D]") + np.timedelta64(group.rank, "D")
         found = [np.frombuffer(part, "datetime64[D]")[0] for part in group.allgather(days)]
-        assert found == [np.datetime64("2026-01-01") + rank for rank in range(SIZE)]
+        assert found == [np.datetime64("2026-01-01") + np.timedelta64(rank, "D") for rank in range(SIZE)]
         parts = group.alltoall([np.full((2, 2), 10 * group.rank + to, "i8") for to in range(SIZE)])
         assert [np.frombuffer(part, "i8")[3] for part in parts] == [10 * rank + group.rank for rank in range(SIZE)]
         above, below = (group.rank + 1) % SIZE, (group.rank - 1) % SIZE
